@@ -1,0 +1,117 @@
+"""LAMB and LARS for Keras 3, on the TensorFlow, JAX and torch backends."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from tf_lamb import lamb, lars, schedules
+from tf_lamb.layerwise import Plan
+
+if keras.backend.backend() == "tensorflow":
+    from tf_lamb import fused
+
+
+def _native(variable):
+    """The backend's own variable; models may also hold bare `tf.Variable`s."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _path(variable):
+    """`"encoder/dense/kernel"`; a bare `tf.Variable` has a name, `"dense/kernel:0"`."""
+    return getattr(variable, "path", None) or variable.name.split(":")[0]
+
+
+class Adapter(keras.optimizers.Optimizer):
+    """A Keras 3 optimizer that hands the whole model to its rule.
+
+    It overrides one private hook per backend, the one that runs after the gradients were summed
+    (pinned by tests/test_contract.py). Everything before and after it stays Keras's: loss
+    scale, accumulation, EMA, constraints, the step counter.
+    """
+
+    def build(self, variables):
+        """Creates the slots and decides, once, which variable is decayed and adapted.
+
+        Raises:
+            ValueError: an exclusion pattern matches no variable.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        if on_tensorflow:
+            fused.check_strategy(self._distribution_strategy)
+        layers = self._planned([_path(v) for v in variables], [v.shape for v in variables])
+        super().build(variables)
+        slots = tuple([self._slot(v, name) for v in variables] for name in self.slot_names)
+        run = None
+        if on_tensorflow:
+            run = fused.fused_update(
+                self._updated,
+                [_native(v) for v in variables],
+                [[_native(v) for v in slot] for slot in slots],
+            )
+        self._plan = Plan(layers, slots, run)
+
+    def _slot(self, variable, name):
+        """A float32 zero beside the variable, whatever the variable's dtype."""
+        place = contextlib.nullcontext()
+        if keras.backend.backend() == "tensorflow":
+            place = self._distribution_strategy.extended.colocate_vars_with(_native(variable))
+        with place:
+            return self.add_variable(
+                shape=variable.shape,
+                initializer="zeros",
+                dtype="float32",
+                layout=getattr(variable, "_layout", None),
+                name=f"{_path(variable).replace('/', '_')}_{name}",
+            )
+
+    def _distributed_tf_update_step(self, distribution, grads_and_vars, learning_rate):
+        """TensorFlow: the hook in merge context, after the sum over the replicas."""
+        grads, variables = zip(*grads_and_vars, strict=True)
+        index = tuple(self._get_variable_index(v) for v in variables)
+        self._plan.run(distribution, index, grads, learning_rate, lambda: self.iterations)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """JAX and torch: the hook, inside whatever step the backend compiles."""
+        if keras.backend.backend() == "tensorflow":
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            return
+        index = tuple(self._get_variable_index(v) for v in trainable_variables)
+        slots = [[slot[i] for i in index] for slot in self._plan.slots]
+        values = self._updated(
+            index,
+            grads,
+            [ops.stop_gradient(v.value) for v in trainable_variables],
+            [[v.value for v in slot] for slot in slots],
+            ops.cast(learning_rate, "float32"),
+            ops.cast(self.iterations, "float32") + 1.0,
+        )
+        for targets, results in zip((trainable_variables, *slots), values, strict=True):
+            for target, result in zip(targets, results, strict=True):
+                target.assign(result)
+
+
+@keras.saving.register_keras_serializable("tf_lamb")
+class LAMB(lamb.LAMBRule, Adapter):
+    __doc__ = lamb.LAMBRule.__doc__
+
+
+@keras.saving.register_keras_serializable("tf_lamb")
+class LARS(lars.LARSRule, Adapter):
+    __doc__ = lars.LARSRule.__doc__
+
+
+@keras.saving.register_keras_serializable("tf_lamb")
+class WarmupPolynomialDecay(
+    schedules.WarmupPolynomialDecayRule, keras.optimizers.schedules.LearningRateSchedule
+):
+    __doc__ = schedules.WarmupPolynomialDecayRule.__doc__
+
+
+@keras.saving.register_keras_serializable("tf_lamb")
+class Phases(schedules.PhasesRule, keras.optimizers.schedules.LearningRateSchedule):
+    __doc__ = schedules.PhasesRule.__doc__
+    _schedule = WarmupPolynomialDecay

@@ -1,0 +1,91 @@
+"""LARS: the rule's arguments and documentation; its arithmetic is `updates.lars_step`."""
+
+from tf_lamb import updates
+from tf_lamb.layerwise import Layerwise, check_interval
+
+
+class LARSRule(Layerwise):
+    """LARS: momentum SGD whose rate is scaled, layer by layer, to the norm of the weights.
+
+        r = κ ‖x‖ / (‖g‖ + λ‖x‖ + ε)          m ← μm + η r (g + λx)          x ← x - m
+
+    The rate stands inside the momentum buffer, as in MLPerf's TensorFlow runs. A layer is a
+    variable. r is 1 where ‖x‖ or ‖g‖ is zero, and for an excluded layer, which is then plain
+    momentum SGD at rate η. Slots and norms are float32 whatever the variables' dtype. Under a
+    `tf.distribute` strategy the gradients are summed first; clipping and r see the sum.
+
+    Args:
+        learning_rate: η, a float > 0, a learning-rate schedule, or (Keras 3) a callable.
+        momentum: μ, float in [0, 1).
+        weight_decay: λ, a float >= 0. Use it in place of an L2 term in the loss.
+        trust_coefficient: κ, a float > 0; "eeta" in TensorFlow's older code.
+        epsilon: ε, a float >= 0.
+        nesterov: whether the step looks ahead: x ← x - (μm + η r (g + λx)).
+        exclude_from_weight_decay: list of regular expressions, searched in each variable's full
+            path; a variable that one of them matches takes λ = 0.
+        exclude_from_layer_adaptation: likewise for the ratio, which is then 1. `None` means "the
+            same as `exclude_from_weight_decay`"; an empty list means "adapt every layer".
+        name: name of the optimizer.
+        **keras_arguments: `clipnorm`, `clipvalue` or `global_clipnorm` (at most one), `use_ema`,
+            `ema_momentum`, `ema_overwrite_frequency`; in Keras 3 also `loss_scale_factor` and
+            `gradient_accumulation_steps`; in tf_keras also `jit_compile` (default True).
+
+    Raises:
+        ValueError: an argument outside its range, an unknown one, a pattern that is no regular
+            expression, or (when built) one that matches no variable.
+
+    Differs from:
+        - arXiv:1904.00962, Algorithm 1, takes the ratio of the averaged momentum, without κ.
+        - tf-models' `LARS` takes the norm of the decayed gradient, ‖g + λx‖, and drops its
+          exclusion lists when saved.
+        - Keras has no LARS.
+
+    Reference:
+        You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks",
+        arXiv:1708.03888, Algorithm 1.
+    """
+
+    slot_names = ("momentum",)
+
+    def __init__(
+        self,
+        learning_rate=1e-3,
+        momentum=0.9,
+        weight_decay=1e-4,
+        trust_coefficient=0.001,
+        epsilon=0.0,
+        nesterov=False,
+        exclude_from_weight_decay=(),
+        exclude_from_layer_adaptation=None,
+        name="lars",
+        **keras_arguments,
+    ):
+        check_interval("momentum", momentum, 0, 1)
+        check_interval("trust_coefficient", trust_coefficient, 0, open_low=True)
+        check_interval("epsilon", epsilon, 0)
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            exclude_from_weight_decay=exclude_from_weight_decay,
+            exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            name=name,
+            **keras_arguments,
+        )
+        self.momentum = momentum
+        self.trust_coefficient = trust_coefficient
+        self.epsilon = epsilon
+        self.nesterov = bool(nesterov)
+
+    def _new_values(self, grads, params, slots, *, step, **layers):
+        del step  # LARS knows no bias correction
+        return updates.lars_step(
+            grads,
+            params,
+            *slots,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            trust_coefficient=self.trust_coefficient,
+            epsilon=self.epsilon,
+            nesterov=self.nesterov,
+            **layers,
+        )

@@ -1,0 +1,129 @@
+"""Learning-rate schedules of the large-batch recipes, as functions of the step.
+
+The classes are made for one Keras flavour in `tf_lamb.keras3` and for the other in
+`tf_lamb.tf_keras`; here stands what both share.
+"""
+
+from keras import ops
+
+from tf_lamb.layerwise import check_interval
+
+
+def warmup_polynomial_decay(
+    step, *, peak_learning_rate, warmup_steps, total_steps, end_learning_rate, power, decay_from
+):
+    """η(t) of `WarmupPolynomialDecayRule`; `step` is a scalar, the result a float32 scalar."""
+    step = ops.cast(step, "float32")
+    done = ops.clip((step - decay_from) / (total_steps - decay_from), 0.0, 1.0)
+    decayed = (peak_learning_rate - end_learning_rate) * (1.0 - done) ** power + end_learning_rate
+    if warmup_steps == 0:
+        return decayed
+    return ops.where(step < warmup_steps, peak_learning_rate * (step / warmup_steps), decayed)
+
+
+class WarmupPolynomialDecayRule:
+    """Linear warm-up from 0, then polynomial decay.
+
+        η(t) = η₀ t/W                                         for t < W
+        η(t) = (η₀ - η₁) (1 - (t-D)/(T-D))^p + η₁             for W <= t <= T, and η₁ after T
+
+    Args:
+        peak_learning_rate: η₀, a float > 0.
+        warmup_steps: W, an int in [0, T).
+        total_steps: T, an int, warm-up included.
+        end_learning_rate: η₁, a float >= 0.
+        power: p, a float > 0; 1 is the LAMB paper's, 0.5 NVIDIA's, 2 MLPerf's for ResNet-50.
+        decay_from: D, the step the decay counts from, an int in [0, W]. `None` means W: the
+            decay starts at the peak. 0 is the formula of arXiv:1904.00962 and of BERT's own
+            code, η₀(1 - t/T), where the rate drops from η₀ to η₀(1 - W/T) as warm-up ends.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        peak_learning_rate,
+        warmup_steps,
+        total_steps,
+        end_learning_rate=0.0,
+        power=1.0,
+        decay_from=None,
+        name=None,
+    ):
+        check_interval("peak_learning_rate", peak_learning_rate, 0, open_low=True)
+        check_interval("total_steps", total_steps, 0, open_low=True)
+        check_interval("warmup_steps", warmup_steps, 0, total_steps)
+        check_interval("end_learning_rate", end_learning_rate, 0)
+        check_interval("power", power, 0, open_low=True)
+        if decay_from is not None:
+            check_interval("decay_from", decay_from, 0, warmup_steps + 1)
+        self.peak_learning_rate = peak_learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.end_learning_rate = end_learning_rate
+        self.power = power
+        self.decay_from = decay_from
+        self.name = name
+
+    def __call__(self, step):
+        """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
+        return warmup_polynomial_decay(
+            step,
+            peak_learning_rate=self.peak_learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            end_learning_rate=self.end_learning_rate,
+            power=self.power,
+            decay_from=self.warmup_steps if self.decay_from is None else self.decay_from,
+        )
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {
+            "peak_learning_rate": self.peak_learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+            "end_learning_rate": self.end_learning_rate,
+            "power": self.power,
+            "decay_from": self.decay_from,
+            "name": self.name,
+        }
+
+
+class PhasesRule:
+    """One schedule after another, each counting its own steps from 0.
+
+    BERT is pre-trained in two phases (arXiv:1904.00962, section 4.1); the second warms up again
+    from 0, because a smaller batch at the first one's rate can diverge.
+
+    Args:
+        phases: list of dictionaries, the arguments of one `WarmupPolynomialDecay` each. A phase
+            lasts its `total_steps`; after the last one, its end rate holds.
+
+    Raises:
+        ValueError: no phases, or an argument of one outside its range.
+    """
+
+    _schedule: type
+
+    def __init__(self, phases, name=None):
+        if not phases:
+            raise ValueError(f"`phases` must hold at least one phase. Received: phases={phases!r}.")
+        self.phases = [dict(phase) for phase in phases]
+        self.name = name
+        self._schedules = [self._schedule(**phase) for phase in self.phases]
+
+    def __call__(self, step):
+        """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
+        step = ops.cast(step, "float32")
+        ends = [schedule.total_steps for schedule in self._schedules]
+        starts = [sum(ends[:i]) for i in range(len(ends))]
+        rate = self._schedules[0](step)
+        for start, schedule in zip(starts[1:], self._schedules[1:], strict=True):
+            rate = ops.where(step < start, rate, schedule(step - start))
+        return rate
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {"phases": self.phases, "name": self.name}

@@ -1,0 +1,104 @@
+"""LAMB and LARS for Keras 2 (`tf_keras`), the flavour that tf-models-official uses."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise RuntimeError(
+        "tf_lamb.tf_keras runs on TensorFlow, and its update is written on Keras 3's `keras.ops`. "
+        "Set the environment variable KERAS_BACKEND=tensorflow before the first import of keras. "
+        f"Received: KERAS_BACKEND={keras.backend.backend()}."
+    )
+
+import tensorflow as tf  # noqa: E402  the check above speaks first
+import tf_keras  # noqa: E402
+
+from tf_lamb import fused, lamb, lars, schedules  # noqa: E402
+from tf_lamb.layerwise import Plan  # noqa: E402
+
+
+class Adapter(tf_keras.optimizers.Optimizer):
+    """A tf_keras optimizer that hands the whole model to its rule.
+
+    It overrides the one private hook that runs after the gradients were summed (pinned by
+    tests/test_contract.py), which in tf_keras also owns the EMA and the step counter.
+    """
+
+    def __init__(self, learning_rate, *, weight_decay, name, jit_compile=True, **keras_arguments):
+        super().__init__(name=name, weight_decay=weight_decay, **keras_arguments)
+        # The base turns XLA off where there is no GPU. One program for the whole model is faster
+        # on a CPU too.
+        self.jit_compile = jit_compile
+        self._learning_rate = self._build_learning_rate(learning_rate)
+
+    def build(self, var_list):
+        """Creates the slots and decides, once, which variable is decayed and adapted.
+
+        Raises:
+            ValueError: an exclusion pattern matches no variable.
+        """
+        if getattr(self, "_built", False):
+            return
+        var_list = list(var_list)
+        fused.check_strategy(self._distribution_strategy)
+        layers = self._planned([v.name.split(":")[0] for v in var_list], [v.shape for v in var_list])
+        super().build(var_list)
+        slots = tuple([self._slot(v, name) for v in var_list] for name in self.slot_names)
+        run = fused.fused_update(self._updated, var_list, slots, self.jit_compile)
+        self._plan = Plan(layers, slots, run)
+        self._built = True
+
+    def _slot(self, variable, name):
+        """A float32 zero beside the variable, whatever the variable's dtype."""
+        with self._distribution_strategy.extended.colocate_vars_with(variable):
+            slot = tf.Variable(
+                tf.zeros(variable.shape, tf.float32),
+                name=f"{name}/{variable.name.split(':')[0]}",
+                trainable=False,
+            )
+        self._variables.append(slot)
+        return slot
+
+    def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
+        """The hook in merge context, after the sum over the replicas."""
+        grads, variables = zip(*grads_and_vars, strict=True)
+        index = tuple(self._index_dict[self._var_key(v)] for v in variables)
+        self._plan.run(distribution, index, grads, self.learning_rate, lambda: self.iterations)
+        if self.use_ema:
+            self._update_model_variables_moving_average(variables)
+            if self.ema_overwrite_frequency:
+                tf.cond(
+                    (self.iterations + 1) % self.ema_overwrite_frequency == 0,
+                    lambda: self._overwrite_model_variables_with_average_value(variables),
+                    lambda: None,
+                )
+        return self.iterations.assign_add(1)
+
+    def get_config(self):
+        """What the base saves, and the learning rate, which it leaves to its subclasses."""
+        rate = self._serialize_hyperparameter(self._learning_rate)
+        config = super().get_config()
+        del config["is_legacy_optimizer"]  # no argument of ours; Keras takes its absence for False
+        return config | {"learning_rate": rate if isinstance(rate, dict) else float(rate)}
+
+
+@tf_keras.utils.register_keras_serializable("tf_lamb")
+class LAMB(lamb.LAMBRule, Adapter):
+    __doc__ = lamb.LAMBRule.__doc__
+
+
+@tf_keras.utils.register_keras_serializable("tf_lamb")
+class LARS(lars.LARSRule, Adapter):
+    __doc__ = lars.LARSRule.__doc__
+
+
+@tf_keras.utils.register_keras_serializable("tf_lamb")
+class WarmupPolynomialDecay(
+    schedules.WarmupPolynomialDecayRule, tf_keras.optimizers.schedules.LearningRateSchedule
+):
+    __doc__ = schedules.WarmupPolynomialDecayRule.__doc__
+
+
+@tf_keras.utils.register_keras_serializable("tf_lamb")
+class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSchedule):
+    __doc__ = schedules.PhasesRule.__doc__
+    _schedule = WarmupPolynomialDecay
