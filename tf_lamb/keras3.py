@@ -95,23 +95,23 @@ class Adapter(keras.optimizers.Optimizer):
 
 
 @keras.saving.register_keras_serializable("tf_lamb")
-class LAMB(lamb.LAMBRule, Adapter):
+class LAMB(lamb.LAMBRule, Adapter):  # noqa: D101
     __doc__ = lamb.LAMBRule.__doc__
 
 
 @keras.saving.register_keras_serializable("tf_lamb")
-class LARS(lars.LARSRule, Adapter):
+class LARS(lars.LARSRule, Adapter):  # noqa: D101
     __doc__ = lars.LARSRule.__doc__
 
 
 @keras.saving.register_keras_serializable("tf_lamb")
-class WarmupPolynomialDecay(
+class WarmupPolynomialDecay(  # noqa: D101
     schedules.WarmupPolynomialDecayRule, keras.optimizers.schedules.LearningRateSchedule
 ):
     __doc__ = schedules.WarmupPolynomialDecayRule.__doc__
 
 
 @keras.saving.register_keras_serializable("tf_lamb")
-class Phases(schedules.PhasesRule, keras.optimizers.schedules.LearningRateSchedule):
+class Phases(schedules.PhasesRule, keras.optimizers.schedules.LearningRateSchedule):  # noqa: D101
     __doc__ = schedules.PhasesRule.__doc__
     _schedule = WarmupPolynomialDecay

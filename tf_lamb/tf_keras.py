@@ -40,7 +40,9 @@ class Adapter(tf_keras.optimizers.Optimizer):
             return
         var_list = list(var_list)
         fused.check_strategy(self._distribution_strategy)
-        layers = self._planned([v.name.split(":")[0] for v in var_list], [v.shape for v in var_list])
+        layers = self._planned(
+            [v.name.split(":")[0] for v in var_list], [v.shape for v in var_list]
+        )
         super().build(var_list)
         slots = tuple([self._slot(v, name) for v in var_list] for name in self.slot_names)
         run = fused.fused_update(self._updated, var_list, slots, self.jit_compile)
@@ -82,23 +84,23 @@ class Adapter(tf_keras.optimizers.Optimizer):
 
 
 @tf_keras.utils.register_keras_serializable("tf_lamb")
-class LAMB(lamb.LAMBRule, Adapter):
+class LAMB(lamb.LAMBRule, Adapter):  # noqa: D101
     __doc__ = lamb.LAMBRule.__doc__
 
 
 @tf_keras.utils.register_keras_serializable("tf_lamb")
-class LARS(lars.LARSRule, Adapter):
+class LARS(lars.LARSRule, Adapter):  # noqa: D101
     __doc__ = lars.LARSRule.__doc__
 
 
 @tf_keras.utils.register_keras_serializable("tf_lamb")
-class WarmupPolynomialDecay(
+class WarmupPolynomialDecay(  # noqa: D101
     schedules.WarmupPolynomialDecayRule, tf_keras.optimizers.schedules.LearningRateSchedule
 ):
     __doc__ = schedules.WarmupPolynomialDecayRule.__doc__
 
 
 @tf_keras.utils.register_keras_serializable("tf_lamb")
-class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSchedule):
+class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSchedule):  # noqa: D101
     __doc__ = schedules.PhasesRule.__doc__
     _schedule = WarmupPolynomialDecay

@@ -1,0 +1,35 @@
+# make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
+# make test   installs what tests need, lints, runs all tests
+# make lint   ruff alone
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/train
+	$(BIN)/python train.py
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A stamp per set of packages: a second call installs nothing.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .[train]
+	touch $@
+
+$(VENV)/test: $(VENV)/train
+	$(PIP) -e .[train,test]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""tf.data pipelines: each gives static batches whose content is a function of (seed, step)."""

@@ -1,0 +1,1 @@
+"""Networks, losses and metrics on tf-models-official."""

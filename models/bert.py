@@ -1,0 +1,115 @@
+"""BERT for pre-training on tf-models-official: encoder, masked-LM and next-sentence heads."""
+
+import dataclasses
+
+import tensorflow as tf
+import tf_keras
+from official.modeling import tf_utils
+from official.nlp.modeling import layers, networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of the encoder: layers, width, attention heads; the inner width is four times the width."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+# tiny and mini: Turc et al., arXiv:1908.08962, Table 1; base and large: arXiv:1810.04805.
+SIZES = {
+    "tiny": Size(2, 128, 2),
+    "mini": Size(4, 256, 4),
+    "base": Size(12, 768, 12),
+    "large": Size(24, 1024, 16),
+}
+
+
+def build_pretrainer(
+    size: Size, vocabulary_size: int, max_sequence_length: int, dropout: float
+) -> tf_keras.Model:
+    """A BERT with its two pre-training heads, its weights made under the strategy in scope.
+
+    Its inputs are `input_word_ids`, `input_mask`, `input_type_ids` ([B, L] int32) and
+    `masked_lm_positions` ([B, P] int32); its outputs hold `mlm_logits` ([B, P, V] float) and
+    `next_sentence` ([B, 2] float).
+    """
+    initializer = tf_keras.initializers.TruncatedNormal(stddev=0.02)
+    encoder = networks.BertEncoderV2(
+        vocab_size=vocabulary_size,
+        hidden_size=size.width,
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_sequence_length=max_sequence_length,
+        type_vocab_size=2,
+        inner_dim=4 * size.width,
+        output_dropout=dropout,
+        attention_dropout=dropout,
+        initializer=initializer,
+    )
+    inputs = dict(encoder.inputs)
+    positions = tf_keras.Input([None], dtype=tf.int32, name="masked_lm_positions")
+    encoded = encoder(inputs)
+    masked_lm = layers.MaskedLM(
+        encoder.get_embedding_table(),
+        activation=lambda x: tf_keras.activations.gelu(x, approximate=True),
+        initializer=tf_utils.clone_initializer(initializer),
+        name="masked_lm",
+    )
+    # BERT's own pooler feeds this head, as published; tf-models' ClassificationHead brings a
+    # second one and leaves the encoder's untrained.
+    next_sentence = tf_keras.layers.Dense(
+        2, kernel_initializer=tf_utils.clone_initializer(initializer), name="next_sentence"
+    )
+    return tf_keras.Model(
+        inputs | {"masked_lm_positions": positions},
+        {
+            "mlm_logits": masked_lm(encoded["sequence_output"], masked_positions=positions),
+            "next_sentence": next_sentence(encoded["pooled_output"]),
+        },
+        name="bert_pretrainer",
+    )
+
+
+def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
+    """Losses and hits of a batch, as sums: what replicas and steps can add up.
+
+    Args:
+        model: from `build_pretrainer`.
+        batch: as `inputs.text.element_spec` describes.
+        training: whether dropout is on.
+
+    Returns:
+        float32 scalars. `masked_loss` and `sentence_loss` are summed cross-entropies in nats,
+        `masked_hits` and `sentence_hits` count right answers.
+    """
+    outputs = model({key: batch[key] for key in model.input}, training=training)
+    masked, hits = _cross_entropy(
+        outputs["mlm_logits"], batch["masked_lm_ids"], batch["masked_lm_weights"]
+    )
+    sentence, sentence_hits = _cross_entropy(
+        outputs["next_sentence"], batch["next_sentence_labels"], batch["example_weights"]
+    )
+    return {
+        "masked_loss": masked,
+        "masked_hits": hits,
+        "sentence_loss": sentence,
+        "sentence_hits": sentence_hits,
+    }
+
+
+def pretraining_counts(batch) -> dict[str, tf.Tensor]:
+    """What the sums of `pretraining_sums` are divided by: masked tokens, sentence pairs."""
+    return {
+        "masked": tf.reduce_sum(batch["masked_lm_weights"]),
+        "sentence": tf.reduce_sum(batch["example_weights"]),
+    }
+
+
+def _cross_entropy(logits, labels, weights):
+    """Summed, weighted cross-entropy in nats and number of hits, in float32."""
+    logits = tf.cast(logits, tf.float32)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    hits = tf.cast(tf.argmax(logits, axis=-1, output_type=tf.int32) == labels, tf.float32)
+    return tf.reduce_sum(losses * weights), tf.reduce_sum(hits * weights)

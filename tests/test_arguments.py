@@ -1,0 +1,200 @@
+"""Arguments: refused with the rule, the value received and the cure; and kept when saved."""
+
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+from drive import LAYERS, Run, make_variables, random_gradients, random_weights
+
+RULES = ["LAMB", "LARS"]
+NAN, INFINITY = math.nan, math.inf
+
+# Rule, arguments, and what the message must say.
+BAD = [
+    ("LAMB", {"beta_1": 1.0}, r"`beta_1` must be a number in \[0, 1\)\. Received: beta_1=1\.0\."),
+    ("LAMB", {"beta_2": -0.1}, r"`beta_2` .* \[0, 1\)\. Received: beta_2=-0\.1\."),
+    ("LAMB", {"beta_2": NAN}, r"`beta_2` .* Received: beta_2=nan\."),
+    ("LAMB", {"beta_1": "0.9"}, r"`beta_1` must be a number .* Received: beta_1='0\.9'\."),
+    ("LAMB", {"beta_1": None}, r"`beta_1` must be a number .* Received: beta_1=None\."),
+    ("LAMB", {"epsilon": -1e-6}, r"`epsilon` .* \[0, inf\)\. Received: epsilon=-1e-06\."),
+    ("LARS", {"epsilon": NAN}, r"`epsilon` .* Received: epsilon=nan\."),
+    ("LARS", {"momentum": 1}, r"`momentum` .* \[0, 1\)\. Received: momentum=1\."),
+    ("LARS", {"trust_coefficient": 0}, r"`trust_coefficient` .* \(0, inf\)\. Received: .*=0\."),
+    ("both", {"learning_rate": 0.0}, r"`learning_rate` .* \(0, inf\)\. .* learning_rate=0\.0\."),
+    ("both", {"learning_rate": -1}, r"`learning_rate` .* Received: learning_rate=-1\."),
+    ("both", {"learning_rate": NAN}, r"`learning_rate` .* Received: learning_rate=nan\."),
+    ("both", {"learning_rate": INFINITY}, r"`learning_rate` .* Received: learning_rate=inf\."),
+    ("both", {"learning_rate": True}, r"`learning_rate` .* Received: learning_rate=True\."),
+    ("both", {"weight_decay": -0.01}, r"`weight_decay` .* \[0, inf\)\. .* weight_decay=-0\.01\."),
+    ("both", {"weight_decay": None}, r"`weight_decay` .* Received: weight_decay=None\."),
+    ("both", {"weight_decay": NAN}, r"`weight_decay` .* Received: weight_decay=nan\."),
+    ("both", {"clipnorm": 0}, r"`clipnorm` .* \(0, inf\)\. Received: clipnorm=0\."),
+    ("both", {"global_clipnorm": NAN}, r"`global_clipnorm` .* Received: global_clipnorm=nan\."),
+    ("both", {"clipvalue": -1.0}, r"`clipvalue` .* Received: clipvalue=-1\.0\."),
+    ("both", {"clipnorm": 1.0, "clipvalue": 2.0}, r"only one .*: clipnorm=1\.0, clipvalue=2\.0"),
+    ("both", {"clip_norm": 1.0}, r"no argument `clip_norm`\. .* `clipnorm`\? .* clip_norm=1\.0\."),
+    ("LAMB", {"beta2": 0.9}, r"`LAMB` .* `beta2`\. Did you mean `beta_2`\? Received: beta2=0\.9\."),
+    ("LARS", {"momentun": 0.9}, r"`LARS` takes .* Did you mean `momentum`\?"),
+    ("both", {"zzzzzz": 1}, r"takes no argument `zzzzzz`\. Received: zzzzzz=1\."),
+    ("both", {"exclude_from_weight_decay": ["bias", "(x"]}, r"regular expressions.*'\(x' \("),
+    ("both", {"exclude_from_weight_decay": 3}, r"a list of regular expressions\. Received: .*=3\."),
+    ("both", {"exclude_from_weight_decay": [3]}, r"hold regular expressions.* Received: 3 \("),
+    ("both", {"exclude_from_layer_adaptation": ["*"]}, r"`exclude_from_layer_adaptation`.*'\*' \("),
+]
+
+# Another value than the default, for each argument there is.
+CHANGED = {
+    "learning_rate": 0.25,  # a float32 number, so that no rounding shows
+    "beta_1": 0.8,
+    "beta_2": 0.98,
+    "momentum": 0.7,
+    "trust_coefficient": 0.02,
+    "epsilon": 1e-4,
+    "nesterov": True,
+    "weight_decay": 0.05,
+    "exclude_from_weight_decay": ["bias", "norm/"],
+    "exclude_from_layer_adaptation": ["conv/"],
+    "name": "other",
+    "clipnorm": 2.0,
+    "clipvalue": 3.0,
+    "global_clipnorm": 4.0,
+    "use_ema": True,
+    "ema_momentum": 0.5,
+    "ema_overwrite_frequency": 7,
+    "loss_scale_factor": 8.0,
+    "gradient_accumulation_steps": 2,
+    "jit_compile": False,
+}
+CLIPS = ["clipnorm", "clipvalue", "global_clipnorm"]
+
+
+def built(flavour, optimizer):
+    optimizer.build(make_variables(flavour, random_weights()))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "message"),
+    [
+        pytest.param(rule, arguments, message, id=f"{rule}-{arguments}")
+        for rules, arguments, message in BAD
+        for rule in (RULES if rules == "both" else [rules])
+    ],
+)
+def test_a_bad_argument_is_refused(flavour, rule, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(flavour.lamb, rule)(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["exclude_from_weight_decay", "exclude_from_layer_adaptation"])
+def test_a_pattern_that_matches_nothing_lists_the_names(flavour, argument):
+    optimizer = flavour.lamb.LAMB(**{argument: ["bias", "layer_norm"]})
+    with pytest.raises(ValueError, match="Received: 'layer_norm', which matches none") as error:
+        built(flavour, optimizer)
+    assert all(f"\n  {name}" in str(error.value) for name in LAYERS)
+
+
+def test_an_argument_of_the_other_flavour_is_refused(flavour):
+    foreign = {"keras3": "jit_compile", "tf_keras": "loss_scale_factor"}[flavour.name]
+    with pytest.raises(ValueError, match=f"`LARS` takes no argument `{foreign}`"):
+        flavour.lamb.LARS(**{foreign: CHANGED[foreign]})
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_argument_is_saved(flavour, rule, clip):
+    rule = getattr(flavour.lamb, rule)
+    parameters = inspect.signature(rule.__init__).parameters.values()
+    own = {p.name: p.default for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD}
+    own.pop("self")
+    others = rule._keras_arguments() - (set(CLIPS) - {clip})
+    changed = {name: CHANGED[name] for name in own.keys() | others}
+    assert all(changed[name] != default for name, default in own.items())
+
+    config = json.loads(json.dumps(rule(**changed).get_config()))
+    assert {name: config[name] for name in changed} == changed
+    clone = rule.from_config(config)
+    assert clone.get_config() == config
+    assert {name for name in CLIPS if getattr(clone, name) is not None} == {clip}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_keras_finds_the_class_by_its_registered_name(flavour, rule):
+    optimizer = getattr(flavour.lamb, rule)(exclude_from_layer_adaptation=["bias"])
+    serialized = json.loads(json.dumps(flavour.keras.optimizers.serialize(optimizer)))
+    assert serialized["registered_name"] == f"tf_lamb>{rule}"
+    clone = flavour.keras.optimizers.deserialize(serialized)
+    assert type(clone) is type(optimizer)
+    assert built(flavour, clone).layers == built(flavour, optimizer).layers
+
+
+@pytest.mark.parametrize("adaptation", [None, [], ["conv"]])
+def test_none_and_an_empty_list_stay_apart(flavour, adaptation):
+    optimizer = flavour.lamb.LAMB(
+        exclude_from_weight_decay=["bias"], exclude_from_layer_adaptation=adaptation
+    )
+    clone = flavour.lamb.LAMB.from_config(optimizer.get_config())
+    excluded = {layer.name for layer in built(flavour, clone).layers if not layer.adapted}
+    meant = {None: {"conv/bias"}, "[]": set(), "['conv']": {"conv/kernel", "conv/bias"}}
+    assert excluded == meant[adaptation if adaptation is None else str(adaptation)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rate_that_was_driven_to_zero_still_loads(flavour, rule):
+    optimizer = getattr(flavour.lamb, rule)(0.5, weight_decay=0.25)
+    optimizer.learning_rate = 0.0
+    config = optimizer.get_config()
+    clone = type(optimizer).from_config(config)
+    assert float(clone.learning_rate) == 0.0
+    assert clone.get_config() == config == optimizer.get_config()
+
+
+def test_a_number_of_any_kind_is_a_rate(flavour):
+    for rate in (1, np.float32(0.5), np.float64(0.25)):
+        assert float(flavour.lamb.LAMB(rate).learning_rate) == float(rate)
+
+
+def test_keras3_takes_a_callable_rate(keras3):
+    optimizer = keras3.lamb.LAMB(lambda: 0.5)
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_a_single_string_is_one_pattern(flavour):
+    optimizer = flavour.lamb.LAMB(exclude_from_weight_decay="bias|norm")
+    assert optimizer.get_config()["exclude_from_weight_decay"] == ["bias|norm"]
+    layers = built(flavour, optimizer).layers
+    assert [layer.name for layer in layers if not layer.decayed] == ["conv/bias", "norm/gamma"]
+
+
+def test_the_layer_table_says_what_was_decided(flavour):
+    optimizer = flavour.lamb.LAMB(
+        exclude_from_weight_decay=["bias"], exclude_from_layer_adaptation=["kernel$"]
+    )
+    with pytest.raises(ValueError, match=r"optimizer\.build\(model\.trainable_variables\)"):
+        optimizer.layer_table()
+    lines = []
+    built(flavour, optimizer).layer_table(lines.append)
+    assert lines == [
+        "variable         shape         decayed  adapted",
+        "embed/table      (13, 7)       yes      yes",
+        "conv/kernel      (3, 3, 2, 4)  yes      -",
+        "conv/bias        (4,)          -        yes",
+        "attention/query  (2, 3, 4)     yes      yes",
+        "norm/gamma       (6,)          yes      yes",
+        "temperature      ()            yes      yes",
+        "zero/kernel      (4, 3)        yes      -",
+        "still/kernel     (3, 2)        yes      -",
+    ]
+
+
+def test_the_rate_can_be_set_between_steps(flavour):
+    """As a callback does; a traced update must see it."""
+    run = Run(flavour, lambda: flavour.lamb.LAMB(0.5), random_weights())
+    first, second, *_ = random_gradients(1)
+    run.step(first)
+    run.optimizer.learning_rate = 0.0
+    before = run.weights()
+    run.step(second)
+    assert all(np.array_equal(x, y) for x, y in zip(before, run.weights(), strict=True))

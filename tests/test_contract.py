@@ -1,0 +1,201 @@
+"""What the optimizers rely on in Keras and TensorFlow, and what they promise about the program.
+
+The hooks are private: when a new Keras moves one, the first test here fails before any number
+is wrong.
+"""
+
+import collections
+import inspect
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from drive import LAYERS, Run, assert_agrees, make_variables, random_gradients, random_weights
+
+HOOKS = {
+    "keras3": {
+        "_distributed_tf_update_step": ["distribution", "grads_and_vars", "learning_rate"],
+        "_backend_update_step": ["grads", "trainable_variables", "learning_rate"],
+        "_clip_gradients": ["grads"],
+        "_apply_weight_decay": ["variables"],
+    },
+    "tf_keras": {
+        "_distributed_apply_gradients_fn": ["distribution", "grads_and_vars", "kwargs"],
+        "_clip_gradients": ["grads"],
+        "_apply_weight_decay": ["variables"],
+    },
+}
+RULES = ["LAMB", "LARS"]
+
+
+def compiled(optimizer):
+    """The `tf.function` that holds the whole update."""
+    return inspect.getclosurevars(optimizer._plan.run).nonlocals["compiled"]
+
+
+def operations(flavour, **arguments):
+    """Operations of one LAMB step as a graph: those outside the XLA cluster, those inside it."""
+    variables = make_variables(flavour, random_weights())
+    optimizer = flavour.lamb.LAMB(0.1, **arguments)
+    optimizer.build(variables)
+
+    @tf.function
+    def step(grads):
+        optimizer.apply_gradients(zip(grads, variables, strict=True))
+
+    grads = [tf.constant(g) for g in random_gradients(1)[0][0]]
+    graph = step.get_concrete_function(grads).graph
+    clusters = [op for op in graph.get_operations() if "_XlaMustCompile" in op.node_def.attr]
+    assert len(clusters) == 1
+    name = clusters[0].get_attr("f").name
+    library = graph.as_graph_def().library.function
+    inside = next(f.node_def for f in library if f.signature.name == name)
+    outside = [op for op in graph.get_operations() if op is not clusters[0]]
+    return outside, collections.Counter(node.op for node in inside)
+
+
+def test_the_private_hooks_are_where_we_override_them(flavour):
+    base = flavour.keras.optimizers.Optimizer
+    for name, parameters in HOOKS[flavour.name].items():
+        found = [p for p in inspect.signature(getattr(base, name)).parameters if p != "self"]
+        assert found == parameters, name
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_base_neither_clips_nor_decays(flavour, rule):
+    """Both would happen before the sum over the replicas, or outside the ratio."""
+    variables = make_variables(flavour, random_weights())
+    optimizer = getattr(flavour.lamb, rule)(0.1, weight_decay=0.5, clipnorm=1e-3)
+    optimizer.build(variables)
+    before = [v.numpy() for v in variables]
+    grads = [tf.constant(g) for g in random_gradients(1)[0][0]]
+    assert all(a is b for a, b in zip(optimizer._clip_gradients(grads), grads, strict=True))
+    optimizer._apply_weight_decay(variables)
+    assert all(np.array_equal(v, b) for v, b in zip(variables, before, strict=True))
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_one_trace_per_replica_and_none_on_the_second_call(flavour, mirrored, replicas, graph):
+    strategy = mirrored if replicas == 2 else None
+    run = Run(flavour, lambda: flavour.lamb.LAMB(0.1), random_weights(), strategy, graph)
+    for gradients in random_gradients(replicas)[:3]:
+        run.step(gradients)
+        assert compiled(run.optimizer).experimental_get_tracing_count() == replicas
+    if graph:
+        assert run.apply.experimental_get_tracing_count() == 1
+
+
+def test_the_update_is_one_xla_cluster(flavour):
+    outside, inside = operations(flavour, global_clipnorm=1.0)
+    assert {"Sqrt", "Mul", "AssignVariableOp"} <= set(inside)
+    wiring = {"Placeholder", "Identity", "IdentityN", "NoOp"}
+    # The counter and the rate; nothing for each layer, and nothing of a layer's size.
+    scalars = [op for op in outside if op.type not in wiring]
+    assert len(scalars) < 12, [op.type for op in scalars]
+    assert all(out.shape.rank == 0 for op in scalars for out in op.outputs)
+
+
+def test_an_excluded_layer_adds_no_ops(flavour):
+    every_layer = operations(flavour)[1]
+    no_bias = operations(flavour, exclude_from_weight_decay=["bias"])[1]
+    no_layer = operations(flavour, exclude_from_weight_decay=["."])[1]
+    # A ratio is two norms, each one sum and one root, a quotient and a selection; the decay is
+    # one product.
+    for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1, "SelectV2": 1, "Mul": 1}.items():
+        assert every_layer[op] - no_bias[op] == each, op
+        assert every_layer[op] - no_layer[op] == each * len(LAYERS), op
+    assert no_layer["Sum"] == no_layer["DivNoNan"] == no_layer["SelectV2"] == 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras 3's own, and right
+def test_a_variable_without_a_gradient_is_left_alone(flavour, mirrored, rule):
+    run = Run(flavour, lambda: getattr(flavour.lamb, rule)(0.1), random_weights(), mirrored)
+    first, second, *_ = random_gradients(2)
+    run.step(first)
+
+    def state(layer):
+        slots = [run.optimizer._plan.slots[k][layer] for k in range(len(run.optimizer.slot_names))]
+        return [run.weights()[layer].tobytes(), *(slot.numpy().tobytes() for slot in slots)]
+
+    before = [state(layer) for layer in range(len(LAYERS))]
+    without = list(LAYERS).index("conv/kernel")
+    run.step([[None if i == without else g for i, g in enumerate(share)] for share in second])
+    same = [state(layer) == old for layer, old in enumerate(before)]
+    assert same[without] and sum(same) == 1
+
+    layer_class = {"LAMB": oracle.Lamb, "LARS": oracle.Lars}[rule]
+    layers = [layer_class(x) for x in random_weights()]
+    layers.pop(without)
+    for share in first + second:
+        share.pop(without)
+    exact = oracle.history(layers, [first, second], [0.1, 0.1])[-1]
+    weights = run.weights()
+    weights.pop(without)
+    for x, e in zip(weights, exact, strict=True):
+        np.testing.assert_allclose(x, e, rtol=0, atol=3e-7 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_would_bypass_the_whole_model_is_refused(flavour, rule):
+    optimizer = getattr(flavour.lamb, rule)(0.1)
+    with pytest.raises(RuntimeError, match="exclude_from_weight_decay=\\[patterns\\]"):
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    with pytest.raises(RuntimeError, match="apply_gradients"):
+        optimizer.update_step(0.0, None, 0.1)
+
+
+def test_a_parameter_server_is_refused(flavour, monkeypatch):
+    optimizer = flavour.lamb.LAMB(0.1)
+    # Without a cluster there is no way to make a whole one.
+    server = object.__new__(tf.distribute.experimental.ParameterServerStrategy)
+    monkeypatch.setattr(optimizer, "_distribution_strategy", server)
+    with pytest.raises(ValueError, match="MirroredStrategy"):
+        optimizer.build(make_variables(flavour, [np.ones(2, np.float32)], ["w"]))
+
+
+def run_beside(flavour, optimizer, weights, gradients):
+    """float64 weights `[step][layer]` of any optimizer of the flavour."""
+    return Run(flavour, lambda: optimizer, weights).history(gradients)
+
+
+def test_lamb_without_ratio_and_decay_is_adam(flavour):
+    weights, gradients = random_weights(), random_gradients(1)
+    bare = flavour.lamb.LAMB(
+        0.01, weight_decay=0.0, epsilon=1e-30, exclude_from_layer_adaptation=["."]
+    )
+    ours = run_beside(flavour, bare, weights, gradients)
+    # Its epsilon stands elsewhere, so both are tiny; its own bias correction is off by 1e-5.
+    adam = flavour.keras.optimizers.Adam(0.01, epsilon=1e-30)
+    for x, e in zip(ours[-1], run_beside(flavour, adam, weights, gradients)[-1], strict=True):
+        np.testing.assert_allclose(x, e, rtol=0, atol=1e-6 + 3e-7 * np.abs(e).max())
+    layers = [oracle.Lamb(x, weight_decay=0.0, epsilon=1e-30, adapted=False) for x in weights]
+    assert_agrees(ours, oracle.history(layers, gradients, [0.01] * len(gradients)))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_without_ratio_and_decay_is_momentum_sgd(flavour, nesterov):
+    weights, gradients = random_weights(), random_gradients(1)
+    bare = flavour.lamb.LARS(
+        0.01, weight_decay=0.0, nesterov=nesterov, exclude_from_layer_adaptation=["."]
+    )
+    sgd = flavour.keras.optimizers.SGD(0.01, momentum=0.9, nesterov=nesterov)
+    theirs = run_beside(flavour, sgd, weights, gradients)
+    assert_agrees(run_beside(flavour, bare, weights, gradients), theirs)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_size_of_the_gradients_does_not_matter(flavour, rule):
+    """Every layer takes a step of its weights' size. A power of two, so that no bit changes."""
+    arguments = {"LAMB": {"epsilon": 1e-30}, "LARS": {"weight_decay": 0.0}}[rule]
+    weights, gradients = random_weights(), random_gradients(1)
+    zero = list(LAYERS).index("zero/kernel")  # there the ratio is 1, and LARS sees the size
+    weights[zero] = np.ones_like(weights[zero])
+    scaled = [[[g * 1024 for g in grads] for grads in replicas] for replicas in gradients]
+    make = getattr(flavour.lamb, rule)
+    small = run_beside(flavour, make(0.1, **arguments), weights, gradients)
+    large = run_beside(flavour, make(0.1, **arguments), weights, scaled)
+    assert all(np.array_equal(a, b) for a, b in zip(small[-1], large[-1], strict=True))
+    assert not np.array_equal(small[-1][0], small[0][0])

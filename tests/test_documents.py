@@ -1,0 +1,107 @@
+"""Text files become documents, and what is wrong with a file is said in one sentence."""
+
+import gzip
+import json
+
+import pytest
+
+from inputs import documents, installed_text, vocabulary
+from inputs.errors import InputError
+
+LATIN1 = "a line\ncaf\xe9 au lait\n".encode("latin-1")
+
+
+def read(*paths):
+    return list(documents.read_documents(documents.find_files(",".join(map(str, paths)))))
+
+
+def test_blank_lines_end_a_document(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\nOne.\nTwo.\n\n \nThree.\r\n", encoding="utf-8")
+    assert read(tmp_path / "a.txt") == [["One.", "Two."], ["Three."]]
+
+
+def test_json_lines_hold_paragraphs_or_text(tmp_path):
+    lines = [{"paragraphs": ["One.", " ", "Two."]}, {"id": 1, "text": "Three.\nFour."}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == [["One.", "Two."], ["Three.", "Four."]]
+
+
+def test_folders_globs_and_gzip_in_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    with gzip.open(tmp_path / "deep/b.txt.gz", "wt") as file:
+        file.write("B.")
+    (tmp_path / "a.txt").write_text("A.")
+    (tmp_path / "notes.md").write_text("not text by its name")
+    assert read(tmp_path) == [["A."], ["B."]]
+    assert read(tmp_path / "deep/*.gz", tmp_path / "a.txt") == [["B."], ["A."]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b" \n\n", "holds no text"),
+        ("a.txt", LATIN1, "line 2, byte 10: not UTF-8 (0xe9)"),
+        ("a.txt.gz", b"plain text", "named .gz but is no whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"words " * 999)[:40], "named .gz but is no whole gzip file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b'{"title": "x"}', "line 1: no document"),
+        ("a.jsonl", b'["x"]', "line 1: no document"),
+        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: no document"),
+        ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("entry", ["missing", "missing.txt", "*.txt", ""])
+def test_nothing_found_names_the_entry(tmp_path, entry):
+    with pytest.raises(InputError, match="holds no text"):
+        read(tmp_path / entry)
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(InputError, match="no text file by its name"):
+        read(tmp_path / "a.csv")
+
+
+def test_installed_text_is_prose_that_comes_once():
+    first = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
+    again = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
+    paragraphs = [paragraph for document in first for paragraph in document]
+    assert first == again
+    assert len({paragraph.lower() for paragraph in paragraphs}) == len(paragraphs)
+    assert not any(">>>" in paragraph for paragraph in paragraphs)
+
+
+def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
+    texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
+    pieces = vocabulary.learn_vocabulary(texts, 60)
+    assert pieces == vocabulary.learn_vocabulary(texts, 60)
+    assert set(vocabulary.SPECIAL_TOKENS) < set(pieces) and "the" in pieces and len(pieces) <= 60
+    vocabulary.save_vocabulary(pieces, tmp_path / "vocab.txt")
+    assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"lacks \[MASK\]"),
+        (b"\n".join(t.encode() for t in vocabulary.SPECIAL_TOKENS) + b"\nx\nx\n", "'x' twice"),
+        (b"\xff\xfe", "cannot be read as UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path, content, said):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        vocabulary.load_vocabulary(tmp_path / "vocab.txt")
+
+
+def test_no_vocabulary_without_words():
+    with pytest.raises(InputError, match="not one word"):
+        vocabulary.learn_vocabulary([], 100)

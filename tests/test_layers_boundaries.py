@@ -1,0 +1,123 @@
+"""Imports run one way, and `import tf_lamb` needs no more than Keras and its backend."""
+
+import ast
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tf_lamb
+
+ROOT = pathlib.Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+SCRIPT = str(TESTS / "other_backend.py")
+
+OURS = {"tf_lamb", "models", "inputs", "training", "experiments", "benchmarks", "train", "tests"}
+# Folder: which of ours it may import beside itself. train.py may import all.
+FOLDERS = {
+    "tf_lamb": set(),
+    "models": set(),
+    "inputs": set(),
+    "training": {"tf_lamb", "models", "inputs"},
+    "experiments": {"tf_lamb"},
+}
+# Module of tf_lamb: which others it may import.
+MODULES = {
+    "__init__": {"keras3"},
+    "updates": set(),
+    "layerwise": {"updates"},
+    "schedules": {"layerwise"},
+    "fused": set(),
+    "recipes": set(),
+    "lamb": {"layerwise", "updates"},
+    "lars": {"layerwise", "updates"},
+    "keras3": {"lamb", "lars", "fused", "schedules", "layerwise"},
+    "tf_keras": {"lamb", "lars", "fused", "schedules", "layerwise"},
+}
+# Only these may know TensorFlow or Keras 2.
+TENSORFLOW = {"fused": {"tensorflow"}, "tf_keras": {"tensorflow", "tf_keras"}}
+
+
+def imported(path):
+    """Dotted names that a file imports, wherever in it the import stands."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path):
+    text = "import a.b as c\ndef f():\n    from d import e, g\n    from h.i import j\n"
+    (tmp_path / "module.py").write_text(text)
+    assert imported(tmp_path / "module.py") == ["a.b", "d.e", "d.g", "h.i.j"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_knows_only_what_stands_before_it(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    if not files:
+        pytest.skip(f"there is no {folder}/ yet")
+    for path in files:
+        found = {name.split(".")[0] for name in imported(path)} & OURS
+        assert found <= FOLDERS[folder] | {folder}, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tf_lamb").glob("*.py")), ids=lambda p: p.stem)
+def test_within_the_library_imports_run_one_way(path):
+    names = [name.split(".") for name in imported(path)]
+    ours = {parts[1] for parts in names if parts[0] == "tf_lamb"}
+    assert path.stem in MODULES, "a new module: say above what it may import"
+    assert ours <= MODULES[path.stem]
+    heavy = {"tensorflow", "tf_keras", "jax", "torch", "official", "orbit", "absl"}
+    assert {parts[0] for parts in names} & heavy <= TENSORFLOW.get(path.stem, set())
+
+
+def test_the_oracle_knows_nothing_of_ours():
+    assert imported(TESTS / "oracle.py") == ["numpy"]
+
+
+def run_python(code, backend):
+    """What a fresh interpreter prints."""
+    environment = os.environ | {
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_library_is_light():
+    heavy = {"tf_keras", "official", "tensorflow_models", "orbit"}
+    code = f"import sys, tf_lamb; print(*{heavy} & set(sys.modules), tf_lamb.__version__)"
+    assert run_python(code, "tensorflow").split() == [tf_lamb.__version__]
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_every_backend_agrees_with_the_oracle(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    printed = run_python(f"import runpy; runpy.run_path({SCRIPT!r}, run_name='__main__')", backend)
+    assert printed.strip() == f"agrees on {backend}"
+
+
+def test_tf_keras_needs_the_tensorflow_backend():
+    code = (
+        "import keras\n"
+        "keras.backend.backend = lambda: 'jax'\n"  # jax itself need not be installed
+        "try:\n    import tf_lamb.tf_keras\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    printed = run_python(code, "tensorflow")
+    assert "Set the environment variable KERAS_BACKEND=tensorflow" in printed
+    assert "Received: KERAS_BACKEND=jax." in printed

@@ -1,0 +1,145 @@
+"""What Keras puts around the update works around ours: EMA, accumulation, loss scales, policies."""
+
+import contextlib
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from drive import Run, assert_agrees, copies, random_gradients, random_weights
+
+RATE, MOMENTUM = 0.05, 0.75
+
+
+def lamb(flavour, **arguments):
+    return lambda: flavour.lamb.LAMB(RATE, **arguments)
+
+
+def oracle_layers():
+    return [oracle.Lamb(x) for x in random_weights()]
+
+
+def averaged(flavour, gradients, overwrite):
+    """The oracle's weights `[step][layer]`, and their moving average at the end."""
+    layers = oracle_layers()
+    weights, averages = [[layer.x for layer in layers]], [layer.x for layer in layers]
+    for step, replicas in enumerate(gradients, start=1):
+        after = oracle.history(layers, [replicas], [RATE])[-1]
+        # Keras 3 starts from the weights after the first step, tf_keras from those before it.
+        kept = 0.0 if flavour.name == "keras3" and step == 1 else MOMENTUM
+        averages = [kept * a + (1 - kept) * x for a, x in zip(averages, after, strict=True)]
+        if overwrite and step % overwrite == 0:
+            for layer, average in zip(layers, averages, strict=True):
+                layer.x = average
+        weights.append([layer.x for layer in layers])
+    return weights, averages
+
+
+# Keras 3 itself cannot update an average under MirroredStrategy.
+@pytest.mark.parametrize("overwrite", [None, 2])
+@pytest.mark.parametrize(
+    ("flavour", "replicas"), [("keras3", 1), ("tf_keras", 1), ("tf_keras", 2)], indirect=["flavour"]
+)
+def test_ema(flavour, mirrored, replicas, overwrite):
+    gradients = random_gradients(replicas)
+    make = lamb(flavour, use_ema=True, ema_momentum=MOMENTUM, ema_overwrite_frequency=overwrite)
+    run = Run(flavour, make, random_weights(), mirrored if replicas == 2 else None)
+    weights, averages = averaged(flavour, gradients, overwrite)
+    assert_agrees(run.history(gradients), weights)
+    run.optimizer.finalize_variable_values(run.variables)
+    for x, average in zip(run.weights(), averages, strict=True):
+        np.testing.assert_allclose(x, average, rtol=0, atol=5e-7 * np.abs(average).max())
+
+
+def test_gradients_accumulate(keras3):
+    run = Run(keras3, lamb(keras3, gradient_accumulation_steps=2), random_weights())
+    gradients = random_gradients(1)[:4]
+    weights = run.history(gradients)
+    for between, before in ((1, 0), (3, 2)):
+        assert all(
+            np.array_equal(x, y) for x, y in zip(weights[between], weights[before], strict=True)
+        )
+    means = [
+        [[(a + b) / 2 for a, b in zip(first[0], second[0], strict=True)]]
+        for first, second in (gradients[:2], gradients[2:])
+    ]
+    assert_agrees(weights[::2], oracle.history(oracle_layers(), means, [RATE] * 2))
+
+
+def test_a_loss_scale_factor_is_undone(keras3):
+    run = Run(keras3, lamb(keras3, loss_scale_factor=512.0), random_weights())
+    gradients = random_gradients(1)
+    scaled = [[[g * 512 for g in grads] for grads in replicas] for replicas in gradients]
+    assert float(run.optimizer.scale_loss(tf.constant(2.0))) == 1024.0
+    assert_agrees(run.history(scaled), oracle.history(oracle_layers(), gradients, [RATE] * 5))
+
+
+def loss_scaled(flavour, inner):
+    if flavour.name == "keras3":
+        return flavour.keras.optimizers.LossScaleOptimizer(inner, initial_scale=512.0)
+    return flavour.keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=512.0)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_dynamic_loss_scale_skips_what_is_not_finite(flavour, mirrored, replicas):
+    strategy = mirrored if replicas == 2 else None
+    run = Run(flavour, lambda: loss_scaled(flavour, lamb(flavour)()), random_weights(), strategy)
+    # tf_keras leaves the unscaling to the training loop, and counts a skipped step.
+    scale = 512.0 if flavour.name == "keras3" else 1.0
+    gradients = random_gradients(replicas)
+    scaled = [[[g * scale for g in grads] for grads in shares] for shares in gradients]
+    weights = run.history(scaled[:2])
+    assert_agrees(weights, oracle.history(oracle_layers(), gradients[:2], [RATE] * 2))
+    run.step([[np.full_like(g, np.inf) for g in grads] for grads in scaled[2]])
+    assert all(np.array_equal(x, y) for x, y in zip(run.weights(), weights[-1], strict=True))
+    run.step(scaled[3])
+    assert all(np.isfinite(x).all() for x in run.weights())
+    assert not np.array_equal(run.weights()[0], weights[-1][0])
+
+
+def test_a_loss_scale_optimizer_is_saved_with_ours_inside(flavour):
+    inner = lamb(flavour, exclude_from_weight_decay=["bias"])()
+    optimizer = loss_scaled(flavour, inner)
+    config = flavour.keras.optimizers.serialize(optimizer)
+    loaded = flavour.keras.optimizers.deserialize(config)
+    assert type(loaded) is type(optimizer)
+    assert loaded.inner_optimizer.get_config() == inner.get_config()
+
+
+@pytest.fixture(params=["mixed_float16", "mixed_bfloat16"])
+def policy(request, flavour):
+    module = flavour.keras.mixed_precision
+    set_policy = getattr(module, "set_global_policy", None) or module.set_dtype_policy
+    before = getattr(module, "global_policy", None) or module.dtype_policy
+    before = before()
+    set_policy(request.param)
+    yield request.param
+    set_policy(before)
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "LARS"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_mixed_precision_learns(flavour, policy, mirrored, rule, replicas):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 4)).astype("float32")
+    y = (x[:, :1] > 0).astype("float32")
+    layers = flavour.keras.layers
+    arguments = {"LAMB": {}, "LARS": {"trust_coefficient": 0.1}}[rule]
+    flavour.keras.utils.set_random_seed(0)
+    with mirrored.scope() if replicas == 2 else contextlib.nullcontext():
+        model = flavour.keras.Sequential(
+            [layers.Input((4,)), layers.Dense(8, activation="relu"), layers.Dense(1)]
+        )
+        optimizer = getattr(flavour.lamb, rule)(
+            0.05, exclude_from_weight_decay=["bias"], **arguments
+        )
+        model.compile(optimizer, loss="mse")
+    losses = model.fit(x, y, batch_size=16, epochs=5, shuffle=False, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.iterations.numpy() == 20
+    strategy = mirrored if replicas == 2 else None
+    state = [*model.weights, *(slot for kind in optimizer._plan.slots for slot in kind)]
+    for variable in state:
+        values = copies(strategy, variable)
+        assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in values)
+        assert all(value.tobytes() == values[0].tobytes() for value in values)

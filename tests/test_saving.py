@@ -1,0 +1,171 @@
+"""`compile`, `fit`, save, load, go on: as if nothing had happened, to the bit.
+
+Wrappers and options of Keras that stand around the update (EMA, accumulation, loss scales,
+mixed precision) are in test_options.py.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+RULES = ["LAMB", "LARS"]
+EXCLUDED = ["bias", "gamma", "beta"]
+
+
+def data():
+    """Two classes that a line parts, so that a few epochs learn them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(48, 4)).astype("float32")
+    return x, (x[:, :1] > 0).astype("float32")
+
+
+def make_optimizer(flavour, rule, rate=None):
+    """With exclusions and a schedule, in the middle of which the training is cut."""
+    arguments = {"LAMB": {}, "LARS": {"trust_coefficient": 0.1, "nesterov": True}}[rule]
+    schedule = flavour.lamb.WarmupPolynomialDecay(0.1, warmup_steps=4, total_steps=30)
+    return getattr(flavour.lamb, rule)(
+        schedule if rate is None else rate,
+        exclude_from_weight_decay=EXCLUDED,
+        exclude_from_layer_adaptation=["bias"],
+        **arguments,
+    )
+
+
+def make_model(flavour, optimizer, seed=0):
+    flavour.keras.utils.set_random_seed(seed)
+    layers = flavour.keras.layers
+    model = flavour.keras.Sequential(
+        [
+            layers.Input((4,)),
+            layers.Dense(8, activation="relu", name="hidden"),
+            layers.BatchNormalization(name="norm"),
+            layers.Dense(1, activation="sigmoid", name="out"),
+        ]
+    )
+    model.compile(optimizer=optimizer, loss="binary_crossentropy")
+    return model
+
+
+def fit(model, epochs):
+    return model.fit(*data(), batch_size=16, epochs=epochs, shuffle=False, verbose=0).history
+
+
+def state(model):
+    """Every number of the model and the optimizer, in a fixed order, as bytes."""
+    numbers = [w.numpy() for w in model.weights]
+    numbers += [slot.numpy() for kind in model.optimizer._plan.slots for slot in kind]
+    return [n.tobytes() for n in (*numbers, model.optimizer.iterations.numpy())]
+
+
+def decisions(optimizer):
+    """By layer and weight alone: Keras 3 renames `sequential/out/bias` to `out/bias` when it
+    loads a Sequential model, so a pattern should not be anchored to the start of a path."""
+    return {
+        "/".join(layer.name.split("/")[-2:]): (layer.decayed, layer.adapted)
+        for layer in optimizer.layers
+    }
+
+
+@pytest.fixture(scope="module", params=RULES)
+def rule(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flavour, rule):
+    """The state after two epochs, and after two more."""
+    model = make_model(flavour, make_optimizer(flavour, rule))
+    losses = fit(model, 2)["loss"]
+    middle = state(model)
+    losses += fit(model, 2)["loss"]
+    assert losses[-1] < losses[0]
+    assert decisions(model.optimizer) == {
+        "hidden/kernel": (True, True),
+        "hidden/bias": (False, False),
+        "norm/gamma": (False, True),
+        "norm/beta": (False, True),
+        "out/kernel": (True, True),
+        "out/bias": (False, False),
+    }
+    assert set(middle).isdisjoint(set(state(model)))
+    return middle, state(model)
+
+
+def assert_goes_on(model, uninterrupted):
+    middle, end = uninterrupted
+    assert state(model) == middle
+    fit(model, 2)
+    assert state(model) == end
+
+
+FORMATS = [
+    ("keras3", "model.keras", {}),
+    ("tf_keras", "model.keras", {}),
+    ("tf_keras", "saved_model", {"save_format": "tf"}),
+]
+
+
+@pytest.mark.parametrize(("flavour", "file", "how"), FORMATS, indirect=["flavour"])
+def test_a_saved_model_goes_on(flavour, rule, uninterrupted, tmp_path, file, how):
+    model = make_model(flavour, make_optimizer(flavour, rule))
+    fit(model, 2)
+    model.save(tmp_path / file, **how)
+    loaded = flavour.keras.models.load_model(tmp_path / file)
+    assert type(loaded.optimizer) is type(model.optimizer)
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    if file == "saved_model":
+        # tf_keras builds no optimizer here, and restores none's state, but saves it.
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(str(tmp_path / file / "variables" / "variables"))
+    assert decisions(loaded.optimizer) == decisions(model.optimizer)
+    assert_goes_on(loaded, uninterrupted)
+
+
+def test_a_checkpoint_goes_on(flavour, rule, uninterrupted, tmp_path):
+    model = make_model(flavour, make_optimizer(flavour, rule))
+    fit(model, 2)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
+
+    other = make_model(flavour, make_optimizer(flavour, rule), seed=1)
+    other.optimizer.build(other.trainable_variables)
+    status = tf.train.Checkpoint(model=other, optimizer=other.optimizer).read(path)
+    status.assert_existing_objects_matched()
+    assert_goes_on(other, uninterrupted)
+
+
+def test_a_checkpoint_holds_each_tensor_once(flavour, rule, tmp_path):
+    model = make_model(flavour, make_optimizer(flavour, rule, rate=0.1))
+    fit(model, 1)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
+    saved = [name for name, _ in tf.train.list_variables(path) if "VARIABLE_VALUE" in name]
+    saved = [name for name in saved if "/metrics/" not in name]
+    slots = [slot for kind in model.optimizer._plan.slots for slot in kind]
+    assert len(slots) == {"LAMB": 2, "LARS": 1}[rule] * len(model.trainable_weights)
+    assert len(saved) == len(model.weights) + len(slots) + 2  # the counter and the rate
+    values = [tf.train.load_variable(path, name).tobytes() for name in saved]
+    for variable in [*model.weights, *slots]:
+        assert values.count(variable.numpy().tobytes()) == 1, variable.name
+
+
+def test_a_checkpoint_of_two_replicas_fits_one(flavour, rule, mirrored, tmp_path):
+    with mirrored.scope():
+        model = make_model(flavour, make_optimizer(flavour, rule))
+    fit(model, 2)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
+    alone = make_model(flavour, make_optimizer(flavour, rule), seed=1)
+    alone.optimizer.build(alone.trainable_variables)
+    tf.train.Checkpoint(model=alone, optimizer=alone.optimizer).read(path)
+    assert state(alone) == state(model)
+
+
+def test_an_exported_model_serves_without_the_optimizer(flavour, tmp_path):
+    model = make_model(flavour, make_optimizer(flavour, "LAMB"))
+    fit(model, 1)
+    model.export(str(tmp_path / "exported"))
+    served = tf.saved_model.load(str(tmp_path / "exported"))
+    x, _ = data()
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-6)
+    path = str(tmp_path / "exported" / "variables" / "variables")
+    names = [name for name, _ in tf.train.list_variables(path) if "VARIABLE_VALUE" in name]
+    exported = {tf.train.load_variable(path, name).tobytes() for name in names}
+    assert exported == {weight.numpy().tobytes() for weight in model.weights}

@@ -1,0 +1,129 @@
+"""The schedules agree with their formulas in float64, and are saved with the optimizer."""
+
+import json
+
+import numpy as np
+import pytest
+from drive import Run, random_gradients, random_weights
+
+W, T = 100, 1000
+STEPS = [0, 1, W - 1, W, W + 1, (W + T) // 2, T - 1, T, T + 5, 10 * T]
+# Arguments beside the peak 0.02, W and T.
+KINDS = {
+    "linear from the peak": {},
+    "the paper's": {"decay_from": 0},
+    "from within the warm-up": {"decay_from": 40, "power": 2.0},
+    "NVIDIA's": {"power": 0.5},
+    "MLPerf's": {"power": 2, "end_learning_rate": 1e-4},
+    "no warm-up": {"warmup_steps": 0, "end_learning_rate": 0.005},
+}
+PHASES = [
+    {"peak_learning_rate": 0.01, "warmup_steps": 10, "total_steps": 50},
+    {"peak_learning_rate": 0.002, "warmup_steps": 5, "total_steps": 20, "decay_from": 0},
+    {"peak_learning_rate": 0.1, "warmup_steps": 0, "total_steps": 7, "end_learning_rate": 0.03},
+]
+
+
+def formula(t, peak_learning_rate, warmup_steps, total_steps, **kind):
+    """The rate at step t: linear from 0 to the peak, then a power of what is left to do."""
+    end, start = kind.get("end_learning_rate", 0.0), kind.get("decay_from")
+    start = warmup_steps if start is None else start
+    if t < warmup_steps:
+        return peak_learning_rate * t / warmup_steps
+    if t >= total_steps:
+        return end
+    left = (total_steps - t) / (total_steps - start)
+    return end + (peak_learning_rate - end) * left ** kind.get("power", 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warmup_and_decay_follow_the_formula(flavour, kind):
+    arguments = {"peak_learning_rate": 0.02, "warmup_steps": W, "total_steps": T} | KINDS[kind]
+    schedule = flavour.lamb.WarmupPolynomialDecay(**arguments)
+    rates = [float(schedule(t)) for t in STEPS]
+    exact = [formula(t, **arguments) for t in STEPS]
+    # 1 - done loses digits where little is left: an error of float32's unit of the whole.
+    power = arguments.get("power", 1.0)
+    np.testing.assert_allclose(rates, exact, rtol=1e-6, atol=0.02 * 1.2e-7 ** min(power, 1))
+    at_end = STEPS.index(T)
+    assert rates[at_end:] == [np.float32(arguments.get("end_learning_rate", 0.0))] * 3
+
+
+def test_the_paper_drops_as_warmup_ends(flavour):
+    """By formula the peak is never reached: that is the difference `decay_from` makes."""
+    arguments = {"peak_learning_rate": 0.02, "warmup_steps": W, "total_steps": T}
+    peak = flavour.lamb.WarmupPolynomialDecay(**arguments)
+    paper = flavour.lamb.WarmupPolynomialDecay(decay_from=0, **arguments)
+    assert float(peak(W)) == np.float32(0.02)
+    np.testing.assert_allclose(float(paper(W)), 0.02 * (1 - W / T), rtol=1e-6)
+    assert float(paper(W - 1)) == float(peak(W - 1)) > float(paper(W))
+
+
+def test_phases_follow_one_another(flavour):
+    schedule = flavour.lamb.Phases(PHASES)
+    steps = range(90)
+    exact = [formula(t, **PHASES[0]) for t in range(50)]
+    exact += [formula(t, **PHASES[1]) for t in range(20)]
+    exact += [formula(t, **PHASES[2]) for t in range(20)]
+    np.testing.assert_allclose([float(schedule(t)) for t in steps], exact, rtol=1e-6, atol=1e-9)
+    assert float(schedule(50)) == 0.0  # warms up again
+
+
+def changed(flavour, kind):
+    """A schedule with every argument off its default."""
+    if kind == "Phases":
+        return flavour.lamb.Phases(PHASES, name="two")
+    return flavour.lamb.WarmupPolynomialDecay(0.5, 2, 40, 0.001, 1.5, 1, "one")
+
+
+@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "Phases"])
+def test_a_schedule_is_saved_alone_and_with_its_optimizer(flavour, kind):
+    schedule = changed(flavour, kind)
+    schedules = flavour.keras.optimizers.schedules
+    serialized = json.loads(json.dumps(schedules.serialize(schedule)))
+    clone = schedules.deserialize(serialized)
+    assert type(clone) is type(schedule)
+    assert clone.get_config() == schedule.get_config()
+    assert [float(clone(t)) for t in range(80)] == [float(schedule(t)) for t in range(80)]
+
+    optimizer = flavour.lamb.LAMB(schedule)
+    config = json.loads(json.dumps(flavour.keras.optimizers.serialize(optimizer)))
+    loaded = flavour.keras.optimizers.deserialize(config)
+    assert loaded._learning_rate.get_config() == schedule.get_config()
+    assert loaded.get_config() == optimizer.get_config()
+
+
+@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "Phases"])
+def test_the_first_step_takes_the_rate_at_zero(flavour, kind):
+    """Warm-up starts from a rate of 0, so the first update moves nothing, and the second does."""
+    run = Run(flavour, lambda: flavour.lamb.LAMB(changed(flavour, kind)), random_weights())
+    first, second = run.history(random_gradients(1)[:2])[1:]
+    assert all(np.array_equal(x, w) for x, w in zip(first, random_weights(), strict=True))
+    assert not np.array_equal(first[0], second[0])
+
+
+BAD = [
+    ({"peak_learning_rate": 0}, r"`peak_learning_rate` .* \(0, inf\)\. Received: .*=0\."),
+    ({"peak_learning_rate": float("nan")}, r"`peak_learning_rate` .*=nan\."),
+    ({"warmup_steps": -1}, r"`warmup_steps` .* \[0, 1000\)\. Received: warmup_steps=-1\."),
+    ({"warmup_steps": T}, r"`warmup_steps` .* \[0, 1000\)\. Received: warmup_steps=1000\."),
+    ({"total_steps": 0}, r"`total_steps` .* \(0, inf\)\. Received: total_steps=0\."),
+    ({"end_learning_rate": -0.1}, r"`end_learning_rate` .* Received: end_learning_rate=-0\.1\."),
+    ({"power": 0}, r"`power` .* \(0, inf\)\. Received: power=0\."),
+    ({"decay_from": W + 1}, r"`decay_from` .* Received: decay_from=101\."),
+    ({"decay_from": -1}, r"`decay_from` .* Received: decay_from=-1\."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[str(bad) for bad, _ in BAD])
+def test_a_bad_argument_is_refused(flavour, arguments, message):
+    good = {"peak_learning_rate": 0.02, "warmup_steps": W, "total_steps": T}
+    with pytest.raises(ValueError, match=message):
+        flavour.lamb.WarmupPolynomialDecay(**good | arguments)
+    with pytest.raises(ValueError, match=message):
+        flavour.lamb.Phases([good, good | arguments])
+
+
+def test_phases_must_not_be_empty(flavour):
+    with pytest.raises(ValueError, match=r"at least one phase\. Received: phases=\[\]"):
+        flavour.lamb.Phases([])

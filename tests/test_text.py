@@ -1,0 +1,212 @@
+"""Pre-training batches: their statistics on real text, their pairs, their order."""
+
+import itertools
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs import corpus, documents, installed_text, synthetic, text, vocabulary
+from inputs.errors import InputError
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared/data"
+SPECIAL = len(vocabulary.SPECIAL_TOKENS)  # of a learned vocabulary, which begins with them
+LENGTH, PREDICTIONS, BATCH = 64, 12, 32
+
+
+@pytest.fixture(scope="module")
+def words():
+    """(vocabulary, training documents, held-out documents) of some English that is always here."""
+    found = list(itertools.islice(installed_text.read_installed_text(), 1500))
+    pieces = vocabulary.learn_vocabulary(itertools.chain.from_iterable(found), 1500)
+    return pieces, *corpus.split_held_out(corpus.tokenize(found, pieces))
+
+
+def make(words, seed=1, whole_word=False, held_out=False):
+    return text.Examples(
+        words[2 if held_out else 1],
+        words[0],
+        sequence_length=LENGTH,
+        predictions=PREDICTIONS,
+        whole_word=whole_word,
+        seed=seed,
+    )
+
+
+def joined(batches):
+    """Batches as one dictionary of arrays."""
+    batches = list(batches)
+    return {key: np.concatenate([b[key].numpy() for b in batches]) for key in batches[0]}
+
+
+def original(batch):
+    """The ids before masking."""
+    ids = batch["input_word_ids"].copy()
+    rows, picks = np.nonzero(batch["masked_lm_weights"])
+    ids[rows, batch["masked_lm_positions"][rows, picks]] = batch["masked_lm_ids"][rows, picks]
+    return ids
+
+
+def check_statistics(batch, pieces, cls, sep, mask):
+    """15 % masked, of them 80/10/10, half of the pairs random, no special token masked."""
+    weights = batch["masked_lm_weights"] > 0
+    labels = batch["masked_lm_ids"][weights]
+    shown = np.take_along_axis(batch["input_word_ids"], batch["masked_lm_positions"], 1)[weights]
+    text_tokens = batch["input_mask"].sum() - 3 * len(batch["input_mask"])
+    assert weights.sum() / text_tokens == pytest.approx(0.15, abs=0.003)
+    # A random piece is now and then the right one.
+    assert np.mean(shown == mask) == pytest.approx(0.8, abs=0.01)
+    assert np.mean(shown == labels) == pytest.approx(0.1, abs=0.01)
+    assert batch["next_sentence_labels"].mean() == pytest.approx(0.5, abs=0.02)
+    special = {pieces.index(token) for token in vocabulary.SPECIAL_TOKENS}
+    unknown = pieces.index(vocabulary.UNK)
+    assert not special.difference([unknown]).intersection(labels.tolist())
+    assert (batch["input_word_ids"][:, 0] == cls).all()
+    assert ((original(batch) == sep).sum(1) == 2).all()
+
+
+def test_statistics(words):
+    batch = joined(make(words).training_batches(BATCH).take(300))
+    check_statistics(batch, words[0], cls=2, sep=3, mask=4)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not here")
+@pytest.mark.parametrize("length,predictions", [(128, 20), (512, 80)])
+def test_statistics_on_wikipedia(length, predictions):
+    pieces = vocabulary.load_vocabulary(str(SHARED / "bert/vocab.txt"))
+    files = documents.find_files(str(SHARED / "text/wikitext2-test.txt.gz"))
+    training, _ = corpus.split_held_out(corpus.tokenize(documents.read_documents(files), pieces))
+    examples = text.Examples(
+        training, pieces, sequence_length=length, predictions=predictions, whole_word=False, seed=3
+    )
+    batch = joined(examples.training_batches(64).take(200))
+    check_statistics(batch, pieces, cls=101, sep=102, mask=103)
+
+
+def test_next_sentences_come_from_the_text_as_it_stands(words):
+    """A true pair is one run of the corpus inside one document; a random one joins two."""
+    pieces, training, _ = words
+    document_of = np.repeat(
+        np.arange(len(training.documents) - 1),
+        np.diff(training.sentences[training.documents]),
+    )
+    stream = training.tokens.tobytes()
+    batch = joined(make(words).training_batches(BATCH).take(10))
+    ids, types, shown = original(batch), batch["input_type_ids"], batch["input_mask"] > 0
+    found = 0
+    for row in range(len(ids)):
+        a = ids[row][shown[row] & (types[row] == 0)][1:-1]
+        b = ids[row][types[row] == 1][:-1]
+        assert len(a) and len(b)
+        whole = np.concatenate([a, b]).tobytes()
+        if batch["next_sentence_labels"][row]:
+            continue
+        at = stream.find(whole)
+        while at % 4:  # a find between two tokens
+            at = stream.find(whole, at + 1)
+        assert at >= 0
+        places = document_of[at // 4 : at // 4 + len(a) + len(b)]
+        found += len(set(places)) == 1
+    true_pairs = int((batch["next_sentence_labels"] == 0).sum())
+    assert true_pairs > 100 and found == true_pairs
+
+
+def test_a_batch_is_a_function_of_seed_and_step(words):
+    examples = make(words)
+    first = joined(examples.training_batches(BATCH).skip(7).take(2))
+    straight = joined(examples.training_batches(BATCH, first_step=7).take(2))
+    tf.nest.map_structure(np.testing.assert_array_equal, first, straight)
+    other = joined(make(words, seed=2).training_batches(BATCH, first_step=7).take(2))
+    assert (other["input_word_ids"] != first["input_word_ids"]).any(axis=1).mean() > 0.9
+
+
+def test_hosts_and_replicas_share_the_global_batch(words):
+    """2 hosts of 2 replicas see, together and in order, what one replica alone sees."""
+    examples = make(words)
+    alone = joined(examples.training_batches(BATCH).take(2))["input_word_ids"]
+    hosts = [
+        list(examples.training_batches(BATCH, tf.distribute.InputContext(2, host, 4)).take(4))
+        for host in range(2)
+    ]
+    together = [hosts[host][2 * step + i] for step in (0, 1) for host in (0, 1) for i in (0, 1)]
+    np.testing.assert_array_equal(joined(together)["input_word_ids"], alone)
+
+
+def test_every_epoch_takes_each_chunk_once_in_another_order(words):
+    examples = make(words)
+    numbers = tf.range(2 * examples.number, dtype=tf.int64)
+    order = examples._shuffled(numbers).numpy().reshape(2, -1)
+    for epoch in order:
+        assert sorted(epoch) == list(range(examples.number))
+    assert (order[0] != order[1]).mean() > 0.9
+
+
+def test_an_evaluation_counts_each_example_once(words):
+    examples = make(words, held_out=True)
+    total = examples.number
+    assert total % BATCH, "a last batch that is not full"
+    batch = joined(examples.evaluation_batches(BATCH, limit=10**9))
+    assert batch["example_weights"].sum() == total
+    assert (batch["masked_lm_weights"][total:] == 0).all()
+    hosts = [
+        joined(examples.evaluation_batches(BATCH, 10**9, tf.distribute.InputContext(2, host, 2)))
+        for host in range(2)
+    ]
+    assert sum(host["example_weights"].sum() for host in hosts) == total
+    assert joined(examples.evaluation_batches(BATCH, limit=5))["example_weights"].sum() == 5
+
+
+def test_whole_words_are_masked_whole(words):
+    pieces = words[0]
+    batch = joined(make(words, whole_word=True).training_batches(BATCH).take(100))
+    ids, weights = original(batch), batch["masked_lm_weights"] > 0
+    parted = words_masked = 0
+    for row in range(len(ids)):
+        chosen = set(batch["masked_lm_positions"][row][weights[row]].tolist())
+        starts = [i for i, piece in enumerate(ids[row]) if not pieces[piece].startswith("##")]
+        for start, end in itertools.pairwise([*starts, LENGTH]):
+            inside = chosen.intersection(range(start, end))
+            words_masked += bool(inside)
+            parted += 0 < len(inside) < end - start
+    # Only a word longer than a short text's whole budget is cut.
+    assert words_masked > 5000 and parted / words_masked < 0.005
+    tokens = batch["input_mask"].sum() - 3 * len(ids)
+    assert weights.sum() / tokens == pytest.approx(0.15, abs=0.005)
+
+
+def test_held_out_documents_are_new(words):
+    def as_set(part):
+        bounds = part.sentences[part.documents]
+        return {part.tokens[i:j].tobytes() for i, j in itertools.pairwise(bounds)}
+
+    _, training, held_out = words
+    assert len(as_set(training)) == len(training.documents) - 1
+    assert not as_set(training) & as_set(held_out)
+    assert len(as_set(held_out)) == pytest.approx(0.02 * 1500, abs=3)
+
+
+def test_a_repeated_document_is_dropped(words):
+    twice = [["The same words here."], ["Others stand there."], ["the  same words HERE."]]
+    assert len(corpus.tokenize(twice, words[0]).documents) - 1 == 2
+
+
+def test_too_few_documents_are_refused(words):
+    with pytest.raises(InputError, match="3 different documents, and at least 4"):
+        corpus.split_held_out(corpus.tokenize([["a b."], ["c d."], ["e f."]], words[0]))
+
+
+def test_synthetic_batches_have_the_same_spec(words):
+    spec = text.element_spec(BATCH, LENGTH, PREDICTIONS)
+    real = make(words).training_batches(BATCH)
+    for key, tensor in next(iter(real)).items():
+        assert (tensor.shape, tensor.dtype) == (spec[key].shape, spec[key].dtype), key
+    made_up = synthetic.synthetic_batches(spec, {"input_word_ids": 100}, seed=1)
+    assert made_up.element_spec == spec
+    assert int(tf.reduce_max(next(iter(made_up))["input_word_ids"])) < 100
+
+
+def test_shapes_are_static(words):
+    """A TPU compiles for one shape; every dimension is known before the first batch."""
+    spec = make(words).training_batches(BATCH).element_spec
+    assert spec == text.element_spec(BATCH, LENGTH, PREDICTIONS)

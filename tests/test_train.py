@@ -1,0 +1,198 @@
+"""train.py from end to end on a few kilobytes of text, and what it says to a user's mistake."""
+
+import json
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 60
+SMALL = (f"--steps={STEPS}", "--steps_per_loop=10", "--global_batch_size=16")
+SMALL += ("--set", "vocabulary_size=300", "--set", "evaluate_every_steps=30")
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def train(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """80 documents, 10 kB, of sentences that a small model can learn something from."""
+    rng = random.Random(0)
+    animals, places = ("cat", "dog", "bird", "fish"), ("mat", "log", "tree", "sea")
+    verbs = ("sat on", "went to", "looked at", "slept near")
+    path = tmp_path_factory.mktemp("text") / "animals.txt"
+    with open(path, "w") as file:
+        for number in range(80):
+            for _ in range(4):
+                i = rng.randrange(4)
+                file.write(
+                    f"The {animals[i]} number {number} {rng.choice(verbs)} the {places[i]}.\n"
+                )
+            file.write("\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result
+
+
+def test_the_loss_falls_and_the_report_says_what_was_done(whole_run, text):
+    folder, result = whole_run
+    losses = [float(loss) for loss in re.findall(r"step .* loss (\d+\.\d+)", result.stderr)]
+    assert losses[-1] < losses[0] - 1
+    for said in ("masked-token accuracy", "most frequent token", "sequences/s", str(text)):
+        assert said in result.stdout
+    assert str(folder / "export") in result.stdout and "[MASK]" in result.stdout
+    metrics = json.loads((folder / "results.json").read_text())
+    assert metrics["masked_hits"] > metrics["frequent_token"]
+    assert list((folder / "train").glob("events*")) and list((folder / "eval").glob("events*"))
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert (recipe["vocabulary_size"], recipe["phases"][0]["steps"]) == (300, STEPS)
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_the_other(whole_run, text, tmp_path):
+    """Ctrl-C after some steps, then the same command: the same figures to the last bit."""
+    arguments = (f"--data_dir={text}", f"--model_dir={tmp_path}/run", *SMALL)
+    process = subprocess.Popen(
+        command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step 10/"):
+            process.send_signal(signal.SIGINT)
+            break
+    output, rest = process.communicate(timeout=300)
+    assert process.returncode == 130, "".join(said) + rest
+    saved = int(re.search(r"SIGINT: saved step (\d+) of", rest).group(1))
+    assert 10 <= saved < STEPS and "The same command goes on from there" in rest
+    assert "Traceback" not in rest and not output
+    again = train(*arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"Going on from step {saved} of {STEPS}" in again.stderr
+    ours, theirs = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (tmp_path / "run", whole_run[0])
+    )
+    del ours["examples_per_second"], theirs["examples_per_second"]
+    assert ours == theirs
+
+
+def test_a_finished_run_is_not_trained_again(whole_run, text):
+    folder, first = whole_run
+    again = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "loss" not in again.stderr and "nothing was left to train" in again.stdout
+    held_out = re.compile("Held out.*")
+    assert held_out.search(again.stdout)[0] == held_out.search(first.stdout)[0]
+
+
+def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
+    folder, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    result = train(
+        f"--data_dir={text}", f"--model_dir={folder}", *SMALL, "--set", "weight_decay=0.5"
+    )
+    assert result.returncode == 1
+    assert "weight_decay 0.01 (now 0.5)" in result.stderr and "Traceback" not in result.stderr
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe=bert-mini-dem"], "Did you mean 'bert-mini-demo'"),
+        (["--set", "weight_decai=1"], "Did you mean 'weight_decay'"),
+        (
+            ["--set", "weight_decay=-1", "--synthetic"],
+            "`weight_decay` must be a number",
+        ),
+        (["--set", "peak_learning_rate=0", "--synthetic"], "`peak_learning_rate` must be"),
+        (["--set", "exclude_from_weight_decay=nothing", "--synthetic"], "'nothing', which"),
+        (["--set", "sequence_length=128"], "beyond the position table"),
+        (["--set", "model=huge"], "no such size. There are: tiny"),
+        (["--set", "compute_dtype=int8"], "compute_dtype must be one of float32, bfloat16"),
+        (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
+        (["--steps=0"], "--steps must be at least 1"),
+        (["--tpu=local"], "--tpu=local: this TensorFlow has no TPU support"),
+        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' holds no text"),
+        (["--vocab=/nowhere/vocab.txt", "--data_dir=@TEXT"], "--vocab: /nowhere/vocab.txt"),
+        (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, said, text, tmp_path, capfd, in_process):
+    arguments = [a.replace("@TEXT", str(text)) for a in arguments]
+    if not any(a.startswith("--model_dir") for a in arguments):
+        arguments.append(f"--model_dir={tmp_path}/run")
+    assert in_process(arguments) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.glob("run/ckpt*"))
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest(in_process, capfd, monkeypatch, mirrored):
+    from training import strategy
+
+    monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
+    assert in_process(["--global_batch_size=15", "--synthetic"]) == 1
+    assert "does not divide by the 2 replicas of this run. Take 14" in capfd.readouterr().err
+
+
+def test_two_phases_on_two_replicas_with_made_up_data(
+    in_process, capfd, monkeypatch, mirrored, tmp_path
+):
+    """The paper's two-phase recipe, cut down, runs phase by phase on a MirroredStrategy."""
+    from training import strategy
+
+    monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
+    small = {
+        "model": "tiny", "vocabulary_size": 100, "max_sequence_length": 32, "predictions": 4,
+        "phase1.sequence_length": 16, "phase2.sequence_length": 32, "compute_dtype": "float32",
+    }  # fmt: skip
+    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    flags = ["--recipe=bert-large-32k", "--synthetic", "--steps=20", "--global_batch_size=8"]
+    assert in_process([*flags, *changes, f"--model_dir={tmp_path}/run", "--steps_per_loop=5"]) == 0
+    captured = capfd.readouterr()
+    assert "on 2 replica(s)" in captured.out and "step 20/20" in captured.err
+    assert (tmp_path / "run/ckpt-20.index").exists()
+
+
+@pytest.fixture
+def in_process():
+    """Runs train.py's `run` in this process: no import to wait for."""
+    from absl import flags, logging
+
+    import train as program
+
+    def run(arguments):
+        verbosity = logging.get_verbosity()
+        try:
+            flags.FLAGS.unparse_flags()
+            flags.FLAGS(["train.py", *arguments])
+            return program.run([])
+        finally:
+            for name in flags.FLAGS.get_key_flags_for_module(program):
+                name.unparse()
+            flags.FLAGS["set"].value = []
+            flags.FLAGS(["train.py"])
+            logging.set_verbosity(verbosity)
+
+    sys.path.insert(0, str(ROOT))
+    yield run
+    sys.path.remove(str(ROOT))

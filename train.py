@@ -1,0 +1,212 @@
+"""Trains a recipe: python train.py [--recipe=NAME] [--data_dir=TEXT] [--tpu=NAME] ...
+
+With no arguments a small BERT is pre-trained on the English of this installation, evaluated on
+held-out text, and exported. The same command again goes on from the last checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+
+import numpy as np
+import tf_keras
+from absl import app, flags, logging
+
+from inputs.errors import InputError
+from inputs.vocabulary import save_vocabulary, vocabulary_hash
+from tf_lamb import recipes
+from tf_lamb import tf_keras as optimizers
+from training import checkpoints, loop, strategy
+from training.tasks import TASKS
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("recipe", "bert-mini-demo", f"What to run: {', '.join(recipes.RECIPES)}.")
+flags.DEFINE_string("data_dir", "", "Text: files, globs or folders, comma-separated.")
+flags.DEFINE_string("vocab", "", "A BERT vocab.txt; learned from the text if not given.")
+flags.DEFINE_string("model_dir", "", "Checkpoints and logs. Default: runs/RECIPE.")
+flags.DEFINE_string("export_dir", "", "The SavedModel. Default: MODEL_DIR/export.")
+flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'; empty for the GPUs or the CPU.")
+flags.DEFINE_integer("steps", None, "Steps in all; phases and warm-up keep their share of them.")
+flags.DEFINE_integer("global_batch_size", None, "Examples per step over all replicas.")
+flags.DEFINE_integer("steps_per_loop", 50, "Steps on the device between two looks from the host.")
+flags.DEFINE_integer("seed", 1, "Decides weights, data order, pairs and masks.")
+flags.DEFINE_bool("synthetic", False, "Made-up data of the same shape.")
+flags.DEFINE_multi_string("set", [], "field=value, any field of the recipe; repeatable.")
+
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+def say(line: str) -> None:
+    """A line of progress; standard output is for the report alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def users(flag: str):
+    """A `ValueError` in here is about what the user gave with `flag`."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
+def chosen_recipe() -> recipes.Recipe:
+    """The recipe that the flags name, with what they change in it."""
+    for name in ("steps", "global_batch_size", "steps_per_loop"):
+        value = FLAGS[name].value
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+    with users("--recipe"):
+        recipe = recipes.find_recipe(FLAGS.recipe)
+    recipe = recipes.resized(recipe, steps=FLAGS.steps, global_batch_size=FLAGS.global_batch_size)
+    with users("--set"):
+        recipe = recipes.override(recipe, FLAGS.set)
+        recipes.check(recipe)
+    return recipe
+
+
+def make_optimizer(recipe: recipes.Recipe):
+    """LAMB as the recipe has it, over the schedules of all its phases."""
+    with users("--set"):
+        return optimizers.LAMB(
+            optimizers.Phases([phase.schedule() for phase in recipe.phases]),
+            beta_1=recipe.beta_1,
+            beta_2=recipe.beta_2,
+            epsilon=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+            global_clipnorm=recipe.global_clipnorm,
+            exclude_from_weight_decay=recipe.exclude_from_weight_decay,
+            exclude_from_layer_adaptation=recipe.exclude_from_layer_adaptation,
+        )
+
+
+def train(task, recipe, model, optimizer, where, model_dir):
+    """Runs the phases that are left; returns (metrics on held-out text, examples per second)."""
+    manager = checkpoints.make_manager(model_dir, model, optimizer, recipe.save_every_steps)
+    saved = checkpoints.saved_step(model_dir)
+    if saved:
+        say(f"Going on from step {saved} of {recipe.steps} in {model_dir}")
+    start, rates = 0, []
+    with loop.stop_on_signal() as stop:
+        for number, phase in enumerate(recipe.phases):
+            end = start + phase.steps
+            if saved >= end and end < recipe.steps:
+                start = end
+                continue
+            trainer = loop.Trainer(
+                where,
+                model,
+                optimizer,
+                task.sums,
+                task.counts,
+                lambda step, number=number, start=start: where.distribute_datasets_from_function(
+                    task.train_batches(number, step - start)
+                ),
+                where.distribute_datasets_from_function(task.evaluation_batches(number)),
+            )
+            progress = loop.Progress(optimizer.iterations, recipe.steps, phase, say)
+            # Orbit prints each line that it logs; ours say the same and more.
+            with contextlib.redirect_stdout(None):
+                controller = loop.make_controller(
+                    trainer, manager, FLAGS.steps_per_loop, model_dir, [progress, stop]
+                )
+                try:
+                    loop.run(controller, end, recipe.evaluate_every_steps)
+                except loop.Interrupted:
+                    manager.save(checkpoint_number=int(optimizer.iterations.numpy()), check_interval=False)
+                    raise
+                if end == recipe.steps:
+                    metrics = controller.evaluate()
+            rates.append(progress.examples_per_second)
+            start = end
+    return {key: float(value) for key, value in metrics.items()}, rates[-1]
+
+
+def report(task, recipe, model, metrics, rate, where, model_dir, export_dir):
+    """Prints what was trained, how well, how fast, and where it is."""
+    parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    last = len(recipe.phases) - 1
+    baseline = task.frequent_token_accuracy(task.evaluation_batches(last)(None))
+    accuracy = metrics["masked_hits"]
+    with open(os.path.join(model_dir, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(metrics | {"frequent_token": baseline, "examples_per_second": rate}, file)
+    print(
+        f"""
+Trained    {recipe.name}: BERT-{recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps \
+of {recipe.phases[last].global_batch_size} sequences, on {task.data}
+Held out   masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the \
+{baseline:.3f} of always guessing the most frequent token; \
+next-sentence accuracy {metrics["sentence_hits"]:.3f}
+Speed      {f"{rate:,.0f} sequences/s" if rate else "not measured: nothing was left to train"} \
+on {where.num_replicas_in_sync} replica(s)
+SavedModel {export_dir}
+Logs       tensorboard --logdir={model_dir}
+Filled in, by the SavedModel in a process of its own, in held-out sentences:""",
+        flush=True,
+    )
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, "-m", "training.fill_mask", os.path.abspath(export_dir)]
+    subprocess.run([*command, *task.questions()], cwd=folder, check=True)
+
+
+def main(_):
+    """Data, model, optimizer, training, export, report; returns the exit status."""
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    recipe = chosen_recipe()
+    model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
+    export_dir = FLAGS.export_dir or os.path.join(model_dir, "export")
+    where = strategy.connect(FLAGS.tpu)
+    for phase in recipe.phases:
+        strategy.check_batch(where, phase.global_batch_size)
+    tf_keras.utils.set_random_seed(FLAGS.seed)
+    if recipe.compute_dtype != "float32":
+        tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
+    with where.scope():
+        optimizer = make_optimizer(recipe)
+    task = TASKS[recipe.task](
+        recipe,
+        data_dir=FLAGS.data_dir,
+        vocab=FLAGS.vocab,
+        model_dir=model_dir,
+        seed=FLAGS.seed,
+        synthetic_data=FLAGS.synthetic,
+        log=say,
+    )
+    facts = {"seed": FLAGS.seed, "vocabulary": vocabulary_hash(task.vocabulary)}
+    checkpoints.claim(model_dir, recipe, **facts)
+    save_vocabulary(task.vocabulary, os.path.join(model_dir, "vocab.txt"))
+    with where.scope(), users("--set"):
+        model = task.build_model()
+        optimizer.build(model.trainable_variables)
+    try:
+        metrics, rate = train(task, recipe, model, optimizer, where, model_dir)
+    except loop.Interrupted as signal:
+        say(
+            f"{signal}: saved step {int(optimizer.iterations.numpy())} of {recipe.steps} in {model_dir}. "
+            "The same command goes on from there."
+        )
+        return INTERRUPTED
+    task.export(model, export_dir)
+    report(task, recipe, model, metrics, rate, where, model_dir, export_dir)
+    return 0
+
+
+def run(argv):
+    """`main`, with a user's mistake as one sentence and without a stack trace."""
+    try:
+        return main(argv)
+    except InputError as error:
+        say(f"train.py: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("train.py: stopped. Nothing was saved since the last checkpoint.")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    app.run(run)

@@ -1,0 +1,1 @@
+"""The training program around the optimizers: strategy, loop, checkpoints, export."""

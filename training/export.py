@@ -1,0 +1,100 @@
+"""SavedModels that take raw strings: tokenizer and vocabulary are in the graph."""
+
+import functools
+import os
+import shutil
+
+import tensorflow as tf
+import tf_keras
+
+from inputs.corpus import make_tokenizer
+from inputs.vocabulary import CLS, MASK, PAD, SEP
+
+TOP_K = 5
+
+
+class MaskFiller(tf.Module):
+    """Fills each `[MASK]` of raw strings with a pre-trained BERT.
+
+    Args:
+        model: from `models.bert.build_pretrainer`.
+        vocabulary: list of word pieces.
+        max_sequence_length: word pieces per string; the rest is cut off.
+    """
+
+    def __init__(self, model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int):
+        super().__init__()
+        self._length = max_sequence_length
+        # Only the weights are saved; a tracked model would bring all its layers' own functions.
+        self.weights, self._logits = model.variables, functools.partial(model, training=False)
+        self.tokenizer = make_tokenizer(vocabulary)
+        self.pieces = tf.Variable(vocabulary, trainable=False, name="vocabulary")
+        self._pad, self._cls, self._sep, self._mask = (
+            vocabulary.index(token) for token in (PAD, CLS, SEP, MASK)
+        )
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    def fill(self, text):
+        """The likeliest fillings of every `[MASK]`.
+
+        Args:
+            text: [N] strings; "[MASK]" stands for the missing word.
+
+        Returns:
+            `tokens`: [N, M, K] strings, K word pieces for each mask, the likeliest first ("##ing"
+            goes on the word before it); M is the most masks of a string, and places beyond a
+            string's own masks hold "". `probabilities`: [N, M, K] float32, 0 there. `masks`: [N]
+            int32, how many masks of each string were answered; those after the first
+            `max_sequence_length` - 2 pieces are not.
+        """
+        ids = self._tokenized(text)
+        is_mask = ids == self._mask
+        masks = tf.reduce_sum(tf.cast(is_mask, tf.int32), axis=1)
+        most = tf.reduce_max(tf.concat([masks, [0]], axis=0))
+        places = tf.argsort(tf.cast(is_mask, tf.int32), direction="DESCENDING", stable=True)
+        places = places[:, : tf.maximum(most, 1)]
+        inputs = {
+            "input_word_ids": ids,
+            "input_mask": tf.cast(ids != self._pad, tf.int32),
+            "input_type_ids": tf.zeros_like(ids),
+            "masked_lm_positions": places,
+        }
+        logits = tf.cast(self._logits(inputs)["mlm_logits"], tf.float32)
+        best = tf.math.top_k(tf.nn.softmax(logits), TOP_K)
+        answered = tf.sequence_mask(masks, tf.shape(places)[1])[:, :, tf.newaxis]
+        tokens = tf.where(answered, tf.gather(self.pieces, best.indices), "")
+        probabilities = tf.where(answered, best.values, 0.0)
+        return {
+            "tokens": tokens[:, :most],
+            "probabilities": probabilities[:, :most],
+            "masks": masks,
+        }
+
+    def _tokenized(self, text):
+        """[N, L] int32: [CLS] ids [SEP], padded. "[MASK]" is no word to the tokenizer."""
+        parts = tf.strings.split(text, MASK)  # [N, (parts)]
+        ids = self.tokenizer.tokenize(parts.flat_values)
+        # A mask before each part, then the first one of every string taken away again.
+        marks = tf.fill([ids.nrows(), 1], self._mask)
+        ids = tf.concat([marks, ids], axis=1)
+        joined = tf.RaggedTensor.from_row_splits(
+            ids.flat_values, tf.gather(ids.row_splits, parts.row_splits)
+        )[:, 1:]
+        count = joined.nrows()
+        ends = [tf.fill([count, 1], special) for special in (self._cls, self._sep)]
+        return tf.concat([ends[0], joined[:, : self._length - 2], ends[1]], axis=1).to_tensor(
+            self._pad
+        )
+
+
+def export_mask_filler(model, vocabulary, max_sequence_length, export_dir: str) -> None:
+    """Writes the SavedModel; an older one of that name is replaced when the new one is whole."""
+    module = MaskFiller(model, vocabulary, max_sequence_length)
+    temporary, old = f"{export_dir}.new", f"{export_dir}.old"
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    tf.saved_model.save(module, temporary, signatures={"serving_default": module.fill})
+    if os.path.exists(export_dir):
+        os.replace(export_dir, old)
+    os.replace(temporary, export_dir)
+    shutil.rmtree(old, ignore_errors=True)
