@@ -35,11 +35,17 @@ def averaged(flavour, gradients, overwrite):
     return weights, averages
 
 
-# Keras 3 itself cannot update an average under MirroredStrategy.
-@pytest.mark.parametrize("overwrite", [None, 2])
-@pytest.mark.parametrize(
-    ("flavour", "replicas"), [("keras3", 1), ("tf_keras", 1), ("tf_keras", 2)], indirect=["flavour"]
-)
+EMA = [
+    (name, replicas, overwrite)
+    for name in ("keras3", "tf_keras")
+    for replicas in (1, 2)
+    for overwrite in (None, 2)
+]
+# Every optimizer of Keras 3 fails there: it merges the replicas within a `cond`.
+EMA.remove(("keras3", 2, 2))
+
+
+@pytest.mark.parametrize(("flavour", "replicas", "overwrite"), EMA, indirect=["flavour"])
 def test_ema(flavour, mirrored, replicas, overwrite):
     gradients = random_gradients(replicas)
     make = lamb(flavour, use_ema=True, ema_momentum=MOMENTUM, ema_overwrite_frequency=overwrite)
@@ -106,19 +112,19 @@ def test_a_loss_scale_optimizer_is_saved_with_ours_inside(flavour):
     assert loaded.inner_optimizer.get_config() == inner.get_config()
 
 
-@pytest.fixture(params=["mixed_float16", "mixed_bfloat16"])
+@pytest.fixture
 def policy(request, flavour):
-    module = flavour.keras.mixed_precision
-    set_policy = getattr(module, "set_global_policy", None) or module.set_dtype_policy
-    before = getattr(module, "global_policy", None) or module.dtype_policy
-    before = before()
+    keras = flavour.keras
+    set_policy = keras.mixed_precision.set_global_policy
     set_policy(request.param)
-    yield request.param
-    set_policy(before)
+    yield
+    set_policy("float32")
 
 
 @pytest.mark.parametrize("rule", ["LAMB", "LARS"])
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("policy", "replicas"), [("mixed_float16", 2), ("mixed_bfloat16", 1)], indirect=["policy"]
+)
 def test_mixed_precision_learns(flavour, policy, mirrored, rule, replicas):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("float32")

@@ -46,7 +46,7 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         if self._train_batches is None:  # not before: Orbit restores the step after __init__
             self._train_batches = iter(self._train_dataset(int(self.optimizer.iterations.numpy())))
         totals = self._train_loop(num_steps)
-        return self._means(totals) | {"learning_rate": self.optimizer.learning_rate}
+        return self._means(totals) | {"learning_rate": self.optimizer.learning_rate.numpy()}
 
     def evaluate(self, num_steps):
         """One pass over the evaluation batches, whatever `num_steps`; returns means."""
@@ -74,7 +74,7 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     @tf.function
     def _eval_step(self, batch):
-        return self._summed(self.strategy.run(self._evaluated, args=(batch,)))
+        return self._summed(self.strategy.run(self._replica_evaluation, args=(batch,)))
 
     def _summed(self, per_replica):
         return tf.nest.map_structure(
@@ -89,6 +89,10 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         sums, gradients = self._gradients(batch, total_counts)
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
         return sums, counts
+
+    def _replica_evaluation(self, batch):
+        # Not handed to `strategy.run` itself: that would trace it once, for the first replica.
+        return self._evaluated(batch)
 
     def _sums_and_gradients(self, batch, total_counts):
         with tf.GradientTape() as tape:
