@@ -21,6 +21,7 @@ from inputs.vocabulary import save_vocabulary, vocabulary_hash
 from tf_lamb import recipes
 from tf_lamb import tf_keras as optimizers
 from training import checkpoints, loop, strategy
+from training.progress import Progress
 from training.tasks import TASKS
 
 FLAGS = flags.FLAGS
@@ -90,7 +91,7 @@ def train(task, recipe, model, optimizer, where, model_dir):
     saved = checkpoints.saved_step(model_dir)
     if saved:
         say(f"Going on from step {saved} of {recipe.steps} in {model_dir}")
-    start, rates = 0, []
+    start = 0
     with loop.stop_on_signal() as stop:
         for number, phase in enumerate(recipe.phases):
             end = start + phase.steps
@@ -108,22 +109,22 @@ def train(task, recipe, model, optimizer, where, model_dir):
                 ),
                 where.distribute_datasets_from_function(task.evaluation_batches(number)),
             )
-            progress = loop.Progress(optimizer.iterations, recipe.steps, phase, say)
-            # Orbit prints each line that it logs; ours say the same and more.
-            with contextlib.redirect_stdout(None):
-                controller = loop.make_controller(
-                    trainer, manager, FLAGS.steps_per_loop, model_dir, [progress, stop]
-                )
-                try:
-                    loop.run(controller, end, recipe.evaluate_every_steps)
-                except loop.Interrupted:
-                    manager.save(checkpoint_number=int(optimizer.iterations.numpy()), check_interval=False)
-                    raise
-                if end == recipe.steps:
-                    metrics = controller.evaluate()
-            rates.append(progress.examples_per_second)
+            history = os.path.join(model_dir, "history.jsonl")
+            progress = Progress(
+                optimizer.iterations, recipe.steps, phase.global_batch_size, history, say
+            )
+            metrics = loop.run_phase(
+                trainer,
+                manager,
+                progress,
+                stop,
+                end=end,
+                steps_per_loop=FLAGS.steps_per_loop,
+                evaluate_every_steps=recipe.evaluate_every_steps,
+                model_dir=model_dir,
+            )
             start = end
-    return {key: float(value) for key, value in metrics.items()}, rates[-1]
+    return metrics, progress.examples_per_second
 
 
 def report(task, recipe, model, metrics, rate, where, model_dir, export_dir):
@@ -186,8 +187,9 @@ def main(_):
     try:
         metrics, rate = train(task, recipe, model, optimizer, where, model_dir)
     except loop.Interrupted as signal:
+        step = int(optimizer.iterations.numpy())
         say(
-            f"{signal}: saved step {int(optimizer.iterations.numpy())} of {recipe.steps} in {model_dir}. "
+            f"{signal}: saved step {step} of {recipe.steps} in {model_dir}. "
             "The same command goes on from there."
         )
         return INTERRUPTED

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import sys
-import time
 from collections.abc import Callable
 
 import orbit
 import tensorflow as tf
+
+from training.progress import Progress
 
 
 class Interrupted(Exception):
@@ -111,52 +112,6 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         return self._sums(self.model, batch, training=False), self._counts(batch)
 
 
-class Progress:
-    """Prints loss, rate, examples/s and time left; as a train action, once per inner loop.
-
-    Args:
-        step: the optimizer's `iterations`.
-        total_steps: where the run ends.
-        phase: whose `global_batch_size` a step takes.
-        write: takes each line.
-        every_seconds: least time between two lines.
-    """
-
-    def __init__(self, step, total_steps, phase, write, every_seconds=5.0):
-        self._step, self._total, self._batch_size = step, total_steps, phase.global_batch_size
-        self._write, self._every = write, every_seconds
-        self._last_step, self._last_time = int(step.numpy()), time.perf_counter()
-        self._printed = 0.0
-        self.examples, self.seconds = 0, 0.0  # without the first loop, which compiles
-        self._warm = False
-
-    def __call__(self, output):
-        """Takes the output of an inner loop."""
-        step, now = int(self._step.numpy()), time.perf_counter()
-        taken, steps = now - self._last_time, step - self._last_step
-        self._last_step, self._last_time = step, now
-        if self._warm:
-            self.examples += steps * self._batch_size
-            self.seconds += taken
-        self._warm = True
-        done = step >= self._total
-        if now - self._printed < self._every and not done:
-            return
-        self._printed = now
-        loss = sum(float(value) for name, value in output.items() if name.endswith("_loss"))
-        left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) * taken / steps))
-        self._write(
-            f"step {step}/{self._total}  loss {loss:.4f}  "
-            f"rate {float(output['learning_rate']):.3e}  "
-            f"{self._batch_size * steps / taken:,.0f} sequences/s  left {left}"
-        )
-
-    @property
-    def examples_per_second(self) -> float | None:
-        """Over all loops but the first; None before the second has run."""
-        return self.examples / self.seconds if self.seconds else None
-
-
 @contextlib.contextmanager
 def stop_on_signal():
     """Yields a train action that raises `Interrupted` once Ctrl-C or SIGTERM has come.
@@ -184,34 +139,47 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def make_controller(
+def run_phase(
     trainer: Trainer,
     manager: tf.train.CheckpointManager,
+    progress: Progress,
+    stop: Callable,
+    *,
+    end: int,
     steps_per_loop: int,
+    evaluate_every_steps: int | None,
     model_dir: str,
-    actions: list[Callable],
-) -> orbit.Controller:
-    """Orbit's outer loop: checkpoints, TensorBoard summaries, evaluation, and our actions.
+) -> dict | None:
+    """Trains up to step `end` from the newest checkpoint, under Orbit's Controller.
 
-    It restores the newest checkpoint of `model_dir`, if there is one.
+    Returns:
+        The means of an evaluation at the end, floats.
+
+    Raises:
+        Interrupted: a signal came; the state was saved.
     """
-    return orbit.Controller(
-        global_step=trainer.optimizer.iterations,
-        trainer=trainer,
-        evaluator=trainer,
-        strategy=trainer.strategy,
-        train_actions=actions,
-        steps_per_loop=steps_per_loop,
-        checkpoint_manager=manager,
-        summary_interval=steps_per_loop,
-        summary_dir=f"{model_dir}/train",
-        eval_summary_dir=f"{model_dir}/eval",
-    )
-
-
-def run(controller: orbit.Controller, end: int, evaluate_every_steps: int | None) -> None:
-    """Trains up to step `end`, evaluating every so many steps if asked to."""
-    if evaluate_every_steps:
-        controller.train_and_evaluate(end, eval_interval=evaluate_every_steps)
-    else:
-        controller.train(end)
+    # Orbit prints each line that it logs; `progress` says the same and more.
+    with contextlib.redirect_stdout(None):
+        controller = orbit.Controller(
+            global_step=trainer.optimizer.iterations,
+            trainer=trainer,
+            evaluator=trainer,
+            strategy=trainer.strategy,
+            train_actions=[progress, stop],
+            steps_per_loop=steps_per_loop,
+            checkpoint_manager=manager,
+            summary_interval=steps_per_loop,
+            summary_dir=f"{model_dir}/train",
+            eval_summary_dir=f"{model_dir}/eval",
+        )
+        progress.begin()
+        try:
+            if evaluate_every_steps:
+                controller.train_and_evaluate(end, eval_interval=evaluate_every_steps)
+            else:
+                controller.train(end)
+        except Interrupted:
+            step = int(trainer.optimizer.iterations.numpy())
+            manager.save(checkpoint_number=step, check_interval=False)
+            raise
+        return {key: float(value) for key, value in controller.evaluate().items()}
