@@ -101,9 +101,9 @@ def test_an_excluded_layer_adds_no_ops(flavour):
     every_layer = operations(flavour)[1]
     no_bias = operations(flavour, exclude_from_weight_decay=["bias"])[1]
     no_layer = operations(flavour, exclude_from_weight_decay=["."])[1]
-    # A ratio is two norms, each one sum and one root, a quotient and a selection; the decay is
-    # one product.
-    for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1, "SelectV2": 1, "Mul": 1}.items():
+    # A ratio is two norms, each one sum and one root, a quotient, a selection and a product with
+    # the rate; the decay is one product.
+    for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1, "SelectV2": 1, "Mul": 2}.items():
         assert every_layer[op] - no_bias[op] == each, op
         assert every_layer[op] - no_layer[op] == each * len(LAYERS), op
     assert no_layer["Sum"] == no_layer["DivNoNan"] == no_layer["SelectV2"] == 0

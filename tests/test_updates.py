@@ -230,3 +230,12 @@ def test_keras3_takes_bare_tf_variables(keras3):
     ]
     exact = oracle.history(layers, gradients[:1], [0.05])
     assert_agrees([exact[0], [v.numpy().astype(np.float64) for v in variables]], exact)
+
+
+def test_without_epsilon_an_element_that_never_had_a_gradient_stays(flavour):
+    """0/0 in m̂/√v̂ is no direction, and not NaN: an embedding row that was not looked up."""
+    table = flavour.Variable(np.ones(2, np.float32), name="table")
+    optimizer = flavour.lamb.LAMB(0.1, epsilon=0.0, weight_decay=0.0)
+    optimizer.apply_gradients([(tf.constant([0.0, 1.0]), table)])
+    # u = (0, 1), so the step is the rate times the norm of the weights.
+    np.testing.assert_allclose(table.numpy(), [1.0, 1 - 0.1 * 2**0.5], rtol=1e-6)

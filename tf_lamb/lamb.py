@@ -22,7 +22,9 @@ class LAMBRule(Layerwise):
         epsilon: float >= 0, added to √v̂, outside the root.
         weight_decay: λ, a float >= 0. It enters u, inside the ratio.
         exclude_from_weight_decay: list of regular expressions, searched in each variable's full
-            path; a variable that one of them matches takes λ = 0.
+            path; a variable that one of them matches takes λ = 0. Anchor a pattern at its end
+            ("bias$"), not at its start: a path begins with the model's name, which Keras 3 drops
+            when it loads a Sequential model.
         exclude_from_layer_adaptation: likewise for the ratio, which is then 1. `None` means "the
             same as `exclude_from_weight_decay`"; an empty list means "adapt every layer".
         name: name of the optimizer.

@@ -84,12 +84,16 @@ def lamb_step(
     for g, x, m_x, v_x, decayed, adapted in zip(grads, params, m, v, decay, adapt, strict=True):
         m_x = beta_1 * m_x + (1 - beta_1) * g
         v_x = beta_2 * v_x + (1 - beta_2) * ops.square(g)
-        u = (m_x / correction_1) / (ops.sqrt(v_x / correction_2) + epsilon)
+        root = ops.sqrt(v_x / correction_2)
+        if epsilon > 0:
+            u = (m_x / correction_1) / (root + epsilon)
+        else:  # an element that had no gradient yet has no direction: 0, where 0/0 is NaN
+            u = ops.divide_no_nan(m_x / correction_1, root)
         x_32 = ops.cast(x, "float32")
         if decayed:
             u = u + weight_decay * x_32
-        ratio = trust_ratio(norm(x_32), norm(u)) if adapted else 1.0
-        new_params.append(_descended(x, learning_rate * ratio * u))
+        rate = learning_rate * trust_ratio(norm(x_32), norm(u)) if adapted else learning_rate
+        new_params.append(_descended(x, rate * u))
         new_m.append(m_x)
         new_v.append(v_x)
     return new_params, new_m, new_v
