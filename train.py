@@ -132,7 +132,7 @@ def report(task, recipe, model, metrics, rate, where, model_dir, export_dir):
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     last = len(recipe.phases) - 1
     baseline = task.frequent_token_accuracy(task.evaluation_batches(last)(None))
-    accuracy = metrics["masked_hits"]
+    accuracy = metrics["masked_accuracy"]
     with open(os.path.join(model_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(metrics | {"frequent_token": baseline, "examples_per_second": rate}, file)
     print(
@@ -141,7 +141,7 @@ Trained    {recipe.name}: BERT-{recipe.model}, {parameters:,} parameters, {recip
 of {recipe.phases[last].global_batch_size} sequences, on {task.data}
 Held out   masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the \
 {baseline:.3f} of always guessing the most frequent token; \
-next-sentence accuracy {metrics["sentence_hits"]:.3f}
+next-sentence accuracy {metrics["sentence_accuracy"]:.3f}
 Speed      {f"{rate:,.0f} sequences/s" if rate else "not measured: nothing was left to train"} \
 on {where.num_replicas_in_sync} replica(s)
 SavedModel {export_dir}

@@ -27,7 +27,12 @@ SIZES = {
 
 
 def build_pretrainer(
-    size: Size, vocabulary_size: int, max_sequence_length: int, dropout: float
+    size: Size,
+    vocabulary_size: int,
+    max_sequence_length: int,
+    *,
+    dropout: float,
+    initializer_stddev: float,
 ) -> tf_keras.Model:
     """A BERT with its two pre-training heads, its weights made under the strategy in scope.
 
@@ -35,7 +40,7 @@ def build_pretrainer(
     `masked_lm_positions` ([B, P] int32); its outputs hold `mlm_logits` ([B, P, V] float) and
     `next_sentence` ([B, 2] float).
     """
-    initializer = tf_keras.initializers.TruncatedNormal(stddev=0.02)
+    initializer = tf_keras.initializers.TruncatedNormal(stddev=initializer_stddev)
     encoder = networks.BertEncoderV2(
         vocab_size=vocabulary_size,
         hidden_size=size.width,
@@ -73,7 +78,7 @@ def build_pretrainer(
 
 
 def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
-    """Losses and hits of a batch, as sums: what replicas and steps can add up.
+    """Losses and right answers of a batch, as sums: what replicas and steps can add up.
 
     Args:
         model: from `build_pretrainer`.
@@ -81,21 +86,22 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
         training: whether dropout is on.
 
     Returns:
-        float32 scalars. `masked_loss` and `sentence_loss` are summed cross-entropies in nats,
-        `masked_hits` and `sentence_hits` count right answers.
+        float32 scalars, named by what they become when `pretraining_counts` divides them:
+        `masked_loss` and `sentence_loss` are summed cross-entropies in nats, `masked_accuracy`
+        and `sentence_accuracy` count right answers.
     """
     outputs = model({key: batch[key] for key in model.input}, training=training)
     masked, hits = _cross_entropy(
         outputs["mlm_logits"], batch["masked_lm_ids"], batch["masked_lm_weights"]
     )
-    sentence, sentence_hits = _cross_entropy(
+    sentence, sentence_accuracy = _cross_entropy(
         outputs["next_sentence"], batch["next_sentence_labels"], batch["example_weights"]
     )
     return {
         "masked_loss": masked,
-        "masked_hits": hits,
+        "masked_accuracy": hits,
         "sentence_loss": sentence,
-        "sentence_hits": sentence_hits,
+        "sentence_accuracy": sentence_accuracy,
     }
 
 

@@ -36,7 +36,9 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module")
 def model():
     tf.keras.utils.set_random_seed(1)
-    return bert.build_pretrainer(bert.SIZES["tiny"], len(VOCABULARY), LENGTH, dropout=0.1)
+    return bert.build_pretrainer(
+        bert.SIZES["tiny"], len(VOCABULARY), LENGTH, dropout=0.1, initializer_stddev=0.02
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def answer(model, tmp_path_factory):
 
 def test_base_has_the_published_parameters():
     """BERT-base's encoder with the published vocabulary: 109,482,240 (arXiv:1810.04805: 110M)."""
-    model = bert.build_pretrainer(bert.SIZES["base"], 30_522, 512, dropout=0.1)
+    model = bert.build_pretrainer(
+        bert.SIZES["base"], 30_522, 512, dropout=0.1, initializer_stddev=0.02
+    )
     heads = ("masked_lm", "next_sentence")
     inside = [v for v in model.variables if not any(head in v.name for head in heads)]
     assert sum(int(np.prod(v.shape)) for v in inside) == 109_482_240
@@ -100,7 +104,7 @@ def test_sums_are_what_the_logits_say(model):
         np.testing.assert_allclose(
             sums[f"{name}_loss"], -(np.log(likelihood) * weights).sum(), rtol=1e-5
         )
-        assert sums[f"{name}_hits"] == ((scores.argmax(-1) == labels) * weights).sum()
+        assert sums[f"{name}_accuracy"] == ((scores.argmax(-1) == labels) * weights).sum()
         assert counts[name] == weights.sum()
 
 

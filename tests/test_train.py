@@ -59,7 +59,7 @@ def test_the_loss_falls_and_the_report_says_what_was_done(whole_run, text):
         assert said in result.stdout
     assert str(folder / "export") in result.stdout and "[MASK]" in result.stdout
     metrics = json.loads((folder / "results.json").read_text())
-    assert metrics["masked_hits"] > metrics["frequent_token"]
+    assert metrics["masked_accuracy"] > metrics["frequent_token"]
     assert list((folder / "train").glob("events*")) and list((folder / "eval").glob("events*"))
     recipe = json.loads((folder / "recipe.json").read_text())
     assert (recipe["vocabulary_size"], recipe["phases"][0]["steps"]) == (300, STEPS)

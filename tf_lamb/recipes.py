@@ -48,6 +48,7 @@ class Recipe:
     vocabulary_size: int = 30_522  # of a vocabulary that is learned, not given
     max_sequence_length: int = 512  # rows of the position table
     dropout: float = 0.1
+    initializer_stddev: float = 0.02  # of every matrix and embedding, cut at two deviations
     whole_word: bool = False
     compute_dtype: str = "float32"
     beta_1: float = 0.9
@@ -85,6 +86,7 @@ BERT_MINI_DEMO = Recipe(
     vocabulary_size=4_000,
     max_sequence_length=64,
     dropout=0.0,
+    initializer_stddev=0.06,  # 0.02 suits width 768; it is to shrink as 1/sqrt(width)
     evaluation_examples=4_096,
     save_every_steps=500,
 )

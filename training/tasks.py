@@ -8,6 +8,7 @@ import numpy as np
 from inputs import corpus, documents, installed_text, synthetic, text, vocabulary
 from inputs.errors import InputError
 from models import bert
+from training.checkpoints import saved_step
 from training.export import export_mask_filler
 
 SHOWN_SENTENCES = 4
@@ -54,9 +55,10 @@ class BertPretraining:
 
         self.data = data_dir or "Python's help topics and installed packages' docstrings"
         log(f"Reading {self.data}")
-        known = vocab or os.path.join(model_dir, "vocab.txt")
-        if vocab or os.path.exists(known):
-            self.vocabulary = vocabulary.load_vocabulary(known)
+        if not vocab and saved_step(model_dir):  # a run that goes on keeps what it learned
+            vocab = os.path.join(model_dir, "vocab.txt")
+        if vocab:
+            self.vocabulary = vocabulary.load_vocabulary(vocab)
             tokenized = corpus.tokenize(read(), self.vocabulary)
         else:
             kept = list(read())
@@ -77,7 +79,8 @@ class BertPretraining:
             bert.SIZES[self.recipe.model],
             len(self.vocabulary),
             self.recipe.max_sequence_length,
-            self.recipe.dropout,
+            dropout=self.recipe.dropout,
+            initializer_stddev=self.recipe.initializer_stddev,
         )
 
     def train_batches(self, number: int, first_step: int):

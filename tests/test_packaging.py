@@ -1,0 +1,50 @@
+"""The wheel holds the library alone, and the metadata says what it needs."""
+
+import configparser
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_the_wheel_holds_tf_lamb_alone(tmp_path):
+    # From a copy, so that no build folder is left in the project.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for folder in ("tf_lamb", "inputs", "models", "training"):
+        (source / folder).mkdir()
+        for path in (ROOT / folder).glob("*.py"):
+            (source / folder / path.name).write_bytes(path.read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, str(source), "-w", str(tmp_path)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name for name in archive.namelist() if name.endswith(".py")}
+        metadata = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        described = archive.read(metadata).decode()
+    assert modules == {f"tf_lamb/{path.name}" for path in (ROOT / "tf_lamb").glob("*.py")}
+    needs = [line for line in described.splitlines() if line.startswith("Requires-Dist")]
+    base = sorted(
+        line.split(": ")[1].split("<")[0].split(">")[0] for line in needs if ";" not in line
+    )
+    assert base == ["keras", "numpy"]
+
+
+def test_each_extra_is_pinned_in_the_constraints():
+    """What `make` installs is what was tested, to the version."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    for extra in ("train", "test"):
+        for requirement in extras[extra].split("\n"):
+            name = requirement.split("==")[0].strip().lower()
+            assert not name or name in pinned, f"{name} of the extra {extra}"
