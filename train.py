@@ -151,7 +151,10 @@ Filled in, by the SavedModel in a process of its own, in held-out sentences:""",
     )
     folder = os.path.dirname(os.path.abspath(__file__))
     command = [sys.executable, "-m", "training.fill_mask", os.path.abspath(export_dir)]
-    subprocess.run([*command, *task.questions()], cwd=folder, check=True)
+    questions = task.questions() or [("no sentence of 6 to 24 pieces was held out [MASK]", "?")]
+    sentences, words = zip(*questions, strict=True)
+    subprocess.run([*command, *sentences], cwd=folder, check=True)
+    print(f"The words behind the masks: {', '.join(words)}")
 
 
 def main(_):
@@ -181,9 +184,10 @@ def main(_):
     facts = {"seed": FLAGS.seed, "vocabulary": vocabulary_hash(task.vocabulary)}
     checkpoints.claim(model_dir, recipe, **facts)
     save_vocabulary(task.vocabulary, os.path.join(model_dir, "vocab.txt"))
-    with where.scope(), users("--set"):
+    with where.scope():
         model = task.build_model()
-        optimizer.build(model.trainable_variables)
+        with users("--set"):
+            optimizer.build(model.trainable_variables)
     try:
         metrics, rate = train(task, recipe, model, optimizer, where, model_dir)
     except loop.Interrupted as signal:

@@ -132,10 +132,10 @@ class BertPretraining:
             counts += np.bincount(labels.ravel(), weights.ravel(), minlength=len(counts))
         return counts.max() / counts.sum()
 
-    def questions(self) -> list[str]:
-        """Held-out sentences with one word masked, to show what was learned."""
+    def questions(self) -> list[tuple[str, str]]:
+        """(held-out sentence, one word of it masked; that word), a few or none, to be shown."""
         if self._synthetic:
-            return ["word1 [MASK] word2"]
+            return [("word1 [MASK] word2", "word3")]
         held_out, chosen = self._held_out, []
         for start, end in itertools.pairwise(held_out.sentences.tolist()):
             pieces = [self.vocabulary[i] for i in held_out.tokens[start:end]]
@@ -144,9 +144,10 @@ class BertPretraining:
                 for i, piece in enumerate(pieces[:-1])
                 if piece.isalpha() and len(piece) > 3 and not pieces[i + 1].startswith("##")
             ]
-            if 8 <= len(pieces) <= 24 and pieces[-1] == "." and whole:
-                pieces[whole[len(whole) // 2]] = vocabulary.MASK
-                chosen.append(" ".join(pieces).replace(" ##", ""))
+            if 6 <= len(pieces) <= 24 and whole:
+                middle = whole[len(whole) // 2]
+                word, pieces[middle] = pieces[middle], vocabulary.MASK
+                chosen.append((" ".join(pieces).replace(" ##", ""), word))
         return chosen[:: max(1, len(chosen) // SHOWN_SENTENCES)][:SHOWN_SENTENCES]
 
     def export(self, model, export_dir: str) -> None:

@@ -1,0 +1,212 @@
+"""Times one update of each optimizer beside a plain copy: python -m benchmarks.optimizers
+
+Everything is measured in one process and one run. A contender's updates alternate with a copy
+that moves as many floats as the rule must at least read and write (LAMB 10 N, LARS 7 N), so that
+a slow moment of the machine falls on both; the figure to compare is the ratio of the two.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import threading
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from official.modeling.optimization import lamb as tfm_lamb
+from official.modeling.optimization import lars as tfm_lars
+
+import tf_lamb
+from benchmarks import shapes
+from tf_lamb import tf_keras as tf_lamb_2
+
+FLOATS_MOVED = {"lamb": 10, "lars": 7}
+WAYS = ("eager", "function", "jit")
+
+
+def contenders(rule, excluded):
+    """name -> a function that makes the optimizer; every one decays weights."""
+    ours = {"exclude_from_weight_decay": list(excluded)}
+    if rule == "lamb":
+        return {
+            "tf_lamb, Keras 3": lambda: tf_lamb.LAMB(1e-3, **ours),
+            "tf_lamb, tf_keras": lambda: tf_lamb_2.LAMB(1e-3, **ours),
+            "keras.optimizers.Lamb": lambda: keras.optimizers.Lamb(1e-3, weight_decay=0.01),
+            "keras.optimizers.Lamb, no decay": lambda: keras.optimizers.Lamb(1e-3),
+            "tf-models LAMB": lambda: tfm_lamb.LAMB(
+                1e-3, weight_decay_rate=0.01, exclude_from_weight_decay=list(excluded)
+            ),
+        }
+    return {
+        "tf_lamb, Keras 3": lambda: tf_lamb.LARS(1e-3, **ours),
+        "tf_lamb, tf_keras": lambda: tf_lamb_2.LARS(1e-3, **ours),
+        "tf-models LARS": lambda: tfm_lars.LARS(
+            1e-3, weight_decay_rate=1e-4, exclude_from_weight_decay=list(excluded)
+        ),
+    }
+
+
+def tensorflow_update(make, layers, way):
+    """A function that makes one update and waits for it, of new variables of these layers."""
+    optimizer = make()
+    of_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
+    rng = np.random.default_rng(0)
+    variables = []
+    for name, shape in layers:
+        value = 0.02 * rng.standard_normal(shape, np.float32)
+        if of_keras_3:
+            variable = keras.Variable(value, name=name.replace("/", "_"))
+        else:
+            variable = tf.Variable(value, name=name)
+        variables.append(variable)
+    grads = [tf.constant(1e-3 * rng.standard_normal(shape, np.float32)) for _, shape in layers]
+
+    def apply(*grads):
+        optimizer.apply_gradients(zip(grads, variables, strict=True))
+
+    if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
+        optimizer._create_all_weights(variables)  # a compiled function may not make them
+    else:
+        optimizer.build(variables)
+    if way != "eager":
+        apply = tf.function(apply, jit_compile=way == "jit", autograph=False)
+    last = variables[-1].value if of_keras_3 else variables[-1]
+
+    def update():
+        apply(*grads)
+        last.numpy()  # eager calls and functions on a CPU return when they are done
+
+    return update
+
+
+def optax_update(rule, layers):
+    """As `tensorflow_update`, for optax in a jitted function that may reuse its inputs."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    make = {
+        "lamb": lambda: optax.lamb(1e-3, weight_decay=0.01),
+        "lars": lambda: optax.lars(1e-3, weight_decay=1e-4),
+    }
+    optimizer = make[rule]()
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(0.02 * rng.standard_normal(shape, np.float32)) for _, shape in layers]
+    grads = [jnp.asarray(1e-3 * rng.standard_normal(shape, np.float32)) for _, shape in layers]
+    holder = [params, optimizer.init(params)]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def apply(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def update():
+        holder[:] = apply(*holder, grads)
+        jax.block_until_ready(holder)
+
+    return update
+
+
+class Copy:
+    """Copies so many floats between two buffers, on all cores; half are reads, half writes."""
+
+    def __init__(self, floats: int):
+        self._parts = np.array_split(np.ones(floats // 2, np.float32), os.cpu_count())
+        self._targets = [np.zeros_like(part) for part in self._parts]
+
+    def __call__(self):
+        """Copies once."""
+        threads = [
+            threading.Thread(target=np.copyto, args=pair)
+            for pair in zip(self._targets, self._parts, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def seconds(function) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def peak_bytes(function) -> int:
+    """The most memory that this process held while the function ran, in bytes."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    function()
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def measure(make_update, copy, rounds: int) -> dict:
+    """First call (trace and compile), median update, median ratio to the copy, peak memory."""
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    update = make_update()
+    first = seconds(update)
+    update()
+    peak = peak_bytes(update)
+    pairs = [(seconds(update), seconds(copy)) for _ in range(rounds)]
+    return {
+        "first_call_seconds": first,
+        "update_seconds": statistics.median(u for u, _ in pairs),
+        "copy_seconds": statistics.median(c for _, c in pairs),
+        "ratio": statistics.median(u / c for u, c in pairs),
+        "peak_bytes": peak - before,
+    }
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=shapes.MODELS, action="append")
+    parser.add_argument("--rule", choices=FLOATS_MOVED, action="append")
+    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", help="write the rows here too")
+    flags = parser.parse_args()
+    rows = []
+    print(f"{'':68}update   ratio to copy   first call   memory")
+    for model in flags.model or shapes.MODELS:
+        layers = shapes.MODELS[model]()
+        number = sum(int(np.prod(shape)) for _, shape in layers)
+        for rule in flags.rule or FLOATS_MOVED:
+            copy = Copy(FLOATS_MOVED[rule] * number)
+            copy()
+            cases = [
+                (name, way, functools.partial(tensorflow_update, make, layers, way))
+                for name, make in contenders(rule, shapes.EXCLUDED[model]).items()
+                for way in WAYS
+            ]
+            cases.append(("optax, JAX", "jit", functools.partial(optax_update, rule, layers)))
+            for name, way, make_update in cases:
+                if flags.only not in name:
+                    continue
+                row = measure(make_update, copy, flags.rounds)
+                rows.append({"model": model, "rule": rule, "name": name, "way": way} | row)
+                print(
+                    f"{model:10} {rule:5} {name:32} {way:9} {1e3 * row['update_seconds']:14.1f} ms "
+                    f"{row['ratio']:12.2f} {row['first_call_seconds']:12.1f} s "
+                    f"{row['peak_bytes'] / (4 * number):8.2f} N",
+                    flush=True,
+                )
+    if flags.json:
+        with open(flags.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
