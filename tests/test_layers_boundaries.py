@@ -30,11 +30,11 @@ MODULES = {
     "updates": set(),
     "layerwise": {"updates"},
     "schedules": {"layerwise"},
-    "fused": set(),
+    "fused": {"updates"},
     "recipes": set(),
     "lamb": {"layerwise", "updates"},
     "lars": {"layerwise", "updates"},
-    "keras3": {"lamb", "lars", "fused", "schedules", "layerwise"},
+    "keras3": {"lamb", "lars", "fused", "schedules", "layerwise", "updates"},
     "tf_keras": {"lamb", "lars", "fused", "schedules", "layerwise"},
 }
 # Only these may know TensorFlow or Keras 2.

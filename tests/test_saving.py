@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_each_tensor_once(flavour, rule, tmp_path):
     saved = [name for name in saved if "/metrics/" not in name]
     slots = [slot for kind in model.optimizer._plan.slots for slot in kind]
     assert len(slots) == {"LAMB": 2, "LARS": 1}[rule] * len(model.trainable_weights)
-    assert len(saved) == len(model.weights) + len(slots) + 2  # the counter and the rate
+    assert len(saved) == len(model.weights) + len(slots) + 3  # steps, skipped steps, the rate
     values = [tf.train.load_variable(path, name).tobytes() for name in saved]
     for variable in [*model.weights, *slots]:
         assert values.count(variable.numpy().tobytes()) == 1, variable.name

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tf_lamb import updates
+
 
 def check_strategy(strategy):
     """Raises `ValueError` for a strategy that scatters the variables over machines."""
@@ -13,41 +15,45 @@ def check_strategy(strategy):
         )
 
 
-def fused_update(updated, variables, slots, jit_compile=True):
-    """Returns `run(strategy, index, grads, learning_rate, iterations)`, one update of the model.
+def fused_update(updated, variables, slots, *, iterations, skipped, telemetry, per_update, jit):
+    """Returns `run(strategy, index, grads, learning_rate, count)`, one update of the model.
 
     `run` is called where the gradients are already summed over the replicas: in cross-replica
     (merge) context, or without a strategy. It updates every replica's copy on its own device.
+    `count` is a function that gives the number of updates made so far.
 
     Args:
-        updated: `(index, grads, params, slots, learning_rate, step) -> (params, *slots)` on
-            lists of tensors (`Layerwise._updated`).
+        updated: `Layerwise._updated`.
         variables: list of `tf.Variable`, the model's.
         slots: one list of `tf.Variable` per slot, in the order of `variables`.
-        jit_compile: whether XLA compiles the update.
+        iterations: int `tf.Variable` that Keras raises by one after each call; a skipped update
+            takes `per_update` from it beforehand.
+        skipped: int `tf.Variable`, raised by a skipped update.
+        telemetry: [layers, 3] `tf.Variable`, or None.
+        per_update: how many calls make one update (gradient accumulation), else 1.
+        jit: whether XLA compiles the update.
     """
     # The lists live in this closure alone, so that no checkpoint finds the model through it.
 
     def update(index, grads, learning_rate, step):
-        chosen_variables = [variables[i] for i in index]
-        chosen_slots = [[slot[i] for i in index] for slot in slots]
-        values = updated(
-            index,
-            grads,
-            [tf.convert_to_tensor(variable) for variable in chosen_variables],
-            [[tf.convert_to_tensor(variable) for variable in slot] for slot in chosen_slots],
-            learning_rate,
-            step,
-        )
+        chosen = [[variables[i] for i in index], *([slot[i] for i in index] for slot in slots)]
+        params, *moments = [[tf.convert_to_tensor(v) for v in targets] for targets in chosen]
+        values, finite, rows = updated(index, grads, params, moments, learning_rate, step)
         # Reads and writes stand in one program: XLA writes into the buffers it read.
-        for targets, results in zip((chosen_variables, *chosen_slots), values, strict=True):
+        for targets, results in zip(chosen, values, strict=True):
             for target, result in zip(targets, results, strict=True):
                 target.assign(result)
+        if finite is not None:
+            missed = tf.cast(tf.logical_not(finite), iterations.dtype)
+            skipped.assign_add(missed)
+            iterations.assign_sub(per_update * missed)
+        if telemetry is not None:
+            telemetry.assign(updates.placed(tf.convert_to_tensor(telemetry), rows, index))
 
     # Keyed on the device of each replica too, so it is traced once per replica device.
-    compiled = tf.function(update, jit_compile=jit_compile, autograph=False)
+    compiled = tf.function(update, jit_compile=jit, autograph=False)
 
-    def run(strategy, index, grads, learning_rate, iterations):
+    def run(strategy, index, grads, learning_rate, count):
         # A TPU replica's program is XLA already, and nests no second one.
         on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         one_update = update if on_tpu else compiled
@@ -57,7 +63,7 @@ def fused_update(updated, variables, slots, jit_compile=True):
                 index,
                 [tf.convert_to_tensor(g) for g in grads],
                 tf.cast(tf.convert_to_tensor(learning_rate), tf.float32),
-                tf.cast(tf.convert_to_tensor(iterations()), tf.float32) + 1.0,
+                tf.cast(tf.convert_to_tensor(count()), tf.float32) + 1.0,
             )
 
         # One call, anchored on the first variable, hands each replica its gradients and device.

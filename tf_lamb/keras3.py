@@ -5,7 +5,7 @@ import contextlib
 import keras
 from keras import ops
 
-from tf_lamb import lamb, lars, schedules
+from tf_lamb import lamb, lars, schedules, updates
 from tf_lamb.layerwise import Plan
 
 if keras.backend.backend() == "tensorflow":
@@ -44,18 +44,33 @@ class Adapter(keras.optimizers.Optimizer):
             fused.check_strategy(self._distribution_strategy)
         layers = self._planned([_path(v) for v in variables], [v.shape for v in variables])
         super().build(variables)
-        slots = tuple([self._slot(v, name) for v in variables] for name in self.slot_names)
+        slots = tuple(
+            [self._slot(v, name, "float32" if k else self.moment_dtype) for v in variables]
+            for k, name in enumerate(self.slot_names)
+        )
+        once = {"initializer": "zeros", "aggregation": "only_first_replica"}
+        skipped = self.add_variable((), dtype="int", name="skipped_steps", **once)
+        telemetry = None
+        if self.telemetry:
+            telemetry = self.add_variable(
+                (len(variables), 3), dtype="float32", name="telemetry", **once
+            )
         run = None
         if on_tensorflow:
             run = fused.fused_update(
                 self._updated,
                 [_native(v) for v in variables],
                 [[_native(v) for v in slot] for slot in slots],
+                iterations=_native(self._iterations),
+                skipped=_native(skipped),
+                telemetry=telemetry and _native(telemetry),
+                per_update=self.gradient_accumulation_steps or 1,
+                jit=True,
             )
-        self._plan = Plan(layers, slots, run)
+        self._plan = Plan(layers, slots, skipped, telemetry, run)
 
-    def _slot(self, variable, name):
-        """A float32 zero beside the variable, whatever the variable's dtype."""
+    def _slot(self, variable, name, dtype):
+        """A zero of the variable's shape beside it, whatever the variable's dtype."""
         place = contextlib.nullcontext()
         if keras.backend.backend() == "tensorflow":
             place = self._distribution_strategy.extended.colocate_vars_with(_native(variable))
@@ -63,7 +78,7 @@ class Adapter(keras.optimizers.Optimizer):
             return self.add_variable(
                 shape=variable.shape,
                 initializer="zeros",
-                dtype="float32",
+                dtype=dtype,
                 layout=getattr(variable, "_layout", None),
                 name=f"{_path(variable).replace('/', '_')}_{name}",
             )
@@ -81,7 +96,7 @@ class Adapter(keras.optimizers.Optimizer):
             return
         index = tuple(self._get_variable_index(v) for v in trainable_variables)
         slots = [[slot[i] for i in index] for slot in self._plan.slots]
-        values = self._updated(
+        values, finite, rows = self._updated(
             index,
             grads,
             [ops.stop_gradient(v.value) for v in trainable_variables],
@@ -92,6 +107,14 @@ class Adapter(keras.optimizers.Optimizer):
         for targets, results in zip((trainable_variables, *slots), values, strict=True):
             for target, result in zip(targets, results, strict=True):
                 target.assign(result)
+        plan = self._plan
+        if finite is not None:
+            missed = ops.cast(ops.logical_not(finite), plan.skipped.dtype)
+            plan.skipped.assign(plan.skipped + missed)
+            per_update = self.gradient_accumulation_steps or 1
+            self._iterations.assign(self._iterations - per_update * missed)
+        if rows is not None:
+            plan.telemetry.assign(updates.placed(plan.telemetry.value, rows, index))
 
 
 @keras.saving.register_keras_serializable("tf_lamb")

@@ -1,7 +1,34 @@
 """LARS: the rule's arguments and documentation; its arithmetic is `updates.lars_step`."""
 
 from tf_lamb import updates
-from tf_lamb.layerwise import Layerwise, check_interval
+from tf_lamb.layerwise import Layerwise, Variant, check_choice, check_interval
+
+MLPERF = Variant(
+    "arXiv:1708.03888, Algorithm 1; MLPerf training v0.7, Google, resnet TF2: rate inside the "
+    "momentum",
+    {"form": "mlperf"},
+)
+VARIANTS = {
+    "paper": Variant(
+        "arXiv:1904.00962, Algorithm 1: ratio of the averaged momentum, no κ",
+        {"form": "paper", "trust_coefficient": 1.0},
+    ),
+    "you-2017": MLPERF,
+    "mlperf": MLPERF,
+    "tf-contrib": Variant(
+        "tf.contrib.opt.LARSOptimizer: rate at the end, decay in the ratio alone (L2 in the loss)",
+        {"form": "tf-contrib"},
+    ),
+    "tf-models": Variant(
+        "tf-models-official 2.20 official/modeling/optimization/lars.py, classic_momentum=True",
+        {"form": "tf-models", "weight_decay": 0.0},
+    ),
+    "tf-models-scaled": Variant(
+        "tf-models-official 2.20 official/modeling/optimization/lars.py, classic_momentum=False",
+        {"form": "tf-models-scaled", "weight_decay": 0.0},
+    ),
+    "optax": Variant("optax.lars", {"form": "tf-models", "weight_decay": 0.0}),
+}
 
 
 class LARSRule(Layerwise):
@@ -27,6 +54,17 @@ class LARSRule(Layerwise):
             when it loads a Sequential model.
         exclude_from_layer_adaptation: likewise for the ratio, which is then 1. `None` means "the
             same as `exclude_from_weight_decay`"; an empty list means "adapt every layer".
+        form: which published rule; "mlperf" is the formula above. `updates.lars_step` has them all.
+        norm: "l2", "l1" or "linf".
+        layer_axes: {pattern: axis or axes} for variables that stack layers along these axes: each
+            slice has a ratio of its own.
+        layer_groups: list of patterns; the variables that one matches share one ratio, from the
+            norm of all of them together.
+        moment_dtype: "float32", or "bfloat16" to keep m in half the memory.
+        skip_nonfinite: whether a NaN or infinity in any gradient skips the whole update: weights,
+            momentum and step stay, `skipped_steps` counts it.
+        telemetry: whether `telemetry_rows` keeps ‖x‖, the ratio's divisor and the ratio.
+        based_on: name of the variant these arguments come from; `LARS.variant(name)` sets it.
         name: name of the optimizer.
         **keras_arguments: `clipnorm`, `clipvalue` or `global_clipnorm` (at most one), `use_ema`,
             `ema_momentum`, `ema_overwrite_frequency`; in Keras 3 also `loss_scale_factor` and
@@ -48,6 +86,7 @@ class LARSRule(Layerwise):
     """
 
     slot_names = ("momentum",)
+    variants = VARIANTS
 
     def __init__(
         self,
@@ -59,17 +98,34 @@ class LARSRule(Layerwise):
         nesterov=False,
         exclude_from_weight_decay=(),
         exclude_from_layer_adaptation=None,
+        *,
+        form="mlperf",
+        norm="l2",
+        layer_axes=None,
+        layer_groups=(),
+        moment_dtype="float32",
+        skip_nonfinite=True,
+        telemetry=False,
+        based_on=None,
         name="lars",
         **keras_arguments,
     ):
         check_interval("momentum", momentum, 0, 1)
         check_interval("trust_coefficient", trust_coefficient, 0, open_low=True)
         check_interval("epsilon", epsilon, 0)
+        check_choice("form", form, updates.LARS_FORMS)
         super().__init__(
             learning_rate,
             weight_decay=weight_decay,
+            norm=norm,
             exclude_from_weight_decay=exclude_from_weight_decay,
             exclude_from_layer_adaptation=exclude_from_layer_adaptation,
+            layer_axes=layer_axes,
+            layer_groups=layer_groups,
+            moment_dtype=moment_dtype,
+            skip_nonfinite=skip_nonfinite,
+            telemetry=telemetry,
+            based_on=based_on,
             name=name,
             **keras_arguments,
         )
@@ -77,17 +133,19 @@ class LARSRule(Layerwise):
         self.trust_coefficient = trust_coefficient
         self.epsilon = epsilon
         self.nesterov = bool(nesterov)
+        self.form = form
 
-    def _new_values(self, grads, params, slots, *, step, **layers):
+    def _new_values(self, grads, params, slots, *, step, **settings):
         del step  # LARS knows no bias correction
         return updates.lars_step(
             grads,
             params,
             *slots,
+            form=self.form,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             trust_coefficient=self.trust_coefficient,
             epsilon=self.epsilon,
             nesterov=self.nesterov,
-            **layers,
+            **settings,
         )

@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
@@ -25,6 +25,7 @@ KERAS_ARGUMENTS = (
     "gradient_accumulation_steps",
     "jit_compile",
 )
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +36,52 @@ class Layer:
     shape: its static shape.
     decayed: whether weight decay enters its update.
     adapted: whether its step is scaled by a trust ratio.
+    axes: axes along which the variable stacks layers, each with its own ratio; () for one layer.
+    group: the pattern of the group that shares one ratio with it, or None.
     """
 
     name: str
     shape: tuple[int, ...]
     decayed: bool
     adapted: bool
+    axes: tuple[int, ...] = ()
+    group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Exclusions:
-    """The constructor's patterns; `adaptation=None` means "the same as `decay`"."""
+class Variant:
+    """A published form of a rule: the constructor arguments that make it, and where it is from."""
 
-    decay: tuple[str, ...]
-    adaptation: tuple[str, ...] | None
+    source: str
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patterns:
+    """The constructor's patterns; `no_adaptation=None` means "the same as `no_decay`"."""
+
+    no_decay: tuple[str, ...]
+    no_adaptation: tuple[str, ...] | None
+    axes: dict[str, tuple[int, ...]]
+    groups: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything `build` makes. It is no list and no tuple: Keras would track it as state, and
-    write the model's variables and each slot a second time into every checkpoint."""
+    write the model's variables and each slot a second time into every checkpoint.
+
+    layers: one for each variable.
+    slots: one list of variables for each of the rule's slots.
+    skipped: int variable, how many updates were skipped.
+    telemetry: [layers, 3] float32 variable, or None.
+    run: on TensorFlow, from `fused.fused_update`.
+    """
 
     layers: tuple[Layer, ...]
     slots: tuple[Sequence[Any], ...]
+    skipped: Any
+    telemetry: Any
     run: Callable | None = None
 
 
@@ -67,6 +91,14 @@ def check_interval(name: str, value, low: float, high: float = math.inf, *, open
     if not number or not (low < value if open_low else low <= value) or not value < high:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
+
+
+def check_choice(name: str, value, choices) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
+        )
 
 
 def check_patterns(name: str, patterns) -> tuple[str, ...]:
@@ -88,29 +120,69 @@ def check_patterns(name: str, patterns) -> tuple[str, ...]:
     return patterns
 
 
-def plan_layers(names, shapes, no_decay, no_adaptation) -> tuple[Layer, ...]:
-    """Matches the exclusion patterns against the variables' paths, once.
+def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
+    """Returns {pattern: tuple of axes}; `ValueError` for anything else."""
+    layer_axes = {} if layer_axes is None else layer_axes
+    if not isinstance(layer_axes, Mapping):
+        raise ValueError(
+            "`layer_axes` must be a dictionary {pattern: axes along which layers are stacked}. "
+            f"Received: layer_axes={layer_axes!r}."
+        )
+    check_patterns("layer_axes", layer_axes)
+    axes = {k: (v,) if isinstance(v, int) else tuple(v) for k, v in layer_axes.items()}
+    if not all(isinstance(axis, int) for pattern in axes for axis in axes[pattern]):
+        raise ValueError(f"`layer_axes` holds axes as integers. Received: {layer_axes!r}.")
+    return axes
+
+
+def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
+    """Matches the patterns against the variables' paths, once.
 
     Raises:
-        ValueError: a pattern matches no variable; the message lists the names there are.
+        ValueError: a pattern matches no variable (the message lists the names there are), a
+            variable in two groups, in a group and stacked, or without the axis.
     """
-    for pattern in dict.fromkeys((*no_decay, *no_adaptation)):
+    no_decay, no_adaptation = patterns.no_decay, patterns.no_adaptation
+    no_adaptation = no_decay if no_adaptation is None else no_adaptation
+    for pattern in dict.fromkeys((*no_decay, *no_adaptation, *patterns.axes, *patterns.groups)):
         if not any(re.search(pattern, name) for name in names):
             listed = "\n  ".join(names)
             raise ValueError(
-                f"Every exclusion pattern must match a variable. Received: {pattern!r}, which "
-                f"matches none of the {len(names)} variables. Correct it or take it out of "
-                f"`exclude_from_weight_decay` / `exclude_from_layer_adaptation`; the names "
-                f"are:\n  {listed}"
+                f"Every pattern must match a variable. Received: {pattern!r}, which matches none "
+                f"of the {len(names)} variables. Correct it or take it out of "
+                "`exclude_from_weight_decay`, `exclude_from_layer_adaptation`, `layer_axes` or "
+                f"`layer_groups`; the names are:\n  {listed}"
             )
 
-    def excluded(name, patterns):
-        return any(re.search(pattern, name) for pattern in patterns)
+    def matching(name, those):
+        return [pattern for pattern in those if re.search(pattern, name)]
 
-    return tuple(
-        Layer(name, tuple(shape), not excluded(name, no_decay), not excluded(name, no_adaptation))
-        for name, shape in zip(names, shapes, strict=True)
-    )
+    layers = []
+    for name, shape in zip(names, shapes, strict=True):
+        stacked, groups = matching(name, patterns.axes), matching(name, patterns.groups)
+        if len(stacked) + len(groups) > 1:
+            raise ValueError(
+                "A variable belongs to one pattern of `layer_axes` or `layer_groups` at most. "
+                f"Received: {name!r}, which matches {', '.join(map(repr, stacked + groups))}."
+            )
+        axes = patterns.axes[stacked[0]] if stacked else ()
+        rank = len(shape)
+        if not all(-rank <= axis < rank for axis in axes):
+            raise ValueError(
+                f"`layer_axes` must name axes that the variable has. Received: "
+                f"{stacked[0]!r}: {axes} for {name!r} of shape {tuple(shape)}."
+            )
+        layers.append(
+            Layer(
+                name,
+                tuple(shape),
+                decayed=not matching(name, no_decay),
+                adapted=not matching(name, no_adaptation),
+                axes=tuple(axis % rank for axis in axes),
+                group=groups[0] if groups else None,
+            )
+        )
+    return tuple(layers)
 
 
 class Layerwise:
@@ -122,14 +194,22 @@ class Layerwise:
     """
 
     slot_names: tuple[str, ...]
+    variants: Mapping[str, Variant]
 
     def __init__(
         self,
         learning_rate,
         *,
         weight_decay,
+        norm,
         exclude_from_weight_decay,
         exclude_from_layer_adaptation,
+        layer_axes,
+        layer_groups,
+        moment_dtype,
+        skip_nonfinite,
+        telemetry,
+        based_on,
         name,
         **keras_arguments,
     ):
@@ -137,18 +217,42 @@ class Layerwise:
             check_interval("learning_rate", learning_rate, 0, open_low=True)
             learning_rate = float(learning_rate)
         check_interval("weight_decay", weight_decay, 0)
-        for unknown in keras_arguments.keys() - self._keras_arguments():
-            known = [*inspect.signature(type(self).__init__).parameters, *self._keras_arguments()]
-            nearest = difflib.get_close_matches(unknown, known, n=1)
+        check_choice("norm", norm, updates.NORMS)
+        check_choice("moment_dtype", moment_dtype, MOMENT_DTYPES)
+        check_choice("based_on", based_on, (None, *self.variants))
+        self._check_keras_arguments(keras_arguments)
+        adaptation = exclude_from_layer_adaptation
+        if adaptation is not None:
+            adaptation = check_patterns("exclude_from_layer_adaptation", adaptation)
+        patterns = Patterns(
+            check_patterns("exclude_from_weight_decay", exclude_from_weight_decay),
+            adaptation,
+            check_axes(layer_axes),
+            check_patterns("layer_groups", layer_groups),
+        )
+        super().__init__(learning_rate, weight_decay=weight_decay, name=name, **keras_arguments)
+        self._plan = None
+        self._patterns = patterns
+        self.norm = norm
+        self.moment_dtype = moment_dtype
+        self.skip_nonfinite = bool(skip_nonfinite)
+        self.telemetry = bool(telemetry)
+        self.based_on = based_on
+
+    def _check_keras_arguments(self, arguments):
+        known = self._keras_arguments()
+        for unknown in arguments.keys() - known:
+            names = [*inspect.signature(type(self).__init__).parameters, *known]
+            nearest = difflib.get_close_matches(unknown, names, n=1)
             hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
             raise ValueError(
                 f"`{type(self).__name__}` takes no argument `{unknown}`. {hint}"
-                f"Received: {unknown}={keras_arguments[unknown]!r}."
+                f"Received: {unknown}={arguments[unknown]!r}."
             )
         clips = {
-            key: keras_arguments[key]
+            key: arguments[key]
             for key in ("clipnorm", "clipvalue", "global_clipnorm")
-            if keras_arguments.get(key) is not None
+            if arguments.get(key) is not None
         }
         if len(clips) > 1:
             raise ValueError(
@@ -157,16 +261,6 @@ class Layerwise:
             )
         for key, value in clips.items():
             check_interval(key, value, 0, open_low=True)
-        excluded = Exclusions(
-            check_patterns("exclude_from_weight_decay", exclude_from_weight_decay),
-            None
-            if exclude_from_layer_adaptation is None
-            else check_patterns("exclude_from_layer_adaptation", exclude_from_layer_adaptation),
-        )
-        super().__init__(learning_rate, weight_decay=weight_decay, name=name, **keras_arguments)
-        self._plan = None
-        # The base classes own the name `exclude_from_weight_decay`, for a method.
-        self._excluded = excluded
 
     @classmethod
     def _keras_arguments(cls) -> set[str]:
@@ -177,56 +271,111 @@ class Layerwise:
                 known.update(inspect.signature(base.__init__).parameters)
         return known.intersection(KERAS_ARGUMENTS)
 
+    @classmethod
+    def variant(cls, name: str, learning_rate=1e-3, **arguments):
+        """The optimizer with the arguments of a published variant, overridden by `arguments`.
+
+        Raises:
+            ValueError: an unknown variant; the message lists them.
+        """
+        check_choice("variant", name, tuple(cls.variants))
+        settings = cls.variants[name].arguments | {"based_on": name} | arguments
+        return cls(learning_rate, **settings)
+
     def _planned(self, names, shapes) -> tuple[Layer, ...]:
-        decay, adaptation = self._excluded.decay, self._excluded.adaptation
-        return plan_layers(names, shapes, decay, decay if adaptation is None else adaptation)
+        return plan_layers(names, shapes, self._patterns)
 
     def _updated(self, index, grads, params, slots, learning_rate, step):
-        """New values of the variables at `index` and of their slots: `(params, *slots)`.
+        """New values of the variables at `index` and of their slots.
 
         Args:
             index: tuple of Python ints, positions of the variables that have a gradient.
             grads: list of float tensors, summed over the replicas, one per position.
             params: list of float tensors, the variables' values.
-            slots: one list of float32 tensors per name in `slot_names`.
+            slots: one list of float tensors per name in `slot_names`.
             learning_rate, step: float32 scalars; `step` is 1 in the first update.
+
+        Returns:
+            `(values, finite, rows)`: the lists `(params, *slots)`; a boolean scalar, False where
+            a gradient was not finite and the values are the old ones, or None if that is not
+            looked at; [layers, 3] float32 telemetry or None.
         """
-        layers = [self._plan.layers[i] for i in index]
-        grads = updates.clip(
-            [ops.cast(g, "float32") for g in grads],
-            self.clipvalue,
-            self.clipnorm,
-            self.global_clipnorm,
-        )
-        return self._new_values(
-            grads,
+        grads = [ops.cast(g, "float32") for g in grads]
+        finite = updates.all_finite(grads) if self.skip_nonfinite else None
+        values, rows = self._new_values(
+            updates.normalized(
+                grads,
+                clipvalue=self.clipvalue,
+                clipnorm=self.clipnorm,
+                global_clipnorm=self.global_clipnorm,
+                unit_gradient=getattr(self, "unit_gradient", False),
+            ),
             params,
             slots,
+            layers=[self._plan.layers[i] for i in index],
             learning_rate=learning_rate,
             step=step,
-            decay=tuple(layer.decayed for layer in layers),
-            adapt=tuple(layer.adapted for layer in layers),
+            norm=self.norm,
+            watched=self.telemetry,
         )
+        if finite is not None:
+            olds = (params, *slots)
+            values = [
+                [ops.where(finite, new, old) for new, old in zip(*pair, strict=True)]
+                for pair in zip(values, olds, strict=True)
+            ]
+        return values, finite, rows
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many updates were skipped because a gradient was NaN or infinite."""
+        return int(ops.convert_to_numpy(self._built_plan().skipped))
+
+    @property
+    def telemetry_rows(self):
+        """[layers, 3] float32 NumPy array: ‖x‖, ‖u‖ and trust ratio of the last update.
+
+        Raises:
+            ValueError: the optimizer was made without `telemetry=True`.
+        """
+        rows = self._built_plan().telemetry
+        if rows is None:
+            raise ValueError(f"Make the optimizer with {type(self).__name__}(telemetry=True).")
+        return ops.convert_to_numpy(rows)
+
+    def _built_plan(self) -> Plan:
+        if self._plan is None:
+            raise ValueError(
+                "This is known once the optimizer is built. Call "
+                "`optimizer.build(model.trainable_variables)` first."
+            )
+        return self._plan
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """What was decided for each variable, in the order the optimizer was built with."""
-        if self._plan is None:
-            raise ValueError(
-                "The layers are known once the optimizer is built. Call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
-        return self._plan.layers
+        return self._built_plan().layers
 
     def layer_table(self, print_fn: Callable[[str], object] = print) -> None:
-        """Prints name, shape, and whether it is decayed and adapted, for each variable."""
-        rows = [("variable", "shape", "decayed", "adapted")]
+        """Prints name, shape, whether decayed and adapted, and group, for each variable."""
+        rows = [("variable", "shape", "decayed", "adapted", "group")]
         for layer in self.layers:
             marks = ("yes" if flag else "-" for flag in (layer.decayed, layer.adapted))
-            rows.append((layer.name, str(layer.shape), *marks))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+            slices = "slices of " + ", ".join(map(str, layer.axes)) if layer.axes else "-"
+            rows.append((layer.name, str(layer.shape), *marks, layer.group or slices))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             print_fn("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+    def __repr__(self):
+        """The class and the arguments that are off their defaults."""
+        config, shown = self.get_config(), []
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            default = parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            if name in config and config[name] != default:
+                shown.append(f"{name}={config[name]!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """Refused: what this Keras method sets is lost when the optimizer is saved."""
@@ -252,14 +401,19 @@ class Layerwise:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, exclusions included, as plain Python values."""
-        adaptation = self._excluded.adaptation
+        patterns = self._patterns
         config = super().get_config() | {
-            "exclude_from_weight_decay": list(self._excluded.decay),
-            "exclude_from_layer_adaptation": None if adaptation is None else list(adaptation),
+            "exclude_from_weight_decay": list(patterns.no_decay),
+            "exclude_from_layer_adaptation": None
+            if patterns.no_adaptation is None
+            else list(patterns.no_adaptation),
+            "layer_axes": {key: list(axes) for key, axes in patterns.axes.items()} or None,
+            "layer_groups": list(patterns.groups),
         }
         for name, parameter in inspect.signature(type(self).__init__).parameters.items():
             if name not in config and name != "self" and parameter.kind != parameter.VAR_KEYWORD:
-                config[name] = getattr(self, name)
+                value = getattr(self, name)
+                config[name] = list(value) if isinstance(value, tuple) else value
         return config
 
     @classmethod

@@ -44,21 +44,38 @@ class Adapter(tf_keras.optimizers.Optimizer):
             [v.name.split(":")[0] for v in var_list], [v.shape for v in var_list]
         )
         super().build(var_list)
-        slots = tuple([self._slot(v, name) for v in var_list] for name in self.slot_names)
-        run = fused.fused_update(self._updated, var_list, slots, self.jit_compile)
-        self._plan = Plan(layers, slots, run)
+        slots = tuple(
+            [self._slot(v, name, "float32" if k else self.moment_dtype) for v in var_list]
+            for k, name in enumerate(self.slot_names)
+        )
+        skipped = self._variable(tf.zeros([], tf.int64), "skipped_steps")
+        telemetry = None
+        if self.telemetry:
+            telemetry = self._variable(tf.zeros([len(var_list), 3]), "telemetry")
+        run = fused.fused_update(
+            self._updated,
+            var_list,
+            slots,
+            iterations=self._iterations,
+            skipped=skipped,
+            telemetry=telemetry,
+            per_update=1,
+            jit=self.jit_compile,
+        )
+        self._plan = Plan(layers, slots, skipped, telemetry, run)
         self._built = True
 
-    def _slot(self, variable, name):
-        """A float32 zero beside the variable, whatever the variable's dtype."""
+    def _slot(self, variable, name, dtype):
+        """A zero of the variable's shape beside it, whatever the variable's dtype."""
         with self._distribution_strategy.extended.colocate_vars_with(variable):
-            slot = tf.Variable(
-                tf.zeros(variable.shape, tf.float32),
-                name=f"{name}/{variable.name.split(':')[0]}",
-                trainable=False,
+            return self._variable(
+                tf.zeros(variable.shape, dtype), f"{name}/{variable.name.split(':')[0]}"
             )
-        self._variables.append(slot)
-        return slot
+
+    def _variable(self, value, name):
+        variable = tf.Variable(value, name=name, trainable=False)
+        self._variables.append(variable)
+        return variable
 
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
         """The hook in merge context, after the sum over the replicas."""

@@ -1,27 +1,108 @@
 """The update rules: LAMB and LARS steps for a whole model, as pure functions.
 
 Lists of tensors in, lists of tensors out, written on `keras.ops` alone, so that one text serves
-TensorFlow, JAX and torch. Which layer is decayed or adapted comes as tuples of Python `bool`:
-it is decided before tracing, and an excluded layer adds nothing to the program.
+TensorFlow, JAX and torch. What is decided before tracing (which layer is decayed or adapted, what
+counts as a layer, which form of a rule) comes as Python values, and adds nothing to the program
+where it is off.
 
 Arithmetic is float32 whatever the model's dtype (0.999 is 1.0 in bfloat16). Symbols are the
-papers': g gradient, x weight, m and v moments, u update, λ weight decay, η learning rate.
+papers': g gradient, x weight, m and v moments, u update, λ weight decay, η learning rate, κ trust
+coefficient. `layers` is a sequence of `layerwise.Layer`, one for each tensor in the lists.
 """
 
 import math
 
 from keras import ops
 
+NORMS = ("l2", "l1", "linf")
+NESTEROV = (None, "first", "both")
+LARS_FORMS = ("mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper")
 
-def norm(x):
-    """‖x‖₂ over all elements of `x`, a float tensor of any shape: a scalar of its dtype."""
-    return ops.sqrt(ops.sum(ops.square(x)))
+
+def total(x, axes=()):
+    """Σx over all axes but `axes`: a scalar, or with axes [.., 1, ..] that broadcasts to x.
+
+    All but the last axis are summed first. XLA's CPU backend vectorises such a sum and shares it
+    among the cores; a sum straight to a scalar is one long chain of additions.
+    """
+    rank = len(x.shape)
+    if axes:
+        return ops.sum(x, axis=tuple(set(range(rank)) - set(axes)), keepdims=True)
+    if rank > 1:
+        x = ops.sum(x, axis=tuple(range(rank - 1)))
+    return ops.sum(x)
+
+
+def global_norm(tensors):
+    """‖all tensors end to end‖₂, a float32 scalar; inf where its square leaves float32."""
+    return ops.sqrt(sum(total(ops.square(x)) for x in tensors))
+
+
+def all_finite(tensors):
+    """Whether no element of any tensor is NaN or infinite: a boolean scalar."""
+    # x - x is 0, or NaN where x is not finite; NaN stays in a sum, which vectorises.
+    return ops.isfinite(sum(total(x - x) for x in tensors))
+
+
+def normalized(grads, *, clipvalue, clipnorm, global_clipnorm, unit_gradient):
+    """Clips by value, by each tensor's norm or by that of all, or always scales to unit norm.
+
+    Args:
+        grads: list of float32 tensors, already summed over the replicas.
+        clipvalue, clipnorm, global_clipnorm: floats as in every Keras optimizer, or None.
+        unit_gradient: `bool`; divides all gradients by their global norm, whatever it is.
+            At most one of the four is set. All gradients zero stay zero.
+    """
+    if clipvalue is not None:
+        return [ops.clip(g, -clipvalue, clipvalue) for g in grads]
+    if clipnorm is not None:
+        return [g * (clipnorm / ops.maximum(global_norm([g]), clipnorm)) for g in grads]
+    if global_clipnorm is not None:
+        scale = global_clipnorm / ops.maximum(global_norm(grads), global_clipnorm)
+        return [g * scale for g in grads]
+    if unit_gradient:
+        scale = ops.divide_no_nan(1.0, global_norm(grads))
+        return [g * scale for g in grads]
+    return grads
+
+
+def layer_norms(tensors, layers, norm):
+    """‖·‖ of each tensor's layer: all of it, each slice along its axes, or its group together.
+
+    Args:
+        tensors: list of float32 tensors.
+        norm: "l2", "l1" or "linf".
+
+    Returns:
+        A list like `tensors`: scalars, or [.., 1, ..] where a layer is a slice.
+    """
+    if norm == "linf":
+        parts = [_largest(ops.abs(x), layer.axes) for x, layer in zip(tensors, layers, strict=True)]
+    else:
+        size = ops.square if norm == "l2" else ops.abs
+        parts = [total(size(x), layer.axes) for x, layer in zip(tensors, layers, strict=True)]
+    for group in dict.fromkeys(layer.group for layer in layers if layer.group is not None):
+        members = [i for i, layer in enumerate(layers) if layer.group == group]
+        together = parts[members[0]]
+        for i in members[1:]:
+            together = ops.maximum(together, parts[i]) if norm == "linf" else together + parts[i]
+        for i in members:
+            parts[i] = together
+    return [ops.sqrt(part) for part in parts] if norm == "l2" else parts
+
+
+def _largest(x, axes):
+    if 0 in x.shape:
+        return ops.zeros((), x.dtype)
+    if axes:
+        return ops.max(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
+    return ops.max(x)
 
 
 def trust_ratio(x_norm, u_norm):
-    """‖x‖ / ‖u‖, and 1 where either is zero (arXiv:1904.00962v1, section 3)."""
-    defined = ops.logical_and(x_norm > 0, u_norm > 0)
-    return ops.where(defined, ops.divide_no_nan(x_norm, u_norm), 1.0)
+    """‖x‖ / ‖u‖, and 1 where either is zero or beyond float32 (arXiv:1904.00962v1, section 3)."""
+    ratio = ops.divide_no_nan(x_norm, u_norm)
+    return ops.where(ops.logical_and(ratio > 0, ops.isfinite(ratio)), ratio, 1.0)
 
 
 def bias_correction(beta, step):
@@ -31,25 +112,7 @@ def bias_correction(beta, step):
     return -ops.expm1(step * math.log(beta))
 
 
-def clip(grads, clipvalue=None, clipnorm=None, global_clipnorm=None):
-    """Clips by value, by each layer's norm, or by the norm of all gradients together.
-
-    Args:
-        grads: list of float32 tensors, already summed over the replicas.
-        clipvalue, clipnorm, global_clipnorm: floats as in every Keras optimizer; at most one set.
-    """
-    if clipvalue is not None:
-        return [ops.clip(g, -clipvalue, clipvalue) for g in grads]
-    if clipnorm is not None:
-        return [g * (clipnorm / ops.maximum(norm(g), clipnorm)) for g in grads]
-    if global_clipnorm is not None:
-        total = ops.sqrt(sum(ops.sum(ops.square(g)) for g in grads))
-        scale = global_clipnorm / ops.maximum(total, global_clipnorm)
-        return [g * scale for g in grads]
-    return grads
-
-
-def _descended(x, delta):
+def descended(x, delta):
     """x - δ in the wider of float32 and x's own dtype, returned in x's dtype."""
     dtype = x.dtype
     if "float64" in str(dtype):
@@ -57,46 +120,132 @@ def _descended(x, delta):
     return ops.cast(ops.cast(x, "float32") - delta, dtype)
 
 
+def telemetry_rows(x_norms, u_norms, ratios):
+    """[layers, 3] float32: ‖x‖, ‖u‖ and ratio of each; of a sliced tensor, their means."""
+    columns = [
+        [ops.mean(ops.cast(value, "float32")) for value in column]
+        for column in zip(x_norms, u_norms, ratios, strict=True)
+    ]
+    return ops.stack([ops.stack(row) for row in columns])
+
+
+def placed(old_rows, rows, index):
+    """`old_rows` ([layers, 3]) with those at `index` replaced by `rows`."""
+    if len(index) == old_rows.shape[0]:
+        return rows
+    fresh = dict(zip(index, range(len(index)), strict=True))
+    return ops.stack(
+        [rows[fresh[i]] if i in fresh else old_rows[i] for i in range(old_rows.shape[0])]
+    )
+
+
+def _ratios(params, u, layers, *, norm, bounds, watched):
+    """Trust ratios of the adapted layers (None elsewhere), and telemetry if it is watched."""
+    measured = [i for i, layer in enumerate(layers) if layer.adapted or watched]
+    some = [layers[i] for i in measured]
+    x_norms = layer_norms([ops.cast(params[i], "float32") for i in measured], some, norm)
+    u_norms = layer_norms([u[i] for i in measured], some, norm)
+    ratios = []
+    for layer, x_norm, u_norm in zip(some, x_norms, u_norms, strict=True):
+        if bounds is not None:
+            x_norm = ops.clip(x_norm, *bounds)
+        ratios.append(trust_ratio(x_norm, u_norm) if layer.adapted else ops.ones(()))
+    rows = telemetry_rows(x_norms, u_norms, ratios) if watched else None
+    by_place = dict(zip(measured, ratios, strict=True))
+    return [by_place[i] if layer.adapted else None for i, layer in enumerate(layers)], rows
+
+
 def lamb_step(
-    grads, params, m, v, *, learning_rate, step, decay, adapt, beta_1, beta_2, epsilon, weight_decay
+    grads,
+    params,
+    m,
+    v,
+    *,
+    layers,
+    learning_rate,
+    step,
+    beta_1,
+    beta_2,
+    epsilon,
+    weight_decay,
+    bias_corrected,
+    nesterov,
+    norm,
+    bounds,
+    watched,
 ):
-    """LAMB, Algorithm 2 of arXiv:1904.00962v5, with bias correction and φ(z) = z.
+    """LAMB, Algorithm 2 of arXiv:1904.00962v5.
 
         m ← β₁m + (1-β₁)g                     v ← β₂v + (1-β₂)g²
-        r = (m / (1-β₁ᵗ)) / (√(v / (1-β₂ᵗ)) + ε)
-        u = r + λx                            x ← x - η (‖x‖ / ‖u‖) u
+        r = m̂ / (√v̂ + ε)                      m̂ = m / (1-β₁ᵗ), v̂ = v / (1-β₂ᵗ)
+        u = r + λx                            x ← x - η (φ(‖x‖) / ‖u‖) u
 
     Args:
         grads: list of float32 tensors, one per layer, of the layer's shape.
         params: list of float tensors x of any dtype.
-        m, v: lists of float32 tensors, the moments.
+        m, v: lists of float tensors, the moments; m may be bfloat16.
         learning_rate: float32 scalar η.
         step: float32 scalar t, 1 in the first update.
-        decay, adapt: tuples of `bool`, one per layer; False drops λx, or takes ratio 1.
         beta_1, beta_2, epsilon, weight_decay: Python floats.
+        bias_corrected: `bool`; False takes m̂ = m, v̂ = v (arXiv:1904.00962v3).
+        nesterov: None; "first" looks ahead in m (N-LAMB), "both" in v too (NN-LAMB).
+        norm: "l2", "l1" or "linf".
+        bounds: (γl, γu) of φ(z) = min(max(z, γl), γu), or None for φ(z) = z.
+        watched: `bool`, whether to return telemetry.
 
     Returns:
-        `(params, m, v)`, three lists like the ones that came in.
+        `((params, m, v), rows)`: three lists like the ones that came in, and [layers, 3] float32
+        telemetry or None.
     """
-    correction_1 = bias_correction(beta_1, step)
-    correction_2 = bias_correction(beta_2, step)
-    new_params, new_m, new_v = [], [], []
-    for g, x, m_x, v_x, decayed, adapted in zip(grads, params, m, v, decay, adapt, strict=True):
-        m_x = beta_1 * m_x + (1 - beta_1) * g
-        v_x = beta_2 * v_x + (1 - beta_2) * ops.square(g)
-        root = ops.sqrt(v_x / correction_2)
+    m_of, v_of = _estimates(beta_1, beta_2, step, bias_corrected, nesterov)
+    new_m, new_v, u = [], [], []
+    for g, x, m_x, v_x, layer in zip(grads, params, m, v, layers, strict=True):
+        g_2 = ops.square(g)
+        m_32 = beta_1 * ops.cast(m_x, "float32") + (1 - beta_1) * g
+        v_x = beta_2 * v_x + (1 - beta_2) * g_2
+        m_hat, root = m_of(m_32, g), ops.sqrt(v_of(v_x, g_2))
         if epsilon > 0:
-            u = (m_x / correction_1) / (root + epsilon)
+            u_x = m_hat / (root + epsilon)
         else:  # an element that had no gradient yet has no direction: 0, where 0/0 is NaN
-            u = ops.divide_no_nan(m_x / correction_1, root)
-        x_32 = ops.cast(x, "float32")
-        if decayed:
-            u = u + weight_decay * x_32
-        rate = learning_rate * trust_ratio(norm(x_32), norm(u)) if adapted else learning_rate
-        new_params.append(_descended(x, rate * u))
-        new_m.append(m_x)
+            u_x = ops.divide_no_nan(m_hat, root)
+        u.append(u_x + weight_decay * ops.cast(x, "float32") if layer.decayed else u_x)
+        new_m.append(ops.cast(m_32, m_x.dtype))
         new_v.append(v_x)
-    return new_params, new_m, new_v
+    ratios, rows = _ratios(params, u, layers, norm=norm, bounds=bounds, watched=watched)
+    new_params = [
+        descended(x, (learning_rate if ratio is None else learning_rate * ratio) * u_x)
+        for x, u_x, ratio in zip(params, u, ratios, strict=True)
+    ]
+    return (new_params, new_m, new_v), rows
+
+
+def _estimates(beta_1, beta_2, step, bias_corrected, nesterov):
+    """`(m, g) -> m̂` and `(v, g²) -> v̂`; the scalars in them are made once.
+
+    With Nesterov (arXiv:1904.00962v5, appendix; Dozat 2016, at constant β):
+
+        m̂ = β₁m / (1-β₁ᵗ⁺¹) + (1-β₁)g / (1-β₁ᵗ)
+        v̂ = β₂v / (1-β₂ᵗ)                             N-LAMB
+        v̂ = β₂v / (1-β₂ᵗ⁺¹) + (1-β₂)g² / (1-β₂ᵗ)      NN-LAMB
+    """
+
+    def inverse(beta, steps):
+        return 1.0 / bias_correction(beta, steps) if bias_corrected else 1.0
+
+    now_1, now_2 = inverse(beta_1, step), inverse(beta_2, step)
+    if nesterov is None:
+        return (lambda m, g: m * now_1), (lambda v, g_2: v * now_2)
+    ahead_1 = beta_1 * inverse(beta_1, step + 1)
+    fresh_1 = (1 - beta_1) * now_1
+    if nesterov == "first":
+        kept_2 = beta_2 * now_2
+        return (lambda m, g: ahead_1 * m + fresh_1 * g), (lambda v, g_2: kept_2 * v)
+    ahead_2 = beta_2 * inverse(beta_2, step + 1)
+    fresh_2 = (1 - beta_2) * now_2
+    return (
+        lambda m, g: ahead_1 * m + fresh_1 * g,
+        lambda v, g_2: ahead_2 * v + fresh_2 * g_2,
+    )
 
 
 def lars_step(
@@ -104,48 +253,83 @@ def lars_step(
     params,
     momentums,
     *,
+    layers,
     learning_rate,
-    decay,
-    adapt,
+    form,
     momentum,
     weight_decay,
     trust_coefficient,
     epsilon,
     nesterov,
+    norm,
+    watched,
 ):
-    """LARS as You, Gitman and Ginsburg (arXiv:1708.03888, Algorithm 1) and MLPerf run it.
+    """LARS in one of its published forms; d = g + λx, and NAG reads μm + s for m, s the last term.
 
-        r = κ ‖x‖ / (‖g‖ + λ‖x‖ + ε)          m ← μm + η r (g + λx)
-        x ← x - m                              (Nesterov: x ← x - (μm + η r (g + λx)))
+        mlperf            r = κ‖x‖ / (‖g‖ + λ‖x‖ + ε)   m ← μm + ηrd        x ← x - m
+        tf-models         r = κ‖x‖ / (‖d‖ + ε)          m ← μm + ηrd        x ← x - m
+        tf-models-scaled  r = κ‖x‖ / (‖m‖ + ε)          m ← μm + d          x ← x - ηrm
+        tf-contrib        r = κ‖x‖ / (‖g‖ + λ‖x‖ + ε)   m ← μm + g          x ← x - ηrm
+        paper             r = κ‖x‖ / (‖m‖ + ε)          m ← μm + (1-μ)d     x ← x - ηrm
 
-    A layer with ‖x‖ = 0 or ‖g‖ = 0 takes r = 1, and so does one that is not adapted.
+    A layer where ‖x‖ or the other norm is zero takes r = 1, and so does one that is not adapted.
 
     Args:
         grads: list of float32 tensors, one per layer, of the layer's shape.
         params: list of float tensors x of any dtype.
-        momentums: list of float32 tensors m.
+        momentums: list of float tensors m; may be bfloat16.
         learning_rate: float32 scalar η.
-        decay, adapt: tuples of `bool`, one per layer; False drops λ, or takes r = 1.
+        form: one of `LARS_FORMS`.
         momentum, weight_decay, trust_coefficient, epsilon: Python floats μ, λ, κ, ε.
         nesterov: `bool`.
+        norm: "l2", "l1" or "linf".
+        watched: `bool`, whether to return telemetry.
 
     Returns:
-        `(params, momentums)`, two lists like the ones that came in.
+        `((params, momentums), rows)`: two lists like the ones that came in, and [layers, 3]
+        float32 telemetry (‖u‖ is the ratio's divisor) or None.
     """
-    new_params, new_momentums = [], []
-    for g, x, m, decayed, adapted in zip(grads, params, momentums, decay, adapt, strict=True):
-        x_32 = ops.cast(x, "float32")
-        lambda_x = weight_decay if decayed else 0.0
-        rate = learning_rate
-        if adapted:
-            x_norm, g_norm = norm(x_32), norm(g)
-            ratio = ops.divide_no_nan(
-                trust_coefficient * x_norm, g_norm + lambda_x * x_norm + epsilon
-            )
-            defined = ops.logical_and(x_norm > 0, g_norm > 0)
-            rate = rate * ops.where(defined, ratio, 1.0)
-        step = rate * (g + lambda_x * x_32 if decayed else g)
-        m = momentum * m + step
-        new_params.append(_descended(x, momentum * m + step if nesterov else m))
-        new_momentums.append(m)
-    return new_params, new_momentums
+    decays = [weight_decay if layer.decayed else 0.0 for layer in layers]
+    xs = [ops.cast(x, "float32") for x in params]
+    d = [
+        g if form == "tf-contrib" or not decay else g + decay * x
+        for g, x, decay in zip(grads, xs, decays, strict=True)
+    ]
+    inside = form in ("mlperf", "tf-models")  # the rate stands inside the momentum
+    share = 1 - momentum if form == "paper" else 1.0
+    olds = [ops.cast(m, "float32") for m in momentums]
+
+    def ahead(old, term):
+        """The new momentum, and what the weights move along."""
+        new = momentum * old + term
+        return new, momentum * new + term if nesterov else new
+
+    moved = None if inside else [ahead(old, share * d_x) for old, d_x in zip(olds, d, strict=True)]
+    if form in ("mlperf", "tf-contrib"):
+        measured = grads
+    else:
+        measured = d if inside else [direction for _, direction in moved]
+    needed = [i for i, layer in enumerate(layers) if layer.adapted or watched]
+    some = [layers[i] for i in needed]
+    x_norms = layer_norms([xs[i] for i in needed], some, norm)
+    u_norms = layer_norms([measured[i] for i in needed], some, norm)
+    rates, seen = [learning_rate] * len(layers), []
+    for i, x_norm, u_norm in zip(needed, x_norms, u_norms, strict=True):
+        divisor = u_norm + epsilon
+        if form in ("mlperf", "tf-contrib"):
+            divisor = divisor + decays[i] * x_norm
+        ratio = ops.ones(())
+        if layers[i].adapted:
+            ratio = ops.where(u_norm > 0, trust_ratio(trust_coefficient * x_norm, divisor), 1.0)
+            rates[i] = learning_rate * ratio
+        seen.append((x_norm, divisor, ratio))
+    if inside:
+        moved = [ahead(old, rate * d_x) for old, d_x, rate in zip(olds, d, rates, strict=True)]
+    new_params = [
+        descended(x, direction if inside else rate * direction)
+        for x, (_, direction), rate in zip(params, moved, rates, strict=True)
+    ]
+    new_momentums = [ops.cast(new, m.dtype) for (new, _), m in zip(moved, momentums, strict=True)]
+    return (new_params, new_momentums), telemetry_rows(
+        *zip(*seen, strict=True)
+    ) if watched else None
