@@ -21,7 +21,8 @@ from inputs.vocabulary import save_vocabulary, vocabulary_hash
 from tf_lamb import recipes
 from tf_lamb import tf_keras as optimizers
 from training import checkpoints, loop, strategy
-from training.progress import Progress
+from training.export import check_export_dir
+from training.progress import Diverged, Progress
 from training.tasks import TASKS
 
 FLAGS = flags.FLAGS
@@ -57,6 +58,8 @@ def users(flag: str):
 
 def chosen_recipe() -> recipes.Recipe:
     """The recipe that the flags name, with what they change in it."""
+    if not 0 <= FLAGS.seed < 2**32:
+        raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
         value = FLAGS[name].value
         if value is not None and value < 1:
@@ -82,11 +85,14 @@ def make_optimizer(recipe: recipes.Recipe):
             global_clipnorm=recipe.global_clipnorm,
             exclude_from_weight_decay=recipe.exclude_from_weight_decay,
             exclude_from_layer_adaptation=recipe.exclude_from_layer_adaptation,
+            # A skipped update would leave the step behind the data; a loss that is not finite
+            # stops the run instead, before it is saved.
+            skip_nonfinite=False,
         )
 
 
 def train(task, recipe, model, optimizer, where, model_dir):
-    """Runs the phases that are left; returns (metrics on held-out text, examples per second)."""
+    """Runs the phases that are left; returns (metrics on held-out text, the progress)."""
     manager = checkpoints.make_manager(model_dir, model, optimizer, recipe.save_every_steps)
     saved = checkpoints.saved_step(model_dir)
     if saved:
@@ -124,17 +130,21 @@ def train(task, recipe, model, optimizer, where, model_dir):
                 model_dir=model_dir,
             )
             start = end
-    return metrics, progress.examples_per_second
+    return metrics, progress
 
 
-def report(task, recipe, model, metrics, rate, where, model_dir, export_dir):
+def report(task, recipe, model, metrics, progress, where, model_dir, export_dir):
     """Prints what was trained, how well, how fast, and where it is."""
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     last = len(recipe.phases) - 1
     baseline = task.frequent_token_accuracy(task.evaluation_batches(last)(None))
     accuracy = metrics["masked_accuracy"]
     with open(os.path.join(model_dir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(metrics | {"frequent_token": baseline, "examples_per_second": rate}, file)
+        json.dump(
+            metrics
+            | {"frequent_token": baseline, "examples_per_second": progress.examples_per_second},
+            file,
+        )
     print(
         f"""
 Trained    {recipe.name}: BERT-{recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps \
@@ -142,8 +152,7 @@ of {recipe.phases[last].global_batch_size} sequences, on {task.data}
 Held out   masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the \
 {baseline:.3f} of always guessing the most frequent token; \
 next-sentence accuracy {metrics["sentence_accuracy"]:.3f}
-Speed      {f"{rate:,.0f} sequences/s" if rate else "not measured: nothing was left to train"} \
-on {where.num_replicas_in_sync} replica(s)
+Speed      {progress.speed} on {where.num_replicas_in_sync} replica(s)
 SavedModel {export_dir}
 Logs       tensorboard --logdir={model_dir}
 Filled in, by the SavedModel in a process of its own, in held-out sentences:""",
@@ -153,17 +162,25 @@ Filled in, by the SavedModel in a process of its own, in held-out sentences:""",
     command = [sys.executable, "-m", "training.fill_mask", os.path.abspath(export_dir)]
     questions = task.questions() or [("no sentence of 6 to 24 pieces was held out [MASK]", "?")]
     sentences, words = zip(*questions, strict=True)
-    subprocess.run([*command, *sentences], cwd=folder, check=True)
+    # On the CPU: this process may hold all memory of a GPU.
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
+    subprocess.run([*command, *sentences], cwd=folder, env=on_cpu, check=True)
     print(f"The words behind the masks: {', '.join(words)}")
 
 
-def main(_):
+def main(arguments):
     """Data, model, optimizer, training, export, report; returns the exit status."""
+    if arguments[1:]:
+        raise InputError(
+            f"{arguments[1]!r} is no flag. Write --flag=value, and --set before each field=value."
+        )
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     recipe = chosen_recipe()
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
-    export_dir = FLAGS.export_dir or os.path.join(model_dir, "export")
+    export_dir = os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
+    checkpoints.check(model_dir, recipe, seed=FLAGS.seed)
+    check_export_dir(export_dir, model_dir)
     where = strategy.connect(FLAGS.tpu)
     for phase in recipe.phases:
         strategy.check_batch(where, phase.global_batch_size)
@@ -182,23 +199,30 @@ def main(_):
         log=say,
     )
     facts = {"seed": FLAGS.seed, "vocabulary": vocabulary_hash(task.vocabulary)}
-    checkpoints.claim(model_dir, recipe, **facts)
+    checkpoints.claim(model_dir, recipe, **facts, data=task.fingerprint)
     save_vocabulary(task.vocabulary, os.path.join(model_dir, "vocab.txt"))
     with where.scope():
         model = task.build_model()
         with users("--set"):
             optimizer.build(model.trainable_variables)
     try:
-        metrics, rate = train(task, recipe, model, optimizer, where, model_dir)
+        metrics, progress = train(task, recipe, model, optimizer, where, model_dir)
     except loop.Interrupted as signal:
         step = int(optimizer.iterations.numpy())
         say(
             f"{signal}: saved step {step} of {recipe.steps} in {model_dir}. "
             "The same command goes on from there."
         )
-        return INTERRUPTED
+        return signal.exit_status
+    except Diverged as error:
+        saved = checkpoints.saved_step(model_dir)
+        say(
+            f"train.py: {error}; the newest checkpoint is from step {saved}. Lower "
+            "--set peak_learning_rate, or lengthen warm-up, in another --model_dir."
+        )
+        return 1
     task.export(model, export_dir)
-    report(task, recipe, model, metrics, rate, where, model_dir, export_dir)
+    report(task, recipe, model, metrics, progress, where, model_dir, export_dir)
     return 0
 
 

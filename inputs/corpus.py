@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -43,6 +44,9 @@ def tokenize(documents: Iterable[list[str]], vocabulary: list[str]) -> Corpus:
     Args:
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
+
+    Raises:
+        InputError: as `documents` raises it.
     """
     tokenizer, breaker = make_tokenizer(vocabulary), tf_text.StateBasedSentenceBreaker()
 
@@ -53,15 +57,15 @@ def tokenize(documents: Iterable[list[str]], vocabulary: list[str]) -> Corpus:
         per_document = tf.RaggedTensor.from_row_lengths(sentences.row_lengths(), paragraph_counts)
         return ids.flat_values, ids.row_lengths(), tf.reduce_sum(per_document, axis=1)
 
+    failed = []
+
     def batches():
-        batch: list[list[str]] = []
-        for document in documents:
-            batch.append(document)
-            if len(batch) == DOCUMENTS_PER_BATCH:
+        source = iter(documents)
+        try:
+            while batch := list(itertools.islice(source, DOCUMENTS_PER_BATCH)):
                 yield _flat(batch)
-                batch = []
-        if batch:
-            yield _flat(batch)
+        except InputError as error:  # which TensorFlow would wrap in one of its own
+            failed.append(error)
 
     signature = (tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.int64))
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
@@ -80,6 +84,8 @@ def tokenize(documents: Iterable[list[str]], vocabulary: list[str]) -> Corpus:
                 tokens.append(document)
                 lengths.append(sentence_lengths[sentence_lengths > 0])
                 counts.append(len(lengths[-1]))
+    if failed:
+        raise failed[0]
     return _joined(tokens, lengths, counts)
 
 
@@ -95,6 +101,13 @@ def _joined(tokens, lengths, counts) -> Corpus:
     if not tokens:
         return Corpus(np.zeros(0, np.int32), starts([]), starts([]))
     return Corpus(np.concatenate(tokens), starts(np.concatenate(lengths)), starts(counts))
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """A short hash: two corpora with the same one make the same examples."""
+    key = hashlib.blake2b(corpus.tokens.tobytes(), digest_size=8)
+    key.update(corpus.sentences.tobytes() + corpus.documents.tobytes())
+    return key.hexdigest()
 
 
 def split_held_out(corpus: Corpus) -> tuple[Corpus, Corpus]:

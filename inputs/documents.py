@@ -4,6 +4,7 @@ import glob
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 
 from inputs.errors import InputError
@@ -79,7 +80,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                         "`iconv -f LATIN1 -t UTF-8`."
                     ) from None
                 offset += len(line)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} is named .gz but is no whole gzip file ({error}). "
             "Rename it, or fetch it again if it was cut short."
@@ -105,7 +106,7 @@ def _json_documents(path: str) -> Iterator[list[str]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number too long
             raise InputError(f"{path}, line {number}: not JSON ({error}). Mend the line.") from None
         text = record.get("paragraphs", record.get("text")) if isinstance(record, dict) else None
         paragraphs = text.splitlines() if isinstance(text, str) else text
@@ -114,4 +115,6 @@ def _json_documents(path: str) -> Iterator[list[str]]:
                 f"{path}, line {number}: no document. Each line must be a JSON object with "
                 "`paragraphs` (a list of strings) or `text` (a string)."
             )
-        yield [p.strip() for p in paragraphs if p.strip()]
+        # JSON can spell half of a surrogate pair, which is no text and has no UTF-8.
+        whole = [p.encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
+        yield [paragraph for paragraph in whole if paragraph]

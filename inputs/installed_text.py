@@ -59,13 +59,16 @@ def _texts() -> Iterator[str]:
 
 
 def _docstrings(path: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        source = file.read()
-    if '"""' not in source:
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+        if '"""' not in source:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):  # a template, or written for another Python
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escape sequences
-        tree = ast.parse(source)
     # Function bodies are not walked: what is defined there is seldom documented.
     nodes: list[ast.AST] = [tree]
     while nodes:

@@ -1,6 +1,7 @@
 """WordPiece vocabularies: loaded from a file, or learned by tensorflow-text's own tool."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 
 import tensorflow as tf
@@ -23,8 +24,8 @@ def load_vocabulary(path: str) -> list[str]:
         InputError: a file that cannot be read, without the special tokens, or with a piece twice.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            pieces = file.read().removesuffix("\n").split("\n")
+        with open(path, encoding="utf-8-sig") as file:
+            pieces = file.read().rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--vocab: {path} cannot be read as UTF-8 text ({error}). "
@@ -36,6 +37,11 @@ def load_vocabulary(path: str) -> list[str]:
             f"--vocab: {path} lacks {', '.join(missing)}. A BERT vocabulary holds each of "
             f"{', '.join(SPECIAL_TOKENS)} on a line of its own."
         )
+    if len(pieces) == len(SPECIAL_TOKENS):
+        raise InputError(f"--vocab: {path} holds no word piece but the special tokens.")
+    if "" in pieces:
+        line = pieces.index("") + 1
+        raise InputError(f"--vocab: {path}, line {line} is blank. Take the line out.")
     if len(set(pieces)) != len(pieces):
         twice = next(piece for piece in pieces if pieces.count(piece) > 1)
         raise InputError(f"--vocab: {path} holds {twice!r} twice. Take one of the lines out.")
@@ -43,7 +49,9 @@ def load_vocabulary(path: str) -> list[str]:
 
 
 def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
-    """Learns at most `size` lower-cased word pieces from the texts; the same texts, the same ones.
+    """Learns about `size` lower-cased word pieces from the texts; the same texts, the same ones.
+
+    The letters that occur and the special tokens are always kept, also where these are more.
 
     Raises:
         InputError: texts without a single word.
@@ -66,9 +74,10 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
 
 
 def save_vocabulary(pieces: list[str], path: str) -> None:
-    """Writes a `vocab.txt`."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Writes a `vocab.txt`, whole or not at all."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
         file.writelines(f"{piece}\n" for piece in pieces)
+    os.replace(f"{path}.new", path)
 
 
 def vocabulary_hash(pieces: list[str]) -> str:

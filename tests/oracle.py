@@ -22,44 +22,94 @@ def length(values):
     return np.sqrt(sum(np.sum(np.square(np.asarray(a, np.float64))) for a in arrays))
 
 
-class Layer:
-    """One variable: its weights `x` and what is done to it."""
+def size(values, norm):
+    """The norm of one array: "l2", "l1" (sum of sizes) or "linf" (largest size)."""
+    if norm == "l2":
+        return length(values)
+    sizes = np.abs(values)
+    return np.sum(sizes) if norm == "l1" else np.max(sizes, initial=0.0)
 
-    def __init__(self, x, decayed=True, adapted=True, mutant=None):
+
+class Layer:
+    """One layer: its weights `x` and what is done to it. Its ratio is the same for all of x.
+
+    A slice of a variable is a `Layer` of its own; variables that share a ratio are one, end to
+    end, and `weight_decay` may then be an array like x. `seen` is the last update's |x|, divisor
+    and ratio, as the optimizers' telemetry has it.
+    """
+
+    def __init__(self, x, decayed=True, adapted=True, norm="l2", mutant=None):
         self.x = np.array(x, np.float64)
-        self.decayed, self.adapted, self.mutant = decayed, adapted, mutant
+        self.decayed, self.adapted, self.norm, self.mutant = decayed, adapted, norm, mutant
+        self.seen = (0.0, 0.0, 0.0)
+
+    def ratio(self, upper, lower):
+        """upper / lower for a layer that is adapted, unless one is nothing."""
+        return upper / lower if self.adapted and upper > 0 and lower > 0 else 1.0
 
 
 class Lamb(Layer):
-    """x -= rate * |x| / |u| * u, with u = Adam's direction + decay * x."""
+    """x -= rate * phi(|x|) / |u| * u, with u = Adam's direction + decay * x."""
 
-    def __init__(self, x, beta_1=0.9, beta_2=0.999, epsilon=1e-6, weight_decay=0.01, **layer):
+    def __init__(
+        self,
+        x,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-6,
+        weight_decay=0.01,
+        bias_correction=True,
+        nesterov=None,
+        weight_norm_bounds=(0.0, np.inf),
+        **layer,
+    ):
         super().__init__(x, **layer)
         self.b1, self.b2, self.epsilon = beta_1, beta_2, epsilon
         self.b2 = 0.99 if self.mutant == "wrong_beta_2" else self.b2
         self.weight_decay = weight_decay if self.decayed else 0.0
+        self.corrected = bias_correction and self.mutant != "no_bias_correction"
+        self.nesterov, self.bounds = nesterov, weight_norm_bounds
         self.m, self.v, self.t = np.zeros_like(self.x), np.zeros_like(self.x), 0
+
+    def estimate(self, moment, new, beta, ahead):
+        """The moment without its bias towards the start; or what the next step would make of it.
+
+        Nadam's: the old term is corrected as of the next step, the new one as of this step.
+        """
+
+        def unbiased(value, steps):
+            return value / (1 - beta**steps) if self.corrected else value
+
+        if not ahead:
+            return unbiased(moment, self.t)
+        return unbiased(beta * moment, self.t + 1) + unbiased((1 - beta) * new, self.t)
 
     def descend(self, g, rate):
         self.t += 1
-        self.m += (1 - self.b1) * (g - self.m)
-        self.v += (1 - self.b2) * (g * g - self.v)
-        m, v = self.m / (1 - self.b1**self.t), self.v / (1 - self.b2**self.t)
-        if self.mutant == "no_bias_correction":
-            m, v = self.m, self.v
+        self.m = self.m + (1 - self.b1) * (g - self.m)
+        self.v = self.v + (1 - self.b2) * (g * g - self.v)
+        m = self.estimate(self.m, g, self.b1, self.nesterov is not None)
+        v = self.estimate(self.v, g * g, self.b2, self.nesterov == "both")
+        if self.nesterov == "first":
+            v = self.b2 * v  # Dozat's, 2016
         direction = m / (np.sqrt(v) + self.epsilon)
         if self.mutant == "decay_outside_ratio":
             self.x = self.x - rate * self.weight_decay * self.x
         else:
             direction = direction + self.weight_decay * self.x
-        ratio = 1.0
-        if self.adapted and self.mutant != "no_ratio" and length(self.x) * length(direction) > 0:
-            ratio = length(self.x) / length(direction)
+        x_size, u_size = size(self.x, self.norm), size(direction, self.norm)
+        ratio = self.ratio(min(max(x_size, self.bounds[0]), self.bounds[1]), u_size)
+        ratio = 1.0 if self.mutant == "no_ratio" else ratio
+        self.seen = (x_size, u_size, ratio)
         self.x = self.x - rate * ratio * direction
 
 
 class Lars(Layer):
-    """m = mu * m + rate * ratio * (g + decay * x); x -= m, or one momentum step ahead of it."""
+    """m = mu * m + rate * ratio * (g + decay * x); x -= m, or one momentum step ahead of it.
+
+    That is "mlperf"; the other forms take other norms, and "paper", "tf-models-scaled" and
+    "tf-contrib" have rate and ratio outside of m.
+    """
 
     def __init__(
         self,
@@ -69,28 +119,53 @@ class Lars(Layer):
         trust_coefficient=0.001,
         epsilon=0.0,
         nesterov=False,
+        form="mlperf",
         **layer,
     ):
         super().__init__(x, **layer)
-        self.mu, self.nesterov = momentum, nesterov
+        self.mu, self.nesterov, self.form = momentum, nesterov, form
         self.weight_decay = weight_decay if self.decayed else 0.0
         self.kappa, self.epsilon = trust_coefficient, epsilon
         self.m = np.zeros_like(self.x)
 
+    def move(self, term):
+        """Lets the momentum take the term in, and returns the way to go."""
+        self.m = self.mu * self.m + term
+        return self.mu * self.m + term if self.nesterov else self.m
+
+    def local(self, measured, raw):
+        """The layer's own rate: kappa |x| over the size of what is measured, decay included."""
+        x_size, below = size(self.x, self.norm), size(measured, self.norm)
+        something = below > 0
+        below += self.epsilon
+        if raw:
+            below += size(self.weight_decay * self.x, self.norm)
+        ratio = self.ratio(self.kappa * x_size, below) if something else 1.0
+        self.seen = (x_size, below, ratio)
+        return ratio
+
     def descend(self, g, rate):
-        x_length, g_length = length(self.x), length(g)
-        if self.adapted and x_length > 0 and g_length > 0:
-            rate = (
-                rate * self.kappa * x_length
-                / (g_length + self.weight_decay * x_length + self.epsilon)
-            )  # fmt: skip
-        step = rate * (g + self.weight_decay * self.x)
-        self.m = self.mu * self.m + step
-        self.x = self.x - (self.mu * self.m + step if self.nesterov else self.m)
+        decayed = g + self.weight_decay * self.x
+        if self.form == "mlperf":
+            way = self.move(rate * self.local(g, raw=True) * decayed)
+        elif self.form == "tf-models":
+            way = self.move(rate * self.local(decayed, raw=False) * decayed)
+        elif self.form == "tf-contrib":
+            way = self.move(g)
+            way = rate * self.local(g, raw=True) * way
+        else:
+            way = self.move((1 - self.mu) * decayed if self.form == "paper" else decayed)
+            way = rate * self.local(way, raw=False) * way
+        self.x = self.x - way
 
 
-def clipped(grads, clipvalue=None, clipnorm=None, global_clipnorm=None):
-    """A list of gradients, each element, each array, or all arrays together held to a bound."""
+def clipped(grads, clipvalue=None, clipnorm=None, global_clipnorm=None, unit_gradient=False):
+    """A list of gradients, each element, each array, or all arrays together held to a bound.
+
+    `unit_gradient` brings all arrays together to length 1, from above and from below.
+    """
+    if unit_gradient:
+        return [g / (length(grads) or 1.0) for g in grads]
     if clipvalue:
         return [np.minimum(np.maximum(g, -clipvalue), clipvalue) for g in grads]
     if clipnorm:
@@ -108,7 +183,7 @@ def history(layers, gradients, rates, mutant=None, **clip):
         gradients: arrays `[step][replica][layer]`; they are summed over the replicas.
         rates: the learning rate of each step.
         mutant: `"clip_per_replica"`, or what the layers have been given themselves.
-        **clip: at most one of `clipvalue`, `clipnorm`, `global_clipnorm`.
+        **clip: at most one of `clipvalue`, `clipnorm`, `global_clipnorm`, `unit_gradient`.
     """
     weights = [[layer.x for layer in layers]]
     for replicas, rate in zip(gradients, rates, strict=True):

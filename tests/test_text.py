@@ -85,31 +85,29 @@ def test_statistics_on_wikipedia(length, predictions):
 
 
 def test_next_sentences_come_from_the_text_as_it_stands(words):
-    """A true pair is one run of the corpus inside one document; a random one joins two."""
-    pieces, training, _ = words
-    document_of = np.repeat(
-        np.arange(len(training.documents) - 1),
-        np.diff(training.sentences[training.documents]),
-    )
-    stream = training.tokens.tobytes()
-    batch = joined(make(words).training_batches(BATCH).take(10))
+    """A true pair is one run of one document; a random one is two runs of two documents."""
+    training = words[1]
+    bounds = training.sentences[training.documents]
+    documents = [training.tokens[i:j].tobytes() for i, j in itertools.pairwise(bounds)]
+
+    def documents_with(tokens):
+        """Which documents hold these tokens side by side."""
+        run = tokens.tobytes()
+        return {number for number, document in enumerate(documents) if run in document}
+
+    batch = joined(make(words).training_batches(BATCH).take(8))
     ids, types, shown = original(batch), batch["input_type_ids"], batch["input_mask"] > 0
-    found = 0
-    for row in range(len(ids)):
+    for row, is_random in enumerate(batch["next_sentence_labels"]):
         a = ids[row][shown[row] & (types[row] == 0)][1:-1]
         b = ids[row][types[row] == 1][:-1]
         assert len(a) and len(b)
-        whole = np.concatenate([a, b]).tobytes()
-        if batch["next_sentence_labels"][row]:
-            continue
-        at = stream.find(whole)
-        while at % 4:  # a find between two tokens
-            at = stream.find(whole, at + 1)
-        assert at >= 0
-        places = document_of[at // 4 : at // 4 + len(a) + len(b)]
-        found += len(set(places)) == 1
-    true_pairs = int((batch["next_sentence_labels"] == 0).sum())
-    assert true_pairs > 100 and found == true_pairs
+        if is_random:
+            # Short runs stand in several documents; no single one may be the only home of both.
+            assert documents_with(a) and documents_with(b)
+            assert len(documents_with(a) | documents_with(b)) > 1
+        else:
+            assert documents_with(np.concatenate([a, b]))
+    assert 0.3 < batch["next_sentence_labels"].mean() < 0.7
 
 
 def test_a_batch_is_a_function_of_seed_and_step(words):

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from inputs.vocabulary import SPECIAL_TOKENS
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 60
 SMALL = (f"--steps={STEPS}", "--steps_per_loop=10", "--global_batch_size=16")
@@ -93,6 +95,18 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_other(whole_run, text, tmp_p
     assert ours == theirs
 
 
+def test_the_history_is_drawn(whole_run, tmp_path):
+    folder, _ = whole_run
+    steps = [json.loads(line)["step"] for line in (folder / "history.jsonl").open()]
+    assert steps == list(range(10, STEPS + 1, 10))
+    draw = [sys.executable, "-m", "training.plot"]
+    drawn = subprocess.run([*draw, folder, folder], cwd=ROOT, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
+    empty = subprocess.run([*draw, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert empty.returncode == 1 and "has no history.jsonl" in empty.stderr
+
+
 def test_a_finished_run_is_not_trained_again(whole_run, text):
     folder, first = whole_run
     again = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
@@ -117,6 +131,17 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["stray"], "'stray' is no flag"),
+        (["--seed=-1"], "--seed must lie in"),
+        (["--set", "task=foo"], "no field is called 'task'"),
+        (["--synthetic", "--set", "vocabulary_size=3"], "vocabulary_size must be at least 6"),
+        (
+            ["--synthetic", "--export_dir=/proc/none/x"],
+            "--export_dir: /proc/none cannot be written",
+        ),
+        (["--synthetic", "--export_dir=@ROOT"], "exists and is no SavedModel"),
+        (["--synthetic", "--export_dir=@MODEL/.."], "holds --model_dir"),
+        (["--data_dir=@LATIN1", "--vocab=@VOCAB"], "line 1, byte 3: not UTF-8"),
         (["--recipe=bert-mini-dem"], "Did you mean 'bert-mini-demo'"),
         (["--set", "weight_decai=1"], "Did you mean 'weight_decay'"),
         (
@@ -137,12 +162,42 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, said, text, tmp_path, capfd, in_process):
-    arguments = [a.replace("@TEXT", str(text)) for a in arguments]
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 9)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "c", "##a", "##f"]))
+    places = {"@TEXT": text, "@ROOT": ROOT, "@MODEL": tmp_path / "run"}
+    places |= {"@LATIN1": tmp_path / "latin1.txt", "@VOCAB": tmp_path / "vocab.txt"}
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
     if not any(a.startswith("--model_dir") for a in arguments):
         arguments.append(f"--model_dir={tmp_path}/run")
     assert in_process(arguments) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.glob("run/ckpt*"))
+
+
+def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
+    """Where the vocabulary is the run's own: it would train on, and report, the wrong text."""
+    folder, _ = whole_run
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("cat", "cow"))
+    result = train(f"--data_dir={other}", f"--model_dir={folder}", *SMALL)
+    assert result.returncode == 1 and "holds a run with other settings: data" in result.stderr
+
+
+def test_a_longer_run_is_not_cut(whole_run, text, in_process, capfd):
+    folder, _ = whole_run
+    shorter = [argument.replace(f"steps={STEPS}", "steps=10") for argument in SMALL]
+    assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *shorter]) == 1
+    assert f"a run at step {STEPS}, beyond the 10 steps" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(in_process, capfd, tmp_path):
+    huge = ["--set", "peak_learning_rate=1e30", "--set", "warmup_steps=0"]
+    small = ["--synthetic", "--steps=20", "--steps_per_loop=5", "--global_batch_size=8"]
+    assert in_process([*small, *huge, f"--model_dir={tmp_path}/run"]) == 1
+    said = capfd.readouterr().err
+    assert "the loss is nan at step" in said and "the newest checkpoint is from step 0" in said
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
@@ -163,7 +218,7 @@ def test_two_phases_on_two_replicas_with_made_up_data(
     monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
     small = {
         "model": "tiny", "vocabulary_size": 100, "max_sequence_length": 32, "predictions": 4,
-        "phase1.sequence_length": 16, "phase2.sequence_length": 32, "compute_dtype": "float32",
+        "phase1.sequence_length": 16, "phase2.sequence_length": 32,
     }  # fmt: skip
     changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     flags = ["--recipe=bert-large-32k", "--synthetic", "--steps=20", "--global_batch_size=8"]
@@ -176,6 +231,7 @@ def test_two_phases_on_two_replicas_with_made_up_data(
 @pytest.fixture
 def in_process():
     """Runs train.py's `run` in this process: no import to wait for."""
+    import tf_keras
     from absl import flags, logging
 
     import train as program
@@ -184,12 +240,12 @@ def in_process():
         verbosity = logging.get_verbosity()
         try:
             flags.FLAGS.unparse_flags()
-            flags.FLAGS(["train.py", *arguments])
-            return program.run([])
+            return program.run(flags.FLAGS(["train.py", *arguments]))
         finally:
             for name in flags.FLAGS.get_key_flags_for_module(program):
                 name.unparse()
             flags.FLAGS["set"].value = []
+            tf_keras.mixed_precision.set_global_policy("float32")
             flags.FLAGS(["train.py"])
             logging.set_verbosity(verbosity)
 

@@ -111,6 +111,8 @@ def check_patterns(name: str, patterns) -> tuple[str, ...]:
     patterns = tuple(patterns)
     for pattern in patterns:
         try:
+            if not isinstance(pattern, str):
+                raise TypeError("a string is needed, so that it can be saved")
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(
@@ -183,6 +185,13 @@ def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
             )
         )
     return tuple(layers)
+
+
+def _plain(value):
+    """The value as JSON has it: no NumPy number, no tuple."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 class Layerwise:
@@ -412,9 +421,8 @@ class Layerwise:
         }
         for name, parameter in inspect.signature(type(self).__init__).parameters.items():
             if name not in config and name != "self" and parameter.kind != parameter.VAR_KEYWORD:
-                value = getattr(self, name)
-                config[name] = list(value) if isinstance(value, tuple) else value
-        return config
+                config[name] = _plain(getattr(self, name))
+        return {name: _plain(value) for name, value in config.items()}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

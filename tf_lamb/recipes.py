@@ -92,9 +92,10 @@ BERT_MINI_DEMO = Recipe(
 )
 
 # 15,625 steps in all, 9/10 of the epochs at length 128; rate 5/(2^0 · 10³), warm-up over 1/5 of
-# them (3,125 steps at every batch size), decay η₀(1 - t/T). The rate of the second phase is not
-# in the paper; it says that the second stage warms up again from 0 (of the mixed-batch run), and
-# what stands here for it (the same peak, the same share of warm-up) is this project's reading.
+# them (3,125 steps at every batch size), decay η₀(1 - t/T). The paper gives no schedule for each
+# phase. That T is the phase's own length, and that the second phase warms up again from 0 to the
+# same peak over the same share of its steps, is this project's reading; the paper says so of the
+# mixed-batch run's second stage.
 BERT_LARGE_32K = Recipe(
     name="bert-large-32k",
     reference="arXiv:1904.00962v3, Tables 1 and 5 (column 32K), section 4.1",
@@ -123,6 +124,7 @@ BERT_LARGE_32K = Recipe(
     compute_dtype="bfloat16",
 )
 
+FIXED = ("name", "task", "phases")  # what makes it this recipe
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 RECIPES = {recipe.name: recipe for recipe in (BERT_MINI_DEMO, BERT_LARGE_32K)}
@@ -153,14 +155,16 @@ def override(recipe: Recipe, assignments: list[str]) -> Recipe:
         if not separator:
             raise ValueError(f"write field=value. Received: {assignment!r}.")
         field = field.strip()
-        if field in _fields(Recipe) and field not in ("name", "phases"):
+        if field in _fields(Recipe) and field not in FIXED:
             value = _parsed(Recipe, field, text)
             recipe = dataclasses.replace(recipe, **{field: value})
             continue
         place, _, phase_field = field.rpartition(".")
         numbered = {f"phase{i}": i - 1 for i in range(1, len(recipe.phases) + 1)}
         if phase_field not in _fields(Phase) or (place and place not in numbered):
-            known = [*_fields(Recipe), *_fields(Phase), *(f"{p}.{field}" for p in numbered)]
+            known = [name for name in (*_fields(Recipe), *_fields(Phase)) if name not in FIXED]
+            if place and phase_field in _fields(Phase):
+                known = [f"{phase}.{phase_field}" for phase in numbered]
             raise ValueError(f"no field is called {field!r}. {_nearest(field, known)}")
         changed = {phase_field: _parsed(Phase, phase_field, text)}
         phases = tuple(
@@ -176,11 +180,11 @@ def check(recipe: Recipe) -> None:
 
     What the optimizer and its schedule are given, they check themselves.
     """
-    at_least_one = ("vocabulary_size", "evaluation_examples", "save_every_steps")
-    for name in (*at_least_one, "evaluate_every_steps"):
+    least_of = {"vocabulary_size": 6, "evaluation_examples": 1, "save_every_steps": 1}
+    for name, least in (least_of | {"evaluate_every_steps": 1}).items():
         value = getattr(recipe, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1. Received: {name}={value}.")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}. Received: {name}={value}.")
     if recipe.compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(
             f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}. "

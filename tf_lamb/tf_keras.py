@@ -28,6 +28,13 @@ class Adapter(tf_keras.optimizers.Optimizer):
         # The base turns XLA off where there is no GPU. One program for the whole model is faster
         # on a CPU too.
         self.jit_compile = jit_compile
+        is_schedule = isinstance(learning_rate, tf_keras.optimizers.schedules.LearningRateSchedule)
+        if not is_schedule and not isinstance(learning_rate, float):
+            raise ValueError(
+                "`learning_rate` must be a float or a LearningRateSchedule of tf_keras; a callable "
+                "would be read once and never again. "
+                f"Received: learning_rate={learning_rate!r}."
+            )
         self._learning_rate = self._build_learning_rate(learning_rate)
 
     def build(self, var_list):
@@ -80,6 +87,12 @@ class Adapter(tf_keras.optimizers.Optimizer):
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
         """The hook in merge context, after the sum over the replicas."""
         grads, variables = zip(*grads_and_vars, strict=True)
+        unknown = [v.name for v in variables if self._var_key(v) not in self._index_dict]
+        if unknown:
+            raise ValueError(
+                f"The optimizer was not built with {', '.join(unknown)}. Call "
+                "`optimizer.build(variables)` with all variables before the first step."
+            )
         index = tuple(self._index_dict[self._var_key(v)] for v in variables)
         self._plan.run(distribution, index, grads, self.learning_rate, lambda: self.iterations)
         if self.use_ema:

@@ -20,17 +20,10 @@ LARS_FORMS = ("mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper")
 
 
 def total(x, axes=()):
-    """Σx over all axes but `axes`: a scalar, or with axes [.., 1, ..] that broadcasts to x.
-
-    All but the last axis are summed first. XLA's CPU backend vectorises such a sum and shares it
-    among the cores; a sum straight to a scalar is one long chain of additions.
-    """
-    rank = len(x.shape)
-    if axes:
-        return ops.sum(x, axis=tuple(set(range(rank)) - set(axes)), keepdims=True)
-    if rank > 1:
-        x = ops.sum(x, axis=tuple(range(rank - 1)))
-    return ops.sum(x)
+    """Σx over all axes but `axes`: a scalar, or with axes [.., 1, ..] that broadcasts to x."""
+    if not axes:
+        return ops.sum(x)
+    return ops.sum(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
 
 
 def global_norm(tensors):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import tempfile
 
 import tensorflow as tf
 
@@ -25,50 +27,90 @@ def make_manager(model_dir, model, optimizer, save_every_steps) -> tf.train.Chec
 
 
 def saved_step(model_dir: str) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """The step of the newest checkpoint, 0 if there is none.
+
+    Raises:
+        InputError: a checkpoint that no run of ours has named.
+    """
     newest = tf.train.latest_checkpoint(model_dir)
-    return int(newest.rsplit("-", 1)[1]) if newest else 0
+    if newest is None:
+        return 0
+    number = re.fullmatch(r"ckpt-(\d+)", os.path.basename(newest))
+    if not number:
+        raise InputError(
+            f"--model_dir: {model_dir} holds a checkpoint of another program, "
+            f"{os.path.basename(newest)}. Choose another folder."
+        )
+    return int(number[1])
+
+
+def check_writable(folder: str, flag: str) -> None:
+    """Makes the folder if it is missing; `InputError` if nothing can be written there."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
+        ) from None
+
+
+def check(model_dir: str, recipe, **facts) -> None:
+    """Compares the run in `model_dir`, if there is one, with what is asked for now.
+
+    Args:
+        model_dir: folder, may be missing.
+        recipe: a `tf_lamb.recipes.Recipe`.
+        **facts: what else the checkpoints depend on, as JSON values; those that are known yet.
+
+    Raises:
+        InputError: the folder cannot be written, or holds a run of another recipe, or one that
+            is already longer.
+    """
+    check_writable(model_dir, "--model_dir")
+    step = saved_step(model_dir)
+    if not step:
+        return
+    if step > recipe.steps:
+        raise InputError(
+            f"--model_dir: {model_dir} holds a run at step {step}, beyond the {recipe.steps} steps "
+            "asked for. Ask for more --steps, or choose another folder."
+        )
+    _check_same(model_dir, os.path.join(model_dir, "recipe.json"), _settings(recipe, facts))
+
+
+def _settings(recipe, facts) -> dict:
+    # Through JSON, so that tuples compare equal to the lists they are read back as.
+    return json.loads(json.dumps(dataclasses.asdict(recipe) | facts))
 
 
 def claim(model_dir: str, recipe, **facts) -> None:
-    """Makes `model_dir` and writes the recipe as run beside the checkpoints.
+    """Writes the recipe as run beside the checkpoints.
 
-    Args:
-        model_dir: folder, made if missing.
-        recipe: a `tf_lamb.recipes.Recipe`.
-        **facts: what else the checkpoints depend on (seed, vocabulary), as JSON values.
+    Args: as `check`'s, all facts.
 
     Raises:
-        InputError: the folder cannot be written, or holds a run of another recipe.
+        InputError: as `check`.
     """
+    check(model_dir, recipe, **facts)
     path = os.path.join(model_dir, "recipe.json")
-    # Through JSON, so that tuples compare equal to the lists they are read back as.
-    ours = json.loads(json.dumps(dataclasses.asdict(recipe) | facts))
-    try:
-        os.makedirs(model_dir, exist_ok=True)
-        if tf.train.latest_checkpoint(model_dir):
-            _check_same(model_dir, path, ours)
-        temporary = path + ".new"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(ours, file, indent=2)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"--model_dir: {model_dir} cannot be written ({error.strerror}). Choose another folder."
-        ) from None
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(_settings(recipe, facts), file, indent=2)
+    os.replace(f"{path}.new", path)
 
 
 def _check_same(model_dir: str, path: str, ours: dict) -> None:
     try:
         with open(path, encoding="utf-8") as file:
-            theirs = json.load(file)
-    except (OSError, json.JSONDecodeError) as error:
+            theirs = _flat(json.load(file))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model_dir: {model_dir} holds checkpoints but no readable recipe.json ({error}). "
             "Choose another folder."
         ) from None
-    theirs, wanted = _flat(theirs), _flat(ours)
-    differing = [key for key in {**theirs, **wanted} if theirs.get(key) != wanted.get(key)]
+    wanted = _flat(ours)
+    differing = [key for key in wanted if theirs.get(key) != wanted[key]]
     differing = [key for key in differing if key.rpartition(".")[2] not in MAY_CHANGE]
     if differing:
         pairs = ", ".join(f"{k} {theirs.get(k)!r} (now {wanted.get(k)!r})" for k in differing)

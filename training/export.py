@@ -2,13 +2,15 @@
 
 import functools
 import os
-import shutil
+import tempfile
 
 import tensorflow as tf
 import tf_keras
 
 from inputs.corpus import make_tokenizer
+from inputs.errors import InputError
 from inputs.vocabulary import CLS, MASK, PAD, SEP
+from training.checkpoints import check_writable
 
 TOP_K = 5
 
@@ -87,14 +89,36 @@ class MaskFiller(tf.Module):
         )
 
 
+def check_export_dir(export_dir: str, model_dir: str) -> None:
+    """Raises `InputError` unless the SavedModel can be written there without loss.
+
+    What an export may replace is an older SavedModel, and nothing else.
+    """
+    inner, outer = os.path.realpath(model_dir), os.path.realpath(export_dir)
+    if os.path.commonpath([inner, outer]) == outer:
+        raise InputError(
+            f"--export_dir: {export_dir} holds --model_dir, and an export replaces the folder. "
+            "Give a folder of its own."
+        )
+    kept = os.path.isfile(export_dir) or (
+        os.path.isdir(export_dir)
+        and os.listdir(export_dir)
+        and not os.path.exists(os.path.join(export_dir, "saved_model.pb"))
+    )
+    if kept:
+        raise InputError(
+            f"--export_dir: {export_dir} exists and is no SavedModel. Choose another folder."
+        )
+    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
+
+
 def export_mask_filler(model, vocabulary, max_sequence_length, export_dir: str) -> None:
     """Writes the SavedModel; an older one of that name is replaced when the new one is whole."""
     module = MaskFiller(model, vocabulary, max_sequence_length)
-    temporary, old = f"{export_dir}.new", f"{export_dir}.old"
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    tf.saved_model.save(module, temporary, signatures={"serving_default": module.fill})
-    if os.path.exists(export_dir):
-        os.replace(export_dir, old)
-    os.replace(temporary, export_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    parent = os.path.dirname(os.path.abspath(export_dir))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as aside:
+        fresh = os.path.join(aside, "new")
+        tf.saved_model.save(module, fresh, signatures={"serving_default": module.fill})
+        if os.path.exists(export_dir):
+            os.replace(export_dir, os.path.join(aside, "old"))
+        os.replace(fresh, export_dir)

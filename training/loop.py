@@ -14,6 +14,10 @@ from training.progress import Progress
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: raised between two inner loops, when the state is whole."""
 
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.exit_status = 128 + number  # as shells count it
+
 
 class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
     """One task on one strategy, for Orbit's Controller.
@@ -114,22 +118,19 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """Yields a train action that raises `Interrupted` once Ctrl-C or SIGTERM has come.
-
-    A second Ctrl-C stops at once.
-    """
+    """Yields a train action that raises `Interrupted` once Ctrl-C or SIGTERM has come."""
     received: list[int] = []
 
     def remember(number, frame):
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("Stopping after this loop of steps; Ctrl-C again stops at once.", file=sys.stderr)
+        print("Stopping: the state is saved first.", file=sys.stderr)
 
     def action(output):
         del output
         if received:
-            raise Interrupted(signal.Signals(received[0]).name)
+            raise Interrupted(signal.Signals(received[0]))
 
     previous = {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -178,8 +179,10 @@ def run_phase(
                 controller.train_and_evaluate(end, eval_interval=evaluate_every_steps)
             else:
                 controller.train(end)
+            means = {key: float(value) for key, value in controller.evaluate().items()}
+            stop(means)
         except Interrupted:
             step = int(trainer.optimizer.iterations.numpy())
             manager.save(checkpoint_number=step, check_interval=False)
             raise
-        return {key: float(value) for key, value in controller.evaluate().items()}
+        return means

@@ -1,9 +1,15 @@
 """What a run says while it runs: lines of progress, and a history that can be drawn."""
 
 import contextlib
+import datetime
 import json
+import math
 import os
 import time
+
+
+class Diverged(Exception):
+    """The loss is NaN or infinite; the newest checkpoint is from before."""
 
 
 class Progress:
@@ -32,11 +38,12 @@ class Progress:
         """Starts the clock, and drops the history of steps that come again."""
         self._last_step, self._last_time = int(self._step.numpy()), time.perf_counter()
         kept = [row for row in read_history(self._history) if row["step"] <= self._last_step]
-        with open(self._history, "w", encoding="utf-8") as file:
+        with open(f"{self._history}.new", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(f"{self._history}.new", self._history)
 
     def __call__(self, output):
-        """Takes the output of an inner loop."""
+        """Takes the output of an inner loop; raises `Diverged` if its loss is not finite."""
         step, now = int(self._step.numpy()), time.perf_counter()
         taken, steps = now - self._last_time, step - self._last_step
         self._last_step, self._last_time = step, now
@@ -50,18 +57,33 @@ class Progress:
         row = {"step": step, "loss": loss, "examples_per_second": speed} | values
         with open(self._history, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self._check(loss, step)
         if now - self._printed >= self._every or step >= self._total:
             self._printed = now
-            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) * taken / steps))
+            seconds = round((self._total - step) * taken / steps)
+            left = datetime.timedelta(seconds=seconds)
             self._write(
                 f"step {step}/{self._total}  loss {loss:.4f}  rate {values['learning_rate']:.3e}  "
                 f"{speed:,.0f} sequences/s  left {left}"
             )
 
+    def _check(self, loss, step):
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step}")
+
     @property
     def examples_per_second(self) -> float | None:
         """Over all loops but the first; None before the second has run."""
         return self.examples / self.seconds if self.seconds else None
+
+    @property
+    def speed(self) -> str:
+        """The same in words."""
+        if not self._warm:
+            return "not measured: nothing was left to train"
+        if not self.seconds:
+            return "not measured: there was one loop of steps, which compiles"
+        return f"{self.examples_per_second:,.0f} sequences/s"
 
 
 def read_history(path: str) -> list[dict]:

@@ -44,7 +44,7 @@ class BertPretraining:
             words = (f"word{i}" for i in range(recipe.vocabulary_size))
             made_up = [*vocabulary.SPECIAL_TOKENS, *words][: recipe.vocabulary_size]
             self.vocabulary = vocabulary.load_vocabulary(vocab) if vocab else made_up
-            self.data = "synthetic data"
+            self.data = self.fingerprint = "synthetic data"
             return
         files = documents.find_files(data_dir) if data_dir else []
 
@@ -67,6 +67,7 @@ class BertPretraining:
             log(f"Learned a vocabulary of {len(self.vocabulary):,} word pieces")
             tokenized = corpus.tokenize(kept, self.vocabulary)
         self._training, self._held_out = corpus.split_held_out(tokenized)
+        self.fingerprint = corpus.fingerprint(tokenized)
         log(
             f"{len(self._training.tokens):,} tokens in {len(self._training.documents) - 1:,} "
             f"documents to train on, {len(self._held_out.tokens):,} in "
@@ -144,7 +145,7 @@ class BertPretraining:
                 for i, piece in enumerate(pieces[:-1])
                 if piece.isalpha() and len(piece) > 3 and not pieces[i + 1].startswith("##")
             ]
-            if 6 <= len(pieces) <= 24 and whole:
+            if 6 <= len(pieces) <= 24 and whole and vocabulary.UNK not in pieces:
                 middle = whole[len(whole) // 2]
                 word, pieces[middle] = pieces[middle], vocabulary.MASK
                 chosen.append((" ".join(pieces).replace(" ##", ""), word))

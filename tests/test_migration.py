@@ -1,0 +1,373 @@
+"""Five steps with the original, migrate, five with ours: as if the original had gone on."""
+
+import collections
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from drive import LAYERS, largest, make_variables, random_gradients, random_weights
+from official.modeling.optimization import lamb as official_lamb
+from official.modeling.optimization import lars as official_lars
+
+from tf_lamb.migration import migrate
+
+NAMES = list(LAYERS)
+EXCLUDED = ["bias", "gamma"]
+FIRST, SECOND = (
+    [replicas[0] for replicas in random_gradients(1, seed)] for seed in (1, 2)
+)  # five steps of gradients each, `[step][layer]`
+
+
+def official_lamb_optimizer():
+    return official_lamb.LAMB(0.05, weight_decay_rate=0.01, exclude_from_weight_decay=EXCLUDED)
+
+
+def official_lars_optimizer(classic_momentum=True):
+    return official_lars.LARS(
+        50.0,
+        weight_decay_rate=0.01,
+        exclude_from_weight_decay=EXCLUDED,
+        classic_momentum=classic_momentum,
+    )
+
+
+# name: (the original, our class, our arguments)
+DECAYED = {"weight_decay": 0.01, "exclude_from_weight_decay": EXCLUDED}
+CASES = {
+    "tf-models LAMB": (official_lamb_optimizer, "LAMB", "tf-models", 0.05, DECAYED),
+    "tf-models LARS": (official_lars_optimizer, "LARS", "tf-models", 50.0, DECAYED),
+    "tf-models LARS, rate at the end": (
+        lambda: official_lars_optimizer(classic_momentum=False),
+        "LARS",
+        "tf-models-scaled",
+        50.0,
+        DECAYED,
+    ),
+    "Keras": (
+        lambda: keras.optimizers.Lamb(0.05),
+        "LAMB",
+        "paper",
+        0.05,
+        {"weight_decay": 0.0, "epsilon": 1e-7},
+    ),
+}
+
+
+class Original:
+    """A case's original on the layers of drive.py, after five steps."""
+
+    def __init__(self, case, wrap=lambda optimizer: optimizer, strategy=None):
+        make, self.rule, self.variant, self.rate, self.arguments = CASES[case]
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            self.optimizer = wrap(make())
+            flavour = _namespace(keras if case == "Keras" else tf_keras)
+            self.variables = make_variables(flavour, random_weights())
+        if strategy:
+            strategy.run(self.apply, (FIRST,))
+        else:
+            self.apply(FIRST)
+
+    def apply(self, gradients):
+        apply(self.optimizer, self.variables, gradients)
+
+    def ours(self, flavour, names=NAMES, **changed):
+        """`(optimizer, variables)`: ours, built, with the original's weights as they are now."""
+        values = [np.array(v.numpy()) for v in self.variables]
+        variables = make_variables(flavour, values, names)
+        arguments = self.arguments | changed
+        rule = getattr(flavour.lamb, self.rule)
+        optimizer = rule.variant(self.variant, learning_rate=self.rate, **arguments)
+        optimizer.build(variables)
+        return optimizer, variables
+
+
+def _namespace(module):
+    """What `make_variables` needs of a flavour."""
+    keras3 = module is keras
+    return collections.namedtuple("Flavour", ["Variable", "name_scope"])(
+        keras.Variable if keras3 else tf.Variable, keras.name_scope if keras3 else tf.name_scope
+    )
+
+
+def apply(optimizer, variables, gradients):
+    for grads in gradients:
+        pairs = zip([tf.constant(g) for g in grads], variables, strict=True)
+        optimizer.apply_gradients(list(pairs))
+
+
+def assert_goes_on(original, optimizer, variables):
+    """Both take five steps more, and end at the same weights."""
+    before = [v.numpy() for v in variables]
+    original.apply(SECOND)
+    apply(optimizer, variables, SECOND)
+    for v, x, start in zip(original.variables, variables, before, strict=True):
+        error, moved = largest(x.numpy() - v.numpy()), largest(v.numpy() - start)
+        assert error <= 1e-5 * moved + 2**-21 * max(largest(start), largest(v.numpy()))
+    assert int(optimizer.iterations) == int(original.optimizer.iterations) == 10
+
+
+def state(optimizer):
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    slots = [np.array(x.numpy()) for slot in inner._plan.slots for x in slot]
+    return [x.tobytes() for x in slots] + [int(inner.iterations)]
+
+
+@contextlib.contextmanager
+def refused(optimizer, *parts):
+    """A `ValueError` with these texts in it, and an optimizer as it was."""
+    before = state(optimizer)
+    with pytest.raises(ValueError) as error:
+        yield
+    for part in parts:
+        assert part in str(error.value)
+    assert state(optimizer) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on(case, flavour):
+    original = Original(case)
+    optimizer, variables = original.ours(flavour)
+    migrate(original.optimizer, optimizer)
+    assert_goes_on(original, optimizer, variables)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_migration_it_does_not(case, keras3):
+    original = Original(case)
+    with pytest.raises(AssertionError):
+        assert_goes_on(original, *original.ours(keras3))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "Keras"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_from_a_checkpoint(case, wrapped, flavour, tmp_path):
+    original = Original(case)
+    saved = original.optimizer
+    if wrapped:
+        saved = tf_keras.mixed_precision.LossScaleOptimizer(saved)
+    checkpoint = tf.train.Checkpoint(model=list(original.variables), anything=saved)
+    path = checkpoint.save(str(tmp_path / "model"))
+    for place in (path, tmp_path):
+        optimizer, variables = original.ours(flavour)
+        migrate(place, optimizer)
+    assert_goes_on(original, optimizer, variables)
+
+
+def test_loss_scales_and_replicas_on_either_side(flavour, mirrored):
+    wrap = tf_keras.mixed_precision.LossScaleOptimizer
+    original = Original("tf-models LAMB", wrap, strategy=mirrored)
+    with mirrored.scope():
+        optimizer, _ = original.ours(flavour)
+        if flavour.name == "keras3":
+            outer = keras.optimizers.LossScaleOptimizer(optimizer)
+        else:
+            outer = wrap(optimizer)
+    report = migrate(original.optimizer, outer)
+    slots = original.optimizer.inner_optimizer
+    for i, (variable, layer) in enumerate(zip(original.variables, report.layers, strict=True)):
+        for slot, variables in zip("mv", optimizer._plan.slots, strict=True):
+            theirs = slots.get_slot(variable, slot).numpy()
+            native = variables[i].value if flavour.name == "keras3" else variables[i]
+            for copy in mirrored.experimental_local_results(native):
+                np.testing.assert_array_equal(copy.numpy(), theirs)
+            assert layer.after[slot] == pytest.approx(np.linalg.norm(theirs), rel=1e-6)
+
+
+def test_half_the_memory_and_accumulation(keras3):
+    original = Original("tf-models LAMB")
+    more = {"moment_dtype": "bfloat16", "gradient_accumulation_steps": 4}
+    optimizer, _ = original.ours(keras3, **more)
+    migrate(original.optimizer, optimizer)
+    assert int(optimizer.iterations) == 5 and int(optimizer._iterations) == 20
+    m = optimizer._plan.slots[0][0]
+    theirs = original.optimizer.get_slot(original.variables[0], "m")
+    assert m.dtype == "bfloat16"
+    np.testing.assert_array_equal(m.numpy(), tf.cast(theirs, "bfloat16").numpy())
+
+
+def test_the_report(flavour):
+    original = Original("tf-models LAMB")
+    names = [name.replace("embed/", "encoder/") for name in NAMES]
+    optimizer, _ = original.ours(flavour, names)
+    report = migrate(original.optimizer, optimizer, mapping={"encoder/table": "embed/table"})
+    assert (report.step_before, report.step_after) == (0, 5)
+    assert [layer.name for layer in report.layers] == names
+    first = report.layers[0]
+    assert (first.source_name, first.shape) == ("embed/table", (13, 7))
+    assert first.before == {"m": 0.0, "v": 0.0}
+    m, v = (original.optimizer.get_slot(original.variables[0], s).numpy() for s in "mv")
+    assert first.after == pytest.approx({"m": np.linalg.norm(m), "v": np.linalg.norm(v)})
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["variable", "from", "shape", *"‖m‖ before ‖m‖ after".split()] + (
+        "‖v‖ before ‖v‖ after".split()
+    )
+    assert lines[1].split()[:2] == ["encoder/table", "embed/table"]
+    assert f"{np.linalg.norm(m):.6g}" in lines[1]
+    assert lines[-1] == "step: 0 before, 5 after"
+    again = migrate(original.optimizer, optimizer, by_order=True, step=7)
+    assert again.layers[0].before == first.after
+    assert (again.step_before, again.step_after, int(optimizer.iterations)) == (5, 7, 7)
+
+
+def test_other_names(flavour):
+    original = Original("tf-models LAMB")
+    names = [f"model/{name}" for name in NAMES]
+    optimizer, variables = original.ours(flavour, names)
+    with refused(optimizer, "Only in the source (8)", "Only in the optimizer (8)", *names, *NAMES):
+        migrate(original.optimizer, optimizer)
+    with refused(optimizer, "model/conv/bias", "conv/bias (renamed to x/conv/bias)"):
+        migrate(original.optimizer, optimizer, rename=lambda name: f"x/{name}")
+    with refused(optimizer, "bear one name: model"):
+        migrate(original.optimizer, optimizer, rename=lambda name: "model")
+    with refused(optimizer, "on neither side (2)", "nothing", "nobody"):
+        mapping = {"nothing": "nobody"}
+        migrate(original.optimizer, optimizer, rename=lambda n: f"model/{n}", mapping=mapping)
+    migrate(original.optimizer, optimizer, rename=lambda name: f"model/{name}")
+    assert_goes_on(original, optimizer, variables)
+
+
+def test_other_variables_and_shapes(flavour):
+    original = Original("tf-models LAMB")
+    values = [v.numpy() for v in original.variables]
+    fewer = flavour.lamb.LAMB()
+    fewer.build(make_variables(flavour, values[:-1], NAMES[:-1]))
+    with refused(fewer, "Only in the source (1)", "still/kernel"):
+        migrate(original.optimizer, fewer)
+    with refused(fewer, "8 variables and the optimizer 7", "still/kernel"):
+        migrate(original.optimizer, fewer, by_order=True)
+    other = flavour.lamb.LAMB()
+    other.build(make_variables(flavour, [*values[:-1], values[-1].T], NAMES))
+    with refused(other, "still/kernel: (2, 3); the source's m of still/kernel: (3, 2)"):
+        migrate(original.optimizer, other)
+
+
+def test_another_rule(flavour, tmp_path):
+    lamb, lars = Original("tf-models LAMB"), Original("tf-models LARS")
+    scaled = Original("tf-models LARS, rate at the end")
+    ours, _ = lamb.ours(flavour)
+    with refused(ours, "takes the slots m, v, and the source has momentum"):
+        migrate(lars.optimizer, ours)
+    path = tf.train.Checkpoint(v=list(lars.variables), o=lars.optimizer).save(str(tmp_path / "a"))
+    with refused(ours, "takes the slots m, v, and the source has momentum"):
+        migrate(path, ours)
+    inside, _ = lars.ours(flavour)
+    with refused(inside, "without the learning rate", "form='tf-models'"):
+        migrate(scaled.optimizer, inside)
+    outside, _ = scaled.ours(flavour)
+    with refused(outside, "η r (g + λx)", "form='tf-models-scaled'"):
+        migrate(lars.optimizer, outside)
+    with refused(ours, "the source has none"):
+        migrate(keras.optimizers.Lamb(), ours)
+    with refused(ours, "Received: a dict"):
+        migrate({}, ours)
+    with pytest.raises(ValueError, match="must be a LAMB or LARS of tf_lamb"):
+        migrate(lamb.optimizer, lamb.optimizer)
+    with pytest.raises(ValueError, match="build"):
+        migrate(lamb.optimizer, flavour.lamb.LAMB())
+
+
+def test_a_checkpoint_without_one_optimizer(keras3, tmp_path):
+    original = Original("tf-models LAMB")
+    ours, _ = original.ours(keras3)
+    path = tf.train.Checkpoint(v=list(original.variables)).save(str(tmp_path / "none"))
+    with refused(ours, "the source has none"):
+        migrate(path, ours)
+    other = Original("tf-models LAMB")
+    both = tf.train.Checkpoint(v=[original.variables, other.variables])
+    both.optimizers = [original.optimizer, other.optimizer]
+    with refused(ours, "holds 2 optimizers"):
+        migrate(both.save(str(tmp_path / "both")), ours)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.compat.v1.get_variable("x", [2])
+        session.run(x.initializer)
+        named = tf.compat.v1.train.Saver([x]).save(session, str(tmp_path / "named"))
+    with refused(ours, "with an object graph"):
+        migrate(named, ours)
+
+
+# optax's state is known by the names of its types, so these stand in for it.
+ScaleByAdamState = collections.namedtuple("ScaleByAdamState", "count mu nu")
+TraceState = collections.namedtuple("TraceState", "trace")
+ScaleByScheduleState = collections.namedtuple("ScaleByScheduleState", "count")
+MaskedState = collections.namedtuple("MaskedState", "inner_state")
+EmptyState = collections.namedtuple("EmptyState", "")
+
+
+def small(flavour, rule):
+    """Ours on two variables, and gradients for them as nested dictionaries."""
+    values = [np.float32([[1, 2], [3, 4]]), np.float32([5, 6])]
+    optimizer = getattr(flavour.lamb, rule)()
+    if rule == "LARS":
+        optimizer = flavour.lamb.LARS.variant("optax")
+    optimizer.build(make_variables(flavour, values, ["dense/kernel", "dense/bias"]))
+    return optimizer, {"dense": {"bias": values[1], "kernel": values[0]}}
+
+
+def test_a_state_of_optax_lamb(flavour):
+    optimizer, mu = small(flavour, "LAMB")
+    nu = {"dense": {name: 10 * x for name, x in mu["dense"].items()}}
+    chain = (EmptyState(), (ScaleByAdamState(np.int32(5), mu, nu), ScaleByScheduleState(5)))
+    report = migrate(chain, optimizer)
+    assert report.step_after == int(optimizer.iterations) == 5
+    for i, name in enumerate(["kernel", "bias"]):
+        for slot, factor in zip(optimizer._plan.slots, (1, 10), strict=True):
+            np.testing.assert_array_equal(slot[i].numpy(), factor * mu["dense"][name])
+    with refused(optimizer, "one ScaleByAdamState, and holds 0. Received: TraceState"):
+        migrate((TraceState(mu),), optimizer)
+    with refused(optimizer, "holds 2"):
+        migrate((chain, chain), optimizer)
+    listed = [mu["dense"]["kernel"], mu["dense"]["bias"]]
+    in_a_list = (ScaleByAdamState(6, listed, listed),)
+    with refused(optimizer, "Only in the source (2):\n  0\n  1"):
+        migrate(in_a_list, optimizer)
+    assert migrate(in_a_list, optimizer, by_order=True).layers[1].source_name == "1"
+    assert int(optimizer.iterations) == 6
+
+
+def test_a_state_of_optax_lars_has_the_other_sign(flavour):
+    optimizer, trace = small(flavour, "LARS")
+    before = (EmptyState(), MaskedState(EmptyState()))
+    constant = (*before, EmptyState(), TraceState(trace))
+    with refused(optimizer, "Pass `step`"):
+        migrate(constant, optimizer)
+    migrate(constant, optimizer, step=3)
+    assert int(optimizer.iterations) == 3
+    scheduled = (*before, ScaleByScheduleState(np.int32(8)), TraceState(trace))
+    migrate(scheduled, optimizer)
+    assert int(optimizer.iterations) == 8
+    np.testing.assert_array_equal(optimizer._plan.slots[0][1].numpy(), [-5, -6])
+    with refused(optimizer, "the trace comes last"):
+        migrate((MaskedState(TraceState(trace)), EmptyState()), optimizer)
+
+
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_training_goes_on_from_optax(rule, flavour):
+    optax = pytest.importorskip("optax")
+    rate = {"lamb": 0.05, "lars": 50.0}[rule]
+    original = getattr(optax, rule)(optax.constant_schedule(rate), weight_decay=0.01)
+    params = dict(zip(NAMES, random_weights(), strict=True))
+    state = original.init(params)
+
+    def go_on(params, state, gradients):
+        for grads in gradients:
+            grads = dict(zip(NAMES, grads, strict=True))
+            steps, state = original.update(grads, state, params)
+            params = optax.apply_updates(params, steps)
+        return params, state
+
+    params, state = go_on(params, state, FIRST)
+    values = [np.asarray(params[name]) for name in NAMES]
+    variables = make_variables(flavour, values)
+    optimizer = getattr(flavour.lamb, rule.upper()).variant("optax", rate, weight_decay=0.01)
+    optimizer.build(variables)
+    migrate(state, optimizer)
+    apply(optimizer, variables, SECOND)
+    params, _ = go_on(params, state, SECOND)
+    for name, variable, start in zip(NAMES, variables, values, strict=True):
+        end = np.asarray(params[name])
+        error, moved = largest(variable.numpy() - end), largest(end - start)
+        assert error <= 1e-5 * moved + 2**-21 * max(largest(start), largest(end))
+    assert int(optimizer.iterations) == 10

@@ -1,0 +1,200 @@
+"""A gradient that is not finite skips the whole update; telemetry watches without touching."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+from drive import LAYERS, Run, assert_agrees, copies, random_gradients, random_weights
+from test_contract import compiled
+from test_updates import EXCLUSIONS, RATES, RULES, expected, make
+
+NAMES = list(LAYERS)
+BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def spoiled(replicas, value, replica=-1, layer="embed/table"):
+    """A copy of the gradients `[replica][layer]` where one element of one replica is `value`."""
+    replicas = [[np.array(g) for g in grads] for grads in replicas]
+    replicas[replica][NAMES.index(layer)].flat[-1] = value
+    return replicas
+
+
+def state(run, but=("skipped", "accumulator")):
+    """Bytes of the weights and of all that the optimizer holds, of every replica's copy."""
+    held = [*run.variables, *run.optimizer.variables]
+    return [
+        [np.asarray(copy).tobytes() for copy in copies(run.strategy, variable)]
+        for variable in held
+        if not any(part in variable.name for part in but)
+    ]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_one_bad_element_skips_the_update(flavour, mirrored, rule, replicas, bad):
+    strategy = mirrored if replicas == 2 else None
+    run = Run(flavour, make(flavour, rule), random_weights(), strategy)
+    good = random_gradients(replicas)
+    run.step(good[0])
+    run.step(good[1])
+    assert run.optimizer.skipped_steps == 0
+    before = state(run)
+    run.step(spoiled(good[2], BAD[bad]))
+    run.step(spoiled(good[2], BAD[bad], replica=0, layer="temperature"))
+    assert state(run) == before
+    assert run.optimizer.skipped_steps == 2
+    assert int(run.optimizer.iterations.numpy()) == 2
+    undisturbed = Run(flavour, make(flavour, rule), random_weights(), strategy)
+    for gradients in good[2:]:
+        run.step(gradients)
+    for gradients in good:
+        undisturbed.step(gradients)
+    assert state(run) == state(undisturbed) != before
+    assert run.optimizer.skipped_steps == 2
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "LARS"])
+def test_the_moving_average_skips_too(flavour, rule):
+    """It would move towards weights that did not move."""
+    arguments = {"use_ema": True, "ema_momentum": 0.5}
+    run = Run(flavour, lambda: getattr(flavour.lamb, rule)(0.1, **arguments), random_weights())
+    good = random_gradients(1)
+    run.step(good[0])
+    run.step(good[1])
+    before = state(run)
+    run.step(spoiled(good[2], math.nan))
+    assert state(run) == before
+
+
+@pytest.mark.parametrize("spoil", [0, 1], ids=["first of two", "second of two"])
+@pytest.mark.parametrize("rule", ["LAMB", "LARS"])
+def test_one_bad_share_skips_the_accumulated_update(keras3, rule, spoil):
+    def make_it():
+        return getattr(keras3.lamb, rule)(0.1, gradient_accumulation_steps=2)
+
+    run, undisturbed = (Run(keras3, make_it, random_weights()) for _ in range(2))
+    good = random_gradients(1)[:4]
+    for one in (run, undisturbed):
+        one.step(good[0])
+        one.step(good[1])
+    before = state(run, but=("skipped",))
+    pair = [good[2], good[3]]
+    pair[spoil] = spoiled(pair[spoil], math.nan)
+    for gradients in pair:
+        run.step(gradients)
+    assert state(run, but=("skipped",)) == before  # the accumulated gradient is gone as well
+    assert run.optimizer.skipped_steps == 1
+    assert int(run.optimizer.iterations.numpy()) == 1
+    for one in (run, undisturbed):
+        one.step(good[2])
+        one.step(good[3])
+    assert state(run, but=("skipped",)) == state(undisturbed, but=("skipped",)) != before
+    assert int(run.optimizer.iterations.numpy()) == 2
+
+
+@pytest.mark.parametrize("rule", ["LAMB", "LARS"])
+def test_without_skipping_a_nan_is_let_through(flavour, rule):
+    def make_it():
+        return getattr(flavour.lamb, rule)(0.1, skip_nonfinite=False)
+
+    run = Run(flavour, make_it, random_weights())
+    gradients = random_gradients(1)[0]
+    run.step(spoiled(gradients, math.nan))
+    assert np.isnan(run.weights()[0].flat[-1])
+    assert run.optimizer.skipped_steps == 0
+    assert int(run.optimizer.iterations.numpy()) == 1
+
+
+def test_an_overflow_of_the_sum_alone_is_finite(flavour):
+    """A sum of squares beyond float32 is a large gradient, not a bad one."""
+    run = Run(flavour, lambda: flavour.lamb.LAMB(0.1), [np.ones(3, np.float32)], names=["w"])
+    run.step([[np.full(3, 1e30, np.float32)]])
+    assert run.optimizer.skipped_steps == 0
+    assert np.isfinite(run.weights()[0]).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("exclusions", ["nothing", "each its own"])
+def test_telemetry_rows_are_the_norms_and_ratios(flavour, mirrored, rule, exclusions):
+    """Of excluded layers too, whose ratio is 1."""
+    name, layer_class, own = RULES[rule]
+    _, no_decay, no_adaptation = EXCLUSIONS[exclusions]
+    run = Run(flavour, make(flavour, rule, exclusions, telemetry=True), random_weights(), mirrored)
+    layers = [
+        layer_class(x, decayed=n not in no_decay, adapted=n not in no_adaptation, **own)
+        for n, x in zip(NAMES, random_weights(), strict=True)
+    ]
+    assert run.optimizer.telemetry_rows.tolist() == [[0, 0, 0]] * len(NAMES)
+    gradients = random_gradients(2)
+    for replicas, rate in zip(gradients, RATES, strict=True):
+        run.step(replicas)
+        oracle.history(layers, [replicas], [rate])
+        rows = run.optimizer.telemetry_rows
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(rows, [layer.seen for layer in layers], rtol=3e-6, err_msg=name)
+    assert compiled(run.optimizer).experimental_get_tracing_count() == 2  # one per replica
+    assert_agrees([run.weights()], [expected(rule, gradients, exclusions)[-1]])
+
+
+@pytest.mark.parametrize("norm", ["l1", "linf"])
+def test_telemetry_has_the_norm_that_the_ratio_has(keras3, norm):
+    run = Run(keras3, make(keras3, "lamb", telemetry=True, norm=norm), random_weights())
+    layers = [oracle.Lamb(x, norm=norm, **RULES["lamb"][2]) for x in random_weights()]
+    gradients = random_gradients(1)[:1]
+    run.step(gradients[0])
+    oracle.history(layers, gradients, RATES[:1])
+    rows = [layer.seen for layer in layers]
+    np.testing.assert_allclose(run.optimizer.telemetry_rows, rows, rtol=3e-6)
+
+
+def test_telemetry_of_slices_is_their_mean_and_of_a_group_its_own(flavour):
+    arguments = {"layer_axes": {"embed": 0}, "layer_groups": ["conv/"], "telemetry": True}
+    run = Run(flavour, make(flavour, "lamb", **arguments), random_weights())
+    gradients = random_gradients(1)[0]
+    run.step(gradients)
+    own, rate = RULES["lamb"][2], RATES[0]
+    weights = random_weights()
+    slices = [oracle.Lamb(x, **own) for x in weights[0]]
+    for layer, g in zip(slices, gradients[0][0], strict=True):
+        layer.descend(np.float64(g), rate)
+    group = oracle.Lamb(np.concatenate([np.ravel(x) for x in weights[1:3]]), **own)
+    group.descend(np.concatenate([np.ravel(g) for g in gradients[0][1:3]]).astype(float), rate)
+    rows = [np.mean([layer.seen for layer in slices], axis=0), group.seen, group.seen]
+    np.testing.assert_allclose(run.optimizer.telemetry_rows[:3], rows, rtol=3e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras 3's own, and right
+def test_a_layer_without_a_gradient_keeps_its_row(flavour):
+    run = Run(flavour, make(flavour, "lamb", telemetry=True), random_weights())
+    first, second, *_ = random_gradients(1)
+    run.step(first)
+    before = run.optimizer.telemetry_rows
+    without = NAMES.index("conv/kernel")
+    run.step([[None if i == without else g for i, g in enumerate(second[0])]])
+    same = (run.optimizer.telemetry_rows == before).all(axis=1)
+    # The one that never had a gradient keeps its weights' norm alone.
+    assert same[without] and not same[NAMES.index("embed/table")]
+    assert sum(same) == 1
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_telemetry_changes_no_bit(flavour, mirrored, rule, replicas):
+    strategy = mirrored if replicas == 2 else None
+    gradients = random_gradients(replicas)
+    runs = [
+        Run(
+            flavour,
+            make(flavour, rule, "each its own", telemetry=telemetry),
+            random_weights(),
+            strategy,
+        )
+        for telemetry in (False, True)
+    ]
+    plain, watched = (run.history(gradients) for run in runs)
+    for x, y in zip(plain, watched, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))
+    with pytest.raises(ValueError, match="telemetry=True"):
+        _ = runs[0].optimizer.telemetry_rows

@@ -1,0 +1,199 @@
+"""Every form of both rules and every option of their arithmetic, against the float64 oracle.
+
+What has an installed original is in test_golden.py too; layers that are no variables are in
+test_slices.py.
+"""
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+from drive import LAYERS, STEPS, Run, assert_agrees, largest, random_gradients, random_weights
+from test_updates import RATES, schedule
+
+OWN = {
+    "LAMB": {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 0.05, "weight_decay": 0.1},
+    "LARS": {"momentum": 0.8, "weight_decay": 0.1, "trust_coefficient": 0.2, "epsilon": 0.1},
+}
+ORACLE = {"LAMB": oracle.Lamb, "LARS": oracle.Lars}
+NO_DECAY = ("conv/bias", "norm/gamma")
+# (rule, variant): what it says to the oracle; "clip"; whether what is not decayed is adapted.
+CLIP = {"global_clipnorm": 1.0}
+VARIANTS = {
+    ("LAMB", "paper-v1"): ({}, {}, False),
+    ("LAMB", "paper-v3"): ({"bias_correction": False}, {}, False),
+    ("LAMB", "paper"): ({}, {}, False),
+    ("LAMB", "nvlamb"): ({}, CLIP, True),
+    ("LAMB", "n-lamb"): ({"nesterov": "first"}, {}, False),
+    ("LAMB", "nn-lamb"): ({"nesterov": "both"}, {}, False),
+    ("LAMB", "tf-models"): ({}, {}, False),
+    ("LAMB", "optax"): ({}, {}, True),
+    ("LAMB", "apex"): ({}, CLIP, False),
+    ("LARS", "paper"): ({"form": "paper"}, {}, False),
+    ("LARS", "you-2017"): ({"form": "mlperf"}, {}, False),
+    ("LARS", "mlperf"): ({"form": "mlperf"}, {}, False),
+    ("LARS", "tf-contrib"): ({"form": "tf-contrib"}, {}, False),
+    ("LARS", "tf-models"): ({"form": "tf-models"}, {}, False),
+    ("LARS", "tf-models-scaled"): ({"form": "tf-models-scaled"}, {}, False),
+    ("LARS", "optax"): ({"form": "tf-models"}, {}, True),
+}
+OPTIONS = {
+    "no bias correction": ("LAMB", {"bias_correction": False}),
+    "l1": ("LAMB", {"norm": "l1"}),
+    "linf": ("LAMB", {"norm": "linf"}),
+    "bounds": ("LAMB", {"weight_norm_bounds": (0.5, 20.0)}),
+    "n-lamb without bias correction": ("LAMB", {"nesterov": "first", "bias_correction": False}),
+    "nn-lamb without bias correction": ("LAMB", {"nesterov": "both", "bias_correction": False}),
+    "l1 of LARS": ("LARS", {"norm": "l1"}),
+    "linf of LARS": ("LARS", {"norm": "linf", "form": "tf-models-scaled"}),
+}
+
+
+def expected(rule, gradients, no_decay=(), no_adaptation=(), clip=None, **arguments):
+    """The oracle's weights `[step][layer]`; `arguments` go before the rule's own."""
+    layers = [
+        ORACLE[rule](
+            x,
+            decayed=name not in no_decay,
+            adapted=name not in no_adaptation,
+            **OWN[rule] | arguments,
+        )
+        for name, x in zip(LAYERS, random_weights(), strict=True)
+    ]
+    return oracle.history(layers, gradients, RATES, **clip or {})
+
+
+def history(flavour, rule, gradients, variant=None, **arguments):
+    """Weights `[step][layer]`, and the run."""
+    rule_class = getattr(flavour.lamb, rule)
+    arguments = OWN[rule] | arguments
+
+    def make():
+        if variant is None:
+            return rule_class(schedule(flavour), **arguments)
+        return rule_class.variant(variant, schedule(flavour), **arguments)
+
+    run = Run(flavour, make, random_weights())
+    return run.history(gradients), run
+
+
+def assert_differs(weights, other):
+    """A wrong answer must not pass, or the right one proves nothing."""
+    with pytest.raises(AssertionError):
+        assert_agrees(weights, other)
+
+
+@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=": ".join)
+def test_a_variant_is_what_it_says(flavour, rule, variant):
+    gradients = random_gradients(1)
+    told, clip, adapts_all = VARIANTS[rule, variant]
+    patterns = ["bias$", "norm/"]
+    weights, _ = history(flavour, rule, gradients, variant, exclude_from_weight_decay=patterns)
+    no_adaptation = () if adapts_all else NO_DECAY
+    exact = expected(rule, gradients, NO_DECAY, no_adaptation, clip, **told)
+    assert_agrees(weights, exact)
+    if told not in ({}, {"form": "mlperf"}):
+        assert_differs(weights, expected(rule, gradients, NO_DECAY, no_adaptation, clip))
+    if clip:
+        assert_differs(weights, expected(rule, gradients, NO_DECAY, no_adaptation, **told))
+    other = NO_DECAY if adapts_all else ()
+    assert_differs(weights, expected(rule, gradients, NO_DECAY, other, clip, **told))
+
+
+def test_no_variant_is_left_out(keras3):
+    named = {(r, v) for r in OWN for v in getattr(keras3.lamb, r).variants}
+    assert named == set(VARIANTS)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("form", ["mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper"])
+def test_a_form_of_lars(flavour, form, nesterov):
+    gradients = random_gradients(1)
+    weights, _ = history(flavour, "LARS", gradients, form=form, nesterov=nesterov)
+    assert_agrees(weights, expected("LARS", gradients, form=form, nesterov=nesterov))
+    assert_differs(weights, expected("LARS", gradients, form=form, nesterov=not nesterov))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option(flavour, option):
+    rule, told = OPTIONS[option]
+    gradients = random_gradients(1)
+    weights, _ = history(flavour, rule, gradients, **told)
+    assert_agrees(weights, expected(rule, gradients, **told))
+    for dropped in told:
+        others = {name: value for name, value in told.items() if name != dropped}
+        assert_differs(weights, expected(rule, gradients, **others))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-12], ids=["from above", "from below"])
+def test_the_gradient_is_of_unit_norm(flavour, scale):
+    """From below as well, where clipping leaves it as it is."""
+    gradients = [[[g * scale for g in gs] for gs in replicas] for replicas in random_gradients(1)]
+    weights, _ = history(flavour, "LAMB", gradients, unit_gradient=True)
+    assert_agrees(weights, expected("LAMB", gradients, clip={"unit_gradient": True}))
+    assert_differs(weights, expected("LAMB", gradients))
+    if scale < 1:
+        assert_differs(weights, expected("LAMB", gradients, clip=CLIP))
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_the_gradient_is_scaled_one_way_only(flavour, clip):
+    with pytest.raises(ValueError, match=f"unit_gradient.*{clip}=2.0"):
+        flavour.lamb.LAMB(0.1, unit_gradient=True, **{clip: 2.0})
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_the_first_moment_in_half_the_memory(flavour, rule):
+    """What it costs: m is right to 2^-9 in each step, so the weights to a few of them."""
+    gradients = random_gradients(1)
+    full, _ = history(flavour, rule, gradients)
+    half, run = history(flavour, rule, gradients, moment_dtype="bfloat16")
+    changes = [0.0] * len(LAYERS)
+    for step in range(1, STEPS + 1):
+        for i, (h, f) in enumerate(zip(half[step], full[step], strict=True)):
+            changes[i] = max(changes[i], largest(f - full[0][i]))
+            assert largest(h - f) <= 2**-7 * changes[i]  # measured: 2^-8.1
+    assert not all(np.array_equal(h, f) for h, f in zip(half[-1], full[-1], strict=True))
+    first, *second = run.optimizer._plan.slots
+    for m, x in zip(first, run.variables, strict=True):
+        m = tf.convert_to_tensor(m)
+        assert m.dtype == tf.bfloat16 and m.shape == x.shape
+        assert 2 * m.numpy().nbytes == np.asarray(x.numpy()).nbytes
+    assert all(tf.as_dtype(v.dtype) == tf.float32 for slot in second for v in slot)
+
+
+@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=": ".join)
+def test_a_variant_is_seen_and_saved(flavour, rule, variant):
+    rule_class = getattr(flavour.lamb, rule)
+    optimizer = rule_class.variant(variant, 0.5, exclude_from_weight_decay=["bias"])
+    config = optimizer.get_config()
+    assert config["based_on"] == variant
+    assert f"based_on={variant!r}" in repr(optimizer)
+    for name, value in rule_class.variants[variant].arguments.items():
+        assert config[name] == (list(value) if isinstance(value, tuple) else value)
+        default = rule_class(0.5).get_config()[name]
+        assert config[name] == default or f"{name}={config[name]!r}" in repr(optimizer)
+    serialized = flavour.keras.optimizers.serialize(optimizer)
+    loaded = flavour.keras.optimizers.deserialize(serialized)
+    assert type(loaded) is rule_class
+    assert loaded.get_config() == config and repr(loaded) == repr(optimizer)
+
+
+def test_a_variant_gives_way_argument_by_argument(flavour):
+    lamb = flavour.lamb.LAMB
+    ours = lamb.variant("nvlamb", 0.5, global_clipnorm=3.0, beta_1=0.5).get_config()
+    theirs = lamb.variant("nvlamb", 0.5).get_config()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"global_clipnorm", "beta_1"}
+    assert lamb.variant("nvlamb", global_clipnorm=None, clipnorm=2.0).clipnorm == 2.0
+    assert lamb.variant("n-lamb", nesterov=None, based_on=None).get_config() == lamb().get_config()
+    form = flavour.lamb.LARS.variant("tf-contrib", form="mlperf").get_config()
+    assert form | {"based_on": None} == flavour.lamb.LARS().get_config()
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_an_unknown_variant_is_refused(flavour, rule):
+    rule_class = getattr(flavour.lamb, rule)
+    with pytest.raises(ValueError, match="'paper', .*Received: variant='papper'"):
+        rule_class.variant("papper")
+    with pytest.raises(ValueError, match="Received: based_on='papper'"):
+        rule_class(based_on="papper")
