@@ -118,7 +118,7 @@ def test_every_argument_is_here(flavour):
 KNOWN_TO_TF_KERAS = SHARED.keys() - {"loss_scale_factor", "gradient_accumulation_steps"}
 
 
-@pytest.mark.parametrize(("rule", "argument"), CASES, ids="-".join)
+@pytest.mark.parametrize(("rule", "argument"), CASES, ids=["-".join(case) for case in CASES])
 def test_no_argument_is_silently_ignored(flavour, usual, rule, argument):
     if argument not in arguments_of(getattr(flavour.lamb, rule)):
         pytest.skip(f"{flavour.name} has no {argument}")

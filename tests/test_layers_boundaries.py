@@ -26,19 +26,30 @@ FOLDERS = {
 }
 # Module of tf_lamb: which others it may import.
 MODULES = {
-    "__init__": {"keras3"},
+    "__init__": {"keras3", "migration", "telemetry"},
     "updates": set(),
-    "layerwise": {"updates"},
-    "schedules": {"layerwise"},
+    "arguments": set(),
+    "layers": set(),
+    "layerwise": {"updates", "arguments", "layers"},
+    "schedules": {"arguments"},
     "fused": {"updates"},
     "recipes": set(),
-    "lamb": {"layerwise", "updates"},
-    "lars": {"layerwise", "updates"},
+    "lamb": {"arguments", "layerwise", "updates"},
+    "lars": {"arguments", "layerwise", "updates"},
     "keras3": {"lamb", "lars", "fused", "schedules", "layerwise", "updates"},
-    "tf_keras": {"lamb", "lars", "fused", "schedules", "layerwise"},
+    "tf_keras": {"lamb", "lars", "fused", "schedules", "layerwise", "telemetry"},
+    "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
+    "migration": {"layerwise", "foreign_state"},
+    "heat_map": set(),
+    "foreign_state": set(),
 }
-# Only these may know TensorFlow or Keras 2.
-TENSORFLOW = {"fused": {"tensorflow"}, "tf_keras": {"tensorflow", "tf_keras"}}
+# Only these may know TensorFlow or Keras 2; the last two within the functions that need it.
+TENSORFLOW = {
+    "fused": {"tensorflow"},
+    "tf_keras": {"tensorflow", "tf_keras"},
+    "telemetry": {"tensorflow"},
+    "foreign_state": {"tensorflow"},
+}
 
 
 def imported(path):

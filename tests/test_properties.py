@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_lamb import updates
-from tf_lamb.layerwise import Layer
+from tf_lamb.layers import Layer
 
-checked = settings(deadline=None, derandomize=True, database=None, max_examples=40)
+checked = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 flags = st.booleans()
 shapes = st.lists(st.integers(0, 3), max_size=4).map(tuple)
@@ -123,6 +123,24 @@ def test_finite_input_gives_no_nan(rule, data, seed):
         assert not any(np.isnan(x).any() for x in numbers(seen + ([] if rows is None else [rows])))
         if not all(np.isfinite(x).all() for x in numbers(state[0])):
             break  # what follows has no finite input
+
+
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_a_rate_beyond_float32_gives_no_nan(rule):
+    """A ratio of 1e38 times a rate of 30, where an element has no gradient: infinity times 0."""
+    told = {"learning_rate": tf.constant(30.0), "weight_decay": 0.0, "epsilon": 0.0}
+    told |= {"norm": "l2", "nesterov": None if rule == "lamb" else False, "watched": False}
+    if rule == "lamb":
+        told |= {"beta_1": 0.9, "beta_2": 0.999, "bias_corrected": True, "bounds": None}
+        told |= {"epsilon": 1e-6}  # u = g / epsilon
+    else:
+        told |= {"form": "mlperf", "momentum": 0.9, "trust_coefficient": 1.0}
+    size = {"lamb": 2e-25, "lars": 2e-19}[rule]  # no square below float32
+    plan = [Layer("w", (2,), decayed=True, adapted=True)]
+    ((state, _),) = walk(
+        rule, [tf.constant([1e19, 1e19])], [[tf.constant([size, 0.0])]], plan, told
+    )
+    assert not any(np.isnan(x).any() for x in numbers([*state[0], *state[1]]))
 
 
 @pytest.mark.parametrize("rule", SETTINGS)

@@ -17,7 +17,7 @@ OWN = {
 }
 ORACLE = {"LAMB": oracle.Lamb, "LARS": oracle.Lars}
 NO_DECAY = ("conv/bias", "norm/gamma")
-# (rule, variant): what it says to the oracle; "clip"; whether what is not decayed is adapted.
+# (rule, variant): the oracle's arguments, its clipping, and whether what is not decayed is adapted.
 CLIP = {"global_clipnorm": 1.0}
 VARIANTS = {
     ("LAMB", "paper-v1"): ({}, {}, False),
@@ -83,7 +83,7 @@ def assert_differs(weights, other):
         assert_agrees(weights, other)
 
 
-@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=": ".join)
+@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=[": ".join(case) for case in VARIANTS])
 def test_a_variant_is_what_it_says(flavour, rule, variant):
     gradients = random_gradients(1)
     told, clip, adapts_all = VARIANTS[rule, variant]
@@ -152,7 +152,7 @@ def test_the_first_moment_in_half_the_memory(flavour, rule):
     for step in range(1, STEPS + 1):
         for i, (h, f) in enumerate(zip(half[step], full[step], strict=True)):
             changes[i] = max(changes[i], largest(f - full[0][i]))
-            assert largest(h - f) <= 2**-7 * changes[i]  # measured: 2^-8.1
+            assert largest(h - f) <= 2**-7 * changes[i]  # measured: 2^-8.2
     assert not all(np.array_equal(h, f) for h, f in zip(half[-1], full[-1], strict=True))
     first, *second = run.optimizer._plan.slots
     for m, x in zip(first, run.variables, strict=True):
@@ -162,7 +162,7 @@ def test_the_first_moment_in_half_the_memory(flavour, rule):
     assert all(tf.as_dtype(v.dtype) == tf.float32 for slot in second for v in slot)
 
 
-@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=": ".join)
+@pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=[": ".join(case) for case in VARIANTS])
 def test_a_variant_is_seen_and_saved(flavour, rule, variant):
     rule_class = getattr(flavour.lamb, rule)
     optimizer = rule_class.variant(variant, 0.5, exclude_from_weight_decay=["bias"])

@@ -5,7 +5,20 @@ Keras 2 (`tf_keras`).
 """
 
 from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay
+from tf_lamb.migration import migrate
+from tf_lamb.telemetry import TelemetryCallback, TelemetryWriter, TrustRatioAlarm, draw_heat_map
 
 __version__ = "0.1.0"
 
-__all__ = ["LAMB", "LARS", "Phases", "WarmupPolynomialDecay", "__version__"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "Phases",
+    "TelemetryCallback",
+    "TelemetryWriter",
+    "TrustRatioAlarm",
+    "WarmupPolynomialDecay",
+    "__version__",
+    "draw_heat_map",
+    "migrate",
+]

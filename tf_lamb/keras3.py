@@ -63,7 +63,7 @@ class Adapter(keras.optimizers.Optimizer):
                 [[_native(v) for v in slot] for slot in slots],
                 iterations=_native(self._iterations),
                 skipped=_native(skipped),
-                telemetry=telemetry and _native(telemetry),
+                telemetry=None if telemetry is None else _native(telemetry),
                 per_update=self.gradient_accumulation_steps or 1,
                 jit=True,
             )

@@ -3,15 +3,15 @@
 import dataclasses
 import difflib
 import inspect
-import math
 import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
 
 from tf_lamb import updates
+from tf_lamb.arguments import check_axes, check_choice, check_interval, check_patterns
+from tf_lamb.layers import Layer, Patterns, plan_layers
 
 # What a Keras optimizer takes besides its rule's own arguments, in one flavour or the other.
 KERAS_ARGUMENTS = (
@@ -29,41 +29,11 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """What was decided for one variable when the optimizer was built.
-
-    name: its full path, `"encoder/dense/kernel"`, without TensorFlow's `:0`.
-    shape: its static shape.
-    decayed: whether weight decay enters its update.
-    adapted: whether its step is scaled by a trust ratio.
-    axes: axes along which the variable stacks layers, each with its own ratio; () for one layer.
-    group: the pattern of the group that shares one ratio with it, or None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    decayed: bool
-    adapted: bool
-    axes: tuple[int, ...] = ()
-    group: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Variant:
     """A published form of a rule: the constructor arguments that make it, and where it is from."""
 
     source: str
     arguments: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Patterns:
-    """The constructor's patterns; `no_adaptation=None` means "the same as `no_decay`"."""
-
-    no_decay: tuple[str, ...]
-    no_adaptation: tuple[str, ...] | None
-    axes: dict[str, tuple[int, ...]]
-    groups: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,108 +53,6 @@ class Plan:
     skipped: Any
     telemetry: Any
     run: Callable | None = None
-
-
-def check_interval(name: str, value, low: float, high: float = math.inf, *, open_low=False) -> None:
-    """Raises `ValueError` unless `value` is a number in [low, high), or (low, high) if open_low."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not (low < value if open_low else low <= value) or not value < high:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
-        raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
-
-
-def check_choice(name: str, value, choices) -> None:
-    """Raises `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
-        )
-
-
-def check_patterns(name: str, patterns) -> tuple[str, ...]:
-    """Returns the patterns as a tuple; `ValueError` for one that is no regular expression."""
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    if not isinstance(patterns, Iterable):
-        raise ValueError(
-            f"`{name}` must be a list of regular expressions. Received: {name}={patterns!r}."
-        )
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        try:
-            if not isinstance(pattern, str):
-                raise TypeError("a string is needed, so that it can be saved")
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"`{name}` must hold regular expressions, searched in each variable's full path "
-                f"(escape special characters with a backslash). Received: {pattern!r} ({error})."
-            ) from None
-    return patterns
-
-
-def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
-    """Returns {pattern: tuple of axes}; `ValueError` for anything else."""
-    layer_axes = {} if layer_axes is None else layer_axes
-    if not isinstance(layer_axes, Mapping):
-        raise ValueError(
-            "`layer_axes` must be a dictionary {pattern: axes along which layers are stacked}. "
-            f"Received: layer_axes={layer_axes!r}."
-        )
-    check_patterns("layer_axes", layer_axes)
-    axes = {k: (v,) if isinstance(v, int) else tuple(v) for k, v in layer_axes.items()}
-    if not all(isinstance(axis, int) for pattern in axes for axis in axes[pattern]):
-        raise ValueError(f"`layer_axes` holds axes as integers. Received: {layer_axes!r}.")
-    return axes
-
-
-def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
-    """Matches the patterns against the variables' paths, once.
-
-    Raises:
-        ValueError: a pattern matches no variable (the message lists the names there are), a
-            variable in two groups, in a group and stacked, or without the axis.
-    """
-    no_decay, no_adaptation = patterns.no_decay, patterns.no_adaptation
-    no_adaptation = no_decay if no_adaptation is None else no_adaptation
-    for pattern in dict.fromkeys((*no_decay, *no_adaptation, *patterns.axes, *patterns.groups)):
-        if not any(re.search(pattern, name) for name in names):
-            listed = "\n  ".join(names)
-            raise ValueError(
-                f"Every pattern must match a variable. Received: {pattern!r}, which matches none "
-                f"of the {len(names)} variables. Correct it or take it out of "
-                "`exclude_from_weight_decay`, `exclude_from_layer_adaptation`, `layer_axes` or "
-                f"`layer_groups`; the names are:\n  {listed}"
-            )
-
-    def matching(name, those):
-        return [pattern for pattern in those if re.search(pattern, name)]
-
-    layers = []
-    for name, shape in zip(names, shapes, strict=True):
-        stacked, groups = matching(name, patterns.axes), matching(name, patterns.groups)
-        if len(stacked) + len(groups) > 1:
-            raise ValueError(
-                "A variable belongs to one pattern of `layer_axes` or `layer_groups` at most. "
-                f"Received: {name!r}, which matches {', '.join(map(repr, stacked + groups))}."
-            )
-        axes = patterns.axes[stacked[0]] if stacked else ()
-        rank = len(shape)
-        if not all(-rank <= axis < rank for axis in axes):
-            raise ValueError(
-                f"`layer_axes` must name axes that the variable has. Received: "
-                f"{stacked[0]!r}: {axes} for {name!r} of shape {tuple(shape)}."
-            )
-        layers.append(
-            Layer(
-                name,
-                tuple(shape),
-                decayed=not matching(name, no_decay),
-                adapted=not matching(name, no_adaptation),
-                axes=tuple(axis % rank for axis in axes),
-                group=groups[0] if groups else None,
-            )
-        )
-    return tuple(layers)
 
 
 def _plain(value):

@@ -1,39 +1,20 @@
 """Moments and step count of another library's LAMB or LARS, brought into ours.
 
-Read from the object where it is at hand, or from a TensorFlow checkpoint. The other libraries are
-known by the form of their state and are never imported; TensorFlow is, to read a checkpoint.
+`foreign_state` reads them; here they are compared with ours and, if all of it fits, assigned.
 """
 
 import collections
 import dataclasses
-import os
-import re
 from collections.abc import Callable, Mapping
 
-import keras
 import numpy as np
 from keras import ops
 
+from tf_lamb.foreign_state import State, host_array, read_state
 from tf_lamb.layerwise import Layerwise
 
 RATE_INSIDE = ("mlperf", "tf-models")  # forms of LARS whose momentum holds η r d, not d
 NO_STEP = "The source keeps no step count. Pass `step`, the number of updates it has made."
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a source holds.
-
-    names: of its variables.
-    slots: {our slot's name: float32 arrays in the order of `names`}.
-    step: how many updates were made, or None.
-    rate_inside: whether LARS's momentum holds the learning rate; None where that is not known.
-    """
-
-    names: tuple[str, ...]
-    slots: dict[str, list[np.ndarray]]
-    step: int | None
-    rate_inside: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +98,7 @@ def migrate(
             f"`optimizer` must be a LAMB or LARS of tf_lamb. Received: optimizer={optimizer!r}."
         )
     layers = optimizer.layers  # raises where it is not built
-    state = _read(source, optimizer.slot_names)
+    state = read_state(source, optimizer.slot_names)
     _check_meaning(state, optimizer)
     step = state.step if step is None else step
     if step is None:
@@ -132,17 +113,17 @@ def migrate(
 
 def _written(optimizer, state: State, pairs, step: int) -> MigrationReport:
     """Assigns everything; `pairs[i]` is the source's position of our variable i."""
-    moved = [{}, {}]
+    moved: tuple[dict[str, list[float]], ...] = ({}, {})
     for slot, variables in zip(optimizer.slot_names, optimizer._plan.slots, strict=True):
-        moved[0][slot] = [_norm(_array(variable)) for variable in variables]
+        moved[0][slot] = [_norm(host_array(variable)) for variable in variables]
         for variable, place in zip(variables, pairs, strict=True):
             variable.assign(
                 ops.cast(ops.convert_to_tensor(state.slots[slot][place]), variable.dtype)
             )
-        moved[1][slot] = [_norm(_array(variable)) for variable in variables]
+        moved[1][slot] = [_norm(host_array(variable)) for variable in variables]
     # Keras 3 counts gradients, of which accumulation takes several to an update.
     per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    before = int(_array(optimizer.iterations))
+    before = int(host_array(optimizer.iterations))
     optimizer._iterations.assign(step * per_update)
     lines = tuple(
         MovedLayer(
@@ -154,12 +135,6 @@ def _written(optimizer, state: State, pairs, step: int) -> MigrationReport:
         for i, (layer, place) in enumerate(zip(optimizer.layers, pairs, strict=True))
     )
     return MigrationReport(lines, before, step)
-
-
-def _array(variable) -> np.ndarray:
-    """A variable or array of any library, on the host, as float32."""
-    value = variable.numpy() if hasattr(variable, "numpy") else variable
-    return np.asarray(value).astype(np.float32)
 
 
 def _norm(x) -> float:
@@ -236,142 +211,3 @@ def _check_shapes(layers, state: State, pairs) -> None:
             "The shapes of the source's variables and of the optimizer's do not match; nothing was "
             "changed." + "".join(wrong)
         )
-
-
-def _read(source, slot_names) -> State:
-    """The source's state; its kind shows in its form."""
-    if isinstance(source, str | os.PathLike):
-        return _read_checkpoint(os.fspath(source), slot_names)
-    if isinstance(source, tuple):
-        return _read_optax(source, slot_names)
-    source = getattr(source, "inner_optimizer", source)
-    if isinstance(source, keras.optimizers.Lamb):
-        return _read_keras(source, slot_names)
-    if hasattr(source, "get_slot_names") and hasattr(source, "_slots"):
-        return _read_legacy(source, slot_names)
-    raise ValueError(
-        "`source` must be a tf-models or TensorFlow Addons optimizer, a checkpoint's path, a "
-        f"`keras.optimizers.Lamb`, or an optax state. Received: a {type(source).__name__}."
-    )
-
-
-def _check_slots(found, slot_names):
-    if not set(slot_names) <= set(found):
-        raise ValueError(
-            f"The optimizer takes the slots {', '.join(slot_names)}, and the source has "
-            f"{', '.join(map(str, found)) or 'none'} (an optimizer makes them with its first "
-            "update, or when it is built)."
-        )
-
-
-def _read_keras(source, slot_names) -> State:
-    """Keras 3's LAMB; `_momentums`, `_velocities` and `_trainable_variables` are Keras's names."""
-    _check_slots(("m", "v") if source.built else (), slot_names)
-    names = tuple(variable.path for variable in source._trainable_variables)
-    moments = {"m": source._momentums, "v": source._velocities}
-    slots = {slot: [_array(x) for x in variables] for slot, variables in moments.items()}
-    return State(names, slots, int(_array(source.iterations)))
-
-
-def _read_legacy(source, slot_names) -> State:
-    """tf-models and Addons: `_slots` is {variable's key: {slot's name: variable}}.
-
-    The key is the variable's name, and outside of a graph "_" and a number after it.
-    """
-    _check_slots(source.get_slot_names(), slot_names)
-    names, slots = [], {slot: [] for slot in slot_names}
-    for key, held in source._slots.items():
-        slot = held[slot_names[0]].name.split(":")[0]
-        bare = re.sub(r"_\d+$", "", key)
-        names.append(bare if slot.endswith(f"{bare}/{slot_names[0]}") else key)
-        for name in slot_names:
-            slots[name].append(_array(held[name]))
-    inside = getattr(source, "classic_momentum", None)
-    return State(tuple(names), slots, int(_array(source.iterations)), inside)
-
-
-def _read_checkpoint(path, slot_names) -> State:
-    """An object-based checkpoint names each slot's variable in its object graph."""
-    import tensorflow as tf
-    from tensorflow.core.protobuf import trackable_object_graph_pb2
-
-    reader = tf.train.load_checkpoint(path)
-    if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
-        raise ValueError(
-            "The checkpoint must be one that `tf.train.Checkpoint` or Keras wrote, with an object "
-            f"graph; this one only has names. Received: {path!r}."
-        )
-    graph = trackable_object_graph_pb2.TrackableObjectGraph()
-    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
-    nodes = graph.nodes
-    optimizers = [n for n in nodes if set(slot_names) <= {s.slot_name for s in n.slot_variables}]
-    if len(optimizers) != 1:
-        _check_slots(
-            dict.fromkeys(s.slot_name for n in nodes for s in n.slot_variables), slot_names
-        )
-        raise ValueError(f"The checkpoint holds {len(optimizers)} optimizers. Received: {path!r}.")
-    held: dict[int, dict[str, np.ndarray]] = {}
-    for slot in optimizers[0].slot_variables:
-        if slot.slot_name in slot_names:
-            key = nodes[slot.slot_variable_node_id].attributes[0].checkpoint_key
-            value = reader.get_tensor(key).astype(np.float32)
-            held.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = value
-    names = [nodes[i].attributes[0].full_name for i in held]
-    counters = [c.node_id for c in optimizers[0].children if c.local_name == "iter"]
-    steps = [int(reader.get_tensor(nodes[i].attributes[0].checkpoint_key)) for i in counters]
-    slots = {name: [arrays[name] for arrays in held.values()] for name in slot_names}
-    return State(tuple(names), slots, steps[0] if steps else None)
-
-
-def _read_optax(source, slot_names) -> State:
-    """optax, by the names of its state's types: nothing of it need be installed."""
-    found = list(_states(source))
-    wanted = {("m", "v"): "ScaleByAdamState", ("momentum",): "TraceState"}[tuple(slot_names)]
-    chosen = [(state, last) for state, last in found if type(state).__name__ == wanted]
-    if len(chosen) != 1:
-        held = ", ".join(type(state).__name__ for state, _ in found)
-        raise ValueError(
-            f"The optax state must hold one {wanted}, and holds {len(chosen)}. Received: {held}."
-        )
-    state, is_last = chosen[0]
-    if wanted == "TraceState":
-        if not is_last:
-            raise ValueError(
-                "The optax state must be that of `optax.lars`, in which the trace comes last, "
-                "after the learning rate. Received: a TraceState with others after it."
-            )
-        counts = [s.count for s, _ in found if type(s).__name__ == "ScaleByScheduleState"]
-        trace = _flat(state.trace)
-        # optax adds its updates, we subtract ours.
-        slots = {"momentum": [-x for x in trace.values()]}
-        return State(tuple(trace), slots, int(_array(counts[0])) if counts else None, True)
-    m, v = _flat(state.mu), _flat(state.nu)
-    return State(
-        tuple(m), {"m": list(m.values()), "v": [v[name] for name in m]}, int(_array(state.count))
-    )
-
-
-def _states(state, is_last=True):
-    """Each named tuple in an optax state, and whether no other transformation comes after it."""
-    if hasattr(state, "_fields"):
-        yield state, is_last
-        for child in state:
-            yield from _states(child, is_last)
-    elif isinstance(state, tuple):
-        for place, child in enumerate(state, start=1):
-            yield from _states(child, is_last and place == len(state))
-    elif isinstance(state, Mapping):
-        for child in state.values():
-            yield from _states(child, is_last)
-
-
-def _flat(tree, path="") -> dict[str, np.ndarray]:
-    """{keys joined by "/": float32 array} of nested dictionaries, lists and tuples."""
-    if tree is None or type(tree).__name__ == "MaskedNode":
-        return {}
-    if isinstance(tree, list | tuple):
-        tree = {str(i): child for i, child in enumerate(tree)}
-    if isinstance(tree, Mapping):
-        parts = [_flat(x, f"{path}/{key}" if path else str(key)) for key, x in tree.items()]
-        return {name: x for part in parts for name, x in part.items()}
-    return {path: _array(tree)}

@@ -6,7 +6,7 @@ The classes are made for one Keras flavour in `tf_lamb.keras3` and for the other
 
 from keras import ops
 
-from tf_lamb.layerwise import check_interval
+from tf_lamb.arguments import check_interval
 
 
 def warmup_polynomial_decay(

@@ -14,6 +14,7 @@ import tf_keras  # noqa: E402
 
 from tf_lamb import fused, lamb, lars, schedules  # noqa: E402
 from tf_lamb.layerwise import Plan  # noqa: E402
+from tf_lamb.telemetry import TelemetryCallbackRule  # noqa: E402
 
 
 class Adapter(tf_keras.optimizers.Optimizer):
@@ -134,3 +135,7 @@ class WarmupPolynomialDecay(  # noqa: D101
 class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSchedule):  # noqa: D101
     __doc__ = schedules.PhasesRule.__doc__
     _schedule = WarmupPolynomialDecay
+
+
+class TelemetryCallback(TelemetryCallbackRule, tf_keras.callbacks.Callback):  # noqa: D101
+    __doc__ = TelemetryCallbackRule.__doc__

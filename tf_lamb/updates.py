@@ -7,7 +7,7 @@ where it is off.
 
 Arithmetic is float32 whatever the model's dtype (0.999 is 1.0 in bfloat16). Symbols are the
 papers': g gradient, x weight, m and v moments, u update, λ weight decay, η learning rate, κ trust
-coefficient. `layers` is a sequence of `layerwise.Layer`, one for each tensor in the lists.
+coefficient. `layers` is a sequence of `layers.Layer`, one for each tensor in the lists.
 """
 
 import math

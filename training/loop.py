@@ -150,14 +150,15 @@ def run_phase(
     steps_per_loop: int,
     evaluate_every_steps: int | None,
     model_dir: str,
-) -> dict | None:
+) -> dict[str, float]:
     """Trains up to step `end` from the newest checkpoint, under Orbit's Controller.
 
     Returns:
-        The means of an evaluation at the end, floats.
+        The means of an evaluation at the end.
 
     Raises:
         Interrupted: a signal came; the state was saved.
+        Diverged: from `progress`; the state was not saved.
     """
     # Orbit prints each line that it logs; `progress` says the same and more.
     with contextlib.redirect_stdout(None):

@@ -53,11 +53,12 @@ class Progress:
         self._warm = True
         values = {name: float(value) for name, value in output.items()}
         loss = sum(value for name, value in values.items() if name.endswith("_loss"))
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {step}")
         speed = self._batch_size * steps / taken
         row = {"step": step, "loss": loss, "examples_per_second": speed} | values
         with open(self._history, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self._check(loss, step)
         if now - self._printed >= self._every or step >= self._total:
             self._printed = now
             seconds = round((self._total - step) * taken / steps)
@@ -66,10 +67,6 @@ class Progress:
                 f"step {step}/{self._total}  loss {loss:.4f}  rate {values['learning_rate']:.3e}  "
                 f"{speed:,.0f} sequences/s  left {left}"
             )
-
-    def _check(self, loss, step):
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {step}")
 
     @property
     def examples_per_second(self) -> float | None:
