@@ -67,7 +67,8 @@ class LAMBRule(Layerwise):
             norm of all of them together.
         moment_dtype: "float32", or "bfloat16" to keep m in half the memory.
         skip_nonfinite: whether a NaN or infinity in any gradient skips the whole update: weights,
-            moments and step stay, `skipped_steps` counts it. It reads the gradients once more.
+            moments and step stay, `skipped_steps` counts it.
+            (Keras's EMA averages all the same.) It reads the gradients once more.
         telemetry: whether `telemetry_rows` keeps ‖x‖, ‖u‖ and ratio of each layer.
         based_on: name of the variant these arguments come from; `LAMB.variant(name)` sets it.
         name: name of the optimizer.
@@ -130,12 +131,12 @@ class LAMBRule(Layerwise):
                     "`weight_norm_bounds` must be (low, high) with 0 <= low < high. "
                     f"Received: weight_norm_bounds={weight_norm_bounds!r}."
                 )
-        clip = keras_arguments.get("global_clipnorm")
-        if unit_gradient and clip is not None:
-            raise ValueError(
-                "Set only one of `unit_gradient`, which always scales to norm 1, and "
-                f"`global_clipnorm`. Received: unit_gradient=True, global_clipnorm={clip}."
-            )
+        for clip in ("clipnorm", "clipvalue", "global_clipnorm") if unit_gradient else ():
+            if keras_arguments.get(clip) is not None:
+                raise ValueError(
+                    "Set only one of `unit_gradient`, which always scales to norm 1, and "
+                    f"`{clip}`. Received: unit_gradient=True, {clip}={keras_arguments[clip]!r}."
+                )
         super().__init__(
             learning_rate,
             weight_decay=weight_decay,

@@ -28,7 +28,10 @@ VARIANTS = {
         "tf-models-official 2.20 official/modeling/optimization/lars.py, classic_momentum=False",
         {"form": "tf-models-scaled", "weight_decay": 0.0},
     ),
-    "optax": Variant("optax.lars", {"form": "tf-models", "weight_decay": 0.0}),
+    "optax": Variant(
+        "optax.lars: every layer decayed and adapted",
+        {"form": "tf-models", "weight_decay": 0.0, "exclude_from_layer_adaptation": ()},
+    ),
 }
 
 
@@ -64,6 +67,7 @@ class LARSRule(Layerwise):
         moment_dtype: "float32", or "bfloat16" to keep m in half the memory.
         skip_nonfinite: whether a NaN or infinity in any gradient skips the whole update: weights,
             momentum and step stay, `skipped_steps` counts it.
+            (Keras's EMA averages all the same.)
         telemetry: whether `telemetry_rows` keeps ‖x‖, the ratio's divisor and the ratio.
         based_on: name of the variant these arguments come from; `LARS.variant(name)` sets it.
         name: name of the optimizer.

@@ -13,7 +13,8 @@ class Layer:
     decayed: whether weight decay enters its update.
     adapted: whether its step is scaled by a trust ratio.
     axes: axes along which the variable stacks layers, each with its own ratio; () for one layer.
-    group: the pattern of the group that shares one ratio with it, or None.
+    group: the pattern of the group that shares one ratio with it, or None; a variable that is
+        not adapted has no ratio, and is in no group.
     """
 
     name: str
@@ -59,6 +60,7 @@ def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
     layers = []
     for name, shape in zip(names, shapes, strict=True):
         stacked, groups = matching(name, patterns.axes), matching(name, patterns.groups)
+        adapted = not matching(name, no_adaptation)
         if len(stacked) + len(groups) > 1:
             raise ValueError(
                 "A variable belongs to one pattern of `layer_axes` or `layer_groups` at most. "
@@ -76,9 +78,9 @@ def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
                 name,
                 tuple(shape),
                 decayed=not matching(name, no_decay),
-                adapted=not matching(name, no_adaptation),
+                adapted=adapted,
                 axes=tuple(axis % rank for axis in axes),
-                group=groups[0] if groups else None,
+                group=groups[0] if groups and adapted else None,
             )
         )
     return tuple(layers)

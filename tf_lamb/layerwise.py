@@ -246,9 +246,14 @@ class Layerwise:
 
     def __repr__(self):
         """The class and the arguments that are off their defaults."""
-        config, shown = self.get_config(), []
-        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
-            default = parameter.default
+        config, defaults = self.get_config(), {}
+        for cls in reversed(type(self).__mro__):  # our defaults go before Keras's
+            signature = inspect.signature(cls.__init__)
+            defaults |= {name: p.default for name, p in signature.parameters.items()}
+        own = inspect.signature(type(self).__init__).parameters
+        shown = []
+        for name in (*own, *sorted(self._keras_arguments())):
+            default = defaults[name]
             default = list(default) if isinstance(default, tuple) else default
             if name in config and config[name] != default:
                 shown.append(f"{name}={config[name]!r}")

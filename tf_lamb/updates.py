@@ -15,6 +15,7 @@ import math
 from keras import ops
 
 NORMS = ("l2", "l1", "linf")
+LARGEST_RATIO = 1e30
 NESTEROV = (None, "first", "both")
 LARS_FORMS = ("mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper")
 
@@ -95,7 +96,8 @@ def _largest(x, axes):
 def trust_ratio(x_norm, u_norm):
     """‖x‖ / ‖u‖, and 1 where either is zero or beyond float32 (arXiv:1904.00962v1, section 3)."""
     ratio = ops.divide_no_nan(x_norm, u_norm)
-    return ops.where(ops.logical_and(ratio > 0, ops.isfinite(ratio)), ratio, 1.0)
+    # Not up to infinity: η·ratio must stay finite too, or an element without a gradient takes ∞·0.
+    return ops.where(ops.logical_and(ratio > 0, ratio < LARGEST_RATIO), ratio, 1.0)
 
 
 def bias_correction(beta, step):
@@ -113,10 +115,14 @@ def descended(x, delta):
     return ops.cast(ops.cast(x, "float32") - delta, dtype)
 
 
+def _mean(x):
+    return ops.zeros((), x.dtype) if 0 in x.shape else ops.mean(x)
+
+
 def telemetry_rows(x_norms, u_norms, ratios):
     """[layers, 3] float32: ‖x‖, ‖u‖ and ratio of each; of a sliced tensor, their means."""
     columns = [
-        [ops.mean(ops.cast(value, "float32")) for value in column]
+        [_mean(ops.cast(value, "float32")) for value in column]
         for column in zip(x_norms, u_norms, ratios, strict=True)
     ]
     return ops.stack([ops.stack(row) for row in columns])
@@ -195,7 +201,8 @@ def lamb_step(
     for g, x, m_x, v_x, layer in zip(grads, params, m, v, layers, strict=True):
         g_2 = ops.square(g)
         m_32 = beta_1 * ops.cast(m_x, "float32") + (1 - beta_1) * g
-        v_x = beta_2 * v_x + (1 - beta_2) * g_2
+        # Without β₂v where β₂ is 0: v may be infinite, and 0·∞ is NaN.
+        v_x = beta_2 * v_x + (1 - beta_2) * g_2 if beta_2 else g_2
         m_hat, root = m_of(m_32, g), ops.sqrt(v_of(v_x, g_2))
         if epsilon > 0:
             u_x = m_hat / (root + epsilon)
@@ -306,11 +313,15 @@ def lars_step(
     some = [layers[i] for i in needed]
     x_norms = layer_norms([xs[i] for i in needed], some, norm)
     u_norms = layer_norms([measured[i] for i in needed], some, norm)
+    decay_norms = [decays[i] * x_norm for i, x_norm in zip(needed, x_norms, strict=True)]
+    if any(layer.group is not None and not layer.decayed for layer in some):
+        # ‖λx‖ of the whole group: its members share one divisor, decayed or not.
+        decay_norms = layer_norms([decays[i] * xs[i] for i in needed], some, norm)
     rates, seen = [learning_rate] * len(layers), []
-    for i, x_norm, u_norm in zip(needed, x_norms, u_norms, strict=True):
+    for i, x_norm, u_norm, decay_norm in zip(needed, x_norms, u_norms, decay_norms, strict=True):
         divisor = u_norm + epsilon
         if form in ("mlperf", "tf-contrib"):
-            divisor = divisor + decays[i] * x_norm
+            divisor = divisor + decay_norm
         ratio = ops.ones(())
         if layers[i].adapted:
             ratio = ops.where(u_norm > 0, trust_ratio(trust_coefficient * x_norm, divisor), 1.0)
