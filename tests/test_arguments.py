@@ -119,8 +119,7 @@ def test_every_argument_is_saved(flavour, rule, clip):
     parameters = inspect.signature(rule.__init__).parameters.values()
     own = {p.name: p.default for p in parameters if p.kind != p.VAR_KEYWORD}
     own.pop("self")
-    if clip == "global_clipnorm":  # which excludes this one
-        own.pop("unit_gradient", None)
+    own.pop("unit_gradient", None)  # which any clip excludes; the next test has it
     others = rule._keras_arguments() - (set(CLIPS) - {clip})
     values = CHANGED | {"nesterov": "both" if rule.__name__ == "LAMB" else True}
     changed = {name: values[name] for name in own.keys() | others}
@@ -131,6 +130,11 @@ def test_every_argument_is_saved(flavour, rule, clip):
     clone = rule.from_config(config)
     assert clone.get_config() == config
     assert {name for name in CLIPS if getattr(clone, name) is not None} == {clip}
+
+
+def test_unit_gradient_is_saved(flavour):
+    config = flavour.lamb.LAMB(unit_gradient=True).get_config()
+    assert flavour.lamb.LAMB.from_config(config).unit_gradient is True
 
 
 @pytest.mark.parametrize("rule", RULES)
