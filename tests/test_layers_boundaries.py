@@ -27,10 +27,11 @@ FOLDERS = {
 # Module of tf_lamb: which others it may import.
 MODULES = {
     "__init__": {"keras3", "migration", "telemetry"},
-    "updates": set(),
+    "norms": set(),
+    "updates": {"norms"},
     "arguments": set(),
     "layers": set(),
-    "layerwise": {"updates", "arguments", "layers"},
+    "layerwise": {"norms", "updates", "arguments", "layers"},
     "schedules": {"arguments"},
     "fused": {"updates"},
     "recipes": set(),

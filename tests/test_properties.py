@@ -10,7 +10,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_lamb import updates
+from tf_lamb import norms, updates
 from tf_lamb.layers import Layer
 
 checked = settings(deadline=None, derandomize=True, database=None, max_examples=100)
@@ -41,7 +41,7 @@ def lambs(draw):
         "weight_decay": draw(st.sampled_from([0.0, 0.01])),
         "bias_corrected": draw(st.booleans()),
         "nesterov": draw(st.sampled_from(updates.NESTEROV)),
-        "norm": draw(st.sampled_from(updates.NORMS)),
+        "norm": draw(st.sampled_from(norms.NORMS)),
         "bounds": draw(st.sampled_from([None, (0.0, 10.0), (1e-3, 1e3)])),
         "watched": draw(st.booleans()),
     }
@@ -58,7 +58,7 @@ def lars(draw):
         "trust_coefficient": draw(st.sampled_from([0.001, 1.0])),
         "epsilon": draw(st.sampled_from([0.0, 1e-6])),
         "nesterov": draw(st.booleans()),
-        "norm": draw(st.sampled_from(updates.NORMS)),
+        "norm": draw(st.sampled_from(norms.NORMS)),
         "watched": draw(st.booleans()),
     }
 
@@ -111,7 +111,7 @@ def test_finite_input_gives_no_nan(rule, data, seed):
     )
     none = {"clipvalue": None, "clipnorm": None, "global_clipnorm": None, "unit_gradient": False}
     gradients = [
-        updates.normalized(
+        norms.normalized(
             [array(rng, layer.shape, data.draw(powers)) for layer in plan], **none | scaling
         )
         for _ in range(2)
@@ -186,7 +186,7 @@ def test_the_size_of_the_gradient_does_not_matter(name, data, seed, power):
     ends = []
     for scale in (1.0, 2.0**power):
         scaled = [
-            updates.normalized([g * scale for g in grads], **none, unit_gradient=unit)
+            norms.normalized([g * scale for g in grads], **none, unit_gradient=unit)
             for grads in gradients
         ]
         *_, (state, _) = walk(rule, weights, scaled, plan, arguments)

@@ -9,7 +9,7 @@ from typing import Any
 
 from keras import ops
 
-from tf_lamb import updates
+from tf_lamb import norms
 from tf_lamb.arguments import check_axes, check_choice, check_interval, check_patterns
 from tf_lamb.layers import Layer, Patterns, plan_layers
 
@@ -94,7 +94,7 @@ class Layerwise:
             check_interval("learning_rate", learning_rate, 0, open_low=True)
             learning_rate = float(learning_rate)
         check_interval("weight_decay", weight_decay, 0)
-        check_choice("norm", norm, updates.NORMS)
+        check_choice("norm", norm, norms.NORMS)
         check_choice("moment_dtype", moment_dtype, MOMENT_DTYPES)
         check_choice("based_on", based_on, (None, *self.variants))
         self._check_keras_arguments(keras_arguments)
@@ -178,9 +178,9 @@ class Layerwise:
             looked at; [layers, 3] float32 telemetry or None.
         """
         grads = [ops.cast(g, "float32") for g in grads]
-        finite = updates.all_finite(grads) if self.skip_nonfinite else None
+        finite = norms.all_finite(grads) if self.skip_nonfinite else None
         values, rows = self._new_values(
-            updates.normalized(
+            norms.normalized(
                 grads,
                 clipvalue=self.clipvalue,
                 clipnorm=self.clipnorm,

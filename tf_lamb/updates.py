@@ -14,90 +14,10 @@ import math
 
 from keras import ops
 
-NORMS = ("l2", "l1", "linf")
-LARGEST_RATIO = 1e30
+from tf_lamb.norms import layer_norms, trust_ratio
+
 NESTEROV = (None, "first", "both")
 LARS_FORMS = ("mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper")
-
-
-def total(x, axes=()):
-    """Σx over all axes but `axes`: a scalar, or with axes [.., 1, ..] that broadcasts to x."""
-    if not axes:
-        return ops.sum(x)
-    return ops.sum(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
-
-
-def global_norm(tensors):
-    """‖all tensors end to end‖₂, a float32 scalar; inf where its square leaves float32."""
-    return ops.sqrt(sum(total(ops.square(x)) for x in tensors))
-
-
-def all_finite(tensors):
-    """Whether no element of any tensor is NaN or infinite: a boolean scalar."""
-    # x - x is 0, or NaN where x is not finite; NaN stays in a sum, which vectorises.
-    return ops.isfinite(sum(total(x - x) for x in tensors))
-
-
-def normalized(grads, *, clipvalue, clipnorm, global_clipnorm, unit_gradient):
-    """Clips by value, by each tensor's norm or by that of all, or always scales to unit norm.
-
-    Args:
-        grads: list of float32 tensors, already summed over the replicas.
-        clipvalue, clipnorm, global_clipnorm: floats as in every Keras optimizer, or None.
-        unit_gradient: `bool`; divides all gradients by their global norm, whatever it is.
-            At most one of the four is set. All gradients zero stay zero.
-    """
-    if clipvalue is not None:
-        return [ops.clip(g, -clipvalue, clipvalue) for g in grads]
-    if clipnorm is not None:
-        return [g * (clipnorm / ops.maximum(global_norm([g]), clipnorm)) for g in grads]
-    if global_clipnorm is not None:
-        scale = global_clipnorm / ops.maximum(global_norm(grads), global_clipnorm)
-        return [g * scale for g in grads]
-    if unit_gradient:
-        scale = ops.divide_no_nan(1.0, global_norm(grads))
-        return [g * scale for g in grads]
-    return grads
-
-
-def layer_norms(tensors, layers, norm):
-    """‖·‖ of each tensor's layer: all of it, each slice along its axes, or its group together.
-
-    Args:
-        tensors: list of float32 tensors.
-        norm: "l2", "l1" or "linf".
-
-    Returns:
-        A list like `tensors`: scalars, or [.., 1, ..] where a layer is a slice.
-    """
-    if norm == "linf":
-        parts = [_largest(ops.abs(x), layer.axes) for x, layer in zip(tensors, layers, strict=True)]
-    else:
-        size = ops.square if norm == "l2" else ops.abs
-        parts = [total(size(x), layer.axes) for x, layer in zip(tensors, layers, strict=True)]
-    for group in dict.fromkeys(layer.group for layer in layers if layer.group is not None):
-        members = [i for i, layer in enumerate(layers) if layer.group == group]
-        together = parts[members[0]]
-        for i in members[1:]:
-            together = ops.maximum(together, parts[i]) if norm == "linf" else together + parts[i]
-        for i in members:
-            parts[i] = together
-    return [ops.sqrt(part) for part in parts] if norm == "l2" else parts
-
-
-def _largest(x, axes):
-    if 0 in x.shape:
-        return ops.zeros((), x.dtype)
-    if axes:
-        return ops.max(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
-    return ops.max(x)
-
-
-def trust_ratio(x_norm, u_norm):
-    """‖x‖ / ‖u‖, and 1 where either is zero or beyond float32 (arXiv:1904.00962v1, section 3)."""
-    ratio = ops.divide_no_nan(x_norm, u_norm)
-    # Not up to infinity: η·ratio must stay finite too, or an element without a gradient takes ∞·0.
-    return ops.where(ops.logical_and(ratio > 0, ratio < LARGEST_RATIO), ratio, 1.0)
 
 
 def bias_correction(beta, step):
