@@ -97,7 +97,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_other(whole_run, text, tmp_p
 
 def test_the_history_is_drawn(whole_run, tmp_path):
     folder, _ = whole_run
-    steps = [json.loads(line)["step"] for line in (folder / "history.jsonl").open()]
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(10, STEPS + 1, 10))
     draw = [sys.executable, "-m", "training.plot"]
     drawn = subprocess.run([*draw, folder, folder], cwd=ROOT, capture_output=True, text=True)
