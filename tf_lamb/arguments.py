@@ -1,9 +1,19 @@
-"""Checks of constructor arguments: the rule, the value received, the cure."""
+"""Constructor arguments: published sets of them, and checks (rule, value received, cure)."""
 
+import dataclasses
 import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A published form of a rule: the constructor arguments that make it, and where it is from."""
+
+    source: str
+    arguments: dict[str, Any]
 
 
 def check_interval(name: str, value, low: float, high: float = math.inf, *, open_low=False) -> None:

@@ -1,8 +1,8 @@
 """LAMB: the rule's arguments and documentation; its arithmetic is `updates.lamb_step`."""
 
 from tf_lamb import updates
-from tf_lamb.arguments import check_choice, check_interval
-from tf_lamb.layerwise import Layerwise, Variant
+from tf_lamb.arguments import Variant, check_choice, check_interval
+from tf_lamb.layerwise import Layerwise
 
 ADAPT_ALL = {"exclude_from_layer_adaptation": ()}
 VARIANTS = {

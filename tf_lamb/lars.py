@@ -1,8 +1,8 @@
 """LARS: the rule's arguments and documentation; its arithmetic is `updates.lars_step`."""
 
 from tf_lamb import updates
-from tf_lamb.arguments import check_choice, check_interval
-from tf_lamb.layerwise import Layerwise, Variant
+from tf_lamb.arguments import Variant, check_choice, check_interval
+from tf_lamb.layerwise import Layerwise
 
 MLPERF = Variant(
     "arXiv:1708.03888, Algorithm 1; MLPerf training v0.7, Google, resnet TF2: rate inside the "

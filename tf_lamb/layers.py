@@ -84,3 +84,17 @@ def plan_layers(names, shapes, patterns: Patterns) -> tuple[Layer, ...]:
             )
         )
     return tuple(layers)
+
+
+def table_lines(layers) -> list[str]:
+    """One line for the columns' names, then one for each layer."""
+    rows = [("variable", "shape", "decayed", "adapted", "group")]
+    for layer in layers:
+        marks = ("yes" if flag else "-" for flag in (layer.decayed, layer.adapted))
+        slices = "slices of " + ", ".join(map(str, layer.axes)) if layer.axes else "-"
+        rows.append((layer.name, str(layer.shape), *marks, layer.group or slices))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -10,8 +10,14 @@ from typing import Any
 from keras import ops
 
 from tf_lamb import norms
-from tf_lamb.arguments import check_axes, check_choice, check_interval, check_patterns
-from tf_lamb.layers import Layer, Patterns, plan_layers
+from tf_lamb.arguments import (
+    Variant,
+    check_axes,
+    check_choice,
+    check_interval,
+    check_patterns,
+)
+from tf_lamb.layers import Layer, Patterns, plan_layers, table_lines
 
 # What a Keras optimizer takes besides its rule's own arguments, in one flavour or the other.
 KERAS_ARGUMENTS = (
@@ -26,14 +32,6 @@ KERAS_ARGUMENTS = (
     "jit_compile",
 )
 MOMENT_DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A published form of a rule: the constructor arguments that make it, and where it is from."""
-
-    source: str
-    arguments: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,14 +233,8 @@ class Layerwise:
 
     def layer_table(self, print_fn: Callable[[str], object] = print) -> None:
         """Prints name, shape, whether decayed and adapted, and group, for each variable."""
-        rows = [("variable", "shape", "decayed", "adapted", "group")]
-        for layer in self.layers:
-            marks = ("yes" if flag else "-" for flag in (layer.decayed, layer.adapted))
-            slices = "slices of " + ", ".join(map(str, layer.axes)) if layer.axes else "-"
-            rows.append((layer.name, str(layer.shape), *marks, layer.group or slices))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            print_fn("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        for line in table_lines(self.layers):
+            print_fn(line)
 
     def __repr__(self):
         """The class and the arguments that are off their defaults."""
