@@ -157,7 +157,7 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
         (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
         (["--steps=0"], "--steps must be at least 1"),
         (["--tpu=local"], "--tpu=local: this TensorFlow has no TPU support"),
-        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' holds no text"),
+        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' is not there, or holds no text"),
         (["--vocab=/nowhere/vocab.txt", "--data_dir=@TEXT"], "--vocab: /nowhere/vocab.txt"),
         (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
     ],
