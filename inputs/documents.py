@@ -37,8 +37,8 @@ def find_files(data: str) -> list[str]:
                 )
         if not found:
             raise InputError(
-                f"--data_dir: {entry!r} is not there, or holds no text. Give a file, a glob or a folder with files "
-                f"that end in {', '.join(SUFFIXES)}."
+                f"--data_dir: {entry!r} is not there, or holds no text. Give a file, a glob or a "
+                f"folder with files that end in {', '.join(SUFFIXES)}."
             )
         files += sorted(found)
     return files
