@@ -1,6 +1,7 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
 # make test   installs what tests need, lints, runs all tests
 # make lint   ruff alone
+# make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint preflight bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py
@@ -22,6 +23,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+preflight: $(VENV)/preflight
+	$(BIN)/python -m training.preflight_document $(ARGS)
+
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.optimizers $(ARGS)
 
@@ -33,8 +37,12 @@ $(VENV)/train: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .[train]
 	touch $@
 
+$(VENV)/preflight: $(VENV)/train
+	$(PIP) -e .[train,preflight]
+	touch $@
+
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e .[train,test]
+	$(PIP) -e .[train,test,preflight]
 	touch $@
 
 $(VENV)/bench: $(VENV)/train
