@@ -1,15 +1,19 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
 # make test   installs what tests need, lints, runs all tests
 # make lint   ruff alone
+# make soak   kills a run twenty times, and compares it with one that nothing stopped
+# make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
 # make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
+#             (inputs: .venv/bin/python -m benchmarks.inputs --text=... --vocab=...)
 
 PYTHON ?= python3
 VENV := .venv
+TPU_VENV := .venv-tpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint preflight bench clean
+.PHONY: demo test lint soak tpu preflight bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py
@@ -19,9 +23,20 @@ test: $(VENV)/test lint
 	@# are more than Linux gives one process (vm.max_map_count, 65,530), which ends in a crash.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+soak: $(VENV)/train
+	$(BIN)/python tests/soak.py $(ARGS)
+
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# No dependencies are followed: those of the other packages name the stock `tensorflow`, which would
+# be written over `tensorflow-tpu`. The list has all of them.
+tpu:
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/pip install --disable-pip-version-check --quiet --no-deps \
+		-r constraints-tpu.txt -e .
+	$(TPU_VENV)/bin/python -m training.doctor
 
 preflight: $(VENV)/preflight
 	$(BIN)/python -m training.preflight_document $(ARGS)
@@ -50,4 +65,4 @@ $(VENV)/bench: $(VENV)/train
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
 
@@ -21,7 +22,7 @@ from inputs.errors import InputError
 from tf_lamb import recipes
 from tf_lamb.recipe_types import Recipe
 from tf_lamb.scaling import scale_recipe
-from training import checkpoints, lock, optimizers, saving, signals, strategy
+from training import checkpoints, dry_run, lock, optimizers, saving, signals, strategy
 from training.divergence import Diverged
 from training.export import check_export_dir
 from training.run import Run
@@ -31,8 +32,8 @@ from training.tasks import TASKS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("recipe", "bert-mini-demo", f"What to run: {', '.join(recipes.RECIPES)}.")
-flags.DEFINE_string("data_dir", "", "Text: files, globs or folders, comma-separated.")
-flags.DEFINE_string("vocab", "", "A BERT vocab.txt; learned from the text if not given.")
+flags.DEFINE_string("data_dir", "", "Text: files, globs, folders; SQuAD, shards: the folder.")
+flags.DEFINE_string("vocab", "", "A BERT vocab.txt; learned from the text, or the checkpoint's.")
 flags.DEFINE_string("model_dir", "", "Checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "The SavedModel. Default: MODEL_DIR/export.")
 flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'; empty for the GPUs or the CPU.")
@@ -44,6 +45,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer("steps_per_loop", 50, "Steps on the device between two looks from the host.")
 flags.DEFINE_integer("seed", 1, "Decides weights, data order, pairs and masks.")
 flags.DEFINE_bool("synthetic", False, "Made-up data of the same shape.")
+flags.DEFINE_bool("dry_run", False, "Two steps of each phase, then export; nothing is kept.")
 flags.DEFINE_string(
     "preflight", "", "Trains nothing; says what the recipe needs on TPUs such as v3:32x32,v3-64."
 )
@@ -97,10 +99,9 @@ def chosen_recipe() -> Recipe:
     return recipe
 
 
-def report(task, recipe, model, metrics, progress, where, model_dir, export_dir):
+def report(task, recipe, model, results, progress, where, model_dir, export_dir):
     """Prints what was trained, how well, how fast, and where it is."""
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    results = task.results(metrics)
     with open(os.path.join(model_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results | {"examples_per_second": progress.examples_per_second}, file)
     print(
@@ -119,14 +120,17 @@ Logs       tensorboard --logdir={model_dir}""",
 def fit(where, recipe, model_dir, export_dir, stop, log):
     """Data, model, optimizer, training, export, report."""
     chief = strategy.is_chief(where)
+    planned = recipe
+    if FLAGS.dry_run:
+        recipe = dry_run.shortened(recipe)
     tf_keras.utils.set_random_seed(FLAGS.seed)
     if recipe.compute_dtype != "float32":
         tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
     with where.scope():
         state = RunState()
         with users("--set"):
-            schedule = RunSchedule(optimizers.make_schedule(recipe), state)
-            optimizer = optimizers.make_optimizer(recipe, schedule)
+            schedule = RunSchedule(optimizers.make_schedule(planned), state)
+            optimizer = optimizers.make_optimizer(planned, schedule)
     task = TASKS[recipe.task](
         recipe,
         data_dir=FLAGS.data_dir,
@@ -152,7 +156,8 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
         task.counts,
         seed=FLAGS.seed,
         accumulation=recipe.accumulation,
-        jit_compile=not isinstance(where, tf.distribute.TPUStrategy),
+        jit_compile=not isinstance(where, tf.distribute.TPUStrategy)
+        and task.compiles(on_cpu=not tf.config.list_physical_devices("GPU")),
     )
     with strategy.own_folder(where, model_dir) as folder:
         run = Run(
@@ -164,14 +169,31 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
             settings=checkpoints.settings(recipe, facts),
             model_dir=model_dir,
             folder=folder,
-            steps_per_loop=FLAGS.steps_per_loop,
+            steps_per_loop=1 if FLAGS.dry_run else FLAGS.steps_per_loop,
             stop=stop,
             log=log,
         )
         metrics, progress = run.train()
+    if not FLAGS.dry_run:
+        kept_in = model_dir if chief else None
+        metrics = task.results(metrics | task.final_metrics(model, where, kept_in))
     if chief:
-        task.export(model, export_dir)
+        task.export(model, export_dir, metrics)
+    if chief and FLAGS.dry_run:
+        print(dry_run.in_words(recipe, model_dir, export_dir), flush=True)
+    elif chief:
         report(task, recipe, model, metrics, progress, where, model_dir, export_dir)
+
+
+@contextlib.contextmanager
+def folders(recipe: Recipe):
+    """Yields (model_dir, export_dir); of a dry run they are gone when it ends."""
+    if FLAGS.dry_run:
+        with tempfile.TemporaryDirectory(prefix="dry-run-") as aside:
+            yield aside, os.path.join(aside, "export")
+        return
+    model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
+    yield model_dir, os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
 
 
 def main(arguments):
@@ -187,16 +209,15 @@ def main(arguments):
         from training import preflight  # training needs nothing of it
 
         return preflight.run(recipe, FLAGS.preflight, json_path=FLAGS.preflight_json, log=say)
-    model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
-    export_dir = os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
-    checkpoints.check(model_dir, recipe, seed=FLAGS.seed)
-    check_export_dir(export_dir, model_dir)
-    where = strategy.connect(FLAGS.tpu)
-    for phase in recipe.phases:
-        strategy.check_batch(where, phase.global_batch_size, recipe.accumulation)
-    chief = strategy.is_chief(where)
-    log = say if chief else lambda line: None
     with contextlib.ExitStack() as stack:
+        model_dir, export_dir = stack.enter_context(folders(recipe))
+        checkpoints.check(model_dir, recipe, seed=FLAGS.seed)
+        check_export_dir(export_dir, model_dir)
+        where = strategy.connect(FLAGS.tpu)
+        for phase in recipe.phases:
+            strategy.check_batch(where, phase.global_batch_size, recipe.accumulation)
+        chief = strategy.is_chief(where)
+        log = say if chief else lambda line: None
         stop = stack.enter_context(signals.caught(log))
         if chief:
             stack.enter_context(lock.held(model_dir, say))

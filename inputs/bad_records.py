@@ -16,10 +16,19 @@ class BadRecords:
         max_share: the share of all records that may be damaged.
         skip: False ends the run at the first one.
         say: takes a line about each of the first damaged records.
+        limit_flag: how the user sets `max_share`.
     """
 
-    def __init__(self, max_share: float, *, skip: bool, say: Callable[[str], object]):
+    def __init__(
+        self,
+        max_share: float,
+        *,
+        skip: bool,
+        say: Callable[[str], object],
+        limit_flag: str = "--set max_bad_record_share",
+    ):
         self._max_share, self._skip, self._say = max_share, skip, say
+        self._limit_flag = limit_flag
         self._first = ""
         self.good = self.bad = 0
 
@@ -67,5 +76,5 @@ class BadRecords:
             raise InputError(
                 f"{self._first} With it {self._count} are damaged, more than the share of "
                 f"{self._max_share:g} that is passed over. Mend the data, or raise the limit with "
-                "--set max_bad_record_share."
+                f"{self._limit_flag}."
             )

@@ -5,15 +5,18 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+# What bounds the memory of who reads: War and Peace has 3.2 million characters.
+MAX_LINE_BYTES = 2**24
+MAX_DOCUMENT_CHARACTERS = 2**22
 
 
-def find_files(data: str) -> list[str]:
+def find_files(data: str, flag: str = "--data_dir") -> list[str]:
     """Expands a comma-separated list of files, globs and folders into text files, in order.
 
     Raises:
@@ -33,29 +36,33 @@ def find_files(data: str) -> list[str]:
             wrong = [path for path in found if not path.endswith(SUFFIXES)]
             if wrong:
                 raise InputError(
-                    f"--data_dir: {wrong[0]} is no text file by its name. "
+                    f"{flag}: {wrong[0]} is no text file by its name. "
                     f"Rename it to end in one of {', '.join(SUFFIXES)}."
                 )
         if not found:
             raise InputError(
-                f"--data_dir: {entry!r} is not there, or holds no text. Give a file, a glob or a "
+                f"{flag}: {entry!r} is not there, or holds no text. Give a file, a glob or a "
                 f"folder with files that end in {', '.join(SUFFIXES)}."
             )
         files += sorted(found)
     return files
 
 
-def read_documents(files: list[str], records: BadRecords) -> Iterator[list[str]]:
+def read_documents(
+    files: list[str], records: BadRecords, advance: Callable[[int], object] = lambda size: None
+) -> Iterator[list[str]]:
     """Yields each document as a list of paragraphs, none empty.
 
     `.txt`: documents are separated by blank lines, a line is a paragraph. `.jsonl`: a line is a
     document, its text in `paragraphs` (a list of strings) or in `text` (a string). A line that is
     not UTF-8 or no such JSON object, and the rest of a gzip file that breaks off, are damaged
-    records: the document goes on without them.
+    records: the document goes on without them. So is a line beyond `MAX_LINE_BYTES`. A document
+    beyond `MAX_DOCUMENT_CHARACTERS` goes on as another.
 
     Args:
         files: paths, as `find_files` gives them.
         records: counts the lines, and says when too many are damaged.
+        advance: takes how many bytes of the files were read since it was last called.
 
     Raises:
         InputError: a file that cannot be read, is no gzip file although named so, or holds no
@@ -64,22 +71,38 @@ def read_documents(files: list[str], records: BadRecords) -> Iterator[list[str]]
     for path in files:
         count = 0
         is_json = path.removesuffix(".gz").endswith(".jsonl")
-        for document in (_json_documents if is_json else _text_documents)(path, records):
-            if document:
+        for document in (_json_documents if is_json else _text_documents)(path, records, advance):
+            for part in _bounded(document):
                 count += 1
-                yield document
+                yield part
         if count == 0 and not records.bad:
-            raise InputError(f"{path} holds no text. Take it out of --data_dir, or fill it.")
+            raise InputError(f"{path} holds no text. Take it out, or fill it.")
     records.end()
 
 
-def _lines(path: str, records: BadRecords) -> Iterator[tuple[str, str]]:
+def _bounded(document: list[str]) -> Iterator[list[str]]:
+    """The document, in parts if it is too long, none empty."""
+    part, size = [], 0
+    for paragraph in document:
+        part.append(paragraph)
+        size += len(paragraph)
+        if size >= MAX_DOCUMENT_CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]:
     """Yields (file and line number, the line without its end) of the lines that are UTF-8."""
-    offset, number = 0, 0
+    offset, read = 0, 0
     try:
         with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
             for number, line in enumerate(_whole(file, raw, path, records), start=1):
                 place = f"{path}, line {number}"
+                if number % 256 == 0:
+                    advance(raw.tell() - read)
+                    read = raw.tell()
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -88,6 +111,7 @@ def _lines(path: str, records: BadRecords) -> Iterator[tuple[str, str]]:
                 else:
                     yield place, text.rstrip("\r\n")
                 offset += len(line)
+            advance(raw.tell() - read)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -96,8 +120,13 @@ def _whole(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
     """The lines of a file, up to where it breaks off if it is a damaged gzip file."""
     number = 0
     try:
-        for line in file:
+        while line := file.readline(MAX_LINE_BYTES):
             number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                records.add_bad(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes.")
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+                line = b""
             yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         if number == 0:
@@ -111,20 +140,23 @@ def _whole(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
         records.add_bad(f"{path}, up to line {number}: the gzip file is damaged ({error}).", lost)
 
 
-def _text_documents(path: str, records: BadRecords) -> Iterator[list[str]]:
+def _text_documents(path: str, records: BadRecords, advance) -> Iterator[list[str]]:
     document: list[str] = []
-    for _, line in _lines(path, records):
+    size = 0
+    for _, line in _lines(path, records, advance):
         records.add_good()
         if line.strip():
             document.append(line.strip())
-        elif document:
+            size += len(line)
+        if document and (size >= MAX_DOCUMENT_CHARACTERS or not line.strip()):
+            size = 0
             yield document
             document = []
     yield document
 
 
-def _json_documents(path: str, records: BadRecords) -> Iterator[list[str]]:
-    for place, line in _lines(path, records):
+def _json_documents(path: str, records: BadRecords, advance) -> Iterator[list[str]]:
+    for place, line in _lines(path, records, advance):
         if not line.strip():
             continue
         try:

@@ -4,15 +4,14 @@ An example is a function of (seed, its number) and of nothing else: any step can
 the ones before it, by any host, in any order, and comes out the same.
 """
 
-import dataclasses
-
 import numpy as np
 import tensorflow as tf
 
-from inputs import random_numbers
-from inputs.corpus import make_chunks
+from inputs import order, random_numbers
+from inputs.chunks import FULL, PAIRS
+from inputs.mapped_arrays import as_tensor, options
 from inputs.random_numbers import below
-from inputs.vocabulary import CLS, MASK, PAD, SEP, SPECIAL_TOKENS
+from inputs.vocabulary import SPECIAL_TOKENS
 
 MASKED_SHARE, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # Devlin et al., arXiv:1810.04805, section 3.1
 
@@ -29,22 +28,9 @@ def element_spec(batch_size: int, sequence_length: int, predictions: int):
         "masked_lm_ids": picks,
         "masked_lm_weights": tf.TensorSpec([batch_size, predictions], tf.float32),
         "next_sentence_labels": tf.TensorSpec([batch_size], tf.int32),
+        "next_sentence_weights": tf.TensorSpec([batch_size], tf.float32),
         "example_weights": tf.TensorSpec([batch_size], tf.float32),
     }
-
-
-def _share(global_batch_size, context):
-    """This host's part of each global batch: (local replicas, `k -> numbers of its k-th batch`)."""
-    replicas = context.num_replicas_in_sync if context else 1
-    local = replicas // context.num_input_pipelines if context else 1
-    first = context.input_pipeline_id * local if context else 0
-    size = global_batch_size // replicas
-
-    def numbers_of(k):
-        step, replica = k // local, first + k % local
-        return step * global_batch_size + replica * size + tf.range(size, dtype=tf.int64)
-
-    return local, numbers_of
 
 
 class Examples:
@@ -57,25 +43,35 @@ class Examples:
         predictions: most masked tokens per example.
         whole_word: masks whole words instead of single pieces.
         seed: int; another seed gives another order, other pairs and masks.
+        packing: `chunks.PAIRS` for two segments and next-sentence labels, `chunks.FULL` for one
+            segment that fills the sequence, and next-sentence weights of 0.
     """
 
-    def __init__(self, corpus, vocabulary, *, sequence_length, predictions, whole_word, seed):
+    def __init__(
+        self,
+        corpus,
+        vocabulary,
+        *,
+        sequence_length,
+        predictions,
+        whole_word,
+        seed,
+        packing=PAIRS,
+    ):
         self.sequence_length, self.predictions = sequence_length, predictions
-        self.whole_word, self.seed = whole_word, seed
+        self.whole_word, self.seed, self.packing = whole_word, seed, packing
         self.vocabulary = vocabulary
-        chunks = make_chunks(corpus, sequence_length)
-        self.number = len(chunks.start)
-        self._tokens = tf.constant(corpus.tokens)
-        self._chunks = {
-            field.name: tf.constant(getattr(chunks, field.name))
-            for field in dataclasses.fields(chunks)
-        }
+        chunks = corpus.chunks(sequence_length, packing)
+        self.number = len(chunks["start"])
+        self._tokens = as_tensor(corpus.tokens)
+        self._chunks = {name: as_tensor(array) for name, array in chunks.items()}
+        self._options = options(corpus.tokens)
         special = set(SPECIAL_TOKENS)
         ordinary = [i for i, piece in enumerate(vocabulary) if piece not in special]
         self._ordinary = tf.constant(ordinary, tf.int32)
         self._continues = tf.constant([piece.startswith("##") for piece in vocabulary])
-        self._pad, self._cls, self._sep, self._mask = (
-            vocabulary.index(token) for token in (PAD, CLS, SEP, MASK)
+        self._pad, self._unk, self._cls, self._sep, self._mask = map(
+            vocabulary.index, SPECIAL_TOKENS
         )
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
@@ -86,21 +82,23 @@ class Examples:
             context: `tf.distribute.InputContext` of this host; None means one replica.
             first_step: the step to begin with; nothing before it is made.
         """
-        local, numbers_of = _share(global_batch_size, context)
+        local, numbers_of = order.share(global_batch_size, context)
 
         def batch(k):
             number = numbers_of(k)
-            return self.batch(self._shuffled(number), number, tf.ones_like(number, tf.float32))
+            chunk = order.shuffled(number, self.number, self.seed)
+            return self.batch(chunk, number, tf.ones_like(number, tf.float32))
 
         numbers = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
-        return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        batches = numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        return batches.with_options(self._options)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """Each of the first `limit` examples once, always masked alike.
 
         The last batch is filled up with examples of weight 0.
         """
-        local, numbers_of = _share(global_batch_size, context)
+        local, numbers_of = order.share(global_batch_size, context)
         total = min(limit, self.number)
 
         def batch(k):
@@ -109,7 +107,8 @@ class Examples:
             return self.batch(tf.minimum(number, total - 1), number, weights)
 
         steps = -(-total // global_batch_size)
-        return tf.data.Dataset.range(steps * local).map(batch).prefetch(4)
+        batches = tf.data.Dataset.range(steps * local).map(batch).prefetch(4)
+        return batches.with_options(self._options)
 
     def batch(self, chunk, number, weights):
         """The examples of the given chunks.
@@ -122,7 +121,8 @@ class Examples:
         Returns:
             A dictionary as `element_spec` describes.
         """
-        a_start, a_length, b_start, b_length, is_random = self._pairs(chunk, number)
+        segments = self._full if self.packing == FULL else self._pairs
+        a_start, a_length, b_start, b_length, is_random = segments(chunk, number)
         place = tf.range(self.sequence_length, dtype=tf.int64)[tf.newaxis]
         a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
         in_a = (place >= 1) & (place < a_end)
@@ -131,9 +131,11 @@ class Examples:
             in_a, a_start[:, tf.newaxis] + place - 1, b_start[:, tf.newaxis] + place - a_end - 1
         )
         is_text = in_a | in_b
-        ids = tf.gather(self._tokens, tf.where(is_text, source, 0))
+        ids = tf.cast(tf.gather(self._tokens, tf.where(is_text, source, 0)), tf.int32)
         separator = tf.where((place == a_end) | (place == b_end), self._sep, self._pad)
         ids = tf.where(is_text, ids, tf.where(place == 0, self._cls, separator))
+        # In a sequence packed full [SEP] stands between documents, too.
+        is_text &= (ids != self._sep) & (ids != self._unk)
         masked, positions, labels, label_weights = self._masked(ids, is_text, number)
         return {
             "input_word_ids": masked,
@@ -143,17 +145,15 @@ class Examples:
             "masked_lm_ids": labels,
             "masked_lm_weights": label_weights * weights[:, tf.newaxis],
             "next_sentence_labels": tf.cast(is_random, tf.int32),
+            "next_sentence_weights": weights * float(self.packing == PAIRS),
             "example_weights": weights,
         }
 
-    def _shuffled(self, number):
-        """Which chunk the training example `number` is made of: a new permutation each epoch."""
-        epoch = number // self.number
-        seeds = tf.stack([tf.fill(tf.shape(epoch), np.int64(self.seed)), epoch, epoch * 0], axis=1)
-        # The public wrapper cannot take a seed for each index (TensorFlow 2.20); the op can.
-        return tf.raw_ops.RandomIndexShuffle(
-            index=number % self.number, seed=seeds, max_index=np.int64(self.number - 1)
-        )
+    def _full(self, chunk, number):
+        """One segment alone: the whole chunk."""
+        start, end = (tf.gather(self._chunks[name], chunk) for name in ("start", "end"))
+        none = tf.zeros_like(start)
+        return start, end - start, none, none - 1, none > 0  # B is not there, nor its [SEP]
 
     def _pairs(self, chunk, number):
         """Segments A and B: B continues A, or every other time comes from another document."""
@@ -173,7 +173,8 @@ class Examples:
         inside = start + 1 + below(draws[:, 0], end - start - 1)
         a_end = tf.where(sentences > 1, at_sentence, inside)
         is_random = draws[:, 1] < 0.5
-        other = (column["next_document"] + below(draws[:, 2], column["others"])) % self.number
+        others = self.number - column["document_chunks"]
+        other = (column["next_document"] + below(draws[:, 2], others)) % self.number
         other_sentence = tf.gather(self._chunks["first"], other) + below(
             draws[:, 3], tf.gather(self._chunks["sentences"], other)
         )
@@ -218,13 +219,7 @@ class Examples:
     def _whole_words(self, ids, is_text, draws, wanted, number):
         """Whole words in random order, about `wanted` pieces of them: (places, which count)."""
         goes_on = tf.gather(self._continues, ids) & is_text
-        place = tf.range(self.sequence_length)[tf.newaxis] + tf.zeros_like(ids)
-        word = tf.scan(
-            lambda last, x: tf.where(x[0], last, x[1]),
-            (tf.transpose(goes_on), tf.transpose(place)),
-            initializer=tf.zeros_like(ids[:, 0]),
-        )
-        word = tf.transpose(word)  # the place where each piece's word begins
+        word = tf.cumsum(tf.cast(~goes_on, tf.int32), axis=1) - 1  # each piece's, from 0
         draw = tf.where(is_text, tf.gather(draws, word, batch_dims=1), -1.0)
         # Pieces of a word share its draw, and a stable order keeps them together.
         order = tf.argsort(draw, axis=1, direction="DESCENDING", stable=True)

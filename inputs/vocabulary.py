@@ -4,9 +4,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 
-import tensorflow as tf
-from tensorflow_text.tools.wordpiece_vocab import bert_vocab_from_dataset
-
 from inputs.errors import InputError
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -56,6 +53,10 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
     Raises:
         InputError: texts without a single word.
     """
+    # Here, because who only loads one need not wait for TensorFlow.
+    import tensorflow as tf
+    from tensorflow_text.tools.wordpiece_vocab import bert_vocab_from_dataset
+
     dataset = tf.data.Dataset.from_generator(
         lambda: iter(texts), output_signature=tf.TensorSpec([], tf.string)
     )

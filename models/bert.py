@@ -1,6 +1,7 @@
 """BERT for pre-training on tf-models-official: encoder, masked-LM and next-sentence heads."""
 
 import dataclasses
+import re
 
 import tensorflow as tf
 import tf_keras
@@ -26,6 +27,41 @@ SIZES = {
 }
 
 
+def build_encoder(
+    size: Size,
+    vocabulary_size: int,
+    max_sequence_length: int,
+    types: int,
+    dropout: float,
+    initializer: tf_keras.initializers.Initializer,
+) -> networks.BertEncoderV2:
+    """The network below every head; `types` are the rows of the segment table."""
+    return networks.BertEncoderV2(
+        vocab_size=vocabulary_size,
+        hidden_size=size.width,
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_sequence_length=max_sequence_length,
+        type_vocab_size=types,
+        inner_dim=4 * size.width,
+        output_dropout=dropout,
+        attention_dropout=dropout,
+        initializer=initializer,
+    )
+
+
+def encoder_of(model: tf_keras.Model) -> networks.BertEncoderV2:
+    """The encoder inside a model of ours."""
+    (encoder,) = (layer for layer in model.layers if isinstance(layer, networks.BertEncoderV2))
+    return encoder
+
+
+def encoder_variables(encoder) -> dict[str, tf.Variable]:
+    """A BERT encoder's variables, by the names that all of tf-models' encoders give them."""
+    own = r"((word|type)_embeddings|position_embedding|embeddings|transformer|pooler_transform)/.*"
+    return {re.search(own, v.name.removesuffix(":0"))[0]: v for v in encoder.variables}
+
+
 def build_pretrainer(
     size: Size,
     vocabulary_size: int,
@@ -41,18 +77,7 @@ def build_pretrainer(
     `next_sentence` ([B, 2] float).
     """
     initializer = tf_keras.initializers.TruncatedNormal(stddev=initializer_stddev)
-    encoder = networks.BertEncoderV2(
-        vocab_size=vocabulary_size,
-        hidden_size=size.width,
-        num_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_sequence_length=max_sequence_length,
-        type_vocab_size=2,
-        inner_dim=4 * size.width,
-        output_dropout=dropout,
-        attention_dropout=dropout,
-        initializer=initializer,
-    )
+    encoder = build_encoder(size, vocabulary_size, max_sequence_length, 2, dropout, initializer)
     inputs = dict(encoder.inputs)
     positions = tf_keras.Input([None], dtype=tf.int32, name="masked_lm_positions")
     encoded = encoder(inputs)
@@ -95,7 +120,7 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
         outputs["mlm_logits"], batch["masked_lm_ids"], batch["masked_lm_weights"]
     )
     sentence, sentence_accuracy = _cross_entropy(
-        outputs["next_sentence"], batch["next_sentence_labels"], batch["example_weights"]
+        outputs["next_sentence"], batch["next_sentence_labels"], batch["next_sentence_weights"]
     )
     return {
         "masked_loss": masked,
@@ -109,7 +134,8 @@ def pretraining_counts(batch) -> dict[str, tf.Tensor]:
     """What the sums of `pretraining_sums` are divided by: masked tokens, sentence pairs."""
     return {
         "masked": tf.reduce_sum(batch["masked_lm_weights"]),
-        "sentence": tf.reduce_sum(batch["example_weights"]),
+        # Sequences without a second segment leave none to divide by.
+        "sentence": tf.maximum(tf.reduce_sum(batch["next_sentence_weights"]), 1e-9),
     }
 
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from inputs.vocabulary import SPECIAL_TOKENS
 from models import bert
-from training.export import TOP_K, export_mask_filler
+from training.export import write_export
+from training.pretrained_export import TOP_K, pretrained_export
 
 WORDS = ["the", "cat", "sat", "on", "mat", ".", "##s", "dog", "caf", "##e", "cafe"]
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS]
@@ -46,7 +47,7 @@ def answer(model, tmp_path_factory):
     """Asks the exported model: lists of batches of byte strings, in one clean process."""
     folder = str(tmp_path_factory.mktemp("export") / "model")
     for _ in range(2):  # the second replaces the first
-        export_mask_filler(model, VOCABULARY, LENGTH, folder)
+        write_export(pretrained_export(model, VOCABULARY, LENGTH), "a card", folder)
 
     def ask(*batches):
         payload = json.dumps([[text.hex() for text in batch] for batch in batches])
@@ -90,12 +91,12 @@ def test_sums_are_what_the_logits_say(model):
     }
     batch = {key: tf.constant(value, tf.int32) for key, value in batch.items()}
     batch["masked_lm_weights"] = tf.constant([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], tf.float32)
-    batch["example_weights"] = tf.constant([1, 1, 0], tf.float32)
+    batch["next_sentence_weights"] = tf.constant([1, 1, 0], tf.float32)
     sums, counts = bert.pretraining_sums(model, batch, False), bert.pretraining_counts(batch)
     logits = model({key: batch[key] for key in model.input}, training=False)
     for name, output, labels, weights in (
         ("masked", "mlm_logits", "masked_lm_ids", "masked_lm_weights"),
-        ("sentence", "next_sentence", "next_sentence_labels", "example_weights"),
+        ("sentence", "next_sentence", "next_sentence_labels", "next_sentence_weights"),
     ):
         scores, labels = logits[output].numpy().astype(np.float64), batch[labels].numpy()
         weights = batch[weights].numpy()

@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,19 +21,24 @@ import pytest
 import tensorflow as tf
 
 from training import loop, strategy
-from training.checkpoints import saved_step
-from training.progress import read_history
+from training.history import read_rows
+from training.saving import saved_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMPARED = 20  # steps
-FLAGS = ("--steps=2000", "--steps_per_loop=5", "--global_batch_size=16", "--set", "warmup_steps=10")
-FLAGS += ("--set", "vocabulary_size=300", "--set", f"save_every_steps={COMPARED}")
+FLAGS = ("--steps=20000", "--steps_per_loop=5", "--global_batch_size=16")
+for change in ("warmup_steps=10", "vocabulary_size=300", "save_every_steps=10"):
+    FLAGS += ("--set", change)
+FLAGS += ("--set", "keep_checkpoints=100")
 SECONDS = 240  # after which a process is taken to hang
 
 
 @contextlib.contextmanager
-def workers(*flags):
-    """Yields two processes of train.py that train together; nothing of them is left afterwards."""
+def workers(*flags, second=()):
+    """Yields two processes of train.py that train together; nothing of them is left afterwards.
+
+    The second one gets the flags `second` on top.
+    """
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):
             free.bind(("localhost", 0))
@@ -43,7 +50,7 @@ def workers(*flags):
             config = {"cluster": {"worker": addresses}, "task": task}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(ROOT / "train.py"), *flags],
+                    [sys.executable, str(ROOT / "train.py"), *flags, *(second if index else ())],
                     env=os.environ | {"TF_CONFIG": json.dumps(config)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -106,13 +113,14 @@ def exact(text):
 
 @pytest.fixture(scope="module")
 def one_replica(until, one_cpu, exact, tmp_path_factory):
-    """Weights after a quarter of the way and at its end: what every other run must come to."""
+    """Weights on half of the way and at its end: what every other run must come to."""
     folder = tmp_path_factory.mktemp("one")
-    return [until(step, one_cpu, folder, *exact) for step in (COMPARED // 4, COMPARED)]
+    end = until(COMPARED, one_cpu, folder, *exact)
+    return saved(folder, COMPARED // 2), end
 
 
 def assert_same(found, one_replica):
-    """Holds each layer to 1e-5 of its way since the first quarter (seen: 2e-6), as norms.
+    """Holds each layer to 1e-5 of its way since the first half (seen: 2e-6), as norms.
 
     No loss depends on the bias of the attention's keys: its gradients are rounding alone.
     """
@@ -154,17 +162,33 @@ def test_two_processes_come_to_the_same_and_outlive_one_another(one_replica, exa
     assert f"Going on from step {newest} of" in chiefs
     assert f"SIGTERM: saved step {saved_step(tmp_path)} of" in chiefs
     # Only the chief speaks, and only it leaves anything behind.
-    assert "saved step" not in others and "step " not in others
+    assert "saved step" not in others and not re.search(r"^step \d", others, re.MULTILINE)
     assert len(list(tmp_path.glob("train/events*"))) == 2 and not list(tmp_path.glob("*work*"))
+
+
+def test_workers_with_different_commands_are_told_so(exact, tmp_path):
+    """They would wait for one another for ever."""
+    with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:
+        for process in processes:
+            _, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 1, said
+            assert "TF_CONFIG: the workers differ in seed. Give all the same command" in said
 
 
 def test_dropout_goes_on_as_if_nothing_had_stopped_it(until, mirrored, text, tmp_path):
     flags = (f"--data_dir={text}", "--set", "dropout=0.1", "--set", "accumulation=2")
-    whole = until(15, mirrored, tmp_path / "whole", *flags)
-    until(5, mirrored, tmp_path / "cut", *flags)
-    resumed = until(15, mirrored, tmp_path / "cut", *flags)
-    assert whole.keys() == resumed.keys()
-    assert all(whole[name].tobytes() == resumed[name].tobytes() for name in whole)
-    ours, theirs = (read_history(f"{tmp_path}/{run}/history.jsonl") for run in ("cut", "whole"))
-    losses = [[row["loss"] for row in rows] for rows in (ours, theirs)]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    until(COMPARED, mirrored, whole, *flags)
+    cut.mkdir()
+    for kept in (*whole.glob("ckpt-10.*"), whole / "recipe.json", whole / "vocab.txt"):
+        shutil.copy(kept, cut)
+    until(COMPARED, mirrored, cut, *flags)
+    everything = ("model/", "optimizer/", "state/")
+    expected, resumed = (saved(folder, COMPARED, everything) for folder in (whole, cut))
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].tobytes() == resumed[name].tobytes() for name in expected)
+    losses = [
+        [row["loss"] for row in read_rows(f"{folder}/history.jsonl") if row["step"] > 10]
+        for folder in (whole, cut)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2

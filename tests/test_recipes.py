@@ -10,6 +10,7 @@ from tf_lamb import tf_keras as optimizers
 from tf_lamb.bert_recipes import BERT_LARGE_32K as PAPER
 from tf_lamb.bert_recipes import BERT_MINI_DEMO as DEMO
 from tf_lamb.recipe_types import Phase
+from tf_lamb.squad_recipes import SQUAD_LARGE as SQUAD
 
 # arXiv:1904.00962v3, Tables 1 and 5: batch, exponent k of the rate, steps in all.
 COLUMNS = {
@@ -21,19 +22,6 @@ COLUMNS = {
     "16k": (16_384, 0.5, 31_250),
     "32k": (32_768, 0.0, 15_625),
 }
-RESNET_LIKE = dataclasses.replace(
-    # Table 6's 32K column, 90 epochs of 1,281,167 images, as one phase.
-    DEMO,
-    phases=(
-        Phase(
-            steps=round(90 * 1_281_167 / 32_768),
-            global_batch_size=32_768,
-            peak_learning_rate=0.04,
-            warmup_steps=782,
-            examples=90 * 1_281_167,
-        ),
-    ),
-)
 
 
 @pytest.mark.parametrize("label", COLUMNS)
@@ -112,12 +100,17 @@ def test_scaling_keeps_proportions_and_goes_back():
         tf_lamb.scale_recipe(mixed, 3)
 
 
-def test_scaling_resnet_is_table_6():
+@pytest.mark.parametrize("start", ["512", "4k", "32k"])
+def test_scaling_a_column_of_resnets_table(start):
     """Rate 4/(2^k · 100) and 782 steps of warm-up at every batch size, 90 epochs."""
-    for batch, k, steps in ((512, 3.0, 225_205), (16_384, 0.5, 7_038), (32_768, 0.0, 3_519)):
-        (phase,) = tf_lamb.scale_recipe(RESNET_LIKE, batch).phases
-        assert phase.peak_learning_rate == pytest.approx(4 / (2**k * 100), rel=1e-12)
-        assert (phase.warmup_steps, phase.steps) == (782, steps)
+    recipe = recipes.find_recipe(f"resnet50-lamb-{start}")
+    for label, (batch, k, _) in COLUMNS.items():
+        (ours,) = tf_lamb.scale_recipe(recipe, batch).phases
+        (papers,) = recipes.find_recipe(f"resnet50-lamb-{label}").phases
+        assert (papers.warmup_steps, papers.peak_learning_rate) == (782, 4 / (2**k * 100))
+        rate = papers.peak_learning_rate
+        assert ours.peak_learning_rate == pytest.approx(rate, rel=1e-12)
+        assert dataclasses.replace(ours, peak_learning_rate=rate) == papers
 
 
 def test_the_linear_rule_keeps_the_epochs_of_warmup():
@@ -129,7 +122,7 @@ def test_the_linear_rule_keeps_the_epochs_of_warmup():
         peak_learning_rate=0.1,
         warmup_steps=5 * epoch // 256,
     )
-    recipe = dataclasses.replace(RESNET_LIKE, phases=(phase,), evaluate_every_steps=5_000)
+    recipe = dataclasses.replace(DEMO, phases=(phase,), evaluate_every_steps=5_000)
     scaled = tf_lamb.scale_recipe(recipe, 8_192, rule="linear")
     assert scaled.phases[0].peak_learning_rate == pytest.approx(3.2)
     assert scaled.phases[0].warmup_steps == round(5 * epoch / 8_192)
@@ -150,6 +143,15 @@ def test_a_batch_that_the_rule_cannot_reach_is_refused(batch, rule, said):
         tf_lamb.scale_recipe(PAPER, batch, rule)
 
 
+def test_squad_large_is_googles_with_their_rate_for_lamb():
+    """run_squad.py: 384, 128, 64, 30, 20, 2 epochs, warm-up 0.1; LAMB: 3e-4 to 5e-4 at batch 64."""
+    (phase,) = SQUAD.phases
+    assert (SQUAD.sequence_length, SQUAD.doc_stride, SQUAD.max_query_length) == (384, 128, 64)
+    assert (SQUAD.max_answer_length, SQUAD.n_best, phase.global_batch_size) == (30, 20, 64)
+    assert 3e-4 <= phase.peak_learning_rate <= 5e-4
+    assert phase.steps == round(2 * 88_641 / 64) and phase.warmup_steps == phase.steps // 10
+
+
 def test_recipes_are_frozen_and_sourced():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DEMO.weight_decay = 1.0
@@ -157,7 +159,7 @@ def test_recipes_are_frozen_and_sourced():
         assert recipe.reference and recipe.expected
         recipe.check()
         for phase in recipe.phases:
-            optimizers.WarmupPolynomialDecay(**phase.schedule())
+            optimizers.Phases([phase.schedule()])
             if phase.examples:
                 assert abs(phase.examples / phase.global_batch_size - phase.steps) <= 0.5
     assert all(name == recipe.name for name, recipe in recipes.RECIPES.items())

@@ -72,14 +72,34 @@ def test_phases_follow_one_another(flavour):
     assert float(schedule(50)) == 0.0  # warms up again
 
 
+GOYAL = {"peak_learning_rate": 3.2, "warmup_steps": 10, "total_steps": 90}
+GOYAL |= {"decay_steps": [30, 60, 80]}
+
+
+def test_steps_divide_the_rate(flavour):
+    """Linear to the peak, a tenth of it from each of the steps on; alone and as a phase."""
+    schedule = flavour.lamb.WarmupStepDecay(**GOYAL)
+    exact = [3.2 * t / 10 if t < 10 else 3.2 * 0.1 ** ((t >= 30) + (t >= 60) + (t >= 80))
+             for t in range(100)]  # fmt: skip
+    np.testing.assert_allclose([float(schedule(t)) for t in range(100)], exact, rtol=1e-6)
+    phases = flavour.lamb.Phases([PHASES[2], GOYAL])
+    np.testing.assert_allclose([float(phases(t + 7)) for t in range(100)], exact, rtol=1e-6)
+    other = flavour.lamb.WarmupStepDecay(**GOYAL | {"warmup_steps": 0, "decay_factor": 0.5})
+    assert [float(other(t)) for t in (0, 29, 30, 99)] == [
+        np.float32(rate) for rate in (3.2, 3.2, 1.6, 0.4)
+    ]
+
+
 def changed(flavour, kind):
     """A schedule with every argument off its default."""
     if kind == "Phases":
-        return flavour.lamb.Phases(PHASES, name="two")
+        return flavour.lamb.Phases([*PHASES, GOYAL], name="two")
+    if kind == "WarmupStepDecay":
+        return flavour.lamb.WarmupStepDecay(0.5, 2, 40, [5, 9], 0.25, "steps")
     return flavour.lamb.WarmupPolynomialDecay(0.5, 2, 40, 0.001, 1.5, 1, "one", warmup_from=-1)
 
 
-@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "Phases"])
+@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "WarmupStepDecay", "Phases"])
 def test_a_schedule_is_saved_alone_and_with_its_optimizer(flavour, kind):
     schedule = changed(flavour, kind)
     schedules = flavour.keras.optimizers.schedules
@@ -96,10 +116,11 @@ def test_a_schedule_is_saved_alone_and_with_its_optimizer(flavour, kind):
     assert loaded.get_config() == optimizer.get_config()
 
 
-@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "Phases"])
+@pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "WarmupStepDecay", "Phases"])
 def test_the_first_step_takes_the_rate_at_zero(flavour, kind):
     """Warm-up starts from a rate of 0, so the first update moves nothing, and the second does."""
     arguments = {"peak_learning_rate": 0.5, "warmup_steps": 2, "total_steps": 40}
+    arguments |= {"decay_steps": [9]} if kind == "WarmupStepDecay" else {}
     arguments = {"phases": [arguments]} if kind == "Phases" else arguments
     schedule = getattr(flavour.lamb, kind)(**arguments)
     run = Run(flavour, lambda: flavour.lamb.LAMB(schedule), random_weights())
@@ -129,6 +150,23 @@ def test_a_bad_argument_is_refused(flavour, arguments, message):
         flavour.lamb.WarmupPolynomialDecay(**good | arguments)
     with pytest.raises(ValueError, match=message):
         flavour.lamb.Phases([good, good | arguments])
+
+
+BAD_STEPS = [
+    ({"decay_steps": [9]}, r"`decay_steps` .* \[10, 90\)\. Received: decay_steps=9\."),
+    ({"decay_steps": [90]}, r"`decay_steps` .* Received: decay_steps=90\."),
+    ({"decay_steps": [30, 30]}, r"`decay_steps` .* \[31, 90\)\. Received: decay_steps=30\."),
+    ({"decay_factor": 0}, r"`decay_factor` must lie in \(0, 1\]\. Received: decay_factor=0\."),
+    ({"warmup_steps": 90}, r"`warmup_steps` .* Received: warmup_steps=90\."),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD_STEPS, ids=[str(bad) for bad, _ in BAD_STEPS]
+)
+def test_a_bad_step_is_refused(flavour, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flavour.lamb.WarmupStepDecay(**GOYAL | arguments)
 
 
 def test_phases_must_not_be_empty(flavour):

@@ -5,8 +5,11 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from tf_lamb.tf_keras import LARS
+from training.divergence import Watch
 from training.loop import Trainer
 from training.randomness import StepSeed, replica_seed
+from training.state import RunState
 from training.step import ReplicaStep
 
 REPLICA_BATCH, STEPS = 8, 3
@@ -87,7 +90,8 @@ def test_batch_norms_averages_are_those_of_all_replicas(mirrored, accumulation, 
     data = {"image": images, "label": labels}
     with mirrored.scope():
         model = image_model()
-        optimizer = tf_keras.optimizers.SGD(0.1)
+        optimizer = LARS(0.1, telemetry=True)
+        state = RunState()
         optimizer.build(model.trainable_variables)
         step = ReplicaStep(
             model, optimizer, sums, counts, seed=1, accumulation=accumulation, jit_compile=True
@@ -97,7 +101,10 @@ def test_batch_norms_averages_are_those_of_all_replicas(mirrored, accumulation, 
         dataset = tf.data.Dataset.from_tensor_slices(data).repeat()
         return mirrored.distribute_datasets_from_function(lambda context: dataset)
 
-    trainer = Trainer(mirrored, step, batches, batches(0))
+    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
+    trainer = Trainer(
+        mirrored, step, batches, batches(0), state=state, watch=watch, stop=lambda: None
+    )
     assert np.isfinite(trainer.train(tf.constant(STEPS))["image_loss"].numpy())
     expected = np.zeros([2, 3])
     for number, image in enumerate(images):

@@ -65,9 +65,10 @@ def test_without_a_cluster_it_is_this_machine(monkeypatch):
 
 def test_a_tpu_must_answer_with_all_its_cores():
     places = [[x, y, 0, core] for x in range(2) for y in range(2) for core in range(2)]
-    whole = tf.tpu.experimental.Topology([2, 2, 1, 2], np.array([places], np.int32))
+    topology = tf.tpu.experimental.Topology
+    whole = topology(mesh_shape=[2, 2, 1, 2], device_coordinates=np.array([places]))
     strategy.check_topology(whole, "mine")
-    torn = tf.tpu.experimental.Topology([2, 2, 1, 2], np.array([places[:6]], np.int32))
+    torn = topology(mesh_shape=[2, 2, 1, 2], device_coordinates=np.array([places[:6]]))
     with pytest.raises(InputError, match="--tpu=mine: 2 of the 8 cores of the 2x2x1x2 mesh"):
         strategy.check_topology(torn, "mine")
 
@@ -76,3 +77,22 @@ def test_micro_batches_divide_a_replicas_batch(mirrored):
     strategy.check_batch(mirrored, 16, 4)
     with pytest.raises(InputError, match="accumulation=8 does not divide a replica's batch of 4"):
         strategy.check_batch(mirrored, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], "float32"),
+        (["--tpu=local"], "bfloat16"),
+        (["--tpu=local", "--set", "compute_dtype=float32"], "float32"),
+    ],
+)
+def test_a_tpu_computes_in_bfloat16_unless_told_otherwise(flags, dtype, in_process, monkeypatch):
+    asked_for = []
+
+    def check(model_dir, recipe, **facts):
+        asked_for.append(recipe.compute_dtype)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("training.checkpoints.check", check)
+    assert in_process(["--synthetic", *flags]) == 1 and asked_for == [dtype]

@@ -1,18 +1,15 @@
 """Pre-training batches: their statistics on real text, their pairs, their order."""
 
 import itertools
-import pathlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from batch_checks import check_statistics, joined, original
 
-from inputs import corpus, documents, installed_text, synthetic, text, vocabulary
-from inputs.bad_records import BadRecords
+from inputs import corpus, installed_text, synthetic, text, vocabulary
 from inputs.errors import InputError
 
-SHARED = pathlib.Path(__file__).parents[2] / "shared/data"
-SPECIAL = len(vocabulary.SPECIAL_TOKENS)  # of a learned vocabulary, which begins with them
 LENGTH, PREDICTIONS, BATCH = 64, 12, 32
 
 
@@ -35,56 +32,9 @@ def make(words, seed=1, whole_word=False, held_out=False):
     )
 
 
-def joined(batches):
-    """Batches as one dictionary of arrays."""
-    batches = list(batches)
-    return {key: np.concatenate([b[key].numpy() for b in batches]) for key in batches[0]}
-
-
-def original(batch):
-    """The ids before masking."""
-    ids = batch["input_word_ids"].copy()
-    rows, picks = np.nonzero(batch["masked_lm_weights"])
-    ids[rows, batch["masked_lm_positions"][rows, picks]] = batch["masked_lm_ids"][rows, picks]
-    return ids
-
-
-def check_statistics(batch, pieces, cls, sep, mask):
-    """15 % masked, of them 80/10/10, half of the pairs random, no special token masked."""
-    weights = batch["masked_lm_weights"] > 0
-    labels = batch["masked_lm_ids"][weights]
-    shown = np.take_along_axis(batch["input_word_ids"], batch["masked_lm_positions"], 1)[weights]
-    text_tokens = batch["input_mask"].sum() - 3 * len(batch["input_mask"])
-    assert weights.sum() / text_tokens == pytest.approx(0.15, abs=0.003)
-    # A random piece is now and then the right one.
-    assert np.mean(shown == mask) == pytest.approx(0.8, abs=0.01)
-    assert np.mean(shown == labels) == pytest.approx(0.1, abs=0.01)
-    assert batch["next_sentence_labels"].mean() == pytest.approx(0.5, abs=0.02)
-    special = {pieces.index(token) for token in vocabulary.SPECIAL_TOKENS}
-    unknown = pieces.index(vocabulary.UNK)
-    assert not special.difference([unknown]).intersection(labels.tolist())
-    assert (batch["input_word_ids"][:, 0] == cls).all()
-    assert ((original(batch) == sep).sum(1) == 2).all()
-
-
 def test_statistics(words):
     batch = joined(make(words).training_batches(BATCH).take(300))
-    check_statistics(batch, words[0], cls=2, sep=3, mask=4)
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not here")
-@pytest.mark.parametrize("length,predictions", [(128, 20), (512, 80)])
-def test_statistics_on_wikipedia(length, predictions):
-    pieces = vocabulary.load_vocabulary(str(SHARED / "bert/vocab.txt"))
-    files = documents.find_files(str(SHARED / "text/wikitext2-test.txt.gz"))
-    records = BadRecords(0.0, skip=False, say=print)
-    read = documents.read_documents(files, records)
-    training, _ = corpus.split_held_out(corpus.tokenize(read, pieces))
-    examples = text.Examples(
-        training, pieces, sequence_length=length, predictions=predictions, whole_word=False, seed=3
-    )
-    batch = joined(examples.training_batches(64).take(200))
-    check_statistics(batch, pieces, cls=101, sep=102, mask=103)
+    check_statistics(batch, words[0], next_sentence_error=0.02)
 
 
 def test_next_sentences_come_from_the_text_as_it_stands(words):

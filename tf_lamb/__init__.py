@@ -4,7 +4,7 @@
 Keras 2 (`tf_keras`).
 """
 
-from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay
+from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay, WarmupStepDecay
 from tf_lamb.migration import migrate
 from tf_lamb.recipe_types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from tf_lamb.scaling import scale_recipe
@@ -22,6 +22,7 @@ __all__ = [
     "TelemetryWriter",
     "TrustRatioAlarm",
     "WarmupPolynomialDecay",
+    "WarmupStepDecay",
     "__version__",
     "draw_heat_map",
     "migrate",

@@ -4,6 +4,8 @@ import dataclasses
 
 from tf_lamb.recipe_types import BERT_EXCLUSIONS, Phase, Recipe, check_least
 
+PACKINGS = ("pairs", "full-sentences")  # as inputs/chunks.py makes them
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPhase(Phase):
@@ -39,6 +41,7 @@ class BertRecipe(Recipe):
     dropout: float = 0.1
     initializer_stddev: float = 0.02  # of every matrix and embedding, cut at two deviations
     whole_word: bool = False
+    packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels
 
     def check(self):
         """As `Recipe.check`."""
@@ -46,6 +49,10 @@ class BertRecipe(Recipe):
         check_least(self, vocabulary_size=6)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
+        if self.packing not in PACKINGS:
+            raise ValueError(
+                f"packing must be one of {', '.join(PACKINGS)}. Received: packing={self.packing}."
+            )
 
 
 BERT_MINI_DEMO = BertRecipe(

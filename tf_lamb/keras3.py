@@ -165,6 +165,14 @@ class WarmupPolynomialDecay(  # noqa: D101
 
 
 @keras.saving.register_keras_serializable("tf_lamb")
+class WarmupStepDecay(  # noqa: D101
+    schedules.WarmupStepDecayRule, keras.optimizers.schedules.LearningRateSchedule
+):
+    __doc__ = schedules.WarmupStepDecayRule.__doc__
+
+
+@keras.saving.register_keras_serializable("tf_lamb")
 class Phases(schedules.PhasesRule, keras.optimizers.schedules.LearningRateSchedule):  # noqa: D101
     __doc__ = schedules.PhasesRule.__doc__
     _schedule = WarmupPolynomialDecay
+    _step_schedule = WarmupStepDecay

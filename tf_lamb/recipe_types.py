@@ -37,14 +37,29 @@ def check_least(holder, **least_of):
             raise ValueError(f"{name} must be at least {least}. Received: {name}={value}.")
 
 
+def profile_window(profile: str) -> tuple[int, int]:
+    """(first, last) of "first:last": the steps after `first` up to `last`.
+
+    Raises:
+        ValueError: these are not two steps in order.
+    """
+    ends = profile.split(":")
+    if len(ends) == 2 and all(end.isdecimal() for end in ends) and int(ends[0]) < int(ends[1]):
+        return int(ends[0]), int(ends[1])
+    raise ValueError(
+        'profile must be "first:last", two steps of which the first is the smaller, such as '
+        f"100:110. Received: profile={profile}."
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of training at one batch size and schedule.
 
-    The rate is `WarmupPolynomialDecay(peak_learning_rate, warmup_steps, steps, ...)`; it counts
-    this phase's updates from 0. What a phase begins with are the weights, slots and step of the
-    one before it; with `reset_slots` the slots are zero again, and so is the step that bias
-    correction counts.
+    The rate is `WarmupPolynomialDecay(peak_learning_rate, warmup_steps, steps, ...)`, or with
+    `decay_steps` a `WarmupStepDecay`; it counts this phase's updates from 0. What a phase begins
+    with are the weights, slots and step of the one before it; with `reset_slots` the slots are
+    zero again, and so is the step that bias correction counts.
     """
 
     steps: int
@@ -55,15 +70,24 @@ class Phase:
     power: float = 1.0
     decay_from: int | None = None  # step the decay counts from; None: the end of warm-up
     warmup_from: int = 0  # step the warm-up counts from; below 0 it has begun before
+    decay_steps: tuple[int, ...] = ()  # where the rate falls, in place of all above
+    decay_factor: float = 0.1
     reset_slots: bool = False
     examples: int | None = None  # before `steps` was rounded; None: steps x global_batch_size
 
     def schedule(self) -> dict:
-        """The arguments of the `WarmupPolynomialDecay` of this phase."""
-        return {
+        """The arguments of this phase's schedule, as `Phases` takes them."""
+        common = {
             "peak_learning_rate": self.peak_learning_rate,
             "warmup_steps": self.warmup_steps,
             "total_steps": self.steps,
+        }
+        if self.decay_steps:
+            return common | {
+                "decay_steps": list(self.decay_steps),
+                "decay_factor": self.decay_factor,
+            }
+        return common | {
             "end_learning_rate": self.end_learning_rate,
             "power": self.power,
             "decay_from": self.decay_from,
@@ -81,6 +105,7 @@ class Phase:
             warmup_steps=warmup,
             warmup_from=warmup_from,
             decay_from=decay_from and min(decay_from, warmup + warmup_from),
+            decay_steps=tuple(round(step * steps / self.steps) for step in self.decay_steps),
             examples=None,
         )
 
@@ -88,6 +113,13 @@ class Phase:
         """Raises `ValueError` for a field outside its range, with the field and its value."""
         del recipe
         check_least(self, steps=1, global_batch_size=1)
+        smooth = ("end_learning_rate", "power", "decay_from", "warmup_from")
+        idle = [name for name in smooth if getattr(self, name) != getattr(Phase, name)]
+        if self.decay_steps and idle:
+            raise ValueError(
+                f"decay_steps leaves no use for {idle[0]}. Received: "
+                f"{idle[0]}={getattr(self, idle[0])}. Set decay_steps= (none) too, or take it out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +158,8 @@ class Recipe:
     max_rollbacks: int = 3
     max_bad_record_share: float = 0.001  # damaged records that are passed over
     on_bad_record: str = "skip"  # or "fail"
+    telemetry: bool = False  # whether trust ratios and weights are kept for TensorBoard
+    profile: str | None = None  # "100:110": a profiler trace of the steps after 100 up to 110
 
     @property
     def steps(self) -> int:
@@ -158,6 +192,12 @@ class Recipe:
         if self.max_loss is not None and not self.max_loss > 0:
             raise ValueError(f"max_loss must be positive. Received: max_loss={self.max_loss}.")
         self._check_optimizer()
+        if self.profile is not None:
+            if profile_window(self.profile)[1] > self.steps:
+                raise ValueError(
+                    f"profile must end within the {self.steps} steps of the run. "
+                    f"Received: profile={self.profile}."
+                )
         for phase in self.phases:
             phase.check(self)
             if self.accumulation < 1 or phase.global_batch_size % self.accumulation:

@@ -7,10 +7,13 @@ import typing
 
 from tf_lamb.bert_recipes import BERT_RECIPES
 from tf_lamb.recipe_types import Recipe
+from tf_lamb.resnet_recipes import RESNET_RECIPES
+from tf_lamb.squad_recipes import SQUAD_RECIPES
 
 FIXED = ("name", "task", "phases", "examples")  # what makes it this recipe
 
-RECIPES = {recipe.name: recipe for recipe in BERT_RECIPES}
+ALL = (*BERT_RECIPES, *SQUAD_RECIPES, *RESNET_RECIPES)
+RECIPES = {recipe.name: recipe for recipe in ALL}
 
 
 def find_recipe(name: str) -> Recipe:
@@ -101,7 +104,8 @@ def _parsed(holder, field: str, text: str):
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if typing.get_origin(kind) is tuple:
-            return tuple(part for part in text.split(",") if part)
+            (element, _) = typing.get_args(kind)
+            return tuple(element(part) for part in text.split(",") if part)
         return kind(text)
     except (KeyError, ValueError):
         expected = "true or false" if kind is bool else f"a value of type {kind.__name__}"

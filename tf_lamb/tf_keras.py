@@ -161,9 +161,17 @@ class WarmupPolynomialDecay(  # noqa: D101
 
 
 @tf_keras.utils.register_keras_serializable("tf_lamb")
+class WarmupStepDecay(  # noqa: D101
+    schedules.WarmupStepDecayRule, tf_keras.optimizers.schedules.LearningRateSchedule
+):
+    __doc__ = schedules.WarmupStepDecayRule.__doc__
+
+
+@tf_keras.utils.register_keras_serializable("tf_lamb")
 class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSchedule):  # noqa: D101
     __doc__ = schedules.PhasesRule.__doc__
     _schedule = WarmupPolynomialDecay
+    _step_schedule = WarmupStepDecay
 
 
 class TelemetryCallback(TelemetryCallbackRule, tf_keras.callbacks.Callback):  # noqa: D101

@@ -5,14 +5,32 @@ import os
 
 import numpy as np
 
-from inputs import corpus, documents, installed_text, synthetic, text, vocabulary
+from inputs import (
+    chunks,
+    corpus,
+    documents,
+    installed_text,
+    prepared_text,
+    shards,
+    synthetic,
+    text,
+    vocabulary,
+)
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from models import bert
-from training.export import export_mask_filler, run_apart
+from training.export import run_apart, write_export
+from training.model_card import make_card
+from training.pretrained_export import pretrained_export
 from training.saving import saved_step
 
-SHOWN_SENTENCES = 4
+SHOWN_SENTENCES, SEARCHED_SENTENCES = 4, 20_000
+USAGE = """\
+import tensorflow_text  # its kernels
+
+fill, encode = (model.signatures[name] for name in ("serving_default", "encode"))
+fill(text=tf.constant(["the [MASK] of the array"]))  # tokens, probabilities: [N, masks, 5]
+encode(text=tf.constant(["a sentence"]))  # pooled_output: [N, H]; sequence_output: [N, L, H]"""
 
 
 class BertPretraining:
@@ -20,8 +38,8 @@ class BertPretraining:
 
     Args:
         recipe: a `tf_lamb.bert_recipes.BertRecipe`.
-        data_dir: files, globs or folders of text, comma-separated; "" for the English that every
-            installation has.
+        data_dir: files, globs or folders of text, comma-separated; or a folder that
+            `inputs.prepare_text` made; or "" for the English that every installation has.
         vocab: path of a vocab.txt, or "" to learn one from the text.
         model_dir: where a learned vocabulary is kept, for the next start.
         seed: int, decides order, pairs and masks.
@@ -49,36 +67,44 @@ class BertPretraining:
             self.vocabulary = vocabulary.load_vocabulary(vocab) if vocab else made_up
             self.data = self.fingerprint = "synthetic data"
             return
-        files = documents.find_files(data_dir) if data_dir else []
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", say=log
         )
+        self.data = data_dir or "Python's help topics and installed packages' docstrings"
+        log(f"Reading {self.data}")
+        if not vocab and saved_step(model_dir):  # a run that goes on keeps what it learned
+            vocab = os.path.join(model_dir, "vocab.txt")
+        if shards.is_prepared(data_dir):
+            prepared = prepared_text.load_prepared(data_dir, vocab, records)
+            self._training, self._held_out, self.vocabulary, self.fingerprint = prepared
+        else:
+            self._tokenize(data_dir, vocab, records, log)
+        log(f"To train on: {self._training.size}; held out: {self._held_out.size}")
+
+    def _tokenize(self, data_dir, vocab, records, log):
+        """Raw text, or the installation's, in memory."""
+        files = documents.find_files(data_dir) if data_dir else []
 
         def read():
             if files:
                 return documents.read_documents(files, records)
             return installed_text.read_installed_text()
 
-        self.data = data_dir or "Python's help topics and installed packages' docstrings"
-        log(f"Reading {self.data}")
-        if not vocab and saved_step(model_dir):  # a run that goes on keeps what it learned
-            vocab = os.path.join(model_dir, "vocab.txt")
         if vocab:
             self.vocabulary = vocabulary.load_vocabulary(vocab)
             tokenized = corpus.tokenize(read(), self.vocabulary)
         else:
             kept = list(read())
             paragraphs = itertools.chain.from_iterable(kept)
-            self.vocabulary = vocabulary.learn_vocabulary(paragraphs, recipe.vocabulary_size)
+            self.vocabulary = vocabulary.learn_vocabulary(paragraphs, self.recipe.vocabulary_size)
             log(f"Learned a vocabulary of {len(self.vocabulary):,} word pieces")
             tokenized = corpus.tokenize(kept, self.vocabulary)
         self._training, self._held_out = corpus.split_held_out(tokenized)
         self.fingerprint = corpus.fingerprint(tokenized)
-        log(
-            f"{len(self._training.tokens):,} tokens in {len(self._training.documents) - 1:,} "
-            f"documents to train on, {len(self._held_out.tokens):,} in "
-            f"{len(self._held_out.documents) - 1:,} held out"
-        )
+
+    def compiles(self, on_cpu: bool) -> bool:
+        """Whether forward and backward become one XLA program."""
+        return True
 
     @property
     def facts(self) -> dict[str, str]:
@@ -126,6 +152,7 @@ class BertPretraining:
             sequence_length=phase.sequence_length,
             predictions=phase.predictions,
             whole_word=self.recipe.whole_word,
+            packing=self.recipe.packing,
             seed=seed,
         )
 
@@ -140,6 +167,11 @@ class BertPretraining:
         }
         return synthetic.synthetic_batches(spec, below, self._seed)
 
+    def final_metrics(self, model, strategy, model_dir: str | None) -> dict[str, float]:
+        """What is measured once, at the end: nothing beyond the last evaluation."""
+        del model, strategy, model_dir
+        return {}
+
     def results(self, metrics: dict[str, float]) -> dict[str, float]:
         """`metrics`, and the masked-token accuracy of always giving the likeliest answer."""
         counts = np.zeros(len(self.vocabulary))
@@ -151,11 +183,13 @@ class BertPretraining:
     def in_words(self, results: dict[str, float]) -> str:
         """What `results` say about the held-out text."""
         accuracy, baseline = results["masked_accuracy"], results["frequent_token"]
-        return (
+        words = (
             f"masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the "
-            f"{baseline:.3f} of always guessing the most frequent token; "
-            f"next-sentence accuracy {results['sentence_accuracy']:.3f}"
+            f"{baseline:.3f} of always guessing the most frequent token"
         )
+        if self.recipe.packing == chunks.FULL:
+            return words
+        return f"{words}; next-sentence accuracy {results['sentence_accuracy']:.3f}"
 
     def show(self, export_dir: str) -> None:
         """Prints what the SavedModel fills in, loaded in a process of its own."""
@@ -175,8 +209,10 @@ class BertPretraining:
         if self._synthetic:
             return [("word1 [MASK] word2", "word3")]
         held_out, chosen = self._held_out, []
-        for start, end in itertools.pairwise(held_out.sentences.tolist()):
+        bounds = held_out.sentences[: SEARCHED_SENTENCES + 1].tolist()
+        for start, end in itertools.pairwise(bounds):
             pieces = [self.vocabulary[i] for i in held_out.tokens[start:end]]
+            pieces = pieces[: len(pieces) - (pieces[-1] == vocabulary.SEP)]
             whole = [
                 i
                 for i, piece in enumerate(pieces[:-1])
@@ -188,6 +224,8 @@ class BertPretraining:
                 chosen.append((" ".join(pieces).replace(" ##", ""), word))
         return chosen[:: max(1, len(chosen) // SHOWN_SENTENCES)][:SHOWN_SENTENCES]
 
-    def export(self, model, export_dir: str) -> None:
-        """Writes the SavedModel that fills masks."""
-        export_mask_filler(model, self.vocabulary, self.recipe.max_sequence_length, export_dir)
+    def export(self, model, export_dir: str, results: dict[str, float]) -> None:
+        """Writes the SavedModel that fills masks and encodes sentences."""
+        card = make_card(self, model.count_params(), results, USAGE)
+        made = pretrained_export(model, self.vocabulary, self.recipe.max_sequence_length)
+        write_export(made, card, export_dir)

@@ -13,6 +13,8 @@ from training.saving import saved_steps
 MAY_CHANGE = (
     "steps",
     "warmup_steps",
+    "warmup_from",
+    "decay_from",
     "examples",
     "save_every_steps",
     "evaluate_every_steps",
@@ -26,6 +28,8 @@ MAY_CHANGE = (
     "max_rollbacks",
     "max_bad_record_share",
     "on_bad_record",
+    "telemetry",
+    "profile",
 )
 
 

@@ -66,7 +66,7 @@ class Watch:
         if step < 0:
             return
         if in_row > self._max_skipped:
-            reason = f"step {step} was the {in_row}th in a row with gradients that are not finite"
+            reason = f"the gradients were not finite in {in_row} steps in a row, up to step {step}"
         elif loss > self._max_loss:
             reason = f"the loss is {loss:.4g} at step {step}, above max_loss={self._max_loss:g}"
         else:

@@ -1,94 +1,37 @@
-"""SavedModels that take raw strings: tokenizer and vocabulary are in the graph."""
+"""An export: a SavedModel that takes raw data, its model card, and weights for tf-models."""
 
-import functools
+import contextlib
+import dataclasses
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 
 import tensorflow as tf
-import tf_keras
 
-from inputs.corpus import make_tokenizer
 from inputs.errors import InputError
-from inputs.vocabulary import CLS, MASK, PAD, SEP
+from inputs.vocabulary import save_vocabulary
+from training import tf_models_weights
 from training.checkpoints import check_writable
 
-TOP_K = 5
+CARD, WEIGHTS = "model_card.md", "tf_models"
 
 
-class MaskFiller(tf.Module):
-    """Fills each `[MASK]` of raw strings with a pre-trained BERT.
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What is written.
 
-    Args:
-        model: from `models.bert.build_pretrainer`.
-        vocabulary: list of word pieces.
-        max_sequence_length: word pieces per string; the rest is cut off.
+    module: holds the weights, the tokenizer and the vocabulary.
+    signatures: name -> `tf.function` of the module.
+    encoder: the BERT inside, if there is one: its weights are also written for tf-models'
+        `BertEncoder` (its `init_checkpoint`), into the folder tf_models.
+    vocabulary: its word pieces.
     """
 
-    def __init__(self, model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int):
-        super().__init__()
-        self._length = max_sequence_length
-        # Only the weights are saved; a tracked model would bring all its layers' own functions.
-        self.weights, self._logits = model.variables, functools.partial(model, training=False)
-        self.tokenizer = make_tokenizer(vocabulary)
-        self.pieces = tf.Variable(vocabulary, trainable=False, name="vocabulary")
-        self._pad, self._cls, self._sep, self._mask = (
-            vocabulary.index(token) for token in (PAD, CLS, SEP, MASK)
-        )
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
-    def fill(self, text):
-        """The likeliest fillings of every `[MASK]`.
-
-        Args:
-            text: [N] strings; "[MASK]" stands for the missing word.
-
-        Returns:
-            `tokens`: [N, M, K] strings, K word pieces for each mask, the likeliest first ("##ing"
-            goes on the word before it); M is the most masks of a string, and places beyond a
-            string's own masks hold "". `probabilities`: [N, M, K] float32, 0 there. `masks`: [N]
-            int32, how many masks of each string were answered; those after the first
-            `max_sequence_length` - 2 pieces are not.
-        """
-        ids = self._tokenized(text)
-        is_mask = ids == self._mask
-        masks = tf.reduce_sum(tf.cast(is_mask, tf.int32), axis=1)
-        most = tf.reduce_max(tf.concat([masks, [0]], axis=0))
-        places = tf.argsort(tf.cast(is_mask, tf.int32), direction="DESCENDING", stable=True)
-        places = places[:, : tf.maximum(most, 1)]
-        inputs = {
-            "input_word_ids": ids,
-            "input_mask": tf.cast(ids != self._pad, tf.int32),
-            "input_type_ids": tf.zeros_like(ids),
-            "masked_lm_positions": places,
-        }
-        logits = tf.cast(self._logits(inputs)["mlm_logits"], tf.float32)
-        best = tf.math.top_k(tf.nn.softmax(logits), TOP_K)
-        answered = tf.sequence_mask(masks, tf.shape(places)[1])[:, :, tf.newaxis]
-        tokens = tf.where(answered, tf.gather(self.pieces, best.indices), "")
-        probabilities = tf.where(answered, best.values, 0.0)
-        return {
-            "tokens": tokens[:, :most],
-            "probabilities": probabilities[:, :most],
-            "masks": masks,
-        }
-
-    def _tokenized(self, text):
-        """[N, L] int32: [CLS] ids [SEP], padded. "[MASK]" is no word to the tokenizer."""
-        parts = tf.strings.split(text, MASK)  # [N, (parts)]
-        ids = self.tokenizer.tokenize(parts.flat_values)
-        # A mask before each part, then the first one of every string taken away again.
-        marks = tf.fill([ids.nrows(), 1], self._mask)
-        ids = tf.concat([marks, ids], axis=1)
-        joined = tf.RaggedTensor.from_row_splits(
-            ids.flat_values, tf.gather(ids.row_splits, parts.row_splits)
-        )[:, 1:]
-        count = joined.nrows()
-        ends = [tf.fill([count, 1], special) for special in (self._cls, self._sep)]
-        return tf.concat([ends[0], joined[:, : self._length - 2], ends[1]], axis=1).to_tensor(
-            self._pad
-        )
+    module: tf.Module
+    signatures: dict
+    encoder: tf.Module | None = None
+    vocabulary: list[str] | None = None
 
 
 def check_export_dir(export_dir: str, model_dir: str) -> None:
@@ -114,16 +57,38 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
     check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
 
 
-def export_mask_filler(model, vocabulary, max_sequence_length, export_dir: str) -> None:
-    """Writes the SavedModel; an older one of that name is replaced when the new one is whole."""
-    module = MaskFiller(model, vocabulary, max_sequence_length)
-    parent = os.path.dirname(os.path.abspath(export_dir))
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as aside:
+def write_export(export: Export, card: str, export_dir: str) -> None:
+    """Writes the SavedModel; an older one of that name is replaced when the new one is whole.
+
+    Args:
+        export: what to write.
+        card: the model card's text, kept as model_card.md.
+        export_dir: the folder; `check_export_dir` has said that it can be written.
+    """
+    with replacing(export_dir) as fresh:
+        tf.saved_model.save(export.module, fresh, signatures=export.signatures)
+        if export.encoder is not None:
+            weights = os.path.join(fresh, WEIGHTS)
+            tf_models_weights.save_encoder(export.encoder, weights)
+            save_vocabulary(export.vocabulary, os.path.join(weights, "vocab.txt"))
+        with open(os.path.join(fresh, CARD), "w", encoding="utf-8") as file:
+            file.write(card)
+
+
+@contextlib.contextmanager
+def replacing(export_dir: str):
+    """Yields a path to write a folder at; afterwards it takes the place of `export_dir`."""
+    parent, name = os.path.split(os.path.abspath(export_dir))
+    aside = os.path.join(parent, f".{name}.new")  # always that name: a killed run's goes, too
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
         fresh = os.path.join(aside, "new")
-        tf.saved_model.save(module, fresh, signatures={"serving_default": module.fill})
+        yield fresh
         if os.path.exists(export_dir):
             os.replace(export_dir, os.path.join(aside, "old"))
         os.replace(fresh, export_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_apart(module: str, export_dir: str, *arguments: str) -> None:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from training.best import Best
 from training.divergence import Watch
-from training.progress import Progress
+from training.instruments import Instruments
 from training.saving import Manager
 from training.signals import Interrupted
 from training.state import RunState
@@ -41,25 +41,33 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._step = step
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._train_batches = None
+        on_read = tf.VariableSynchronization.ON_READ
+        self._statistics = [
+            v for v in self.model.non_trainable_variables if v.synchronization == on_read
+        ]
 
     def train(self, num_steps):
         """Runs `num_steps` steps on the device.
 
         Returns:
-            The mean losses of the steps whose own are finite, the rate, and `skipped_steps`, the
-            updates skipped since the run began.
+            The mean losses of the steps whose own are finite, the rate, `skipped_steps`, the
+            updates skipped since the run began, and `input_wait_seconds`: the time from a step's
+            losses to the arrival of the next batch, 0 where that was there already, over all
+            steps. On a CPU that is what the steps waited. On an accelerator, whose work is
+            queued, losses may be out before they are computed, and it is the most they waited.
 
         Raises:
             Diverged: a step was beyond bearing.
         """
         if self._train_batches is None:  # not before: Orbit restores the step after __init__
             self._train_batches = iter(self._train_dataset(int(self.state.step.numpy())))
-        totals, seen = self._train_loop(num_steps)
+        totals, seen, waited = self._train_loop(num_steps)
         self._watch.judge(seen)
         return self._means(totals) | {
             "learning_rate": self.optimizer.learning_rate.numpy(),
             # tf_keras's own optimizers skip none.
             "skipped_steps": getattr(self.optimizer, "skipped_steps", 0),
+            "input_wait_seconds": waited,
         }
 
     def evaluate(self, num_steps):
@@ -78,23 +86,36 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     @tf.function
     def _train_loop(self, num_steps):
-        """(sums and counts of all steps, what `Watch` has seen in them)."""
+        """(sums and counts of all steps, what `Watch` has seen in them, seconds of waiting)."""
         totals, *_ = self._train_step.get_concrete_function().structured_outputs
         totals = tf.nest.map_structure(lambda total: tf.zeros(total.shape, total.dtype), totals)
         seen = self._watch.start()
+        waited, ended = tf.zeros([], tf.float64), tf.timestamp()
         for _ in tf.range(num_steps):
-            step_totals, *news = self._train_step()
+            step_totals, news, arrived, now = self._train_step()
             seen = self._watch.seen(seen, *news)
             totals = tf.nest.map_structure(tf.add, totals, step_totals)
-        self.strategy.run(self._average_statistics)
-        return totals, seen
+            waited += tf.maximum(arrived - ended, 0.0)
+            ended = now
+        if self._statistics and self.strategy.num_replicas_in_sync > 1:
+            self.strategy.run(self._average_statistics)
+        return totals, seen, waited
 
     @tf.function
     def _train_step(self):
-        """(sums and counts), and what `Watch.seen` takes: step, loss, whether updated, rows."""
+        """A step of all replicas.
+
+        Returns:
+            Its sums and counts; what `Watch.seen` takes: step, loss, whether updated, rows; and
+            when the batch had arrived and the sums were known, in seconds of the clock.
+        """
         batch = next(self._train_batches)
+        with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+            arrived = tf.timestamp()
         sums, counts, updated, rows = self.strategy.run(self._counted_step, args=(batch,))
         totals = self._summed((sums, counts))
+        with tf.control_dependencies(tf.nest.flatten(totals)):
+            ended = tf.timestamp()
         means = self._means(totals)
         loss = tf.add_n([value for name, value in means.items() if name.endswith("_loss")])
         # The same on all replicas.
@@ -103,7 +124,7 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         kept = tf.nest.map_structure(
             lambda value: tf.where(tf.math.is_finite(loss), value, tf.zeros_like(value)), totals
         )
-        return kept, self.state.step.read_value(), loss, updated, rows
+        return kept, (self.state.step.read_value(), loss, updated, rows), arrived, ended
 
     def _counted_step(self, batch):
         """A replica's step: (sums, counts, whether it updated the weights, telemetry)."""
@@ -124,24 +145,34 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
     def _average_statistics(self):
         """Moving averages differ among replicas; from here on each holds the mean of all."""
         context = tf.distribute.get_replica_context()
-        for variable in self.model.non_trainable_variables:
-            if variable.synchronization == tf.VariableSynchronization.ON_READ:
-                variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
+        for variable in self._statistics:
+            variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
+
+
+def evaluation_steps(step: int, end: int, every: int | None) -> list[int]:
+    """The multiples of `every` (None: none) beyond `step` and before `end`, and `end`."""
+    if step >= end:
+        return []
+    return [*(range((step // every + 1) * every, end, every) if every else ()), end]
 
 
 def run_phase(
     trainer: Trainer,
     manager: Manager,
     best: Best,
-    progress: Progress,
+    instruments: Instruments,
     stop: Callable,
     *,
+    number: int,
     end: int,
     steps_per_loop: int,
     evaluate_every_steps: int | None,
+    evaluate_first: bool,
     model_dir: str,
 ) -> dict[str, float]:
-    """Trains up to step `end` from the newest checkpoint, under Orbit's Controller.
+    """Trains phase `number` up to step `end` from the newest checkpoint, under Orbit's Controller.
+
+    `evaluate_first` makes up for an evaluation that the run before did not come to.
 
     Returns:
         The means of an evaluation at the end.
@@ -151,29 +182,33 @@ def run_phase(
         Diverged: the state was not saved.
         SaveFailed: a checkpoint could not be written.
     """
-    # Orbit prints each line that it logs; `progress` says the same and more.
+    # Orbit prints each line that it logs; `instruments` say the same and more.
     with contextlib.redirect_stdout(None):
         controller = orbit.Controller(
             global_step=trainer.state.step,
             trainer=trainer,
             evaluator=trainer,
             strategy=trainer.strategy,
-            train_actions=[progress, stop],
-            eval_actions=[best],
-            steps_per_loop=steps_per_loop,
+            train_actions=[instruments, stop],
+            eval_actions=[best, instruments.evaluated],
+            steps_per_loop=instruments.loop_lengths(steps_per_loop),
             checkpoint_manager=manager,
-            summary_interval=steps_per_loop,
             summary_dir=f"{model_dir}/train",
             eval_summary_dir=f"{model_dir}/eval",
         )
-        progress.begin()
+        instruments.begin(number)
         try:
             stop()
-            if evaluate_every_steps:
-                controller.train_and_evaluate(end, eval_interval=evaluate_every_steps)
-            else:
-                controller.train(end)
-            return {key: float(value) for key, value in controller.evaluate().items()}
+            means = controller.evaluate() if evaluate_first else None
+            # Not `train_and_evaluate`, which counts the interval from where a run goes on.
+            for target in evaluation_steps(
+                int(trainer.state.step.numpy()), end, evaluate_every_steps
+            ):
+                controller.train(target, checkpoint_at_completion=target == end)
+                means = controller.evaluate()
+                stop()
+            means = means or controller.evaluate()
+            return {key: float(value) for key, value in means.items()}
         except Interrupted:
             manager.save(check_interval=False)
             raise

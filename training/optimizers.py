@@ -39,7 +39,7 @@ def make_optimizer(recipe: Recipe, learning_rate):
         "telemetry": True,  # names the layer of a gradient that is not finite
     }
     if recipe.optimizer == "momentum":
-        everything = {"exclude_from_layer_adaptation": [""]}
+        everything = {"exclude_from_layer_adaptation": [".*"]}
         return ours.LARS(learning_rate, momentum=recipe.momentum, **settings | everything)
     for name in ("trust_coefficient", "exclude_from_layer_adaptation"):
         if getattr(recipe, name) is not None:

@@ -1,15 +1,18 @@
 """A run from its newest checkpoint to its end: phase by phase, and back if it must."""
 
+import itertools
 import os
+import sys
 
 import numpy as np
 
 from training import loop
 from training.best import Best
 from training.divergence import Diverged, Watch
+from training.history import EVALUATIONS, read_rows
+from training.instruments import Instruments
 from training.optimizers import reset_slots
 from training.preemption import stop_together
-from training.progress import Progress
 from training.saving import Manager
 from training.state import make_checkpoint
 from training.strategy import endless, is_chief
@@ -49,6 +52,11 @@ class Run:
             scratch=None if is_chief(strategy) else os.path.join(folder, "scratch"),
         )
         self._best = Best(self._manager, task.best_metric, is_chief(strategy))
+        # Only the chief speaks, to a terminal if that is one.
+        stream = sys.stderr if is_chief(strategy) else None
+        self._instruments = Instruments(
+            task, recipe, step, state.step, strategy, folder, log, stream
+        )
         self._watch = Watch(
             step.optimizer,
             state.skipped_in_row,
@@ -80,26 +88,40 @@ class Run:
                 lambda: self._manager.save(check_interval=False),
                 self._folder,
             )
-            while True:
-                try:
-                    return self._phases(stop)
-                except Diverged as error:
-                    self._go_back(error)
+            missed = self._missed_evaluation()
+            with self._instruments:
+                while True:
+                    try:
+                        return self._phases(stop, missed)
+                    except Diverged as error:
+                        self._go_back(error)
+                        missed = False
 
     @property
     def _step(self) -> int:
         return int(self._state.step.numpy())
 
-    def _phases(self, stop):
+    def _missed_evaluation(self) -> bool:
+        """Whether one was due at the step that was restored, and the run ended before it."""
+        every, step = self._recipe.evaluate_every_steps, self._step
+        ends = itertools.accumulate(phase.steps for phase in self._recipe.phases)
+        due = step in ends or (every and step % every == 0)
+        if not due or not 0 < step < self._recipe.steps:
+            return False
+        rows = read_rows(os.path.join(self._model_dir, EVALUATIONS))
+        return step not in [row["step"] for row in rows]
+
+    def _phases(self, stop, missed):
         start, begun = 0, self._step
         for number, phase in enumerate(self._recipe.phases):
             end = start + phase.steps
-            if begun < end or end == self._recipe.steps:
-                metrics, progress = self._phase(number, start, end, stop)
+            if begun < end or end == self._recipe.steps or (missed and begun == end):
+                metrics = self._phase(number, start, end, stop, missed and begun > start)
+                missed = False
             start = end
-        return metrics, progress
+        return metrics, self._instruments.progress
 
-    def _phase(self, number: int, start: int, end: int, stop):
+    def _phase(self, number: int, start: int, end: int, stop, missed: bool):
         # Also where a run goes on from a checkpoint just there, which has them as they were.
         if self._recipe.phases[number].reset_slots and self._step == start:
             with self._strategy.scope():
@@ -114,25 +136,19 @@ class Run:
             watch=self._watch,
             stop=stop,
         )
-        progress = Progress(
-            self._state.step,
-            self._recipe.steps,
-            self._recipe.phases[number].global_batch_size,
-            os.path.join(self._folder, "history.jsonl"),
-            self._log,
-        )
-        metrics = loop.run_phase(
+        return loop.run_phase(
             trainer,
             self._manager,
             self._best,
-            progress,
+            self._instruments,
             stop,
+            number=number,
             end=end,
             steps_per_loop=self._steps_per_loop,
             evaluate_every_steps=self._recipe.evaluate_every_steps,
+            evaluate_first=missed,
             model_dir=self._folder,
         )
-        return metrics, progress
 
     def _go_back(self, error: Diverged) -> None:
         """To the newest checkpoint, at a lower rate, over the same data; or raises the error."""

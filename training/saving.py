@@ -82,9 +82,9 @@ def settle(model_dir: str, say) -> None:
     """
     shutil.rmtree(os.path.join(model_dir, ASIDE), ignore_errors=True)
     steps = saved_steps(model_dir)
-    for path in glob.glob(os.path.join(glob.escape(model_dir), "ckpt-*.data-*")):
-        # The index comes last and goes first: data without one were not visible any more, or yet.
-        if not os.path.exists(path.rpartition(".data-")[0] + ".index"):
+    for path in glob.glob(os.path.join(glob.escape(model_dir), "ckpt-*")):
+        # The index comes last and goes first: what has none was not visible any more, or yet.
+        if not os.path.exists(re.sub(r"\.(data-|index\.new).*$", ".index", path)):
             os.remove(path)
     flaws = {}
     for step in reversed(steps):
@@ -216,9 +216,10 @@ class Manager(tf.train.CheckpointManager):
         for path in _files(aside):
             _sync(path)
         _move(aside, self.directory)
-        for prefix in self.checkpoints[: -self._keep]:
+        prefixes = self.checkpoints
+        name_newest(self.directory, list(map(os.path.basename, prefixes[-self._keep :])))
+        for prefix in prefixes[: -self._keep]:
             _delete(prefix)
-        name_newest(self.directory, list(map(os.path.basename, self.checkpoints)))
 
     def restore_or_initialize(self):
         """Reads the newest checkpoint, unless the state is that one; its prefix, or None.

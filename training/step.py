@@ -28,6 +28,7 @@ class ReplicaStep:
         self._sums, self._counts = sums, counts
         self._seed, self._accumulation = seed, accumulation
         self._step_seed = StepSeed(model)
+        self.batch_spec = None  # of a replica's batch, once the step is traced
         compiled = tf.function(jit_compile=True) if jit_compile else lambda f: f
         self._gradients = compiled(self.sums_and_gradients)
         self._evaluation = compiled(
@@ -36,6 +37,7 @@ class ReplicaStep:
 
     def train(self, batch, number):
         """Updates the model in step `number`, an integer scalar; this replica's (sums, counts)."""
+        self.batch_spec = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
         counts = self._counts(batch)
         # The loss is the mean over the global batch, so its divisor is summed over the replicas.
         context = tf.distribute.get_replica_context()

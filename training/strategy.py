@@ -127,7 +127,9 @@ def check_same_everywhere(strategy: tf.distribute.Strategy, **facts) -> None:
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:
     """Whether a collective operation ended because another process of the cluster did."""
-    return isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
+    together = count_workers(os.environ.get("TF_CONFIG", "")) > 1
+    lost = isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
+    return together and lost
 
 
 def _connect_workers(workers: int) -> tf.distribute.Strategy:

@@ -5,5 +5,7 @@ train.py asks of one.
 """
 
 from training.bert_task import BertPretraining
+from training.image_task import ImageClassification
+from training.squad_task import SquadFineTuning
 
-TASKS = {"bert": BertPretraining}
+TASKS = {"bert": BertPretraining, "squad": SquadFineTuning, "resnet": ImageClassification}

@@ -1,0 +1,107 @@
+"""What benchmarks/engine.py times beside the engine: the bare step, and Keras's `model.fit`."""
+
+import dataclasses
+
+import tensorflow as tf
+import tf_keras
+
+from tf_lamb import recipes
+from tf_lamb import tf_keras as optimizers
+from training.state import RunState
+from training.step import ReplicaStep
+from training.tasks import TASKS
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a training program is made of, in a scope and with a task of its own."""
+
+    recipe: object
+    where: tf.distribute.Strategy
+    task: object
+    model: tf_keras.Model
+    state: RunState
+
+    def batches(self):
+        """The made-up batches, distributed."""
+        return self.where.distribute_datasets_from_function(self.task.train_batches(0, 0))
+
+    def replica_step(self, optimizer):
+        """The engine's own step with that optimizer."""
+        return ReplicaStep(
+            *(self.model, optimizer, self.task.sums, self.task.counts),
+            seed=1,
+            accumulation=1,
+            jit_compile=True,
+        )
+
+
+def make_recipe(global_batch_size: int, save_every_steps: int):
+    """BERT-tiny as in the demo, long enough never to end."""
+    recipe = recipes.resized(
+        recipes.find_recipe("bert-mini-demo"),
+        steps=1_000_000,
+        global_batch_size=global_batch_size,
+    )
+    return dataclasses.replace(recipe, save_every_steps=save_every_steps, telemetry=True)
+
+
+def make_parts(recipe, where, folder) -> Parts:
+    """A task and a model; the same for all, weights too."""
+    tf_keras.utils.set_random_seed(1)
+    task = TASKS["bert"](
+        recipe,
+        data_dir="",
+        vocab="",
+        model_dir=folder,
+        seed=1,
+        synthetic_data=True,
+        log=lambda line: None,
+    )
+    with where.scope():
+        return Parts(recipe, where, task, task.build_model(), RunState())
+
+
+def plain_optimizer(parts):
+    """The recipe's LAMB without what the engine adds to it."""
+    recipe = parts.recipe
+    with parts.where.scope():
+        optimizer = optimizers.LAMB(
+            optimizers.Phases([phase.schedule() for phase in recipe.phases]),
+            weight_decay=recipe.weight_decay,
+            exclude_from_weight_decay=recipe.exclude_from_weight_decay,
+        )
+        optimizer.build(parts.model.trainable_variables)
+    return optimizer
+
+
+def bare_block(parts, steps):
+    """A function that runs a block of bare steps."""
+    replica_step = parts.replica_step(plain_optimizer(parts))
+    batch = next(iter(parts.batches()))
+    step = tf.function(lambda: parts.where.run(replica_step.train, args=(batch, parts.state.step)))
+
+    def block():
+        for _ in range(steps):
+            sums, _ = step()
+        return [float(value) for value in sums.values()]
+
+    return block
+
+
+def fit_block(parts, steps, **compiled):
+    """A function that runs a block of steps of `model.fit`."""
+    weights = {"mlm_logits": "masked_lm_weights", "next_sentence": "example_weights"}
+    labels = {"mlm_logits": "masked_lm_ids", "next_sentence": "next_sentence_labels"}
+
+    def for_fit(batch):
+        inputs = {name: batch[name] for name in parts.model.input}
+        picked = ({key: batch[name] for key, name in names.items()} for names in (labels, weights))
+        return inputs, *picked
+
+    optimizer = plain_optimizer(parts)
+    with parts.where.scope():
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        parts.model.compile(optimizer, {"mlm_logits": loss, "next_sentence": loss}, **compiled)
+    data = parts.task.train_batches(0, 0)(None).map(for_fit)
+    return lambda: parts.model.fit(data, steps_per_epoch=steps, epochs=1, verbose=0)

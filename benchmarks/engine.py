@@ -1,0 +1,234 @@
+"""Times the training engine beside the bare step and Keras: python -m benchmarks.engine
+
+One process holds four copies of one BERT on one strategy and one made-up batch, and blocks of
+their steps take turns, so that a slow moment of the machine falls on all. Where other work shares
+the cores, the seconds of the processor are the steadier figure:
+
+- the engine, all of it: Orbit's loop, TensorBoard, history, trust ratios, and a checkpoint every
+  500 steps;
+- the bare step: the same compiled step, called from Python, and nothing read or written;
+- `tf_keras` `model.fit` without callbacks, once compiled by XLA with as many steps per execution
+  as the engine's loop has, once as it comes.
+
+Then the program itself is started, stopped after its first step, and started again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import psutil
+import tensorflow as tf
+
+from benchmarks.contenders import bare_block, fit_block, make_parts, make_recipe
+from models import bert
+from training import loop, saving, strategy
+from training.optimizers import make_optimizer, make_schedule
+from training.run import Run
+from training.state import RunSchedule
+
+ROOT = pathlib.Path(__file__).parents[1]
+SAVE_EVERY = 500
+WARM_UP = 2  # blocks; the first compiles, the second saves and draws its first histograms
+
+
+class Done(Exception):
+    """Enough blocks were timed."""
+
+
+def clocks():
+    """[2] seconds: the wall's, and the processor's for this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+class TimedTrainer(loop.Trainer):
+    """Notes how long each loop of steps is on the device, its results read."""
+
+    device_seconds: list = []
+
+    def _train_loop(self, num_steps):
+        begun = clocks()
+        results = super()._train_loop(num_steps)
+        tf.nest.map_structure(lambda value: value.numpy(), results)
+        self.device_seconds.append(clocks() - begun)
+        return results
+
+
+class Turns:
+    """The engine's action after each loop of steps: then it is the others' turn.
+
+    others: name -> function that runs a block.
+    blocks: how many are timed, after the first ones.
+    model_dir: where the engine saves.
+    """
+
+    def __init__(self, others, blocks, steps, model_dir):
+        self._others, self._blocks, self._steps = others, blocks, steps
+        self._model_dir, self._begun = model_dir, None
+        self.seconds = {name: [] for name in ("engine", *others)}
+        self.saved = []  # of each block of the engine's, whether it began with a checkpoint
+
+    deferred = contextlib.nullcontext
+    number = None
+
+    def __call__(self, output=None):
+        """Takes the engine's time since its last turn; raises `Done` when there are enough."""
+        now = clocks()
+        if output is None:
+            self._begun = now
+            return
+        self.seconds["engine"].append(now - self._begun)
+        before = (len(self.seconds["engine"]) - 1) * self._steps
+        self.saved.append(bool(before) and saving.saved_step(self._model_dir) == before)
+        for name, block in self._others.items():
+            begun = clocks()
+            block()
+            self.seconds[name].append(clocks() - begun)
+        done = len(self.saved) - WARM_UP
+        print(f"block {max(0, done)} of {self._blocks}", file=sys.stderr, flush=True)
+        if done >= self._blocks:
+            raise Done
+        self._begun = clocks()
+
+
+def run_engine(parts, turns, steps, model_dir):
+    """The whole engine, as train.py puts it together, until `turns` has had enough."""
+    with parts.where.scope():
+        schedule = RunSchedule(make_schedule(parts.recipe), parts.state)
+        optimizer = make_optimizer(parts.recipe, schedule)
+        optimizer.build(parts.model.trainable_variables)
+    loop.Trainer = TimedTrainer
+    run = Run(
+        *(parts.task, parts.recipe, parts.replica_step(optimizer), parts.state, parts.where),
+        settings="",
+        model_dir=model_dir,
+        folder=model_dir,
+        steps_per_loop=steps,
+        stop=turns,
+        log=lambda line: None,
+    )
+    with contextlib.suppress(Done):
+        run.train()
+
+
+def time_blocks(options):
+    """(name -> [2] seconds per step, of wall and processor; the same of the host's share)."""
+    steps = options.steps_per_loop
+    with tempfile.TemporaryDirectory() as folder:
+        where, recipe = strategy.connect(""), make_recipe(options)
+        made = {
+            name: make_parts(recipe, where, folder) for name in ("bare", "jit", "fit", "engine")
+        }
+        turns = Turns(
+            {
+                "bare": bare_block(made["bare"], steps),
+                "jit": fit_block(made["jit"], steps, jit_compile=True, steps_per_execution=steps),
+                "fit": fit_block(made["fit"], steps),
+            },
+            options.rounds * SAVE_EVERY // steps,
+            steps,
+            folder,
+        )
+        run_engine(made["engine"], turns, steps, folder)
+    blocks = {name: np.array(seconds[WARM_UP:]) for name, seconds in turns.seconds.items()}
+    device = np.array(TimedTrainer.device_seconds[WARM_UP:])
+    saved = np.array(turns.saved[WARM_UP:])
+    median = {name: np.median(seconds, axis=0) for name, seconds in blocks.items()}
+    quiet = np.median(blocks["engine"][~saved], axis=0)
+    per_save = np.median(blocks["engine"][saved], axis=0) - quiet
+    results = {
+        "the bare step": median["bare"] / steps,
+        "engine without checkpoints": quiet / steps,
+        "engine": quiet / steps + per_save / SAVE_EVERY,
+        "model.fit, jit_compile": median["jit"] / steps,
+        "model.fit as it comes": median["fit"] / steps,
+    }
+    return results, np.median((1 - device / blocks["engine"])[~saved], axis=0), per_save
+
+
+def first_step(model_dir, batch):
+    """[2] seconds, of wall and processor, from the command to the first line about a step.
+
+    The run is stopped after it.
+    """
+    command = [
+        *(sys.executable, str(ROOT / "train.py"), "--synthetic", "--steps=100"),
+        *("--steps_per_loop=1", f"--model_dir={model_dir}", f"--global_batch_size={batch}"),
+    ]
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("step "):
+                used = psutil.Process(process.pid).cpu_times()
+                seconds = np.array([time.perf_counter() - begun, used.user + used.system])
+                process.send_signal(signal.SIGTERM)
+                break
+        else:
+            raise RuntimeError("train.py ended before its first step")
+        process.stderr.read()
+    return seconds
+
+
+def time_starts(options):
+    """[2] seconds to the first step, fresh and from a checkpoint, in turns: medians."""
+    fresh, resumed = [], []
+    for _ in range(options.starts):
+        with tempfile.TemporaryDirectory() as folder:
+            fresh.append(first_step(folder, options.global_batch_size))
+            resumed.append(first_step(folder, options.global_batch_size))
+    return np.median(fresh, axis=0), np.median(resumed, axis=0)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="of 500 steps and a checkpoint each")
+    parser.add_argument("--steps_per_loop", type=int, default=100)
+    parser.add_argument("--global_batch_size", type=int, default=64)
+    parser.add_argument("--starts", type=int, default=3, help="pairs of fresh start and resume")
+    parser.add_argument("--json", help="a file for the figures")
+    options = parser.parse_args()
+    size, figures = bert.SIZES["tiny"], {}
+    print(f"BERT-tiny ({size.layers} x {size.width}), {options.global_batch_size} sequences of 64")
+    if options.rounds:
+        steps, host, save = time_blocks(options)
+        show_steps(steps, host, save, options.steps_per_loop)
+        figures = {name: list(seconds) for name, seconds in steps.items()}
+        figures |= {"host": list(host), "checkpoint": list(save)}
+    if options.starts:
+        fresh, resumed = time_starts(options)
+        print(
+            f"command to first step {fresh[0]:.1f} s ({fresh[1]:.1f} s of CPU); resumed "
+            f"{resumed[0]:.1f} s ({resumed[1]:.1f}), {resumed[0] / fresh[0]:.2f} of it "
+            f"({resumed[1] / fresh[1]:.2f})"
+        )
+        figures |= {"fresh": list(fresh), "resumed": list(resumed)}
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(figures))
+
+
+def show_steps(steps, host, save, steps_per_loop):
+    """Prints what `time_blocks` found."""
+    bare = steps["the bare step"]
+    print(f"{'a step of':28} {'ms':>7} {'of bare':>8} {'CPU ms':>8} {'of bare':>8}")
+    for name, (wall, cpu) in steps.items():
+        beside = wall / bare[0], cpu / bare[1]
+        print(f"{name:28} {1e3 * wall:7.1f} {beside[0]:8.3f} {1e3 * cpu:8.1f} {beside[1]:8.3f}")
+    print(
+        f"on the host, {steps_per_loop} steps a loop: {host[0]:.2%} of the engine's time, "
+        f"{host[1]:.2%} of its CPU time; a checkpoint: {save[0]:.2f} s, {save[1]:.2f} of CPU"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Times training batches at 224 beside tf-models' own: python -m benchmarks.image_inputs DATA_DIR
+
+DATA_DIR/train holds shards of JPEGs from `inputs.prepare_images`; tf-models reads the same images
+from TFRecords that are made of them. All take turns in one run. Images per second of CPU time are
+what one core does, whatever else the machine is doing; the limit is decoding the same crops and
+nothing else.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+
+import tensorflow as tf
+from official.core import config_definitions, input_reader
+from official.vision.dataloaders import classification_input
+
+from inputs import image_decoding, images
+
+IMAGE_SIZE, CLASSES = 224, 1_000
+
+
+def write_records(data: images.Images, path: str) -> None:
+    """The images as a TFRecord file in the layout that tf-models reads."""
+    with tf.io.TFRecordWriter(path) as writer:
+        for image, label in data.files(data.number):
+            features = {
+                "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
+                "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+
+
+def tf_models_batches(path: str, batch_size: int, dtype: str) -> tf.data.Dataset:
+    """The training pipeline of `resnet_imagenet` in tf-models."""
+    parser = classification_input.Parser([IMAGE_SIZE, IMAGE_SIZE], CLASSES, dtype=dtype)
+    return input_reader.InputReader(
+        config_definitions.DataConfig(
+            input_path=path,
+            global_batch_size=batch_size,
+            is_training=True,
+            shuffle_buffer_size=256,
+        ),
+        decoder_fn=classification_input.Decoder().decode,
+        parser_fn=parser.parse_fn(True),
+    ).read()
+
+
+def decoding_alone(data: images.Images, batch_size: int) -> tf.data.Dataset:
+    """The crops of our pipeline decoded, neither scaled nor put into batches."""
+    files = [image for image, _ in data.files(data.number)]
+    sizes = [tf.image.extract_jpeg_shape(image).numpy() for image in files]
+    height, width = (tf.constant([size[axis] for size in sizes], tf.int64) for axis in (0, 1))
+    numbers = tf.range(len(files), dtype=tf.int64)
+    windows = image_decoding.random_windows(height, width, seed=1, number=numbers)
+
+    def decoded(image, window):
+        return tf.shape(image_decoding.decode_crop(image, window, IMAGE_SIZE))
+
+    rows = tf.data.Dataset.from_tensor_slices((files, windows)).repeat()
+    return rows.map(decoded, tf.data.AUTOTUNE).batch(batch_size).prefetch(2)
+
+
+def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict:
+    """name -> (images/s of wall time, images/s of CPU time), medians over the rounds."""
+    iterators = {name: iter(dataset) for name, dataset in batches.items()}
+    figures: dict[str, list] = {name: [] for name in batches}
+    for _ in range(rounds):
+        for name, iterator in iterators.items():
+            for _ in range(4):  # what the others have left in its buffers, and warm-up
+                next(iterator)
+            count, wall, cpu = 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - wall < seconds:
+                next(iterator)
+                count += batch_size
+            figures[name].append(
+                (count / (time.perf_counter() - wall), count / (time.process_time() - cpu))
+            )
+            time.sleep(0.5)  # its threads fill their buffers and come to rest
+    return {
+        name: tuple(statistics.median(row[column] for row in rows) for column in (0, 1))
+        for name, rows in figures.items()
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data_dir")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each in each round")
+    parser.add_argument("--json", default="", help="file for the figures")
+    flags = parser.parse_args()
+    folder = os.path.join(flags.data_dir, "train")
+    ours = images.Images(folder, IMAGE_SIZE, seed=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = os.path.join(scratch, "train-00000-of-00001")
+        write_records(ours, path)
+        figures = measure(
+            {
+                "decoding alone": decoding_alone(ours, flags.batch_size),
+                "tf_lamb, uint8": ours.training_batches(flags.batch_size),
+                "tf-models, float32": tf_models_batches(path, flags.batch_size, "float32"),
+                "tf-models, bfloat16": tf_models_batches(path, flags.batch_size, "bfloat16"),
+            },
+            flags.batch_size,
+            flags.rounds,
+            flags.seconds,
+        )
+    limit, own = figures["decoding alone"][1], figures["tf_lamb, uint8"][1]
+    print(f"{'':22}{'images/s':>10}{'a core':>10}{'of limit':>10}{'ours is':>10}")
+    for name, (wall, cpu) in figures.items():
+        print(f"{name:22}{wall:10.0f}{cpu:10.0f}{cpu / limit:10.2f}{own / cpu:9.2f}x")
+    if flags.json:
+        with open(flags.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Times the text inputs: python -m benchmarks.inputs --text=wiki.jsonl.gz --vocab=vocab.txt
+
+First the tokenising of a text into shards, beside its tokenizer alone; then batches from these
+shards beside tf-models' `pretrain_text_dataloader` on the same text, and beside a copy of as many
+bytes. Contenders take turns in one process, so that a slow moment of the machine falls on all; the
+figures to compare are the ratios.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import psutil
+import tensorflow as tf
+from official.nlp.data import pretrain_text_dataloader
+
+from inputs import documents, prepared_text, text
+from inputs.bad_records import BadRecords
+from inputs.batches import batches
+from inputs.tokenizing import Tokenizer
+
+BATCH = 64
+PREDICTIONS = {128: 20, 512: 76}
+ROUND_SECONDS = 1.0
+# For tf-models, whose time does not depend on how much there is.
+ARTICLES = 2_000
+# tf-models makes a sequence of two lines, and fills no sequence: it gets lines as long as half of
+# one. With a sentence a line, as it is documented, its sequences are a third as long as ours.
+AS_FULL = "tf-models, as full"
+
+
+def read(path):
+    """The documents of a text."""
+    records = BadRecords(0.001, skip=True, say=print)
+    return documents.read_documents(documents.find_files(path), records)
+
+
+def cpu_seconds(command) -> tuple[float, float]:
+    """(wall, CPU) seconds of a command and of all processes that it starts."""
+    start, spent = time.perf_counter(), {}
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        family = [process]
+        try:
+            family += process.children(recursive=True)
+            for member in family:
+                times = member.cpu_times()
+                spent[member.pid] = times.user + times.system
+        except psutil.Error:  # it ended between two looks
+            pass
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.perf_counter() - start, sum(spent.values())
+
+
+def tokenizing(path, vocab, folder) -> dict:
+    """Tokens per second: the library's tokenizer alone, and text to shards."""
+    wall, cpu = cpu_seconds(
+        [sys.executable, "-m", "inputs.prepare_text"]
+        + [f"--input={path}", f"--vocab={vocab}", f"--output={folder}"]
+    )
+    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+        tokens = json.load(file)["tokens"]
+    _, _, vocabulary, _ = prepared_text.load_prepared(
+        folder, "", BadRecords(0, skip=False, say=print)
+    )
+    tokenizer = Tokenizer(vocabulary)
+    alone, both, seen = 0.0, 0.0, 0
+    for batch in batches(read(path)):
+        start = time.thread_time()
+        seen += len(tokenizer(batch).tokens)
+        both += time.thread_time() - start
+        paragraphs = tf.constant([paragraph for document in batch for paragraph in document])
+        start = time.thread_time()
+        tokenizer.pieces(paragraphs)
+        alone += time.thread_time() - start
+    return {
+        "tokens": tokens,
+        "prepare_seconds": wall,
+        "prepare_cpu_seconds": cpu,
+        "tokens_per_second": tokens / wall,
+        "tokens_per_cpu_second": tokens / cpu,
+        "with_sentences_tokens_per_thread_second": seen / both,
+        "tokenizer_alone_tokens_per_thread_second": seen / alone,
+    }
+
+
+def write_records(path, vocabulary, file, line_tokens) -> str:
+    """The text as tf-models wants it: a record a document, lines that become segments.
+
+    A line is a sentence, or, as in our pairs, so many of them as fit `line_tokens`.
+    """
+    tokenizer = Tokenizer(vocabulary)
+    with tf.io.TFRecordWriter(file) as writer:
+        for document in itertools.islice(read(path), ARTICLES):
+            sentences = tokenizer.break_sentences(document).flat_values
+            lengths = tokenizer.pieces(sentences).row_lengths().numpy()
+            lines, room = [], 0
+            for sentence, length in zip(sentences.numpy(), lengths, strict=True):
+                if length > room:
+                    lines.append(sentence)
+                    room = line_tokens - length
+                else:
+                    lines[-1] += b" " + sentence
+                    room -= length
+            value = tf.train.BytesList(value=[b"\n".join(lines)])
+            feature = {"text": tf.train.Feature(bytes_list=value)}
+            example = tf.train.Example(features=tf.train.Features(feature=feature))
+            writer.write(example.SerializeToString())
+    return file
+
+
+def contenders(path, folder, records, vocab, length) -> dict:
+    """name -> iterator over batches."""
+    training, _, vocabulary, _ = prepared_text.load_prepared(
+        folder, "", BadRecords(0, skip=False, say=print)
+    )
+    made = {}
+    for name, more in {
+        "pairs": {},
+        "pairs, whole words": {"whole_word": True},
+        "full sentences": {"packing": "full-sentences"},
+    }.items():
+        choices = {"whole_word": False, "seed": 1, "predictions": PREDICTIONS[length]} | more
+        examples = text.Examples(training, vocabulary, sequence_length=length, **choices)
+        made[name] = examples.training_batches(BATCH)
+    for name, line_tokens in {AS_FULL: (length - 3) // 2, "tf-models, sentences": 0}.items():
+        file = os.path.join(records, f"{line_tokens}.tfrecord")
+        params = pretrain_text_dataloader.BertPretrainTextDataConfig(
+            input_path=write_records(path, vocabulary, file, line_tokens),
+            vocab_file_path=vocab,
+            seq_length=length,
+            max_predictions_per_seq=PREDICTIONS[length],
+            global_batch_size=BATCH,
+        )
+        made[name] = pretrain_text_dataloader.BertPretrainTextDataLoader(params).load()
+    return {name: iter(batches_) for name, batches_ in made.items()}
+
+
+def rate(iterator) -> tuple[float, float, float]:
+    """(sequences, text tokens) per second, sequences per CPU second, in about `ROUND_SECONDS`.
+
+    The last one is the one to trust where other programs want the cores too: there the wall's
+    seconds favour who has more threads.
+    """
+    settle()
+    start, sequences, tokens, cpu = time.perf_counter(), 0, 0, time.process_time()
+    while (spent := time.perf_counter() - start) < ROUND_SECONDS:
+        mask = next(iterator)["input_mask"].numpy()
+        sequences += len(mask)
+        tokens += int(mask.sum())
+    cpu = time.process_time() - cpu
+    return sequences / spent, tokens / spent, sequences / cpu
+
+
+def settle() -> None:
+    """Waits until the buffers of whoever was measured before are full again."""
+    for _ in range(40):
+        before = time.process_time()
+        time.sleep(0.05)
+        if time.process_time() - before < 0.003:
+            return
+
+
+def copy_rate(batch) -> float:
+    """Sequences per second of copying a batch's arrays, on one thread."""
+    arrays = [array.numpy() for array in batch.values()]
+    targets = [np.empty_like(array) for array in arrays]
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        for target, array in zip(targets, arrays, strict=True):
+            np.copyto(target, array)
+        rounds += 1
+    return rounds * len(arrays[0]) / (time.perf_counter() - start)
+
+
+def reading(path, folder, records, vocab, length, rounds) -> list[dict]:
+    """A row for each contender: median rates, median ratios to tf-models."""
+    made = contenders(path, folder, records, vocab, length)
+    first = {name: next(iterator) for name, iterator in made.items()}
+    for iterator in made.values():
+        rate(iterator)  # until its buffers and its autotuning have settled
+    found = [
+        {name: (*rate(iterator), copy_rate(first[name])) for name, iterator in made.items()}
+        for _ in range(rounds)
+    ]
+    return [
+        {
+            "length": length,
+            "name": name,
+            "sequences_per_second": statistics.median(row[name][0] for row in found),
+            "tokens_per_second": statistics.median(row[name][1] for row in found),
+            "sequences_per_cpu_second": statistics.median(row[name][2] for row in found),
+            "times_tf_models": statistics.median(row[name][0] / row[AS_FULL][0] for row in found),
+            "times_tf_models_per_cpu_second": statistics.median(
+                row[name][2] / row[AS_FULL][2] for row in found
+            ),
+            "times_tf_models_tokens": statistics.median(
+                row[name][1] / row[AS_FULL][1] for row in found
+            ),
+            "share_of_copy": statistics.median(row[name][0] / row[name][3] for row in found),
+        }
+        for name in made
+    ]
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", required=True, help="files, globs or folders")
+    parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="write the figures here too")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        shards = os.path.join(folder, "shards")
+        figures = {"tokenizing": tokenizing(flags.text, flags.vocab, shards), "reading": []}
+        for name, value in figures["tokenizing"].items():
+            print(f"{name:44} {value:16,.1f}")
+        print(f"\n{'':26}sequences/s      tokens/s  times tf-models: of sequences, of them per")
+        print(f"{'':53}CPU second, of tokens; share of a copy")
+        for length in PREDICTIONS:
+            for row in reading(flags.text, shards, folder, flags.vocab, length, flags.rounds):
+                figures["reading"].append(row)
+                print(
+                    f"{length:4} {row['name']:20} {row['sequences_per_second']:11,.0f} "
+                    f"{row['tokens_per_second']:13,.0f} {row['times_tf_models']:7.1f} "
+                    f"{row['times_tf_models_per_cpu_second']:7.1f} "
+                    f"{row['times_tf_models_tokens']:7.1f} {row['share_of_copy']:9.3f}",
+                    flush=True,
+                )
+    if flags.json:
+        with open(flags.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

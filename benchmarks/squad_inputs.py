@@ -1,0 +1,86 @@
+"""SQuAD features per second, and every answer encoded and decoded again.
+
+    python -m benchmarks.squad_inputs SQUAD.json[.gz] VOCAB.txt
+
+prints how long reading and tokenising take, how many windows a second come out of the pipeline,
+and which answers do not come back from their word pieces, by cause.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from inputs import squad, squad_features, vocabulary
+from training import squad_answers
+
+SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}
+
+
+def lost_answers(features):
+    """[(cause, annotated, decoded, question)] of those that differ from their pieces."""
+    lost = []
+    for number, question in enumerate(features.squad.questions):
+        wanted = question.answers[0][1]
+        found = features.text_of(
+            number, features.first_pieces[number], features.last_pieces[number]
+        )
+        if found == wanted:
+            continue
+        at = found.find(wanted)
+        cause = {
+            (True, True): "begin and end inside a word piece",
+            (True, False): "begin inside a word piece",
+            (False, True): "end inside a word piece",
+        }.get((at > 0, 0 <= at < len(found) - len(wanted)), "differ otherwise")
+        lost.append((cause, wanted, found, question))
+    return lost
+
+
+def same_normalised(found: str, question: squad.Question) -> bool:
+    """Whether the official metric takes the decoded answer for the annotated one."""
+    one = squad.Squad([], [dataclasses.replace(question, answers=question.answers[:1])], "")
+    return squad_answers.metrics(one, {question.id: found})["exact_match"] == 100
+
+
+def main():
+    """Measures, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("squad")
+    parser.add_argument("vocab")
+    parser.add_argument("--batches", type=int, default=500, help="of 64 windows, that are timed")
+    arguments = parser.parse_args()
+    pieces = vocabulary.load_vocabulary(arguments.vocab)
+    begin = time.perf_counter()
+    read = squad.read_squad(arguments.squad)
+    parsed = time.perf_counter()
+    features = squad_features.Features(read, pieces, **SETTINGS, seed=1)
+    ready = time.perf_counter()
+    for _ in features.training_batches(64).take(arguments.batches):
+        pass
+    per_second = 64 * arguments.batches / (time.perf_counter() - ready)
+    whole = ready - begin + features.number / per_second
+    print(
+        f"{len(read.questions):,} questions, {features.number:,} windows of 384\n"
+        f"read and checked in {parsed - begin:.1f} s, tokenised in {ready - parsed:.1f} s, "
+        f"then {per_second:,.0f} windows/s\n"
+        f"the first epoch from the file on: {features.number / whole:,.0f} windows/s"
+    )
+    lost = lost_answers(features)
+    counted = [entry for entry in lost if not same_normalised(*entry[2:])]
+    number = len(read.questions)
+    print(
+        f"encode, decode: {number - len(lost):,} of {number:,} answers to the letter "
+        f"({1 - len(lost) / number:.2%}), {number - len(counted):,} after normalisation "
+        f"({1 - len(counted) / number:.2%})"
+    )
+    for cause, count in collections.Counter(entry[0] for entry in counted).most_common():
+        first = next(entry for entry in counted if entry[0] == cause)
+        print(f"  {count} {cause}, for one {first[1]!r} in {first[2]!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Comparisons that train through train.py, run by run."""

@@ -1,0 +1,248 @@
+"""LAMB beside AdamW at a small and at a 32 times larger batch, for the same number of epochs.
+
+    python -m experiments.bert_batches --data_dir=enwiki-articles.jsonl.gz --vocab=vocab.txt
+
+trains `bert-mini` through both of its phases (length 128, then 512 at half the batch, warming up
+again). Each optimizer at each batch size gets the same effort: four rates, a factor of two apart,
+with the first seed; the best by held-out masked-token accuracy runs with the other seeds too. The
+rate of the second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of
+each phase. Steps that do not fit into memory at once are accumulated.
+
+What is done is kept: the same command goes on with the run that it was in. It writes
+OUTPUT.json, OUTPUT.md and OUTPUT.png, also when only some runs are done.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tf_lamb.recipes import find_recipe
+from tf_lamb.scaling import scale_recipe
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RECIPE, TIMES_LARGER, SEEDS, MICRO_BATCH = "bert-mini", 32, (1, 2, 3), 32
+# Best rate that is expected at the small batch, then at the large one: √32 times that for LAMB.
+EXPECTED_RATE = {"lamb": (0.0025, 0.014), "adamw": (0.0005, 0.002)}
+AROUND = (1 / 4, 1 / 2, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run: an optimizer at a batch size (of the first phase), a peak rate and a seed."""
+
+    optimizer: str
+    batch: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.optimizer}-{self.batch}-rate{self.rate:g}-seed{self.seed}"
+
+
+def pairs(small_batch: int) -> list[tuple[str, int, list[float]]]:
+    """(optimizer, batch size, its rates)."""
+    return [
+        (optimizer, batch, [rate * factor for factor in AROUND])
+        for i, batch in enumerate((small_batch, small_batch * TIMES_LARGER))
+        for optimizer, rate in ((name, rates[i]) for name, rates in EXPECTED_RATE.items())
+    ]
+
+
+def command(trial: Trial, options, folder: str) -> list[str]:
+    """The `train.py` command of a trial."""
+    # "linear" keeps the share of the steps that is warm-up; the rates it gives are set anew.
+    steps = round(options.share * scale_recipe(find_recipe(RECIPE), trial.batch, "linear").steps)
+    settings = {
+        "optimizer": trial.optimizer,
+        "model": options.model,
+        "phase1.peak_learning_rate": trial.rate,
+        "phase2.peak_learning_rate": trial.rate / 2**0.5,
+        "accumulation": max(1, trial.batch // MICRO_BATCH),
+        "save_every_steps": max(1, steps // 10),
+        "keep_checkpoints": 1,
+    }
+    return [
+        sys.executable, os.path.join(ROOT, "train.py"), f"--recipe={RECIPE}",
+        f"--data_dir={options.data_dir}", f"--vocab={options.vocab}",
+        f"--global_batch_size={trial.batch}", "--scaling=linear", f"--steps={steps}",
+        f"--steps_per_loop={max(1, steps // 50)}", f"--seed={trial.seed}",
+        f"--model_dir={folder}",
+        *(f"--set={name}={value}" for name, value in settings.items()),
+    ]  # fmt: skip
+
+
+def run(trial: Trial, options) -> dict:
+    """The trial's outcome: that of its folder, or of the run that is started or gone on with.
+
+    Raises:
+        RuntimeError: train.py failed, other than by divergence.
+    """
+    folder = os.path.join(options.runs, trial.name)
+    path = os.path.join(folder, "outcome.json")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        start = time.perf_counter()
+        with open(os.path.join(folder, "train.log"), "a+", encoding="utf-8") as log:
+            arguments = command(trial, options, folder)
+            status = subprocess.run(arguments, stdout=log, stderr=log, check=False).returncode
+            log.seek(0)
+            diverged = "the newest checkpoint is from step" in log.read()
+        if status and not diverged:
+            raise RuntimeError(f"train.py ended with status {status}; see {folder}/train.log")
+        outcome = dataclasses.asdict(trial) | {"diverged": diverged, "accuracy": 0.0, "curve": []}
+        if not diverged:
+            with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+                outcome |= {"accuracy": json.load(file)["masked_accuracy"]}
+            outcome |= {"curve": curve(folder)}
+        outcome["seconds_since_start"] = round(time.perf_counter() - start, 1)
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump(outcome, file)
+        os.replace(f"{path}.new", path)
+        for name in os.listdir(folder):  # figures stay, weights go: there are 24 runs
+            if name.startswith("ckpt-") or name in ("best", "export", "checkpoint"):
+                place = os.path.join(folder, name)
+                shutil.rmtree(place) if os.path.isdir(place) else os.remove(place)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def curve(folder: str) -> list[tuple[int, float]]:
+    """(sequences used so far, share of the masked training tokens right) of each loop of steps."""
+    with open(os.path.join(folder, "recipe.json"), encoding="utf-8") as file:
+        first, second = json.load(file)["phases"]
+    points = []
+    with open(os.path.join(folder, "history.jsonl"), encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            in_first = min(row["step"], first["steps"])
+            used = in_first * first["global_batch_size"]
+            used += (row["step"] - in_first) * second["global_batch_size"]
+            points.append((used, row["masked_accuracy"]))
+    return points
+
+
+def compare(options, say=print) -> list[dict]:
+    """Runs what is missing, up to `options.limit` runs; returns all outcomes that there are."""
+    outcomes = []
+
+    def outcome(trial):
+        done = os.path.exists(os.path.join(options.runs, trial.name, "outcome.json"))
+        if not done:
+            if options.limit == 0:
+                return None
+            options.limit -= 1
+            say(f"{time.strftime('%H:%M:%S')} {trial.name}")
+        outcomes.append(run(trial, options))
+        if not done:
+            say(f"  accuracy {outcomes[-1]['accuracy']:.4f}")
+        return outcomes[-1]
+
+    for optimizer, batch, rates in pairs(options.small_batch):
+        tuned = [outcome(Trial(optimizer, batch, rate, SEEDS[0])) for rate in rates]
+        if None not in tuned:
+            best = max(tuned, key=lambda result: result["accuracy"])
+            for seed in SEEDS[1:]:
+                outcome(Trial(optimizer, batch, best["rate"], seed))
+    return outcomes
+
+
+def summary(outcomes: list[dict]) -> list[dict]:
+    """A row for each optimizer and batch size: the best rate, its seeds, and the whole grid."""
+    rows = []
+    for key in dict.fromkeys((o["optimizer"], o["batch"]) for o in outcomes):
+        own = [o for o in outcomes if (o["optimizer"], o["batch"]) == key]
+        grid = {o["rate"]: o["accuracy"] for o in own if o["seed"] == SEEDS[0]}
+        best = max(grid, key=grid.get)
+        runs = [o for o in own if o["rate"] == best]
+        rows.append(
+            {
+                "optimizer": key[0],
+                "batch": key[1],
+                "rate": best,
+                "at_the_edge": best in (min(grid), max(grid)),
+                "accuracies": [o["accuracy"] for o in runs],
+                "grid": grid,
+                "curves": [o["curve"] for o in runs],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: mean and standard deviation over the seeds, and every rate that was tried."""
+    lines = [
+        "| optimizer | batch | best rate | held-out masked-token accuracy | first seed, by rate |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = row["accuracies"]
+        spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+        tried = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in sorted(row["grid"].items()))
+        edge = " (edge)" if row["at_the_edge"] else ""
+        lines.append(
+            f"| {row['optimizer']} | {row['batch']} | {row['rate']:g}{edge} | "
+            f"{statistics.mean(found):.4f}{spread} ({len(found)} seeds) | {tried} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """A PNG: accuracy on the training text against sequences used, a line for each seed."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for number, row in enumerate(rows):
+        for i, points in enumerate(curve for curve in row["curves"] if curve):
+            label = f"{row['optimizer']}, batch {row['batch']}" if i == 0 else None
+            axes.plot(*zip(*points, strict=True), color=f"C{number}", label=label, alpha=0.7)
+    axes.set_xlabel("training sequences")
+    axes.set_ylabel("masked training tokens right (share)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments=None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, help="text, as train.py takes it")
+    parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
+    parser.add_argument("--runs", default="runs/bert-batches", help="a folder for each run")
+    parser.add_argument("--output", default="docs/bert_batches", help="without .json, .md, .png")
+    parser.add_argument("--model", default="mini", help="size of the network")
+    parser.add_argument("--small_batch", type=int, default=16, help="of the first phase")
+    parser.add_argument("--share", type=float, default=1.0, help="of the recipe's sequences")
+    parser.add_argument("--limit", type=int, default=-1, help="runs to do now; -1 for all")
+    options = parser.parse_args(arguments)
+    try:
+        rows = summary(compare(options))
+    except RuntimeError as error:
+        print(f"experiments.bert_batches: {error}", file=sys.stderr)
+        return 1
+    os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
+    with open(f"{options.output}.json", "w", encoding="utf-8") as file:
+        json.dump(rows, file, indent=1)
+    with open(f"{options.output}.md", "w", encoding="utf-8") as file:
+        file.write(table(rows))
+    if rows:
+        draw(rows, f"{options.output}.png")
+    print(table(rows), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

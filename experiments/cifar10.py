@@ -1,0 +1,156 @@
+"""Compares optimizers on CIFAR-10: python -m experiments.cifar10 --data_dir=DIR --output=DIR
+
+LARS, LAMB, momentum SGD and AdamW at batch 128 and 4,096 for the same epochs: each with a quarter
+of its recipe's rate, the rate itself and four times it, then the best of the three with more
+seeds. Every run is train.py's with a folder of its own; what is finished is not run again, and
+what was stopped goes on, so the same command can be given until all is done. It writes
+OUTPUT/table.json, table.md and curves.png, of what there is, after each run.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot, which would look for a screen
+from matplotlib import pyplot
+
+from tf_lamb.recipes import find_recipe
+
+ROOT = pathlib.Path(__file__).parents[1]
+OPTIMIZERS = ("lars", "lamb", "momentum", "adamw")
+BATCHES = (128, 4_096)
+RATE_FACTORS = (0.25, 1.0, 4.0)
+
+
+def peak_rate(optimizer: str, batch: int) -> float:
+    """The recipe's own."""
+    return find_recipe(f"cifar10-{optimizer}-{batch}").phases[0].peak_learning_rate
+
+
+def run(folder: pathlib.Path, optimizer, batch, rate, seed, flags) -> dict:
+    """One run of train.py, unless it is finished; its row of the table."""
+    result = folder / "run.json"
+    if not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"--recipe=cifar10-{optimizer}-{batch}",
+            f"--data_dir={flags.data_dir}",
+            f"--model_dir={folder}",
+            f"--seed={seed}",
+            f"--set=peak_learning_rate={rate!r}",
+            *([f"--steps={flags.steps}"] if flags.steps else []),
+        ]
+        start = time.monotonic()
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            status = subprocess.run(command, stdout=log, stderr=log).returncode
+        if status < 0 or status > 128:
+            raise KeyboardInterrupt  # stopped; the state is saved
+        row = {"optimizer": optimizer, "batch": batch, "rate": rate, "seed": seed}
+        row["minutes"] = (time.monotonic() - start) / 60  # of the last start
+        if status == 0:
+            row |= json.loads((folder / "results.json").read_text())
+        elif not _diverged(folder / "log.txt"):
+            raise SystemExit(f"{' '.join(command)} failed; see {folder / 'log.txt'}")
+        result.write_text(json.dumps(row, indent=1))
+    return json.loads(result.read_text())
+
+
+def _diverged(log: pathlib.Path) -> bool:
+    last = log.read_text().strip().splitlines()[-1]
+    return "the newest checkpoint is from step" in last
+
+
+def accuracy(row: dict) -> float:
+    """Top-1 on the 10,000 test images; 0 for a run that diverged."""
+    return row.get("image_top1", 0.0)
+
+
+def summary(rows: list[dict]) -> str:
+    """The table in Markdown: the best rate of each pair, and its accuracy over the seeds."""
+    lines = ["| optimizer | batch | best rate | top-1 | runs |", "|---|---|---|---|---|"]
+    for optimizer in OPTIMIZERS:
+        for batch in BATCHES:
+            own = [r for r in rows if (r["optimizer"], r["batch"]) == (optimizer, batch)]
+            if own:
+                rate = max(own, key=accuracy)["rate"]
+                found = sorted(accuracy(row) for row in own if row["rate"] == rate)
+                shown = ", ".join(f"{value:.4f}" for value in found)
+                lines.append(f"| {optimizer} | {batch:,} | {rate:g} | {shown} | {len(own)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], output: pathlib.Path) -> None:
+    """Training loss over epochs of the best run of each pair."""
+    figure, axes = pyplot.subplots(1, len(BATCHES), figsize=(10, 4), sharey=True)
+    for axis, batch in zip(axes, BATCHES, strict=True):
+        for optimizer in OPTIMIZERS:
+            own = [r for r in rows if (r["optimizer"], r["batch"]) == (optimizer, batch)]
+            if own:
+                best = max(own, key=accuracy)
+                history = (output / name(best) / "history.jsonl").read_text().splitlines()
+                points = [json.loads(line) for line in history]
+                epochs = [point["step"] * batch / 50_000 for point in points]
+                label = f"{optimizer}, {best['rate']:g}: {accuracy(best):.3f}"
+                axis.plot(epochs, [point["loss"] for point in points], label=label)
+        axis.set(title=f"batch {batch:,}", xlabel="epoch")
+        if axis.lines:
+            axis.legend()
+    axes[0].set_ylabel("training loss, nats")
+    figure.tight_layout()
+    figure.savefig(output / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+def name(row: dict) -> str:
+    """The folder of a run."""
+    return f"{row['optimizer']}-{row['batch']}-{row['rate']:g}-seed{row['seed']}"
+
+
+def main() -> None:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, help="from inputs.prepare_images")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--seeds", type=int, default=2, help="of the best rate of each pair")
+    parser.add_argument("--steps", type=int, help="fewer steps, to try it out")
+    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    flags = parser.parse_args()
+    output = pathlib.Path(flags.output)
+    output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+
+    def do(optimizer, batch, rate, seed):
+        row = {"optimizer": optimizer, "batch": batch, "rate": rate, "seed": seed}
+        rows.append(run(output / name(row), optimizer, batch, rate, seed, flags))
+        (output / "table.json").write_text(json.dumps(rows, indent=1))
+        (output / "table.md").write_text(summary(rows))
+        draw(rows, output)
+        print(f"{name(row)}: top-1 {accuracy(rows[-1]):.4f}", flush=True)
+
+    for batch in map(int, flags.batches.split(",")):
+        for optimizer in flags.optimizers.split(","):
+            first = len(rows)
+            for factor in RATE_FACTORS:
+                do(optimizer, batch, factor * peak_rate(optimizer, batch), 1)
+            best = max(rows[first:], key=accuracy)["rate"]
+            for seed in range(2, flags.seeds + 1):
+                do(optimizer, batch, best, seed)
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("experiments.cifar10: stopped. The same command goes on.")

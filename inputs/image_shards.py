@@ -1,0 +1,173 @@
+"""Random-access shards: ArrayRecord files, and a manifest that says what they hold.
+
+A shard is written whole or not at all, and remembered beside itself, so that a preparation that
+was stopped goes on with the first shard that is missing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from inputs.errors import InputError
+
+MANIFEST, PLAN = "manifest.json", "plan.json"
+# One record a chunk, for random access; what is stored is compressed already, or tiny.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file: its name, records, bytes, a hash of its records, and facts for the manifest."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+    facts: dict
+
+
+def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -> Shard:
+    """Writes one shard, unless a run before has; returns what it holds.
+
+    Args:
+        folder: exists.
+        name: of the file, without a suffix.
+        records: read once, and only if the shard is not there.
+        facts: JSON values about the records, may fill up while they are read.
+    """
+    path = os.path.join(folder, f"{name}.arrayrecord")
+    if os.path.exists(f"{path}.json"):
+        return Shard(**read_json(f"{path}.json"))
+    digest, count = hashlib.sha256(), 0
+    writer = array_record_module.ArrayRecordWriter(f"{path}.new", WRITER_OPTIONS)
+    try:
+        for record in records:
+            writer.write(record)
+            digest.update(len(record).to_bytes(8, "little") + record)
+            count += 1
+    finally:
+        writer.close()
+    shard = Shard(
+        os.path.basename(path), count, os.path.getsize(f"{path}.new"), digest.hexdigest(), facts
+    )
+    os.replace(f"{path}.new", path)
+    write_json(f"{path}.json", dataclasses.asdict(shard))
+    return shard
+
+
+def begin(folder: str, plan: dict) -> None:
+    """Makes the folder, or goes on in one that the same plan began.
+
+    Raises:
+        InputError: it cannot be made, or holds something else.
+    """
+    plan = json.loads(json.dumps(plan))
+    path = os.path.join(folder, PLAN)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(path):
+            begun = read_json(path)
+            differing = [key for key in plan if begun.get(key) != plan[key]]
+            if differing:
+                raise InputError(
+                    f"--output: {folder} was begun with another {', '.join(differing)}. Give the "
+                    "same, or another folder."
+                )
+        elif os.listdir(folder):
+            raise InputError(f"--output: {folder} is not empty. Give another folder.")
+        write_json(path, plan)
+    except OSError as error:
+        raise InputError(
+            f"--output: {folder} cannot be written ({error.strerror}). Give another folder."
+        ) from None
+
+
+def finish(folder: str, shards: list[Shard], **facts) -> dict:
+    """Writes the manifest and takes the notes of the way away; returns the manifest.
+
+    Args:
+        facts: JSON values; what makes two sets of records mean different things belongs here.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for shard in shards:
+        digest.update(shard.sha256.encode())
+    kept = [shard for shard in shards if shard.count]
+    manifest = facts | {
+        "count": sum(shard.count for shard in kept),
+        "hash": digest.hexdigest()[:16],
+        "shards": [
+            {"file": s.file, "count": s.count, "bytes": s.bytes, "sha256": s.sha256} for s in kept
+        ],
+    }
+    write_json(os.path.join(folder, MANIFEST), manifest)
+    for shard in shards:
+        os.remove(os.path.join(folder, f"{shard.file}.json"))
+        if not shard.count:
+            os.remove(os.path.join(folder, shard.file))
+    os.remove(os.path.join(folder, PLAN))
+    return manifest
+
+
+class ShardReader:
+    """The records of a folder's shards, numbered from 0 through all of them.
+
+    Args:
+        folder: with a manifest.
+        kind: what the manifest must say that the records are.
+
+    Raises:
+        InputError: no such manifest, or a shard is missing or cut off.
+    """
+
+    def __init__(self, folder: str, kind: str):
+        path = os.path.join(folder, MANIFEST)
+        if os.path.exists(os.path.join(folder, PLAN)) and not os.path.exists(path):
+            raise InputError(
+                f"--data_dir: {folder} is not finished. Give the command that prepares it again; "
+                "it goes on where it stopped."
+            )
+        try:
+            self.manifest = read_json(path)
+            found, files = self.manifest["kind"], self.manifest["shards"]
+            paths = [os.path.join(folder, file["file"]) for file in files]
+            self.count = self.manifest["count"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--data_dir: {path} is no readable manifest of shards ({error}). Give a folder "
+                "that `python -m inputs.prepare_images` has written."
+            ) from None
+        if found != kind:
+            raise InputError(f"--data_dir: {path}, kind is {found!r}, and {kind!r} is needed here.")
+        for file, shard in zip(files, paths, strict=True):
+            size = os.path.getsize(shard) if os.path.exists(shard) else "no"
+            if size != file["bytes"]:
+                raise InputError(
+                    f"--data_dir: {shard} has {size} bytes, and the manifest says "
+                    f"{file['bytes']}. Copy or prepare the folder again."
+                )
+        self._source = array_record_data_source.ArrayRecordDataSource(
+            [f"{shard}[0:{file['count']}]" for file, shard in zip(files, paths, strict=True)]
+        )
+
+    def read(self, numbers) -> np.ndarray:
+        """[B] bytes objects, the records of these numbers, an [B] array of integers."""
+        records = self._source.__getitems__([int(number) for number in numbers])
+        return np.array(records, dtype=object)
+
+
+def read_json(path: str):
+    """What a JSON file holds."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def write_json(path: str, value) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(f"{path}.new", path)

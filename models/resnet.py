@@ -1,0 +1,192 @@
+"""ResNet v1.5 for classification on tf-models-official, its losses and hits.
+
+He et al., arXiv:1512.03385, with the stride in the 3x3 convolution ("v1.5", which is how
+tf-models builds it); the last batch norm of each block starts at zero (Goyal et al.,
+arXiv:1706.02677, section 5.1).
+"""
+
+import dataclasses
+
+import tensorflow as tf
+import tf_keras
+from official.vision.modeling import classification_model
+from official.vision.modeling.backbones import resnet
+
+EPSILON = 1e-5  # of batch norm; MLPerf training v0.7, Google, resnet
+HEAD_STDDEV = 0.01  # arXiv:1706.02677, section 5.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Layers, channels after the stem, and whether images are of CIFAR's size.
+
+    For these the stem is one 3x3 convolution at full resolution, without pooling.
+    """
+
+    layers: int
+    width: int = 64
+    small_images: bool = False
+
+
+SIZES = {
+    "resnet-18": Size(18),
+    "resnet-50": Size(50),
+    "resnet-50-narrow": Size(50, width=16),
+    "cifar-resnet-10": Size(10, width=16, small_images=True),
+    "cifar-resnet-18": Size(18, width=16, small_images=True),
+}
+
+# (mean, standard deviation) of the channels R, G, B in [0, 255].
+NORMALIZATIONS = {
+    # tf-models-official 2.20, official/vision/ops/preprocess_ops.py
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    # MLPerf training v0.7, Google, resnet: the mean subtracted, and nothing else
+    "mlperf": ((123.68, 116.78, 103.94), (1.0, 1.0, 1.0)),
+    # over the 50,000 training images
+    "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
+}
+
+
+class SpaceToDepthConvolution(tf_keras.layers.Conv2D):
+    """The 7x7 convolution of stride 2 as a 4x4 one of stride 1, over 2x2 pixels as channels.
+
+    The same weights and the same result, in a shape that fills a TPU's matrix unit better: 12
+    channels in place of 3 (MLPerf training v0.6, Google, resnet). Height and width must be even.
+    """
+
+    def call(self, inputs):
+        """[B, H, W, 3] -> [B, H/2, W/2, filters]."""
+        channels = self.kernel.shape[2]
+        kernel = tf.pad(self.kernel, [[0, 1], [0, 1], [0, 0], [0, 0]])
+        kernel = tf.reshape(kernel, [4, 2, 4, 2, channels, self.filters])
+        kernel = tf.reshape(
+            tf.transpose(kernel, [0, 2, 1, 3, 4, 5]), [4, 4, 4 * channels, self.filters]
+        )
+        # "SAME" pads 1 before and 2 after, as the 2 and 3 pixels of the convolution it stands for.
+        return tf.nn.conv2d(tf.nn.space_to_depth(inputs, 2), kernel, 1, "SAME")
+
+
+class _ResNet(resnet.ResNet):
+    """tf-models' ResNet with a choice of stems, which it leaves to this one method."""
+
+    def __init__(self, *, stem, **arguments):
+        self._own_stem = stem
+        super().__init__(**arguments)
+
+    def _stem(self, inputs):
+        if self._own_stem == "7x7":
+            return super()._stem(inputs)
+        small = self._own_stem == "3x3"
+        convolution = tf_keras.layers.Conv2D if small else SpaceToDepthConvolution
+        x = convolution(
+            int(64 * self._depth_multiplier),
+            3 if small else 7,
+            strides=1 if small else 2,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=self._kernel_initializer,
+        )(inputs)
+        x = self._norm(
+            momentum=self._norm_momentum,
+            epsilon=self._norm_epsilon,
+            synchronized=self._use_sync_bn,
+        )(x)
+        x = tf_keras.layers.ReLU()(x)
+        return x if small else tf_keras.layers.MaxPool2D(3, 2, padding="same")(x)
+
+
+def build_classifier(
+    size: Size,
+    image_size: int,
+    classes: int,
+    *,
+    normalization: str,
+    batch_norm_momentum: float,
+    space_to_depth: bool = False,
+    sync_batch_norm: bool = False,
+) -> tf_keras.Model:
+    """A classifier of images, its weights made under the strategy in scope.
+
+    Args:
+        size: from `SIZES`.
+        image_size: pixels each way, S.
+        classes: number of logits, C.
+        normalization: a key of `NORMALIZATIONS`; done in the network, in its compute dtype.
+        batch_norm_momentum: share of the old value in each step of the moving averages.
+        space_to_depth: whether the 7x7 stem is computed as `SpaceToDepthConvolution`.
+        sync_batch_norm: whether batch norm sees all replicas' examples, not each its own.
+
+    Returns:
+        A model from [B, S, S, 3] float pixels in [0, 255] to [B, C] logits.
+    """
+    spec = tf_keras.layers.InputSpec(shape=[None, image_size, image_size, 3])
+    stem = "space-to-depth" if space_to_depth else "7x7"
+    backbone = _ResNet(
+        stem="3x3" if size.small_images else stem,
+        model_id=size.layers,
+        input_specs=spec,
+        depth_multiplier=size.width / 64,
+        norm_momentum=batch_norm_momentum,
+        norm_epsilon=EPSILON,
+        use_sync_bn=sync_batch_norm,
+    )
+    network = classification_model.ClassificationModel(
+        backbone,
+        classes,
+        spec,
+        kernel_initializer=tf_keras.initializers.RandomNormal(stddev=HEAD_STDDEV),
+    )
+    for block in backbone.layers:
+        norms = [getattr(block, f"_norm{i}", None) for i in (3, 2)]
+        if any(norms):
+            last = next(norm for norm in norms if norm)
+            last.gamma.assign(tf.zeros_like(last.gamma))
+    pixels = tf_keras.Input([image_size, image_size, 3], name="image")
+    mean, deviation = NORMALIZATIONS[normalization]
+    normalized = tf_keras.layers.Rescaling(
+        [1 / d for d in deviation], [-m / d for m, d in zip(mean, deviation, strict=True)]
+    )(pixels)
+    return tf_keras.Model(pixels, network(normalized), name="classifier")
+
+
+def classification_sums(model, batch, training: bool, *, label_smoothing: float):
+    """Losses and hits of a batch, as sums: what replicas and steps can add up.
+
+    Args:
+        model: from `build_classifier`.
+        batch: as `inputs.images.element_spec` describes. In training each image and label is
+            mixed with the one as far from the end of the batch as it is from the beginning, by
+            `mixup` (Zhang et al., arXiv:1710.09412).
+        training: whether batch norm takes the batch's own statistics.
+        label_smoothing: share of the target that is spread over all classes; in training alone.
+
+    Returns:
+        float32 scalars, named by what they become when `classification_counts` divides them:
+        `image_loss` is the summed cross-entropy in nats, `image_top1` and `image_top5` count
+        images whose class is the likeliest, or among the five likeliest.
+    """
+    images, weights = tf.cast(batch["image"], model.input.dtype), batch["example_weights"]
+    targets = tf.one_hot(batch["label"], model.output.shape[-1])
+    if training:
+        own = batch["mixup"]
+        images = _mix(images, tf.cast(own, images.dtype)[:, None, None, None])
+        targets = _mix(targets, own[:, None])
+        targets = targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
+    logits = tf.cast(model(images, training=training), tf.float32)
+    losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+    own_logit = tf.gather(logits, batch["label"], axis=1, batch_dims=1)[:, None]
+    rank = tf.reduce_sum(tf.cast(logits > own_logit, tf.int32), axis=1)
+    return {
+        "image_loss": tf.reduce_sum(losses * weights),
+        "image_top1": tf.reduce_sum(tf.cast(rank < 1, tf.float32) * weights),
+        "image_top5": tf.reduce_sum(tf.cast(rank < 5, tf.float32) * weights),
+    }
+
+
+def classification_counts(batch):
+    """What the sums of `classification_sums` are divided by: images."""
+    return {"image": tf.reduce_sum(batch["example_weights"])}
+
+
+def _mix(values, own):
+    return values * own + values[::-1] * (1 - own)

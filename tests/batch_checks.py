@@ -1,0 +1,41 @@
+"""What must hold of any pre-training batch."""
+
+import numpy as np
+import pytest
+
+from inputs import vocabulary
+
+
+def joined(batches):
+    """Batches as one dictionary of arrays."""
+    batches = list(batches)
+    return {key: np.concatenate([b[key].numpy() for b in batches]) for key in batches[0]}
+
+
+def original(batch):
+    """The ids before masking."""
+    ids = batch["input_word_ids"].copy()
+    rows, picks = np.nonzero(batch["masked_lm_weights"])
+    ids[rows, batch["masked_lm_positions"][rows, picks]] = batch["masked_lm_ids"][rows, picks]
+    return ids
+
+
+def check_statistics(batch, pieces, next_sentence_error=0.01):
+    """15 % masked, of them 80/10/10, half of the pairs random, no special token masked."""
+    _, unk, cls, sep, mask = map(pieces.index, vocabulary.SPECIAL_TOKENS)
+    weights = batch["masked_lm_weights"] > 0
+    labels = batch["masked_lm_ids"][weights]
+    shown = np.take_along_axis(batch["input_word_ids"], batch["masked_lm_positions"], 1)[weights]
+    before = original(batch)
+    text_tokens = batch["input_mask"].sum() - np.isin(before, [unk, cls, sep]).sum()
+    assert weights.sum() / text_tokens == pytest.approx(0.15, abs=0.003)
+    # A random piece is now and then the right one.
+    assert np.mean(shown == mask) == pytest.approx(0.8, abs=0.01)
+    assert np.mean(shown == labels) == pytest.approx(0.1, abs=0.01)
+    if batch["next_sentence_weights"].any():
+        random = batch["next_sentence_labels"].mean()
+        assert random == pytest.approx(0.5, abs=next_sentence_error)
+        assert ((before == sep).sum(1) == 2).all()
+    special = {pieces.index(token) for token in vocabulary.SPECIAL_TOKENS}
+    assert not special.intersection(labels.tolist())
+    assert (batch["input_word_ids"][:, 0] == cls).all()

@@ -1,0 +1,66 @@
+"""Made-up images and data sets for the tests of everything that reads images."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import tensorflow as tf
+
+from inputs import prepare_images
+
+NAMES = ("cat", "dog", "owl")
+
+
+def smooth(height, width, seed=0):
+    """[height, width, 3] uint8 that JPEG keeps nearly as it is: a few slow waves."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [
+        np.sin(y * rng.uniform(0.01, 0.05) + rng.uniform(0, 6))
+        + np.cos(x * rng.uniform(0.01, 0.05) + rng.uniform(0, 6))
+        for _ in range(3)
+    ]
+    return np.clip(np.stack(waves, -1) * 50 + 128, 0, 255).astype(np.uint8)
+
+
+def encoded(pixels, kind="JPEG", mode="RGB"):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    options = {"quality": 95} if kind == "JPEG" else {}
+    PIL.Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def class_folders(folder, per_class=4, names=NAMES, size=(60, 80)):
+    """FOLDER/cat/0.jpg and so on; returns the folder."""
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            (folder / name / f"{i}.jpg").write_bytes(encoded(smooth(*size, seed=label * 100 + i)))
+    return folder
+
+
+def prepare(*arguments):
+    """Runs the command in this process; returns its exit status."""
+    return prepare_images.main([str(argument) for argument in arguments])
+
+
+def prepared(folder, **arguments):
+    """Shards of class folders, train and validation alike; returns their folder."""
+    source = class_folders(folder / "source", **arguments)
+    for split in ("train", "validation"):
+        status = prepare("--source", source, "--output", folder / "out", "--split", split)
+        assert status == 0
+    return folder / "out"
+
+
+def example(**features):
+    """A serialised tf.train.Example; names are given with __ for /."""
+    values = {}
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        else:
+            feature = tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+        values[name.replace("__", "/")] = feature
+    return tf.train.Example(features=tf.train.Features(feature=values)).SerializeToString()

@@ -1,0 +1,133 @@
+"""A run that is killed again and again ends as one that was not: make soak, or
+
+    python tests/soak.py [--kills=20] [--seed=0] [--folder=FOLDER] -- [flags of train.py]
+
+Runs train.py once without a stop. Then starts it again and again, in another folder, and ends it
+with `kill -9` at random moments: in start-up and compilation, and all along the way. Losses,
+evaluations, weights, slots and counters of the two have to agree to the last bit.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from training.history import read_rows  # noqa: E402  the path comes first
+from training.saving import saved_step, saved_steps  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEFAULT = "--synthetic --steps=3000 --steps_per_loop=20 --global_batch_size=8"
+SETTINGS = (
+    "vocabulary_size=100", "max_sequence_length=16", "sequence_length=16", "predictions=2",
+    "save_every_steps=100", "evaluate_every_steps=500", "dropout=0.1",
+)  # fmt: skip
+
+
+def start(flags, folder, log):
+    """A process of train.py that writes what it says to `log`."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags, f"--model_dir={folder}"]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def last_step(folder) -> int:
+    """The last step that the history knows of."""
+    rows = read_rows(folder / "history.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def check(process, log) -> None:
+    """Ends the program unless the process ended well, or by our hand."""
+    if process.returncode not in (0, -9):
+        raise SystemExit(f"train.py: status {process.returncode}:\n{log.read_text()[-2000:]}")
+
+
+def whole(flags, folder, log) -> float:
+    """A run to its end; returns the seconds to its first loop of steps."""
+    begun = time.monotonic()
+    with open(log, "w", encoding="utf-8") as file:
+        process = start(flags, folder, file)
+        while process.poll() is None and not last_step(folder):
+            time.sleep(0.1)
+        seconds = time.monotonic() - begun
+        process.wait()
+    check(process, log)
+    return seconds
+
+
+def kill_often(flags, folder, log, kills, total, seconds, rng) -> None:
+    """Ends `kills` processes, each fourth before its first step, the others along the way."""
+    for number in range(1, kills + 1):
+        begun, done = time.monotonic(), last_step(folder)
+        early = number % 4 == 0
+        goal = done if early else done + rng.uniform(0, 2) * (total - done) / (kills - number + 1)
+        wait = rng.uniform(0, seconds if early else 1)
+        with open(log, "w", encoding="utf-8") as file:
+            process = start(flags, folder, file)
+            # The history of steps that come again is dropped, so `goal` has not been reached yet.
+            while process.poll() is None and not early and last_step(folder) < min(goal, total):
+                time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=wait)
+            process.kill()
+            process.wait()
+        check(process, log)
+        print(
+            f"{number:2}  after {time.monotonic() - begun:5.1f} s  at step {last_step(folder)}, "
+            f"saved {saved_step(folder)}",
+            flush=True,
+        )
+
+
+def numbers(folder):
+    """name: bytes, of all numbers in the last checkpoint."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(f"{folder}/ckpt-{saved_steps(folder)[-1]}")
+    names = (n for n in reader.get_variable_to_shape_map() if not n.startswith(("_", "settings")))
+    return {name: reader.get_tensor(name).tobytes() for name in names}
+
+
+def losses(folder):
+    """(step, loss) of each row of the history, and each step's evaluation."""
+    rows = [(row["step"], row["loss"]) for row in read_rows(f"{folder}/history.jsonl")]
+    # A run that is started again at its end evaluates once more.
+    evaluations = {row["step"]: row for row in read_rows(f"{folder}/evaluations.jsonl")}
+    return rows + list(evaluations.values())
+
+
+def main() -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", help="where the runs go; a temporary one that is deleted")
+    parser.add_argument("flags", nargs="*", help="of train.py, without --model_dir")
+    arguments = parser.parse_args()
+    flags = arguments.flags or DEFAULT.split() + [p for s in SETTINGS for p in ("--set", s)]
+    folder = pathlib.Path(arguments.folder or tempfile.mkdtemp(prefix="soak-"))
+    one, other, log = folder / "whole", folder / "killed", folder / "train.log"
+    folder.mkdir(exist_ok=True)
+    print("train.py", *flags)
+    seconds = whole(flags, one, log)
+    print(f"{seconds:.0f} s to the first loop of steps", flush=True)
+    rng = random.Random(arguments.seed)
+    kill_often(flags, other, log, arguments.kills, last_step(one), seconds, rng)
+    whole(flags, other, log)
+    agree = losses(one) == losses(other) and numbers(one) == numbers(other)
+    damaged = list(other.glob("damaged/*"))
+    print(f"{len(losses(one))} losses and evaluations, {len(numbers(one))} tensors at the end:")
+    print("bit-identical" if agree else "they DIFFER", *map(str, damaged))
+    if not arguments.folder:
+        shutil.rmtree(folder)
+    return 0 if agree and not damaged else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""SQuAD's recipes: fine-tuning a pre-trained BERT to answer questions."""
+
+import dataclasses
+
+from tf_lamb.recipe_types import BERT_EXCLUSIONS, Phase, Recipe, check_least
+
+SPECIAL = 3  # [CLS], [SEP], [SEP]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquadRecipe(Recipe):
+    """Everything that decides what a SQuAD run computes, apart from its data."""
+
+    task: str = "squad"
+    exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS
+    init_from: str = ""  # a pre-training run's folder, or a checkpoint in tf-models' layout
+    sequence_length: int = 384
+    max_query_length: int = 64  # word pieces of a question that are kept
+    doc_stride: int = 128  # word pieces from one window of a context to the next
+    max_answer_length: int = 30  # word pieces
+    n_best: int = 20
+    dropout: float = 0.1
+    initializer_stddev: float = 0.02  # of the span head
+
+    def check(self):
+        """As `Recipe.check`."""
+        super().check()
+        check_least(self, max_query_length=1, doc_stride=1, max_answer_length=1, n_best=1)
+        if self.sequence_length <= self.max_query_length + SPECIAL:
+            raise ValueError(
+                "sequence_length must leave room for the context beside max_query_length and 3 "
+                f"special pieces. Received: sequence_length={self.sequence_length}, "
+                f"max_query_length={self.max_query_length}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
+
+
+# Lengths, stride, n-best, two epochs and a tenth of them as warm-up are those of google-research/
+# bert, run_squad.py and its README. With LAMB, a comment in Google's code gives rates of 3e-4,
+# 4e-4 and 5e-4 at batch 64, and that the moments are not taken over. An epoch of SQuAD v1.1 is
+# 88,641 windows at these lengths.
+SQUAD_LARGE = SquadRecipe(
+    name="squad-large",
+    reference="arXiv:1904.00962v3, Table 1; google-research/bert, run_squad.py",
+    expected="F1 91.475 from the paper's 32K checkpoint, 90.584 from 64K/32K",
+    phases=(Phase(steps=2_770, global_batch_size=64, peak_learning_rate=4e-4, warmup_steps=277),),
+    model="large",
+    compute_dtype="bfloat16",
+)
+
+SQUAD_BASE = dataclasses.replace(
+    SQUAD_LARGE,
+    name="squad-base",
+    reference="arXiv:1810.04805, Table 2; google-research/bert, run_squad.py",
+    expected="not known with LAMB; BERT-base with Adam has F1 88.5",
+    model="base",
+)
+
+SQUAD_MINI = dataclasses.replace(
+    SQUAD_LARGE,
+    name="squad-mini",
+    reference="this project: as much as two CPU cores fine-tune in some minutes",
+    expected="a few times the F1 of untrained weights",
+    phases=(Phase(steps=2_000, global_batch_size=32, peak_learning_rate=2e-3, warmup_steps=200),),
+    model="tiny",
+    compute_dtype="float32",
+    sequence_length=128,
+    max_query_length=24,
+    doc_stride=64,
+    dropout=0.0,
+)
+
+SQUAD_RECIPES = (SQUAD_LARGE, SQUAD_BASE, SQUAD_MINI)

@@ -1,0 +1,149 @@
+"""Encoder weights to fine-tune from: a pre-training run's, or a checkpoint in tf-models' layout.
+
+The optimizer's moments stay behind, as in google-research/bert. tf-models' layout is that of the
+published BERT TF2 checkpoints and of tf-models' `tf2_bert_encoder_checkpoint_converter`.
+"""
+
+import dataclasses
+import glob
+import os
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from official.nlp.modeling import networks
+
+from inputs.errors import InputError
+from models import bert
+
+VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+# Where the tables stand in `BertEncoderV2`, which is ours, and in `BertEncoder`, a functional
+# model. Where a masked-LM head shares the word embeddings they may stand under its name.
+TABLES = {
+    "vocabulary_size": ("/_embedding_layer/embeddings", "-0/embeddings", "/embedding_table"),
+    "max_sequence_length": ("/_position_embedding_layer/embeddings", "-1/embeddings"),
+    "types": ("/_type_embedding_layer/embeddings", "-2/embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A saved encoder: its checkpoint, the object path to it in there, and its sizes."""
+
+    checkpoint: str
+    path: str
+    functional: bool
+    size: bert.Size
+    vocabulary_size: int
+    max_sequence_length: int
+    types: int
+
+    @property
+    def vocabulary_file(self) -> str:
+        """The vocab.txt that stands beside it, if there is one."""
+        return os.path.join(os.path.dirname(self.checkpoint), "vocab.txt")
+
+
+def find_encoder(init_from: str) -> Encoder:
+    """The encoder that `init_from` names: a folder with a checkpoint, or a checkpoint's path.
+
+    Raises:
+        InputError: no checkpoint is there, it cannot be read, or holds no BERT encoder.
+    """
+    checkpoint = _checkpoint(init_from)
+    try:
+        shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"--set init_from={init_from}: {checkpoint} cannot be read ({reason})."
+        ) from None
+    query = "/_attention_layer/_query_dense/kernel" + VALUE
+    queries = sorted(key for key in shapes if key.endswith(query))
+    tables = {
+        field: next(
+            (shapes[key][0] for end in ends for key in shapes if key.endswith(end + VALUE)), None
+        )
+        for field, ends in TABLES.items()
+    }
+    if not queries or None in tables.values():
+        raise InputError(
+            f"--set init_from={init_from}: {checkpoint} holds no BERT encoder in our or tf-models' "
+            "layout. Checkpoints of TensorFlow 1 are converted by "
+            "`python -m official.nlp.tools.tf2_bert_encoder_checkpoint_converter`."
+        )
+    functional = "/_transformer_layers/" not in queries[0]
+    path = queries[0].split("/layer_with_weights-" if functional else "/_transformer_layers/")[0]
+    width, heads, _ = shapes[queries[0]]
+    return Encoder(checkpoint, path, functional, bert.Size(len(queries), width, heads), **tables)
+
+
+def _checkpoint(init_from: str) -> str:
+    if os.path.isdir(init_from):
+        found = tf.train.latest_checkpoint(init_from)
+        # The published archives have no record of the latest one.
+        files = sorted(glob.glob(os.path.join(glob.escape(init_from), "*.index")))
+        if not found and len(files) == 1:
+            found = files[0].removesuffix(".index")
+        if found:
+            return found
+    elif os.path.exists(f"{init_from}.index"):
+        return init_from
+    raise InputError(
+        f"--set init_from={init_from}: no checkpoint is there. Give a pre-training run's "
+        "--model_dir, or the folder of a published BERT TF2 checkpoint."
+    )
+
+
+def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
+    """Its weights, named as `models.bert.encoder_variables` names them.
+
+    Raises:
+        InputError: the checkpoint lacks some of them, or has them in other shapes.
+    """
+    settings = {
+        "vocab_size": saved.vocabulary_size,
+        "hidden_size": saved.size.width,
+        "num_layers": saved.size.layers,
+        "num_attention_heads": saved.size.heads,
+        "max_sequence_length": saved.max_sequence_length,
+        "type_vocab_size": saved.types,
+        "inner_dim": 4 * saved.size.width,
+    }
+    if saved.functional:
+        encoder = networks.BertEncoder(**settings)
+    else:
+        encoder = networks.BertEncoderV2(**settings)
+        tf_keras.Model(dict(encoder.inputs), encoder(dict(encoder.inputs)))  # makes its variables
+    holder = encoder
+    for name in reversed(saved.path.split("/")):
+        holder = tf.train.Checkpoint(**{name: holder})
+    try:
+        status = holder.read(saved.checkpoint).expect_partial()
+        status.assert_existing_objects_matched()
+    except (AssertionError, ValueError, tf.errors.OpError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--set init_from: {saved.checkpoint} does not hold a whole BERT ({reason})."
+        ) from None
+    return {name: v.numpy() for name, v in bert.encoder_variables(encoder).items()}
+
+
+def check_size(saved: Encoder, model: str, sequence_length: int) -> None:
+    """Raises `InputError` unless the encoder is of the recipe's size and takes its sequences."""
+    if saved.size != bert.SIZES[model]:
+        name = next((name for name, size in bert.SIZES.items() if size == saved.size), None)
+        cure = f"Take --set model={name}, or another checkpoint" if name else "Take another one"
+        raise InputError(
+            f"--set init_from: {saved.checkpoint} holds a BERT of {_in_words(saved.size)}, but "
+            f"model={model} is one of {_in_words(bert.SIZES[model])}. {cure}."
+        )
+    if sequence_length > saved.max_sequence_length:
+        raise InputError(
+            f"--set sequence_length={sequence_length} is beyond the position table of "
+            f"{saved.checkpoint}, which has {saved.max_sequence_length} rows. Take at most so many."
+        )
+
+
+def _in_words(size: bert.Size) -> str:
+    return f"{size.layers} layers, width {size.width} and {size.heads} heads"
