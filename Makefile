@@ -3,6 +3,7 @@
 # make lint   ruff alone
 # make soak   kills a run twenty times, and compares it with one that nothing stopped
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
+# make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
 #             (inputs: .venv/bin/python -m benchmarks.inputs --text=... --vocab=...)
 
@@ -12,7 +13,7 @@ TPU_VENV := .venv-tpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint soak tpu bench clean
+.PHONY: demo test lint soak tpu preflight bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py
@@ -37,6 +38,9 @@ tpu:
 		-r constraints-tpu.txt -e .
 	$(TPU_VENV)/bin/python -m training.doctor
 
+preflight: $(VENV)/preflight
+	$(BIN)/python -m training.preflight_document $(ARGS)
+
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.optimizers $(ARGS)
 
@@ -48,8 +52,12 @@ $(VENV)/train: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .[train]
 	touch $@
 
+$(VENV)/preflight: $(VENV)/train
+	$(PIP) -e .[train,preflight]
+	touch $@
+
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e .[train,test]
+	$(PIP) -e .[train,test,preflight]
 	touch $@
 
 $(VENV)/bench: $(VENV)/train

@@ -85,19 +85,25 @@ def _tpu_random_bits():
     (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc). Floats are made of 23 bits.
     """
 
-    def uniform(shape, key, counter, alg, dtype=tf.float32, name=None):
+    def integers(shape, key, counter, alg, dtype=tf.uint32, name=None):
         del alg, name
         state = tf.concat([key, counter], axis=0)
+        unsigned = tf.uint64 if dtype.size == 8 else tf.uint32
         bits = gen_xla_ops.xla_rng_bit_generator(
-            DEFAULT_ALGORITHM, state, shape, dtype=tf.uint32
+            DEFAULT_ALGORITHM, state, shape, dtype=unsigned
         ).output
-        one_to_two = tf.bitwise.bitwise_or(
-            tf.bitwise.right_shift(bits, tf.constant(9, tf.uint32)),
-            tf.constant(0x3F800000, tf.uint32),
-        )
+        return tf.bitcast(bits, dtype)
+
+    def floats(shape, key, counter, alg, dtype=tf.float32, name=None):
+        bits = tf.bitwise.right_shift(integers(shape, key, counter, alg), 9)
+        one_to_two = tf.bitwise.bitwise_or(bits, tf.constant(0x3F800000, tf.uint32))
         return tf.cast(tf.bitcast(one_to_two, tf.float32) - 1.0, dtype)
 
-    with mock.patch.object(random_ops, "stateless_random_uniform_v2", uniform):
+    with mock.patch.multiple(
+        random_ops,
+        stateless_random_uniform_v2=floats,
+        stateless_random_uniform_full_int_v2=integers,
+    ):
         yield
 
 
