@@ -156,8 +156,7 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
         task.counts,
         seed=FLAGS.seed,
         accumulation=recipe.accumulation,
-        jit_compile=not isinstance(where, tf.distribute.TPUStrategy)
-        and task.compiles(on_cpu=not tf.config.list_physical_devices("GPU")),
+        jit_compile=strategy.compiles_step(where, recipe),
     )
     with strategy.own_folder(where, model_dir) as folder:
         run = Run(

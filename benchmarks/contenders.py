@@ -7,6 +7,7 @@ import tf_keras
 
 from tf_lamb import recipes
 from tf_lamb import tf_keras as optimizers
+from training import strategy
 from training.state import RunState
 from training.step import ReplicaStep
 from training.tasks import TASKS
@@ -32,7 +33,7 @@ class Parts:
             *(self.model, optimizer, self.task.sums, self.task.counts),
             seed=1,
             accumulation=1,
-            jit_compile=True,
+            jit_compile=strategy.compiles_step(self.where, self.recipe),
         )
 
 

@@ -105,6 +105,7 @@ def test_step_decay_is_stretched_and_set():
         ({"normalization": "l2"}, "normalization must be one of imagenet, mlperf, cifar10"),
         ({"mixup_alpha": -1.0}, "mixup_alpha must be at least 0"),
         ({"sync_batch_norm": True, "accumulation": 2}, "sync_batch_norm needs accumulation=1"),
+        ({"sync_batch_norm": True, "jit_compile": True}, "sync_batch_norm needs jit_compile=false"),
     ],
 )
 def test_a_bad_field_is_refused(changes, said):

@@ -1,5 +1,6 @@
 """What `--tpu` and TF_CONFIG may say, and what is answered when they are wrong."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from inputs.errors import InputError
+from tf_lamb.recipes import find_recipe
 from training import strategy
 
 TWO = {"worker": ["a:1", "b:1"]}
@@ -51,6 +53,16 @@ def test_a_wrong_tf_config_is_one_sentence(text, said, monkeypatch):
         strategy.connect("")
     assert str(error.value).startswith(f"TF_CONFIG {said}")
     assert "or unset it" in str(error.value)
+
+
+def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():
+    recipe = find_recipe("bert-mini-demo")
+    cpu = tf.distribute.OneDeviceStrategy("/cpu:0")
+    gpu = tf.distribute.OneDeviceStrategy("/gpu:0")  # a name alone: nothing is computed there
+    assert [strategy.compiles_step(where, recipe) for where in (cpu, gpu)] == [False, True]
+    for asked in (True, False):
+        own = dataclasses.replace(recipe, jit_compile=asked)
+        assert [strategy.compiles_step(where, own) for where in (cpu, gpu)] == [asked, asked]
 
 
 def test_without_a_cluster_it_is_this_machine(monkeypatch):

@@ -134,6 +134,9 @@ class Recipe:
     model: str  # a size that the task knows
     compute_dtype: str = "float32"
     accumulation: int = 1  # micro-batches that a replica sums before each update
+    # Whether forward and backward become one XLA program. None: but for CPUs, where TensorFlow's
+    # own kernels are the faster ones. A TPU compiles the whole step, whatever is set.
+    jit_compile: bool | None = None
     optimizer: str = "lamb"  # in OPTIMIZERS
     variant: str = ""  # of LAMB or LARS, a published form by name; "" for the class's own
     beta_1: float = 0.9
@@ -165,6 +168,10 @@ class Recipe:
     def steps(self) -> int:
         """Optimizer steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
+
+    def compiles(self, on_cpu: bool) -> bool:
+        """Whether forward and backward become one XLA program."""
+        return not on_cpu if self.jit_compile is None else self.jit_compile
 
     def check(self) -> None:
         """Raises `ValueError` for a field outside its range, with the field and its value.

@@ -26,6 +26,10 @@ class ImageRecipe(Recipe):
     sync_batch_norm: bool = False  # over all replicas; else each normalises by its own batch
     space_to_depth: bool = False  # the same stem, computed in a shape that suits a TPU
 
+    def compiles(self, on_cpu: bool) -> bool:
+        """Not where batch norm talks to the other replicas, which it cannot from within."""
+        return super().compiles(on_cpu) and not self.sync_batch_norm
+
     def check(self):
         """As `Recipe.check`."""
         super().check()
@@ -48,6 +52,11 @@ class ImageRecipe(Recipe):
             raise ValueError(
                 "sync_batch_norm needs accumulation=1: within a step of several micro-batches "
                 f"replicas cannot talk. Received: accumulation={self.accumulation}."
+            )
+        if self.sync_batch_norm and self.jit_compile:
+            raise ValueError(
+                "sync_batch_norm needs jit_compile=false or none: from within one XLA program "
+                "replicas cannot talk. Received: jit_compile=True."
             )
         if self.space_to_depth and self.image_size % 32:
             raise ValueError(

@@ -102,10 +102,6 @@ class BertPretraining:
         self._training, self._held_out = corpus.split_held_out(tokenized)
         self.fingerprint = corpus.fingerprint(tokenized)
 
-    def compiles(self, on_cpu: bool) -> bool:
-        """Whether forward and backward become one XLA program."""
-        return True
-
     @property
     def facts(self) -> dict[str, str]:
         """What the meaning of the weights depends on beside the recipe."""

@@ -86,14 +86,6 @@ class ImageClassification:
             mixup_alpha=mixup_alpha,
         )
 
-    def compiles(self, on_cpu: bool) -> bool:
-        """Whether forward and backward become one XLA program.
-
-        Not on a CPU, where TensorFlow's own convolutions are several times as fast as XLA's; nor
-        where batch norm talks to the other replicas, which it cannot from within.
-        """
-        return not on_cpu and not self.recipe.sync_batch_norm
-
     @property
     def facts(self) -> dict[str, str]:
         """What the meaning of the weights depends on beside the recipe."""

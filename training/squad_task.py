@@ -109,10 +109,6 @@ class SquadFineTuning:
                 f"windows of {self.recipe.sequence_length}"
             )
 
-    def compiles(self, on_cpu: bool) -> bool:
-        """Whether forward and backward become one XLA program."""
-        return True
-
     @property
     def facts(self) -> dict[str, str]:
         """What the meaning of the weights depends on beside the recipe."""

@@ -83,6 +83,13 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:
+    """Whether `ReplicaStep` is to compile forward and backward: a TPU compiles the whole step."""
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return False
+    return recipe.compiles(on_cpu="CPU" in strategy.extended.worker_devices[0])
+
+
 @contextlib.contextmanager
 def own_folder(strategy: tf.distribute.Strategy, model_dir: str):
     """Yields where this process writes: the chief to `model_dir`, others to a temporary folder.
