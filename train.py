@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 import tempfile
 
@@ -269,6 +270,10 @@ def _in_words(error: Exception) -> str:
             "another worker of TF_CONFIG has ended, so this one cannot go on. Start the "
             "same command on all of them again; it goes on from the newest checkpoint."
         )
+    # What reads the data says it in a thread of TensorFlow's, which quotes it.
+    told = re.search(r"InputError: (.+)", str(error))
+    if told:
+        return told[1]
     raise error
 
 

@@ -30,7 +30,11 @@ class BadRecords:
         self._max_share, self._skip, self._say = max_share, skip, say
         self._limit_flag = limit_flag
         self._first = ""
-        self.good = self.bad = 0
+        self.good = self.bad = self._expected = 0
+
+    def expect(self, count: int) -> None:
+        """So many records will be read, some perhaps never: each damaged one is judged at once."""
+        self._expected += count
 
     def add_good(self, count: int = 1) -> None:
         """Counts records that could be used."""
@@ -54,7 +58,7 @@ class BadRecords:
         if self.bad < SHOWN:
             self._say(f"Passed over: {what}")
         self.bad += count
-        if self.bad >= JUDGED_EARLY:
+        if self._expected or self.bad >= JUDGED_EARLY:
             self._judge()
 
     def end(self) -> None:
@@ -69,10 +73,14 @@ class BadRecords:
 
     @property
     def _count(self) -> str:
-        return f"{self.bad:,} of {self.good + self.bad:,} records"
+        return f"{self.bad:,} of {self._total:,} records"
+
+    @property
+    def _total(self) -> int:
+        return self._expected or self.good + self.bad
 
     def _judge(self) -> None:
-        if self.bad > self._max_share * (self.good + self.bad):
+        if self.bad > self._max_share * self._total:
             raise InputError(
                 f"{self._first} With it {self._count} are damaged, more than the share of "
                 f"{self._max_share:g} that is passed over. Mend the data, or raise the limit with "

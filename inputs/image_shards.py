@@ -8,11 +8,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -119,12 +121,13 @@ class ShardReader:
     Args:
         folder: with a manifest.
         kind: what the manifest must say that the records are.
+        bad_records: is told of each damaged record once. None: the first one is an error.
 
     Raises:
         InputError: no such manifest, or a shard is missing or cut off.
     """
 
-    def __init__(self, folder: str, kind: str):
+    def __init__(self, folder: str, kind: str, bad_records: BadRecords | None = None):
         path = os.path.join(folder, MANIFEST)
         if os.path.exists(os.path.join(folder, PLAN)) and not os.path.exists(path):
             raise InputError(
@@ -153,11 +156,52 @@ class ShardReader:
         self._source = array_record_data_source.ArrayRecordDataSource(
             [f"{shard}[0:{file['count']}]" for file, shard in zip(files, paths, strict=True)]
         )
+        self._paths, self._ends = paths, np.cumsum([file["count"] for file in files])
+        self._bad_records = bad_records or BadRecords(0.0, skip=False, say=print)
+        self._bad_records.expect(self.count)
+        self._damaged = set()
+        self._lock = threading.Lock()  # batches are read in several threads
 
-    def read(self, numbers) -> np.ndarray:
-        """[B] bytes objects, the records of these numbers, an [B] array of integers."""
-        records = self._source.__getitems__([int(number) for number in numbers])
-        return np.array(records, dtype=object)
+    def read(self, numbers) -> tuple[np.ndarray, np.ndarray]:
+        """The records of these numbers.
+
+        Args:
+            numbers: [B] integers.
+
+        Returns:
+            [B] bytes objects, and [B] bool: whether it is the record of that number. In place of
+            a damaged one comes the next that is whole.
+
+        Raises:
+            InputError: more are damaged than is borne.
+        """
+        numbers = [int(number) for number in numbers]
+        try:
+            return np.array(self._source.__getitems__(numbers), object), np.ones(len(numbers), bool)
+        except (RuntimeError, IndexError):  # it says of none which one it was
+            found = [self._whole(number) for number in numbers]
+        records, places = zip(*found, strict=True)
+        return np.array(records, object), np.array(places) == numbers
+
+    def _whole(self, number):
+        """(record, its number): that of `number`, or the next one that can be read."""
+        for place in [*range(number, self.count), *range(number)]:
+            try:
+                return self._source[place], place
+            except (RuntimeError, IndexError) as error:
+                self._tell(place, str(error).split(";")[0])
+        raise InputError(
+            f"--data_dir: none of {', '.join(self._paths)} can be read. Copy it again."
+        )
+
+    def _tell(self, number, reason):
+        with self._lock:
+            if number in self._damaged:
+                return
+            self._damaged.add(number)
+            shard = int(np.searchsorted(self._ends, number, side="right"))
+            place = number - (self._ends[shard - 1] if shard else 0)
+            self._bad_records.add_bad(f"{self._paths[shard]}, record {place}: damaged ({reason}).")
 
 
 def read_json(path: str):

@@ -47,13 +47,17 @@ class Images:
             to 4 instead of cropped), "randaugment" for two random operations more, or "none" for
             what an evaluation sees.
         mixup_alpha: of the Beta distribution of the mixing weights; 0 mixes nothing.
+        bad_records: as `ShardReader`'s. In place of a damaged record the next one is read, with
+            weight 0.
 
     Raises:
         InputError: the folder is not prepared, or its pixels have another size.
     """
 
-    def __init__(self, folder, image_size, *, seed, augmentation="crop", mixup_alpha=0.0):
-        self._reader = ShardReader(folder, KIND)
+    def __init__(
+        self, folder, image_size, *, seed, augmentation="crop", mixup_alpha=0.0, bad_records=None
+    ):
+        self._reader = ShardReader(folder, KIND, bad_records)
         self.manifest, self.number = self._reader.manifest, self._reader.count
         self._size, self._seed = image_size, seed
         self._augmentation, self._mixup_alpha = augmentation, mixup_alpha
@@ -102,7 +106,7 @@ class Images:
     def files(self, count: int):
         """Yields (bytes of an image file, label) of some images, evenly chosen."""
         chosen = range(0, self.number, max(1, self.number // count))
-        for record in self._reader.read(chosen[:count]):
+        for record in self._reader.read(chosen[:count])[0]:
             features = tf.io.parse_single_example(record, FEATURES)
             data = features["image"]
             if self._is_pixels:
@@ -125,8 +129,10 @@ class Images:
 
     def _read(self, number, which, weight):
         # ArrayRecord has no TensorFlow op; one call a batch costs little beside decoding.
-        records = tf.numpy_function(self._reader.read, [which], tf.string, stateful=False)
-        records = tf.ensure_shape(records, number.shape)
+        types = [tf.string, tf.bool]
+        records, whole = tf.numpy_function(self._reader.read, [which], types, stateful=False)
+        records, whole = (tf.ensure_shape(part, number.shape) for part in (records, whole))
+        weight *= tf.cast(whole, weight.dtype)
         return number, weight, tf.io.parse_example(records, FEATURES)
 
     def _labelled(self, number, weight, features):

@@ -7,6 +7,7 @@ import PIL.Image
 import tensorflow as tf
 
 from inputs import prepare_images
+from inputs.image_shards import ShardReader
 
 NAMES = ("cat", "dog", "owl")
 
@@ -52,6 +53,16 @@ def prepared(folder, **arguments):
         status = prepare("--source", source, "--output", folder / "out", "--split", split)
         assert status == 0
     return folder / "out"
+
+
+def damage(folder, number):
+    """Changes a byte in the middle of a record; returns the shard."""
+    (shard,) = folder.glob("*.arrayrecord")
+    (record,), _ = ShardReader(str(folder), "images").read([number])
+    content = bytearray(shard.read_bytes())
+    content[content.index(record) + len(record) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard
 
 
 def example(**features):

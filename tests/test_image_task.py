@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from pictures import encoded, prepare, prepared, smooth
+from pictures import damage, encoded, prepare, prepared, smooth
 
 from inputs import images
 from inputs.errors import InputError
@@ -124,6 +124,20 @@ def test_train_py_learns_three_classes_and_says_so(tmp_path):
     assert "0 cat: cat" in done.stdout
     best = json.loads((tmp_path / "run/best/metrics.json").read_text())
     assert best["image_top1"] >= results["image_top1"]
+
+
+def test_a_flipped_byte_in_a_shard_ends_the_run_in_one_sentence(in_process, capfd, tmp_path):
+    data = prepared(tmp_path, size=(40, 40))
+    shard = damage(data / "train", 5)
+    arguments = [
+        "--recipe=cifar10-momentum-128", f"--data_dir={data}", f"--model_dir={tmp_path}/run",
+        "--global_batch_size=12", "--steps=2", "--set=image_size=32", "--set=model=cifar-resnet-10",
+    ]  # fmt: skip
+    assert in_process([*arguments, "--set=on_bad_record=fail"]) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert f"train.py: {shard}, record 5: damaged" in said[-1] and "on_bad_record=skip" in said[-1]
+    assert in_process(arguments) == 1
+    assert "1 of 12 records are damaged, more than the share of 0.001" in capfd.readouterr().err
 
 
 def task(tmp_path, data_dir="", **changes):

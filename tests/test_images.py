@@ -7,9 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from pictures import encoded, prepare, prepared, smooth
+from pictures import damage, encoded, prepare, prepared, smooth
 
 from inputs import image_decoding, images, rand_augment
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 
 SIZE, BATCH, COUNT = 32, 4, 12
@@ -232,3 +233,24 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content):
         (pathlib.Path(tmp_path) / "manifest.json").write_text(content)
     with pytest.raises(InputError, match="no readable manifest|'images' is needed"):
         images.Images(str(tmp_path), 32, seed=1)
+
+
+def test_a_damaged_record_is_named_once_and_weighs_nothing(tmp_path):
+    out, said = prepared(tmp_path) / "train", []
+    whole = joined(images.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))
+    shard = damage(out, 7)
+    records = BadRecords(0.1, skip=True, say=said.append)
+    data = images.Images(str(out), SIZE, seed=1, bad_records=records)
+    for _ in range(2):
+        found = joined(data.evaluation_batches(5, 100))
+    assert found["example_weights"].tolist() == [1] * 7 + [0] + [1] * 4 + [0] * 3
+    counted = found["example_weights"] > 0
+    for key, values in found.items():
+        np.testing.assert_array_equal(values[counted], whole[key][counted])
+    epoch = joined(data.training_batches(4).take(3))
+    assert sorted(epoch["example_weights"]) == [0] + [1] * 11
+    assert len(said) == 1 and said[0].startswith(f"Passed over: {shard}, record 7: damaged (")
+    assert len(list(data.files(12))) == 12
+    damage(out, 2)
+    with pytest.raises(tf.errors.OpError, match="2 of 12 records are damaged, more than the share"):
+        joined(data.evaluation_batches(5, 100))

@@ -25,7 +25,7 @@ def stored(folder):
     """[(bytes, label)] of all records."""
     reader = image_shards.ShardReader(str(folder), "images")
     rows = [
-        tf.io.parse_single_example(r, images.FEATURES) for r in reader.read(range(reader.count))
+        tf.io.parse_single_example(r, images.FEATURES) for r in reader.read(range(reader.count))[0]
     ]
     return [(row["image"].numpy(), int(row["label"])) for row in rows]
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 
 from inputs import images, synthetic
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.image_sources import check_same_classes
 from models import resnet
@@ -64,8 +65,8 @@ class ImageClassification:
             )
         self.data = data_dir
         folders = [os.path.join(data_dir, split) for split in ("train", "validation")]
-        self._training = self._images(folders[0], recipe.augmentation, recipe.mixup_alpha)
-        self._held_out = self._images(folders[1], "none", 0.0)
+        self._training = self._images(folders[0], log, recipe.augmentation, recipe.mixup_alpha)
+        self._held_out = self._images(folders[1], log, "none", 0.0)
         manifests = self._training.manifest, self._held_out.manifest
         self._classes = manifests[0]["classes"]
         check_same_classes(self._classes, manifests[1]["classes"], *folders)
@@ -77,13 +78,15 @@ class ImageClassification:
             f"{self._held_out.number:,} held out"
         )
 
-    def _images(self, folder, augmentation, mixup_alpha):
+    def _images(self, folder, log, augmentation, mixup_alpha):
+        share, skip = self.recipe.max_bad_record_share, self.recipe.on_bad_record == "skip"
         return images.Images(
             folder,
             self.recipe.image_size,
             seed=self._seed,
             augmentation=augmentation,
             mixup_alpha=mixup_alpha,
+            bad_records=BadRecords(share, skip=skip, say=log),
         )
 
     @property
