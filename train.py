@@ -158,6 +158,7 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
         seed=FLAGS.seed,
         accumulation=recipe.accumulation,
         jit_compile=strategy.compiles_step(where, recipe),
+        measure_noise=recipe.measure_noise_scale,
     )
     with strategy.own_folder(where, model_dir) as folder:
         run = Run(
@@ -216,6 +217,11 @@ def main(arguments):
         where = strategy.connect(FLAGS.tpu)
         for phase in recipe.phases:
             strategy.check_batch(where, phase.global_batch_size, recipe.accumulation)
+        if recipe.measure_noise_scale and where.num_replicas_in_sync * recipe.accumulation < 2:
+            raise InputError(
+                "--set measure_noise_scale=true compares the gradients of parts of a batch, and "
+                "one replica has it in one. Set accumulation=2 or more, too."
+            )
         chief = strategy.is_chief(where)
         log = say if chief else lambda line: None
         stop = stack.enter_context(signals.caught(log))

@@ -161,6 +161,7 @@ class Recipe:
     max_rollbacks: int = 3
     max_bad_record_share: float = 0.001  # damaged records that are passed over
     on_bad_record: str = "skip"  # or "fail"
+    measure_noise_scale: bool = False  # up to which batch size more examples a step pay
     telemetry: bool = False  # whether trust ratios and weights are kept for TensorBoard
     profile: str | None = None  # "100:110": a profiler trace of the steps after 100 up to 110
 

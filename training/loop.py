@@ -9,6 +9,7 @@ import tensorflow as tf
 from training.best import Best
 from training.divergence import Watch
 from training.instruments import Instruments
+from training.noise_scale import noise_scale
 from training.saving import Manager
 from training.signals import Interrupted
 from training.state import RunState
@@ -63,7 +64,9 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             self._train_batches = iter(self._train_dataset(int(self.state.step.numpy())))
         totals, seen, waited = self._train_loop(num_steps)
         self._watch.judge(seen)
-        return self._means(totals) | {
+        means = self._means(totals)
+        means |= noise_scale(means)
+        return means | {
             "learning_rate": self.optimizer.learning_rate.numpy(),
             # tf_keras's own optimizers skip none.
             "skipped_steps": getattr(self.optimizer, "skipped_steps", 0),

@@ -13,7 +13,7 @@ from inputs.errors import InputError
 from tf_lamb import recipes
 from tf_lamb.recipe_types import Recipe
 from tf_lamb.scaling import scale_recipe
-from training import preflight
+from training import noise_scale, preflight
 from training.preflight_topology import Topology, parse_topologies
 
 
@@ -42,6 +42,21 @@ def proposed_batch(members: list[Recipe], topology: Topology, noise_scale: float
     if noise_scale is not None:
         batch = min(batch, int(noise_scale))
     return max(1, batch // topology.replicas) * topology.replicas
+
+
+def given_noise_scale(text: str) -> float:
+    """Examples, from `--noise_scale`.
+
+    Raises:
+        InputError: it is neither a positive number nor the folder of a run that measured it.
+    """
+    try:
+        scale = float(text)
+    except ValueError:
+        return noise_scale.measured(text)
+    if not 0 < scale < float("inf"):
+        raise InputError(f"--noise_scale must be positive. Received: --noise_scale={text}.")
+    return scale
 
 
 def planned(members: list[Recipe], batch: int) -> Recipe:
@@ -76,9 +91,13 @@ def main(arguments) -> int:
     parser.add_argument("--recipe", required=True, help="a recipe, or what several begin with")
     parser.add_argument("--topology", required=True, help="v3:32x32 or v3-2048")
     parser.add_argument("--batch", type=int, help="examples per step over all replicas")
-    parser.add_argument("--noise_scale", type=float, help="examples; bounds the proposed batch")
+    parser.add_argument(
+        "--noise_scale",
+        help="examples, or the model_dir of a run that measured it; bounds the batch",
+    )
     flags = parser.parse_args(arguments)
     try:
+        scale = flags.noise_scale and given_noise_scale(flags.noise_scale)
         members = family(flags.recipe)
         topologies = parse_topologies(flags.topology, "--topology")
         if len(topologies) > 1:
@@ -86,7 +105,7 @@ def main(arguments) -> int:
         (topology,) = topologies
         if flags.batch is not None and flags.batch < 1:
             raise InputError(f"--batch must be at least 1. Received: --batch={flags.batch}.")
-        batch = flags.batch or proposed_batch(members, topology, flags.noise_scale)
+        batch = flags.batch or proposed_batch(members, topology, scale)
         recipe = dataclasses.replace(planned(members, batch), compute_dtype="bfloat16")
         for phase in recipe.phases:
             preflight.replica_batch_size(recipe, phase, topology)
@@ -98,10 +117,11 @@ def main(arguments) -> int:
         print(f"training.plan: {error}", file=sys.stderr)
         return 1
     print(in_words(recipe, findings))
-    if flags.noise_scale is not None:
+    if scale:
         print(
-            f"Noise scale {flags.noise_scale:,.0f}: a batch of {batch:,} needs "
-            f"{1 + batch / flags.noise_scale:.2f} times the examples of a very small one."
+            f"Noise scale {scale:,.0f} examples: up to about that batch more data parallelism "
+            f"pays. A batch of {batch:,} needs {1 + batch / scale:.2f} times the examples of a "
+            f"very small one, in {1 + scale / batch:.2f} times the steps of a very large one."
         )
     return int(any(finding.error for finding in findings))
 

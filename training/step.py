@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from training.noise_scale import NOISE, PARTS, noise_sums, squared_norm
 from training.randomness import StepSeed, replica_seed
 
 
@@ -21,10 +22,14 @@ class ReplicaStep:
         accumulation: micro-batches of one step; divides the replica's batch.
         jit_compile: whether forward and backward become one XLA program here. Not on a TPU,
             where the whole replica's is one already.
+        measure_noise: whether a training step's sums and counts also tell its gradient noise.
     """
 
-    def __init__(self, model, optimizer, sums, counts, *, seed, accumulation, jit_compile):
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self, model, optimizer, sums, counts, *, seed, accumulation, jit_compile,
+        measure_noise=False,
+    ):  # fmt: skip
+        self.model, self.optimizer, self._measure_noise = model, optimizer, measure_noise
         self._sums, self._counts = sums, counts
         self._seed, self._accumulation = seed, accumulation
         self._step_seed = StepSeed(model)
@@ -44,7 +49,18 @@ class ReplicaStep:
         total_counts = {key: context.all_reduce("SUM", value) for key, value in counts.items()}
         seed = replica_seed(self._seed, number, context.replica_id_in_sync_group)
         sums, gradients = self._gradients(batch, total_counts, seed)
-        self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
+        if self._measure_noise:
+            gradients = context.all_reduce("SUM", gradients)
+            replicas = context.num_replicas_in_sync
+            sums |= noise_sums(
+                sums.pop(PARTS), gradients, next(iter(batch.values())).shape[0], replicas,
+                self._accumulation,
+            )  # fmt: skip
+            counts |= {NOISE.split("_")[0]: tf.constant(1 / replicas)}
+        self.optimizer.apply_gradients(
+            zip(gradients, self.model.trainable_variables, strict=True),
+            skip_gradients_aggregation=self._measure_noise,
+        )
         return sums, counts
 
     def evaluation(self, batch):
@@ -90,7 +106,8 @@ class ReplicaStep:
         """What the loop has to add up, known before the loop: the forward pass is traced apart."""
         traced = tf.function(lambda batch: self._sums(self.model, batch, training=False))
         specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
-        return list(traced.get_concrete_function(specs).structured_outputs)
+        names = list(traced.get_concrete_function(specs).structured_outputs)
+        return [*names, PARTS] if self._measure_noise else names
 
     def _micro_batch(self, batch, total_counts, seed):
         with self._step_seed.set_to(seed), tf.GradientTape() as tape:
@@ -103,4 +120,5 @@ class ReplicaStep:
                 ]
             )
         gradients = tape.gradient(loss, self.model.trainable_variables)
-        return sums, [tf.convert_to_tensor(g) for g in gradients]
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        return sums | ({PARTS: squared_norm(gradients)} if self._measure_noise else {}), gradients
