@@ -53,9 +53,9 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         Returns:
             The mean losses of the steps whose own are finite, the rate, `skipped_steps`, the
             updates skipped since the run began, and `input_wait_seconds`: the time from a step's
-            losses to the arrival of the next batch, 0 where that was there already, over all
-            steps. On a CPU that is what the steps waited. On an accelerator, whose work is
-            queued, losses may be out before they are computed, and it is the most they waited.
+            end to the arrival of the next batch, 0 where that was there already, over all steps.
+            On a CPU that is what the steps waited. On an accelerator, whose work is queued, a
+            step may have ended for the host before it is computed, and it is the most they waited.
 
         Raises:
             Diverged: a step was beyond bearing.
@@ -110,19 +110,19 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
         Returns:
             Its sums and counts; what `Watch.seen` takes: step, loss, whether updated, rows; and
-            when the batch had arrived and the sums were known, in seconds of the clock.
+            when the batch had arrived and the update was made, in seconds of the clock.
         """
         batch = next(self._train_batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             arrived = tf.timestamp()
         sums, counts, updated, rows = self.strategy.run(self._counted_step, args=(batch,))
         totals = self._summed((sums, counts))
-        with tf.control_dependencies(tf.nest.flatten(totals)):
-            ended = tf.timestamp()
         means = self._means(totals)
         loss = tf.add_n([value for name, value in means.items() if name.endswith("_loss")])
         # The same on all replicas.
         updated, rows = (self.strategy.experimental_local_results(x)[0] for x in (updated, rows))
+        with tf.control_dependencies([updated, *tf.nest.flatten(totals)]):
+            ended = tf.timestamp()
         # One step's NaN would be the whole loop's.
         kept = tf.nest.map_structure(
             lambda value: tf.where(tf.math.is_finite(loss), value, tf.zeros_like(value)), totals
