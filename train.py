@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 
+STARTED = time.perf_counter()  # before TensorFlow is imported, which takes seconds
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
 
 import numpy as np
@@ -173,6 +175,7 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
             steps_per_loop=1 if FLAGS.dry_run else FLAGS.steps_per_loop,
             stop=stop,
             log=log,
+            started=STARTED,
         )
         metrics, progress = run.train()
     if not FLAGS.dry_run:

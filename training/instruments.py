@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 
 from tf_lamb.layerwise import Layerwise
 from tf_lamb.recipe_types import profile_window
@@ -24,9 +25,15 @@ class Instruments:
         model_dir: folder of logs.
         write: takes lines of progress.
         stream: standard error where this process speaks, which may be a terminal; else None.
+        started: `time.perf_counter()` when the program began. Then the time to the end of the first
+            loop is told.
     """
 
-    def __init__(self, task, recipe, replica_step, step, strategy, model_dir, write, stream=None):
+    def __init__(
+        self, task, recipe, replica_step, step, strategy, model_dir, write, stream=None,
+        started=None,
+    ):  # fmt: skip
+        self._started = started
         self._task, self._recipe, self._replica_step = task, recipe, replica_step
         self._step, self._model_dir = step, model_dir
         self._write, self._stream = write, stream
@@ -87,6 +94,9 @@ class Instruments:
 
     def __call__(self, output):
         """Orbit's train action, after each inner loop."""
+        if self._started is not None:
+            seconds, self._started = time.perf_counter() - self._started, None
+            self._write(f"The first steps were done {seconds:.1f} s after the start")
         for instrument in (self.progress, *self._others):
             instrument(output)
 

@@ -33,11 +33,12 @@ class Run:
         steps_per_loop: steps on the device between two looks from the host.
         stop: this process's `signals.StopRequest`.
         log: takes lines of progress.
+        started: as `Instruments` takes it.
     """
 
     def __init__(
         self, task, recipe, step, state, strategy, *,
-        settings, model_dir, folder, steps_per_loop, stop, log,
+        settings, model_dir, folder, steps_per_loop, stop, log, started=None,
     ):  # fmt: skip
         self._task, self._recipe, self._strategy = task, recipe, strategy
         self._replica_step, self._state = step, state
@@ -55,7 +56,7 @@ class Run:
         # Only the chief speaks, to a terminal if that is one.
         stream = sys.stderr if is_chief(strategy) else None
         self._instruments = Instruments(
-            task, recipe, step, state.step, strategy, folder, log, stream
+            task, recipe, step, state.step, strategy, folder, log, stream, started
         )
         self._watch = Watch(
             step.optimizer,
