@@ -4,6 +4,7 @@
 # make soak   kills a run twenty times, and compares it with one that nothing stopped
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
 # make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
+# make preflight-tpu  installs into .venv-tpu what --preflight_strict asks
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
 #             (inputs: .venv/bin/python -m benchmarks.inputs --text=... --vocab=...)
 
@@ -13,7 +14,7 @@ TPU_VENV := .venv-tpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint soak tpu preflight bench clean
+.PHONY: demo test lint soak tpu preflight preflight-tpu bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py
@@ -30,16 +31,14 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# No dependencies are followed: those of the other packages name the stock `tensorflow`, which would
-# be written over `tensorflow-tpu`. The list has all of them.
-tpu:
-	$(PYTHON) -m venv $(TPU_VENV)
-	$(TPU_VENV)/bin/pip install --disable-pip-version-check --quiet --no-deps \
-		-r constraints-tpu.txt -e .
+tpu: $(TPU_VENV)/installed
 	$(TPU_VENV)/bin/python -m training.doctor
 
 preflight: $(VENV)/preflight
 	$(BIN)/python -m training.preflight_document $(ARGS)
+
+# TensorFlow's own TPU kernels, for --preflight_strict; no TPU needed.
+preflight-tpu: $(TPU_VENV)/installed
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.optimizers $(ARGS)
@@ -62,6 +61,14 @@ $(VENV)/test: $(VENV)/train
 
 $(VENV)/bench: $(VENV)/train
 	$(PIP) -e .[train,bench]
+	touch $@
+
+# No dependencies are followed: those of the other packages name the stock `tensorflow`, which would
+# be written over `tensorflow-tpu`. The list has all of them.
+$(TPU_VENV)/installed: constraints-tpu.txt
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/pip install --disable-pip-version-check --quiet --no-deps \
+		-r constraints-tpu.txt -e .
 	touch $@
 
 clean:

@@ -53,6 +53,7 @@ flags.DEFINE_string(
     "preflight", "", "Trains nothing; says what the recipe needs on TPUs such as v3:32x32,v3-64."
 )
 flags.DEFINE_string("preflight_json", "", "The pre-flight's figures; the picture goes beside it.")
+flags.DEFINE_bool("preflight_strict", False, "Asks TensorFlow's own TPU kernels, too.")
 flags.DEFINE_multi_string("set", [], "field=value, any field of the recipe; repeatable.")
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -212,7 +213,15 @@ def main(arguments):
     if FLAGS.preflight:
         from training import preflight  # training needs nothing of it
 
-        return preflight.run(recipe, FLAGS.preflight, json_path=FLAGS.preflight_json, log=say)
+        return preflight.run(
+            recipe,
+            FLAGS.preflight,
+            json_path=FLAGS.preflight_json,
+            log=say,
+            strict=FLAGS.preflight_strict,
+        )
+    if FLAGS.preflight_strict or FLAGS.preflight_json:
+        raise InputError("--preflight_strict and --preflight_json need --preflight=TPU.")
     with contextlib.ExitStack() as stack:
         model_dir, export_dir = stack.enter_context(folders(recipe))
         checkpoints.check(model_dir, recipe, seed=FLAGS.seed)

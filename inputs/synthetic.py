@@ -15,9 +15,10 @@ def synthetic_batches(spec, below, seed: int) -> tf.data.Dataset:
     batch = {}
     for salt, (name, tensor) in enumerate(sorted(spec.items())):
         if tensor.dtype.is_integer and name in below:
-            batch[name] = tf.random.stateless_uniform(
-                tensor.shape, [seed, salt], maxval=below[name], dtype=tensor.dtype
+            numbers = tf.random.stateless_uniform(  # makes no small integers, such as pixels
+                tensor.shape, [seed, salt], maxval=below[name], dtype=tf.int32
             )
+            batch[name] = tf.cast(numbers, tensor.dtype)
         else:
             batch[name] = tf.ones(tensor.shape, tensor.dtype)
     return tf.data.Dataset.from_tensors(batch).repeat()

@@ -147,6 +147,22 @@ def test_training_loads_nothing_of_it():
         assert not [line for line in loaded if "preflight" in line or "jax" in line], path
 
 
+def test_without_the_tpu_wheel_the_strict_check_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight_children, "TPU_PYTHON", tmp_path / "python")
+    with pytest.raises(InputError, match="there is no .*python. Make it: make preflight-tpu"):
+        preflight_children.check_strict_installed()
+
+
+@pytest.mark.skipif(
+    not preflight_children.TPU_PYTHON.exists(), reason="make preflight-tpu was not run"
+)
+def test_the_tpus_own_kernels_are_asked(tmp_path):
+    children = preflight_children.Children(lambda line: None, str(tmp_path))
+    for name in ("bert-mini", "resnet50-lars-32k"):
+        answer = children.ask_kernels(recipes.find_recipe(name), 0)
+        assert answer["operations"] > 40 and answer["error"] is None
+
+
 @installed
 def test_a_small_bert_takes_off(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight_children, "CACHE", tmp_path / "cache")

@@ -11,7 +11,7 @@ import tempfile
 
 from inputs.errors import InputError
 from training import preflight_model as model
-from training.preflight_children import Children, check_installed
+from training.preflight_children import Children, check_installed, check_strict_installed
 from training.preflight_topology import Topology, parse_topologies
 
 GIB = 2**30
@@ -27,6 +27,8 @@ class Finding:
     program: `preflight_compile.figures` of the step, with its `error` if there is one.
     memory: bytes by what they are for.
     time: None if the program does not compile.
+    operations: kinds of operation that TensorFlow's own TPU kernels were asked for; None if nobody
+        asked.
     """
 
     phase: int
@@ -42,6 +44,7 @@ class Finding:
     update: dict
     memory: dict
     time: model.StepTime | None
+    operations: int | None = None
 
     @property
     def minutes(self) -> float | None:
@@ -187,7 +190,9 @@ def _split(facts, program, update):
     }
 
 
-def run(recipe, names: str, *, json_path: str, log, search: bool = True) -> int:
+def run(
+    recipe, names: str, *, json_path: str, log, search: bool = True, strict: bool = False
+) -> int:
     """The command; returns the exit status: 1 if something does not compile.
 
     Args:
@@ -196,16 +201,19 @@ def run(recipe, names: str, *, json_path: str, log, search: bool = True) -> int:
         json_path: where the rows go as JSON, and beside it the picture; "" for neither.
         log: takes lines of progress.
         search: as for `Examiner`.
+        strict: whether TensorFlow's own TPU kernels are asked, too.
     """
     # Matplotlib and the report are for this command alone.
     from training import preflight_picture, preflight_report
 
     topologies = sorted(parse_topologies(names), key=lambda t: (t.generation.name, t.chips))
     check_installed()
+    if strict:
+        check_strict_installed()
     for topology in topologies:
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
-    findings = findings_of(recipe, topologies, log=log, search=search)
+    findings = findings_of(recipe, topologies, log=log, search=search, strict=strict)
     print(preflight_report.in_words(recipe, findings))
     if json_path:
         _write(json_path, json.dumps([finding.row() for finding in findings], indent=1))
@@ -215,15 +223,25 @@ def run(recipe, names: str, *, json_path: str, log, search: bool = True) -> int:
     return int(any(finding.error for finding in findings))
 
 
-def findings_of(recipe, topologies, *, log, search) -> list[Finding]:
+def findings_of(recipe, topologies, *, log, search, strict=False) -> list[Finding]:
     """Each phase on each topology."""
     with tempfile.TemporaryDirectory() as folder:
-        examiner = Examiner(recipe, topologies, Children(log, folder), search)
-        return [
-            examiner.examine(number, topology)
-            for number in range(len(recipe.phases))
-            for topology in topologies
-        ]
+        children = Children(log, folder)
+        examiner, findings = Examiner(recipe, topologies, children, search), []
+        for number in range(len(recipe.phases)):
+            of_phase = [examiner.examine(number, topology) for topology in topologies]
+            if strict:
+                asked = children.ask_kernels(recipe, number)
+                of_phase = [
+                    dataclasses.replace(
+                        finding,
+                        operations=asked["operations"],
+                        error=finding.error or asked["error"],
+                    )
+                    for finding in of_phase
+                ]
+            findings += of_phase
+        return findings
 
 
 def _write(path: str, text: str) -> None:

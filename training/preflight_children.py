@@ -21,6 +21,7 @@ from inputs.errors import InputError
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path("~/.cache/tf_lamb/preflight").expanduser()
 WANTED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` pins them
+TPU_PYTHON = ROOT / ".venv-tpu/bin/python"  # `make preflight-tpu` and `make tpu` make it
 SPARE_BYTES = 512 * 2**20  # of the host's memory, left to the others
 SAY_EVERY_SECONDS = 15
 
@@ -38,6 +39,15 @@ def check_installed() -> None:
                 "pip install -c constraints.txt -e .[train,preflight] (0.3 GB to load, 1.1 GB on "
                 "the disk)."
             )
+
+
+def check_strict_installed() -> None:
+    """Raises `InputError` unless there is the environment of `preflight_strict`."""
+    if not TPU_PYTHON.exists():
+        raise InputError(
+            "--preflight_strict needs tensorflow-tpu in an environment of its own, and there is no "
+            f"{TPU_PYTHON}. Make it: make preflight-tpu (3.1 GB on the disk)."
+        )
 
 
 class Children:
@@ -95,7 +105,16 @@ class Children:
             },
         )
 
-    def _run(self, module: str, what: str, job: dict) -> dict:
+    def ask_kernels(self, recipe, number: int) -> dict:
+        """What `preflight_strict.examine` says of phase `number`, from 0."""
+        return self._run(
+            "training.preflight_strict",
+            f"phase {number + 1}: asking TensorFlow's own TPU kernels",
+            {"recipe": recipe, "number": number},
+            python=str(TPU_PYTHON),
+        )
+
+    def _run(self, module: str, what: str, job: dict, python: str = sys.executable) -> dict:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             task, answer = os.path.join(folder, "job"), os.path.join(folder, "answer")
             with open(task, "wb") as file:
@@ -104,9 +123,10 @@ class Children:
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             }
+            environment.pop("TPU_LIBRARY_PATH", None)  # JAX sets it; each Python has a libtpu
             with open(os.path.join(folder, "errors"), "w+b") as errors:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", module, task, answer],
+                    [python, "-m", module, task, answer],
                     env=environment,
                     stdout=errors,
                     stderr=errors,

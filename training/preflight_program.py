@@ -15,6 +15,7 @@ from unittest import mock
 import tensorflow as tf
 import tf_keras
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.distribute.one_device_strategy import OneDeviceExtended
 from tensorflow.python.ops import gen_stateless_random_ops_v2 as random_ops
 
 from training import optimizers
@@ -23,10 +24,9 @@ from training.step import ReplicaStep
 from training.tasks import TASKS
 
 DEFAULT_ALGORITHM = tf.random.Algorithm.AUTO_SELECT.value
-_HostExtended = type(tf.distribute.OneDeviceStrategy("/cpu:0").extended)
 
 
-class _PodExtended(_HostExtended):
+class _PodExtended(OneDeviceExtended):
     def __init__(self, strategy, replicas):
         super().__init__(strategy, "/cpu:0")
         self._replicas = replicas
@@ -146,6 +146,27 @@ class Replica:
 
     def step_program(self, replica_batch_size: int, accumulation: int) -> bytes:
         """Serialized HLO of one whole step on a batch of that many examples."""
+        step, spec = self._step(replica_batch_size, accumulation)
+        return self._lowered(lambda **batch: step.train(batch, self._state.step), **spec)
+
+    def traced_step(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
+        """The same, traced alone, with the recipe's own accumulation."""
+        step, spec = self._step(replica_batch_size, self.recipe.accumulation)
+        function = self._function(lambda **batch: step.train(batch, self._state.step))
+        return function.get_concrete_function(**spec)
+
+    def traced_gradients(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
+        """Forward and backward alone, of one micro-batch."""
+        step, spec = self._step(replica_batch_size, 1)
+        counts = TASKS[self.recipe.task].counts
+        function = tf.function(
+            lambda batch, seed: step.sums_and_gradients(batch, counts(batch), seed),
+            autograph=False,
+        )
+        return function.get_concrete_function(spec, tf.TensorSpec([2], tf.int32))
+
+    def _step(self, replica_batch_size, accumulation):
+        """The `ReplicaStep`, and what its batches look like."""
         task = self._task(replica_batch_size)
         step = ReplicaStep(
             self.model,
@@ -156,8 +177,7 @@ class Replica:
             accumulation=accumulation,
             jit_compile=False,
         )
-        spec = task.train_batches(self.number, 0)(None).element_spec
-        return self._lowered(lambda **batch: step.train(batch, self._state.step), **spec)
+        return step, task.train_batches(self.number, 0)(None).element_spec
 
     def update_program(self) -> bytes:
         """Serialized HLO of the update alone, its gradients given as arguments."""
@@ -171,13 +191,16 @@ class Replica:
         return self._lowered(update, *(tf.TensorSpec(v.shape, v.dtype) for v in variables))
 
     def _lowered(self, function, *specs, **named_specs):
+        with _tpu_random_bits():
+            lower = self._function(function).experimental_get_compiler_ir(*specs, **named_specs)
+            return lower(stage="hlo_serialized")
+
+    def _function(self, function):
+        """The function in replica context, to be traced for XLA."""
         run = self.strategy.extended.call_for_each_replica
-        traced = tf.function(
+        return tf.function(
             lambda *args, **kwargs: run(function, args, kwargs), jit_compile=True, autograph=False
         )
-        with _tpu_random_bits():
-            lower = traced.experimental_get_compiler_ir(*specs, **named_specs)
-            return lower(stage="hlo_serialized")
 
     @property
     def parameters(self) -> int:

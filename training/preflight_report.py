@@ -35,6 +35,12 @@ def _figures(finding):
     intensity = program["flops"] / program["bytes_accessed"]
     floats = finding.update["bytes_accessed"] / 4 / finding.parameters
     yield _line("compiles", f"yes; {program['all_reduces']} sums over the replicas")
+    if finding.operations:
+        yield _line(
+            "kernels",
+            f"TensorFlow's own for TPUs have all {finding.operations} kinds of operation; forward "
+            "and backward lower with them",
+        )
     yield _line(
         "memory", f"{program['hbm_bytes'] / GIB:.2f} of {limit / GIB:.2f} GiB a replica: {split}"
     )

@@ -1,0 +1,41 @@
+"""Made-up batches of each task: what train.py --synthetic trains on."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs.synthetic import synthetic_batches
+from tf_lamb.recipes import find_recipe, resized
+from training.tasks import TASKS
+
+
+def test_values_are_spread_below_their_bounds():
+    spec = {
+        "image": tf.TensorSpec([4, 16, 16, 3], tf.uint8),
+        "label": tf.TensorSpec([1_000], tf.int64),
+        "weight": tf.TensorSpec([4], tf.float32),
+        "row": tf.TensorSpec([4], tf.int32),
+    }
+    batches = synthetic_batches(spec, {"image": 256, "label": 7}, seed=1)
+    assert batches.element_spec == spec
+    first, second = (tf.nest.map_structure(lambda t: t.numpy(), b) for b in batches.take(2))
+    assert set(first["label"]) == set(range(7))
+    assert first["image"].min() < 5 and first["image"].max() > 250
+    assert set(first["weight"]) == {1.0} and set(first["row"]) == {1}
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name])
+
+
+@pytest.mark.parametrize("name", ["bert-mini-demo", "squad-mini", "cifar10-lamb-128"])
+def test_every_task_has_them(name, tmp_path):
+    recipe = resized(find_recipe(name), global_batch_size=8)
+    task = TASKS[recipe.task](
+        recipe, data_dir="", vocab="", model_dir=str(tmp_path), seed=1, synthetic_data=True,
+        log=lambda line: None,
+    )  # fmt: skip
+    training = task.train_batches(0, 0)(None)
+    held_out = task.evaluation_batches(0)(None)
+    for batches in (training, held_out):
+        batch = next(iter(batches))
+        assert {len(values) for values in batch.values()} == {8}
+        assert all(float(count) > 0 for count in task.counts(batch).values())
