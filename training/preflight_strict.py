@@ -54,7 +54,7 @@ def types_of(attribute) -> list[int]:
 
 
 def without_kernel(graph_def, known: dict[str, list]) -> list[str]:
-    """ "operation (types) at node" of each node that no kernel takes, one for each operation."""
+    """What no kernel takes, an example each: operation (types) at node."""
     functions = {function.signature.name: function for function in graph_def.library.function}
     nodes = [*graph_def.node, *(n for f in functions.values() for n in f.node_def)]
     missing = {}
@@ -83,15 +83,33 @@ def of_arguments(traced):
         for outer, inner in traced.graph.captures
         if outer is variable.handle
     }
-    source, graph_def, specs = traced.graph.as_graph_def(), tf.compat.v1.GraphDef(), {}
-    gone = {f"^{node.name}" for node in source.node if node.op in WRITES}
-    axis = graph_def.node.add(name="axis_0", op="Const")
+    graph_def = _without_variables(traced.graph.as_graph_def(), weights)
+    specs = {
+        f"{node.name}:0": tf.TensorSpec(
+            node.attr["shape"].shape, tf.as_dtype(node.attr["dtype"].type)
+        )
+        for node in graph_def.node
+        if node.op == "Placeholder"
+    }
+    wrapped = tf.compat.v1.wrap_function(
+        lambda: tf.graph_util.import_graph_def(graph_def, name=""), []
+    )
+    pruned = wrapped.prune(list(specs), [output.name for output in traced.outputs])
+    function = tf.function(lambda *values: pruned(*values), jit_compile=True, autograph=False)
+    return function, list(specs.values())
+
+
+def _without_variables(source, weights):
+    """A graph in which each resource of `weights` is a tensor of its variable's shape and type."""
+    result = tf.compat.v1.GraphDef(library=source.library, versions=source.versions)
+    axis = result.node.add(name="axis_0", op="Const")
     axis.attr["dtype"].type = tf.int32.as_datatype_enum
     axis.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(0))
+    gone = {f"^{node.name}" for node in source.node if node.op in WRITES}
     for node in source.node:
         if f"^{node.name}" in gone:
             continue
-        new = graph_def.node.add(name=node.name, op=node.op)
+        new = result.node.add(name=node.name, op=node.op)
         new.input.extend(name for name in node.input if name not in gone)
         new.attr.MergeFrom(node.attr)
         if node.name in weights:
@@ -107,17 +125,7 @@ def of_arguments(traced):
             new.attr["Tparams"].type = new.attr.pop("dtype").type
             new.attr["Taxis"].type = tf.int32.as_datatype_enum
             new.attr.pop("validate_indices")
-        if new.op == "Placeholder":
-            shape, dtype = (new.attr[key] for key in ("shape", "dtype"))
-            specs[f"{new.name}:0"] = tf.TensorSpec(shape.shape, tf.as_dtype(dtype.type))
-    graph_def.library.CopyFrom(source.library)
-    graph_def.versions.CopyFrom(source.versions)
-    wrapped = tf.compat.v1.wrap_function(
-        lambda: tf.graph_util.import_graph_def(graph_def, name=""), []
-    )
-    pruned = wrapped.prune(list(specs), [output.name for output in traced.outputs])
-    function = tf.function(lambda *values: pruned(*values), jit_compile=True, autograph=False)
-    return function, list(specs.values())
+    return result
 
 
 def examine(recipe, number: int) -> dict:
@@ -134,17 +142,14 @@ def examine(recipe, number: int) -> dict:
     kinds = {n.op for n in graph_def.node}
     kinds |= {n.op for f in graph_def.library.function for n in f.node_def}
     missing = without_kernel(graph_def, known)
-    error = missing and f"TensorFlow has no TPU kernel for {'; '.join(missing)}" or None
+    error = f"TensorFlow has no TPU kernel for {'; '.join(missing)}" if missing else None
     try:
         function, specs = of_arguments(replica.traced_gradients(EXAMPLES))
         lower = function.experimental_get_compiler_ir(*specs)
         lower(stage="hlo_serialized", platform_name=PLATFORM)
     except (tf.errors.OpError, ValueError) as reason:
         error = error or str(reason).strip().splitlines()[0]
-    return {
-        "operations": len(kinds - STRUCTURE),
-        "error": error,
-    }
+    return {"operations": len(kinds - STRUCTURE), "error": error}
 
 
 if __name__ == "__main__":
