@@ -3,9 +3,9 @@
     python -m experiments.bert_batches --data_dir=enwiki-articles.jsonl.gz --vocab=vocab.txt
 
 trains `bert-mini` through both of its phases (length 128, then 512 at half the batch, warming up
-again). Each optimizer at each batch size gets the same effort: three rates, a factor of two apart,
-with the first seed; the best by held-out masked-token accuracy runs with the other seeds too. The
-rate of the second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of
+again). Each optimizer at each batch size is tuned by the same rule: three rates, a factor of two
+apart, with the first seed; while the best of them, by held-out masked-token accuracy, is the lowest
+or the highest, the next one beyond it. The best runs with the other seeds too. The rate of the second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of
 each phase. Steps of more than --micro_batch sequences are accumulated.
 
 What is done is kept: the same command goes on with the run that it was in. It writes
@@ -113,7 +113,7 @@ def run(trial: Trial, options) -> dict:
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             json.dump(outcome, file)
         os.replace(f"{path}.new", path)
-        for name in os.listdir(folder):  # figures stay, weights go: there are 20 runs
+        for name in os.listdir(folder):  # figures stay, weights go: there are many runs
             if name.startswith("ckpt-") or name in ("best", "export", "checkpoint"):
                 place = os.path.join(folder, name)
                 shutil.rmtree(place) if os.path.isdir(place) else os.remove(place)
@@ -152,11 +152,15 @@ def compare(options, say=print) -> list[dict]:
         return outcomes[-1]
 
     for optimizer, batch, rates in pairs(options.small_batch):
-        tuned = [outcome(Trial(optimizer, batch, rate, SEEDS[0])) for rate in rates]
-        if None not in tuned:
-            best = max(tuned, key=lambda result: result["accuracy"])
-            for seed in SEEDS[1:]:
-                outcome(Trial(optimizer, batch, best["rate"], seed))
+        tuned = {rate: outcome(Trial(optimizer, batch, rate, SEEDS[0])) for rate in rates}
+        while None not in tuned.values():
+            best = max(tuned, key=lambda rate: tuned[rate]["accuracy"])
+            if min(tuned) < best < max(tuned):
+                for seed in SEEDS[1:]:
+                    outcome(Trial(optimizer, batch, best, seed))
+                break
+            beyond = best * 2 if best == max(tuned) else best / 2
+            tuned[beyond] = outcome(Trial(optimizer, batch, beyond, SEEDS[0]))
     return outcomes
 
 

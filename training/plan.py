@@ -7,7 +7,10 @@ has; a gradient noise scale bounds it. Rates and steps follow by the paper's rul
 
 import argparse
 import dataclasses
+import os
 import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
 
 from inputs.errors import InputError
 from tf_lamb import recipes
@@ -41,7 +44,10 @@ def proposed_batch(members: list[Recipe], topology: Topology, noise_scale: float
     batch = max(map(batch_of, published))
     if noise_scale is not None:
         batch = min(batch, int(noise_scale))
-    return max(1, batch // topology.replicas) * topology.replicas
+    # The smallest of the phases' batches, which keep their ratios, is to divide too.
+    smaller = max(batch_of(r) // min(p.global_batch_size for p in r.phases) for r in members)
+    whole = topology.replicas * smaller
+    return max(1, batch // whole) * whole
 
 
 def given_noise_scale(text: str) -> float:
