@@ -5,8 +5,9 @@
 trains `bert-mini` through both of its phases (length 128, then 512 at half the batch, warming up
 again). Each optimizer at each batch size is tuned by the same rule: three rates, a factor of two
 apart, with the first seed; while the best of them, by held-out masked-token accuracy, is the lowest
-or the highest, the next one beyond it. The best runs with the other seeds too. The rate of the second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of
-each phase. Steps of more than --micro_batch sequences are accumulated.
+or the highest, the next one beyond it. The best runs with the other seeds too. The rate of the
+second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of each phase.
+Steps of more than --micro_batch sequences are accumulated.
 
 What is done is kept: the same command goes on with the run that it was in. It writes
 OUTPUT.json, OUTPUT.md and OUTPUT.png, also when only some runs are done.

@@ -205,6 +205,8 @@ def test_a_plan_takes_the_largest_published_batch_within_the_noise_scale():
     assert plan.proposed_batch(members, pod, None) == 65_536
     assert plan.proposed_batch(members, pod, 10_000.0) == 8_192
     assert plan.proposed_batch(members, pod, 5.0) == 2_048
+    # The second phase's batch is half of it.
+    assert plan.proposed_batch(plan.family("bert-mini"), one("v3:2x2"), 60.0) == 48
 
 
 def test_a_plan_for_an_unknown_recipe_is_one_sentence(capsys):

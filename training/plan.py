@@ -44,10 +44,12 @@ def proposed_batch(members: list[Recipe], topology: Topology, noise_scale: float
     batch = max(map(batch_of, published))
     if noise_scale is not None:
         batch = min(batch, int(noise_scale))
-    # The smallest of the phases' batches, which keep their ratios, is to divide too.
-    smaller = max(batch_of(r) // min(p.global_batch_size for p in r.phases) for r in members)
-    whole = topology.replicas * smaller
-    return max(1, batch // whole) * whole
+    batch = max(1, batch // topology.replicas) * topology.replicas
+    while batch > topology.replicas and any(
+        phase.global_batch_size % topology.replicas for phase in planned(members, batch).phases
+    ):
+        batch -= topology.replicas  # the later phases' batches are to divide, too
+    return batch
 
 
 def given_noise_scale(text: str) -> float:
