@@ -232,7 +232,8 @@ def main(arguments):
         if recipe.measure_noise_scale and where.num_replicas_in_sync * recipe.accumulation < 2:
             raise InputError(
                 "--set measure_noise_scale=true compares the gradients of parts of a batch, and "
-                "one replica has it in one. Set accumulation=2 or more, too."
+                "with one replica and accumulation=1 there is one part. Set accumulation=2 or "
+                "more, too."
             )
         chief = strategy.is_chief(where)
         log = say if chief else lambda line: None

@@ -156,7 +156,7 @@ def compare(options, say=print) -> list[dict]:
         tuned = {rate: outcome(Trial(optimizer, batch, rate, SEEDS[0])) for rate in rates}
         while None not in tuned.values():
             best = max(tuned, key=lambda rate: tuned[rate]["accuracy"])
-            if min(tuned) < best < max(tuned):
+            if min(tuned) < best < max(tuned) or tuned[best]["diverged"]:
                 for seed in SEEDS[1:]:
                     outcome(Trial(optimizer, batch, best, seed))
                 break

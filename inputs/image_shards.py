@@ -6,6 +6,7 @@ was stopped goes on with the first shard that is missing.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -121,13 +122,13 @@ class ShardReader:
     Args:
         folder: with a manifest.
         kind: what the manifest must say that the records are.
-        bad_records: is told of each damaged record once. None: the first one is an error.
+        bad_records: is told of each damaged record once.
 
     Raises:
         InputError: no such manifest, or a shard is missing or cut off.
     """
 
-    def __init__(self, folder: str, kind: str, bad_records: BadRecords | None = None):
+    def __init__(self, folder: str, kind: str, bad_records: BadRecords):
         path = os.path.join(folder, MANIFEST)
         if os.path.exists(os.path.join(folder, PLAN)) and not os.path.exists(path):
             raise InputError(
@@ -157,9 +158,8 @@ class ShardReader:
             [f"{shard}[0:{file['count']}]" for file, shard in zip(files, paths, strict=True)]
         )
         self._paths, self._ends = paths, np.cumsum([file["count"] for file in files])
-        self._bad_records = bad_records or BadRecords(0.0, skip=False, say=print)
-        self._bad_records.expect(self.count)
-        self._damaged = set()
+        self._bad_records, self._damaged = bad_records, set()
+        bad_records.expect(self.count)
         self._lock = threading.Lock()  # batches are read in several threads
 
     def read(self, numbers) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +185,7 @@ class ShardReader:
 
     def _whole(self, number):
         """(record, its number): that of `number`, or the next one that can be read."""
-        for place in [*range(number, self.count), *range(number)]:
+        for place in itertools.chain(range(number, self.count), range(number)):
             try:
                 return self._source[place], place
             except (RuntimeError, IndexError) as error:

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs import image_decoding, rand_augment
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.image_shards import ShardReader
 from inputs.order import share, shuffled
@@ -47,8 +48,8 @@ class Images:
             to 4 instead of cropped), "randaugment" for two random operations more, or "none" for
             what an evaluation sees.
         mixup_alpha: of the Beta distribution of the mixing weights; 0 mixes nothing.
-        bad_records: as `ShardReader`'s. In place of a damaged record the next one is read, with
-            weight 0.
+        bad_records: as `ShardReader`'s; None: the first damaged one is an error. In place of a
+            damaged record the next one is read, with weight 0.
 
     Raises:
         InputError: the folder is not prepared, or its pixels have another size.
@@ -57,7 +58,8 @@ class Images:
     def __init__(
         self, folder, image_size, *, seed, augmentation="crop", mixup_alpha=0.0, bad_records=None
     ):
-        self._reader = ShardReader(folder, KIND, bad_records)
+        self.bad_records = bad_records or BadRecords(0.0, skip=False, say=print)
+        self._reader = ShardReader(folder, KIND, self.bad_records)
         self.manifest, self.number = self._reader.manifest, self._reader.count
         self._size, self._seed = image_size, seed
         self._augmentation, self._mixup_alpha = augmentation, mixup_alpha

@@ -7,6 +7,7 @@ import PIL.Image
 import tensorflow as tf
 
 from inputs import prepare_images
+from inputs.bad_records import BadRecords
 from inputs.image_shards import ShardReader
 
 NAMES = ("cat", "dog", "owl")
@@ -55,10 +56,15 @@ def prepared(folder, **arguments):
     return folder / "out"
 
 
+def open_shards(folder):
+    """A reader of a prepared folder that bears no damage."""
+    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, say=print))
+
+
 def damage(folder, number):
     """Changes a byte in the middle of a record; returns the shard."""
     (shard,) = folder.glob("*.arrayrecord")
-    (record,), _ = ShardReader(str(folder), "images").read([number])
+    (record,), _ = open_shards(folder).read([number])
     content = bytearray(shard.read_bytes())
     content[content.index(record) + len(record) // 2] ^= 1
     shard.write_bytes(content)

@@ -68,24 +68,41 @@ def test_it_is_found_from_the_parts_of_each_batch(mirrored, accumulation, tmp_pa
     assert plan.given_noise_scale(str(tmp_path)) == pytest.approx(means["noise_scale"])
 
 
-def test_with_parts_or_without_the_update_is_the_same(mirrored):
-    """Summing the gradients here, for their norm, takes the place of the optimizer's own sum."""
-    batch = {"x": tf.random.stateless_normal([4, WIDTH], [1, 2])}
+@pytest.mark.parametrize(
+    "make", [lambda: tf_keras.optimizers.SGD(0.1), lambda: LARS(10.0, weight_decay=1.0)]
+)
+def test_measured_or_not_the_update_is_the_same(mirrored, make):
+    """The sum of the gradients, taken here for its norm, takes the place of the optimizer's own."""
+    batches = tf.random.stateless_normal([2, 4, WIDTH], [1, 2])
     weights = []
     for measure in (False, True):
         with mirrored.scope():
             model = tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
             model.layers[0].w.assign(tf.ones([WIDTH]))
-            optimizer = LARS(0.1)
+            optimizer = make()
             optimizer.build(model.trainable_variables)
             step = ReplicaStep(
                 model, optimizer, sums, counts, seed=1, accumulation=1, jit_compile=False,
                 measure_noise=measure,
             )  # fmt: skip
-        tf.function(lambda step=step: mirrored.run(step.train, args=(batch, 0)))()
+
+        def train(step=step):
+            context = tf.distribute.get_replica_context()
+            return step.train({"x": batches[context.replica_id_in_sync_group]}, 0)
+
+        tf.function(lambda train=train: mirrored.run(train))()
         weights.append(model.layers[0].w.numpy())
-    np.testing.assert_array_equal(*weights)
-    assert np.ptp(weights[0]) > 0
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+    assert np.ptp(weights[0]) > 1e-3
+    if make().__class__ is tf_keras.optimizers.SGD:
+        mean = tf.reduce_mean(batches, axis=[0, 1]).numpy()
+        np.testing.assert_allclose(weights[1], 1 - 0.1 * (1 - mean), rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_counts_for_nothing():
+    bad = [tf.constant([float("inf"), 1.0])]
+    shares, count = noise_scale.noise_sums(tf.constant(float("nan")), bad, 8, 2, 1)
+    assert [float(value) for value in (*shares.values(), *count.values())] == [0.0, 0.0, 0.0]
 
 
 def test_the_planner_takes_a_number_or_a_run_that_measured(tmp_path):

@@ -148,13 +148,13 @@ def test_training_loads_nothing_of_it():
 
 
 def test_without_the_tpu_wheel_the_strict_check_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight_children, "TPU_PYTHON", tmp_path / "python")
-    with pytest.raises(InputError, match="there is no .*python. Make it: make preflight-tpu"):
+    monkeypatch.setattr(preflight_children, "TPU_INSTALLED", tmp_path / "installed")
+    with pytest.raises(InputError, match="there is no .*installed. Make it: make preflight-tpu"):
         preflight_children.check_strict_installed()
 
 
 @pytest.mark.skipif(
-    not preflight_children.TPU_PYTHON.exists(), reason="make preflight-tpu was not run"
+    not preflight_children.TPU_INSTALLED.exists(), reason="make preflight-tpu was not run"
 )
 def test_the_tpus_own_kernels_are_asked(tmp_path):
     children = preflight_children.Children(lambda line: None, str(tmp_path))

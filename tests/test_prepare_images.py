@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow as tf
-from pictures import NAMES, class_folders, encoded, example, prepare, smooth
+from pictures import NAMES, class_folders, encoded, example, open_shards, prepare, smooth
 
 from inputs import image_shards, images
 from inputs.errors import InputError
@@ -23,7 +23,7 @@ def manifest(folder):
 
 def stored(folder):
     """[(bytes, label)] of all records."""
-    reader = image_shards.ShardReader(str(folder), "images")
+    reader = open_shards(folder)
     rows = [
         tf.io.parse_single_example(r, images.FEATURES) for r in reader.read(range(reader.count))[0]
     ]
@@ -152,7 +152,7 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(image_shards, "write_shard", stops)
     assert prepare("--source", source, "--output", part) == 130
     with pytest.raises(InputError, match="is not finished"):
-        image_shards.ShardReader(str(part / "train"), "images")
+        open_shards(part / "train")
     monkeypatch.undo()
     finished = part / "train/train-00000.arrayrecord"
     before = finished.stat().st_mtime_ns
@@ -292,7 +292,7 @@ def test_a_cut_shard_is_refused(tmp_path):
     shard = tmp_path / "out/train/train-00000.arrayrecord"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"train-00000.arrayrecord has \d+ bytes"):
-        image_shards.ShardReader(str(tmp_path / "out/train"), "images")
+        open_shards(tmp_path / "out/train")
 
 
 def test_the_real_imagenet_samples(tmp_path):

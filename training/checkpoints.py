@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "evaluate_every_steps",
     "expected",
     "accumulation",
+    "jit_compile",
+    "measure_noise_scale",
     "keep_checkpoints",
     "max_skipped_in_row",
     "max_loss",

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 
 from inputs import images, synthetic
@@ -65,8 +66,8 @@ class ImageClassification:
             )
         self.data = data_dir
         folders = [os.path.join(data_dir, split) for split in ("train", "validation")]
-        self._training = self._images(folders[0], log, recipe.augmentation, recipe.mixup_alpha)
-        self._held_out = self._images(folders[1], log, "none", 0.0)
+        self._training = self._images(folders[0], recipe.augmentation, recipe.mixup_alpha)
+        self._held_out = self._images(folders[1], "none", 0.0)
         manifests = self._training.manifest, self._held_out.manifest
         self._classes = manifests[0]["classes"]
         check_same_classes(self._classes, manifests[1]["classes"], *folders)
@@ -78,7 +79,7 @@ class ImageClassification:
             f"{self._held_out.number:,} held out"
         )
 
-    def _images(self, folder, log, augmentation, mixup_alpha):
+    def _images(self, folder, augmentation, mixup_alpha):
         share, skip = self.recipe.max_bad_record_share, self.recipe.on_bad_record == "skip"
         return images.Images(
             folder,
@@ -86,7 +87,8 @@ class ImageClassification:
             seed=self._seed,
             augmentation=augmentation,
             mixup_alpha=mixup_alpha,
-            bad_records=BadRecords(share, skip=skip, say=log),
+            # Each process of a cluster reads its own share, and says itself what is wrong with it.
+            bad_records=BadRecords(share, skip=skip, say=lambda line: print(line, file=sys.stderr)),
         )
 
     @property
@@ -132,8 +134,11 @@ class ImageClassification:
         )
 
     def final_metrics(self, model, strategy, model_dir: str | None) -> dict[str, float]:
-        """What is measured once, at the end: nothing beyond the last evaluation."""
+        """Nothing beyond the last evaluation; says how many images could not be read."""
         del model, strategy, model_dir
+        if not self._synthetic:
+            for split in (self._training, self._held_out):
+                split.bad_records.end()
         return {}
 
     def results(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -22,8 +22,8 @@ def squared_norm(gradients) -> tf.Tensor:
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float32))) for g in gradients])
 
 
-def noise_sums(own_parts, gradients, replica_batch: int, replicas: int, accumulation: int) -> dict:
-    """One replica's shares of the two estimates, which the sum over all replicas completes.
+def noise_sums(own_parts, gradients, replica_batch: int, replicas: int, accumulation: int):
+    """One replica's shares of the two estimates and of their count, as sums and counts.
 
     Args:
         own_parts: float32 scalar, as `PARTS`; each micro-batch's gradient is its share of the
@@ -36,21 +36,23 @@ def noise_sums(own_parts, gradients, replica_batch: int, replicas: int, accumula
     large, small = replica_batch * replicas, replica_batch // accumulation
     of_large = squared_norm(gradients) / replicas
     of_small = own_parts * parts  # (parts x gradient)^2, its mean over all parts
+    # A step whose gradient is not finite, on any replica, tells nothing, and spoils no other's.
+    finite = tf.math.is_finite(of_large)
     return {
-        SIGNAL: (large * of_large - small * of_small) / (large - small),
-        NOISE: (of_small - of_large) / (1 / small - 1 / large),
-    }
+        SIGNAL: tf.where(finite, (large * of_large - small * of_small) / (large - small), 0.0),
+        NOISE: tf.where(finite, (of_small - of_large) / (1 / small - 1 / large), 0.0),
+    }, {NOISE.split("_")[0]: tf.where(finite, 1 / replicas, 0.0)}
 
 
 def noise_scale(means: dict) -> dict:
     """`noise_scale` from a loop's means; nothing where it was not measured or is lost in noise."""
-    if SIGNAL not in means or means[SIGNAL] <= 0:
+    if SIGNAL not in means or not means[SIGNAL] > 0:  # or NaN: all steps were skipped
         return {}
     return {"noise_scale": means[NOISE] / means[SIGNAL]}
 
 
 def measured(model_dir: str) -> float:
-    """The noise scale of the second half of a run's newest phase, in examples.
+    """The noise scale of the second half of a run's newest phase, in examples of that phase.
 
     It is the ratio of two means, which is less biased than a mean of ratios.
 

@@ -34,7 +34,8 @@ def batch_of(recipe: Recipe) -> int:
 
 
 def proposed_batch(members: list[Recipe], topology: Topology, noise_scale: float | None) -> int:
-    """The largest batch that is published for this model, and not above the noise scale.
+    """The largest batch that is published for this model, and not above the noise scale, but at
+    least one example a replica.
 
     Beyond a batch as large as the noise scale, half of what more data parallelism adds is wasted
     (McCandlish et al., arXiv:1812.06162, section 2.2).
@@ -63,7 +64,9 @@ def given_noise_scale(text: str) -> float:
     except ValueError:
         return noise_scale.measured(text)
     if not 0 < scale < float("inf"):
-        raise InputError(f"--noise_scale must be positive. Received: --noise_scale={text}.")
+        raise InputError(
+            f"--noise_scale must be positive and finite. Received: --noise_scale={text}."
+        )
     return scale
 
 
@@ -105,7 +108,7 @@ def main(arguments) -> int:
     )
     flags = parser.parse_args(arguments)
     try:
-        scale = flags.noise_scale and given_noise_scale(flags.noise_scale)
+        scale = None if flags.noise_scale is None else given_noise_scale(flags.noise_scale)
         members = family(flags.recipe)
         topologies = parse_topologies(flags.topology, "--topology")
         if len(topologies) > 1:

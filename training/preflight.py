@@ -231,7 +231,10 @@ def findings_of(recipe, topologies, *, log, search, strict=False) -> list[Findin
         for number in range(len(recipe.phases)):
             of_phase = [examiner.examine(number, topology) for topology in topologies]
             if strict:
-                asked = children.ask_kernels(recipe, number)
+                parts = max(f.accumulation or recipe.accumulation for f in of_phase)
+                asked = children.ask_kernels(
+                    dataclasses.replace(recipe, accumulation=parts), number
+                )
                 of_phase = [
                     dataclasses.replace(
                         finding,

@@ -21,7 +21,8 @@ from inputs.errors import InputError
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path("~/.cache/tf_lamb/preflight").expanduser()
 WANTED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` pins them
-TPU_PYTHON = ROOT / ".venv-tpu/bin/python"  # `make preflight-tpu` and `make tpu` make it
+TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
+TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # made last by `make preflight-tpu` and `make tpu`
 SPARE_BYTES = 512 * 2**20  # of the host's memory, left to the others
 SAY_EVERY_SECONDS = 15
 
@@ -43,10 +44,10 @@ def check_installed() -> None:
 
 def check_strict_installed() -> None:
     """Raises `InputError` unless there is the environment of `preflight_strict`."""
-    if not TPU_PYTHON.exists():
+    if not TPU_INSTALLED.exists():
         raise InputError(
             "--preflight_strict needs tensorflow-tpu in an environment of its own, and there is no "
-            f"{TPU_PYTHON}. Make it: make preflight-tpu (3.1 GB on the disk)."
+            f"{TPU_INSTALLED}. Make it: make preflight-tpu (3.1 GB on the disk)."
         )
 
 

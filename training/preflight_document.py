@@ -1,6 +1,7 @@
-"""Writes docs/preflight.md: every recipe on its own pod, beside what was published.
+"""Writes docs/preflight.md: recipes on their own pods, beside what was published.
 
-`make preflight` runs it, or for some recipes python -m training.preflight_document NAME...
+`make preflight` runs it, or for a page of some recipes alone python -m training.preflight_document
+NAME...
 """
 
 import pathlib
@@ -122,11 +123,13 @@ def main(names: list[str]) -> int:
     try:
         check_installed()
         for name in names or PODS:
+            if name not in PODS:
+                raise InputError(f"{name} has no pod here. There are: {', '.join(PODS)}.")
             recipe = recipes.override(recipes.find_recipe(name), ["compute_dtype=bfloat16"])
             topologies = parse_topologies(PODS[recipe.name])
             log(f"{name} on {PODS[name]}")
             found[name] = preflight.findings_of(recipe, topologies, log=log, search=True)
-    except InputError as error:
+    except ValueError as error:
         log(f"training.preflight_document: {error}")
         return 1
     table = [row(name, finding) for name, findings in found.items() for finding in findings]

@@ -24,7 +24,9 @@ def _block(recipe, finding) -> str:
     )
     lines = [head, _line("batch", _batch(finding))]
     if finding.error:
-        return "\n".join([*lines, _line("compiles", f"NO: {finding.error}")])
+        by_kernels = finding.time is not None  # the compiler took it
+        label = "kernels" if by_kernels else "compiles"
+        return "\n".join([*lines, _line(label, f"NO: {finding.error}")])
     return "\n".join([*lines, *_figures(finding)])
 
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from training.noise_scale import NOISE, PARTS, noise_sums, squared_norm
+from training.noise_scale import PARTS, noise_sums, squared_norm
 from training.randomness import StepSeed, replica_seed
 
 
@@ -52,11 +52,9 @@ class ReplicaStep:
         if self._measure_noise:
             gradients = context.all_reduce("SUM", gradients)
             replicas = context.num_replicas_in_sync
-            sums |= noise_sums(
-                sums.pop(PARTS), gradients, next(iter(batch.values())).shape[0], replicas,
-                self._accumulation,
-            )  # fmt: skip
-            counts |= {NOISE.split("_")[0]: tf.constant(1 / replicas)}
+            own_batch = next(iter(batch.values())).shape[0]
+            noise = noise_sums(sums.pop(PARTS), gradients, own_batch, replicas, self._accumulation)
+            sums, counts = sums | noise[0], counts | noise[1]
         self.optimizer.apply_gradients(
             zip(gradients, self.model.trainable_variables, strict=True),
             skip_gradients_aggregation=self._measure_noise,
