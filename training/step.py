@@ -34,6 +34,11 @@ class ReplicaStep:
         self._seed, self._accumulation = seed, accumulation
         self._step_seed = StepSeed(model)
         self.batch_spec = None  # of a replica's batch, once the step is traced
+        if accumulation > 1 and not jit_compile:
+            # TensorFlow's graph optimizer adds several tensors up in a temporary variable. In a
+            # loop within a loop, as here, it may not take it away: the next step finds it there
+            # and fails with AlreadyExistsError.
+            tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
         compiled = tf.function(jit_compile=True) if jit_compile else lambda f: f
         self._gradients = compiled(self.sums_and_gradients)
         self._evaluation = compiled(
