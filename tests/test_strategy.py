@@ -63,6 +63,11 @@ def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():
     for asked in (True, False):
         own = dataclasses.replace(recipe, jit_compile=asked)
         assert [strategy.compiles_step(where, own) for where in (cpu, gpu)] == [asked, asked]
+    parts = dataclasses.replace(recipe, accumulation=2)
+    assert strategy.compiles_step(cpu, parts)
+    images = dataclasses.replace(find_recipe("resnet50-one-batch"), jit_compile=None)
+    assert images.accumulation > 1
+    assert [strategy.compiles_step(where, images) for where in (cpu, gpu)] == [False, True]
 
 
 def test_without_a_cluster_it_is_this_machine(monkeypatch):

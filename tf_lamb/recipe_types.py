@@ -134,8 +134,8 @@ class Recipe:
     model: str  # a size that the task knows
     compute_dtype: str = "float32"
     accumulation: int = 1  # micro-batches that a replica sums before each update
-    # Whether forward and backward become one XLA program. None: but for CPUs, where TensorFlow's
-    # own kernels are the faster ones. A TPU compiles the whole step, whatever is set.
+    # Whether forward and backward become one XLA program. None: but for CPUs without accumulation,
+    # where TensorFlow's own kernels are the faster ones. A TPU compiles the step, whatever is set.
     jit_compile: bool | None = None
     optimizer: str = "lamb"  # in OPTIMIZERS
     variant: str = ""  # of LAMB or LARS, a published form by name; "" for the class's own
@@ -172,7 +172,11 @@ class Recipe:
 
     def compiles(self, on_cpu: bool) -> bool:
         """Whether forward and backward become one XLA program."""
-        return not on_cpu if self.jit_compile is None else self.jit_compile
+        if self.jit_compile is None:
+            # Without XLA, a loop over micro-batches would need TensorFlow's graph optimizer off
+            # (see training/step.py), and what a CPU wins without XLA is less than that.
+            return not on_cpu or self.accumulation > 1
+        return self.jit_compile
 
     def check(self) -> None:
         """Raises `ValueError` for a field outside its range, with the field and its value.

@@ -27,8 +27,12 @@ class ImageRecipe(Recipe):
     space_to_depth: bool = False  # the same stem, computed in a shape that suits a TPU
 
     def compiles(self, on_cpu: bool) -> bool:
-        """Not where batch norm talks to the other replicas, which it cannot from within."""
-        return super().compiles(on_cpu) and not self.sync_batch_norm
+        """Not where batch norm talks to the other replicas, which it cannot from within; nor on a
+        CPU, where XLA's convolutions take several times as long.
+        """
+        if self.sync_batch_norm or (on_cpu and self.jit_compile is None):
+            return False
+        return super().compiles(on_cpu)
 
     def check(self):
         """As `Recipe.check`."""

@@ -35,10 +35,10 @@ class ReplicaStep:
         self._step_seed = StepSeed(model)
         self.batch_spec = None  # of a replica's batch, once the step is traced
         if accumulation > 1 and not jit_compile:
-            # TensorFlow's graph optimizer adds several tensors up in a temporary variable. In a
-            # loop within a loop, as here, it may not take it away: the next step finds it there
-            # and fails with AlreadyExistsError.
-            tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+            # Where memory is short, TensorFlow's graph optimizer makes sums in temporary variables.
+            # In a loop within a loop, as here, one may be left behind, and the next step ends with
+            # AlreadyExistsError (seen: BERT-tiny, 4 x 64 sequences of 128).
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         compiled = tf.function(jit_compile=True) if jit_compile else lambda f: f
         self._gradients = compiled(self.sums_and_gradients)
         self._evaluation = compiled(
