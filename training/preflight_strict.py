@@ -9,6 +9,7 @@ forward and backward, the weights given as arguments, are lowered with these ker
 
 import dataclasses
 import json
+import operator
 import os
 import pickle
 import sys
@@ -25,6 +26,7 @@ PLATFORM, KERNELS = "TPU", "XLA_TPU_JIT"
 # Which operations there are does not depend on the size of the network.
 SMALL = {"bert": "tiny", "squad": "tiny", "resnet": "resnet-50-narrow"}
 EXAMPLES = 4  # of a replica
+FUNCTIONS = operator.attrgetter("library.function")  # of a graph
 WRITES = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
 # The compiler's own: arguments and results.
 STRUCTURE = {"Placeholder", "_Arg", "_Retval", "NoOp"}
@@ -55,7 +57,7 @@ def types_of(attribute) -> list[int]:
 
 def without_kernel(graph_def, known: dict[str, list]) -> list[str]:
     """What no kernel takes, an example each: operation (types) at node."""
-    functions = {function.signature.name: function for function in graph_def.library.function}
+    functions = {function.signature.name: function for function in FUNCTIONS(graph_def)}
     nodes = [*graph_def.node, *(n for f in functions.values() for n in f.node_def)]
     missing = {}
     for node in nodes:
@@ -101,7 +103,9 @@ def of_arguments(traced):
 
 def _without_variables(source, weights):
     """A graph in which each resource of `weights` is a tensor of its variable's shape and type."""
-    result = tf.compat.v1.GraphDef(library=source.library, versions=source.versions)
+    result = tf.compat.v1.GraphDef()
+    result.CopyFrom(source)
+    result.ClearField("node")
     axis = result.node.add(name="axis_0", op="Const")
     axis.attr["dtype"].type = tf.int32.as_datatype_enum
     axis.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(0))
@@ -140,7 +144,7 @@ def examine(recipe, number: int) -> dict:
     replica = Replica(recipe, number, replicas=2)
     graph_def = replica.traced_step(EXAMPLES * recipe.accumulation).graph.as_graph_def()
     kinds = {n.op for n in graph_def.node}
-    kinds |= {n.op for f in graph_def.library.function for n in f.node_def}
+    kinds |= {n.op for f in FUNCTIONS(graph_def) for n in f.node_def}
     missing = without_kernel(graph_def, known)
     error = f"TensorFlow has no TPU kernel for {'; '.join(missing)}" if missing else None
     try:
