@@ -190,9 +190,8 @@ class ShardReader:
                 return self._source[place], place
             except (RuntimeError, IndexError) as error:
                 self._tell(place, str(error).split(";")[0])
-        raise InputError(
-            f"--data_dir: none of {', '.join(self._paths)} can be read. Copy it again."
-        )
+        folder = os.path.dirname(self._paths[0])
+        raise InputError(f"--data_dir: no record of {folder} can be read. Copy it again.")
 
     def _tell(self, number, reason):
         with self._lock:

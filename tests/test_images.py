@@ -254,3 +254,13 @@ def test_a_damaged_record_is_named_once_and_weighs_nothing(tmp_path):
     damage(out, 2)
     with pytest.raises(tf.errors.OpError, match="2 of 12 records are damaged, more than the share"):
         joined(data.evaluation_batches(5, 100))
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(tmp_path):
+    out = prepared(tmp_path) / "train"
+    (shard,) = out.glob("*.arrayrecord")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    records = BadRecords(1.0, skip=True, say=lambda line: None)
+    data = images.Images(str(out), SIZE, seed=1, bad_records=records)
+    with pytest.raises(InputError, match=f"no record of {out} can be read. Copy it again"):
+        list(data.files(1))
