@@ -35,9 +35,9 @@ class ReplicaStep:
         self._step_seed = StepSeed(model)
         self.batch_spec = None  # of a replica's batch, once the step is traced
         if accumulation > 1 and not jit_compile:
-            # Where memory is short, TensorFlow's graph optimizer makes sums in temporary variables.
-            # In a loop within a loop, as here, one may be left behind, and the next step ends with
-            # AlreadyExistsError (seen: BERT-tiny, 4 x 64 sequences of 128).
+            # TensorFlow's graph optimizer may put sums into temporary variables. In a loop within
+            # a loop, as here, the second step then ended with AlreadyExistsError for one of them
+            # (seen: BERT-tiny, 4 x 64 sequences of 128; without the optimizer it went on).
             tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         compiled = tf.function(jit_compile=True) if jit_compile else lambda f: f
         self._gradients = compiled(self.sums_and_gradients)
