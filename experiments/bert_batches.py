@@ -35,8 +35,8 @@ from tf_lamb.scaling import scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPE, TIMES_LARGER, SEEDS = "bert-mini", 32, (1, 2, 3)
-# Best rate that is expected at the small batch, then at the large one: √32 times that for LAMB.
-EXPECTED_RATE = {"lamb": (0.0025, 0.014), "adamw": (0.0005, 0.002)}
+# Best rate that is expected at the small batch, then at the large one.
+EXPECTED_RATE = {"lamb": (0.005, 0.014), "adamw": (0.002, 0.004)}
 AROUND = (1 / 2, 1, 2)
 
 
@@ -55,12 +55,12 @@ class Trial:
         return f"{self.optimizer}-{self.batch}-rate{self.rate:g}-seed{self.seed}"
 
 
-def pairs(small_batch: int) -> list[tuple[str, int, list[float]]]:
+def pairs(options) -> list[tuple[str, int, list[float]]]:
     """(optimizer, batch size, its rates)."""
     return [
-        (optimizer, batch, [rate * factor for factor in AROUND])
-        for i, batch in enumerate((small_batch, small_batch * TIMES_LARGER))
-        for optimizer, rate in ((name, rates[i]) for name, rates in EXPECTED_RATE.items())
+        (optimizer, batch, [EXPECTED_RATE[optimizer][i] * factor for factor in AROUND])
+        for i, batch in enumerate((options.small_batch, options.small_batch * TIMES_LARGER))
+        for optimizer in options.optimizers.split(",")
     ]
 
 
@@ -152,7 +152,7 @@ def compare(options, say=print) -> list[dict]:
             say(f"  accuracy {outcomes[-1]['accuracy']:.4f}")
         return outcomes[-1]
 
-    for optimizer, batch, rates in pairs(options.small_batch):
+    for optimizer, batch, rates in pairs(options):
         tuned = {rate: outcome(Trial(optimizer, batch, rate, SEEDS[0])) for rate in rates}
         while None not in tuned.values():
             best = max(tuned, key=lambda rate: tuned[rate]["accuracy"])
@@ -232,6 +232,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--small_batch", type=int, default=16, help="of the first phase")
     parser.add_argument("--micro_batch", type=int, default=32, help="most sequences at a time")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipe's sequences")
+    parser.add_argument("--optimizers", default=",".join(EXPECTED_RATE))
     parser.add_argument("--limit", type=int, default=-1, help="runs to do now; -1 for all")
     options = parser.parse_args(arguments)
     try:
