@@ -1,12 +1,21 @@
 """Made-up batches of each task: what train.py --synthetic trains on."""
 
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from inputs.synthetic import synthetic_batches
 from tf_lamb.recipes import find_recipe, resized
+from training.history import read_rows
 from training.tasks import TASKS
+
+TRAIN = str(pathlib.Path(__file__).parents[1] / "train.py")
 
 
 def test_values_are_spread_below_their_bounds():
@@ -39,3 +48,17 @@ def test_every_task_has_them(name, tmp_path):
         batch = next(iter(batches))
         assert {len(values) for values in batch.values()} == {8}
         assert all(float(count) > 0 for count in task.counts(batch).values())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process is kept to a core")
+def test_one_thread_that_does_everything_does_not_wait(tmp_path):
+    """Its batches lie ready, so that nearly all time goes into steps."""
+    command = [
+        sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=8",
+        "--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32",
+        f"--model_dir={tmp_path}",
+    ]  # fmt: skip
+    one_core = functools.partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})
+    subprocess.run(command, check=True, capture_output=True, preexec_fn=one_core)
+    *_, last = read_rows(tmp_path / "history.jsonl")
+    assert last["input_wait_share"] < 0.5

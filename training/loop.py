@@ -115,7 +115,9 @@ class Trainer(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         batch = next(self._train_batches)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             arrived = tf.timestamp()
-        sums, counts, updated, rows = self.strategy.run(self._counted_step, args=(batch,))
+        # Where one thread does everything, it could take the time when all else is done.
+        with tf.control_dependencies([arrived]):
+            sums, counts, updated, rows = self.strategy.run(self._counted_step, args=(batch,))
         totals = self._summed((sums, counts))
         means = self._means(totals)
         loss = tf.add_n([value for name, value in means.items() if name.endswith("_loss")])
