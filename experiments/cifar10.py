@@ -27,6 +27,7 @@ from tf_lamb.recipes import find_recipe
 ROOT = pathlib.Path(__file__).parents[1]
 OPTIMIZERS = ("lars", "lamb", "momentum", "adamw")
 BATCHES = (128, 4_096)
+IMAGES = 50_000
 RATE_FACTORS = (0.25, 1.0, 4.0)
 
 
@@ -35,27 +36,30 @@ def peak_rate(optimizer: str, batch: int) -> float:
     return find_recipe(f"cifar10-{optimizer}-{batch}").phases[0].peak_learning_rate
 
 
-def run(folder: pathlib.Path, optimizer, batch, rate, seed, flags) -> dict:
-    """One run of train.py, unless it is finished; its row of the table."""
+def run(folder: pathlib.Path, row: dict, flags) -> dict:
+    """One run of train.py, unless it is finished; `row` with what came out."""
+    batch = row["batch"]
     result = folder / "run.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        steps = round(flags.epochs * IMAGES / batch)
         command = [
             sys.executable,
             str(ROOT / "train.py"),
-            f"--recipe=cifar10-{optimizer}-{batch}",
+            f"--recipe=cifar10-{row['optimizer']}-{batch}",
             f"--data_dir={flags.data_dir}",
             f"--model_dir={folder}",
-            f"--seed={seed}",
-            f"--set=peak_learning_rate={rate!r}",
-            *([f"--steps={flags.steps}"] if flags.steps else []),
+            f"--seed={row['seed']}",
+            f"--set=peak_learning_rate={row['rate']!r}",
+            f"--steps={steps}",
+            f"--steps_per_loop={max(1, steps // 30)}",  # points of the curve
+            f"--set=evaluate_every_steps={steps}",
         ]
         start = time.monotonic()
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=log).returncode
         if status < 0 or status > 128:
             raise KeyboardInterrupt  # stopped; the state is saved
-        row = {"optimizer": optimizer, "batch": batch, "rate": rate, "seed": seed}
         row["minutes"] = (time.monotonic() - start) / 60  # of the last start
         if status == 0:
             row |= json.loads((folder / "results.json").read_text())
@@ -77,7 +81,10 @@ def accuracy(row: dict) -> float:
 
 def summary(rows: list[dict]) -> str:
     """The table in Markdown: the best rate of each pair, and its accuracy over the seeds."""
-    lines = ["| optimizer | batch | best rate | top-1 | runs |", "|---|---|---|---|---|"]
+    lines = [
+        "| optimizer | batch | best rate | top-1, of each seed | first seed, by rate |",
+        "|---|---|---|---|---|",
+    ]
     for optimizer in OPTIMIZERS:
         for batch in BATCHES:
             own = [r for r in rows if (r["optimizer"], r["batch"]) == (optimizer, batch)]
@@ -85,7 +92,10 @@ def summary(rows: list[dict]) -> str:
                 rate = max(own, key=accuracy)["rate"]
                 found = sorted(accuracy(row) for row in own if row["rate"] == rate)
                 shown = ", ".join(f"{value:.4f}" for value in found)
-                lines.append(f"| {optimizer} | {batch:,} | {rate:g} | {shown} | {len(own)} |")
+                grid = [f"{row['rate']:g}: {accuracy(row):.4f}" for row in own if row["seed"] == 1]
+                lines.append(
+                    f"| {optimizer} | {batch:,} | {rate:g} | {shown} | {', '.join(grid)} |"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +109,7 @@ def draw(rows: list[dict], output: pathlib.Path) -> None:
                 best = max(own, key=accuracy)
                 history = (output / name(best) / "history.jsonl").read_text().splitlines()
                 points = [json.loads(line) for line in history]
-                epochs = [point["step"] * batch / 50_000 for point in points]
+                epochs = [point["step"] * batch / IMAGES for point in points]
                 label = f"{optimizer}, {best['rate']:g}: {accuracy(best):.3f}"
                 axis.plot(epochs, [point["loss"] for point in points], label=label)
         axis.set(title=f"batch {batch:,}", xlabel="epoch")
@@ -113,7 +123,8 @@ def draw(rows: list[dict], output: pathlib.Path) -> None:
 
 def name(row: dict) -> str:
     """The folder of a run."""
-    return f"{row['optimizer']}-{row['batch']}-{row['rate']:g}-seed{row['seed']}"
+    epochs = f"{row['epochs']:g}epochs"
+    return f"{row['optimizer']}-{row['batch']}-{row['rate']:g}-{epochs}-seed{row['seed']}"
 
 
 def main() -> None:
@@ -122,7 +133,7 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="from inputs.prepare_images")
     parser.add_argument("--output", required=True)
     parser.add_argument("--seeds", type=int, default=2, help="of the best rate of each pair")
-    parser.add_argument("--steps", type=int, help="fewer steps, to try it out")
+    parser.add_argument("--epochs", type=float, default=15.0)
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     flags = parser.parse_args()
@@ -131,8 +142,9 @@ def main() -> None:
     rows: list[dict] = []
 
     def do(optimizer, batch, rate, seed):
-        row = {"optimizer": optimizer, "batch": batch, "rate": rate, "seed": seed}
-        rows.append(run(output / name(row), optimizer, batch, rate, seed, flags))
+        row = {"optimizer": optimizer, "batch": batch, "rate": rate, "epochs": flags.epochs}
+        row |= {"seed": seed}
+        rows.append(run(output / name(row), row, flags))
         (output / "table.json").write_text(json.dumps(rows, indent=1))
         (output / "table.md").write_text(summary(rows))
         draw(rows, output)
