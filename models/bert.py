@@ -116,10 +116,10 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
         and `sentence_accuracy` count right answers.
     """
     outputs = model({key: batch[key] for key in model.input}, training=training)
-    masked, hits = _cross_entropy(
+    masked, hits = cross_entropy(
         outputs["mlm_logits"], batch["masked_lm_ids"], batch["masked_lm_weights"]
     )
-    sentence, sentence_accuracy = _cross_entropy(
+    sentence, sentence_accuracy = cross_entropy(
         outputs["next_sentence"], batch["next_sentence_labels"], batch["next_sentence_weights"]
     )
     return {
@@ -139,9 +139,17 @@ def pretraining_counts(batch) -> dict[str, tf.Tensor]:
     }
 
 
-def _cross_entropy(logits, labels, weights):
-    """Summed, weighted cross-entropy in nats and number of hits, in float32."""
+def cross_entropy(logits, labels, weights):
+    """Summed, weighted cross-entropy in nats and number of hits, in float32.
+
+    Of k answers that are the likeliest alike, as bfloat16 makes them, each is 1/k of a hit.
+    """
+    # Sums alone: argmax, and TensorFlow's own cross-entropy, make a TPU write the logits of all
+    # words once more, in float32 and another order.
     logits = tf.cast(logits, tf.float32)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-    hits = tf.cast(tf.argmax(logits, axis=-1, output_type=tf.int32) == labels, tf.float32)
+    own = tf.reduce_sum(tf.one_hot(labels, logits.shape[-1]) * logits, axis=-1)
+    best = tf.reduce_max(logits, axis=-1)
+    alike = tf.reduce_sum(tf.cast(logits == best[..., None], tf.float32), axis=-1)
+    hits = tf.math.divide_no_nan(tf.cast(own == best, tf.float32), alike)
+    losses = tf.reduce_logsumexp(logits, axis=-1) - own
     return tf.reduce_sum(losses * weights), tf.reduce_sum(hits * weights)

@@ -60,6 +60,26 @@ def answer(model, tmp_path_factory):
     return ask
 
 
+def test_losses_and_hits_are_those_of_the_usual_functions():
+    rng = np.random.default_rng(1)
+    logits = tf.constant(rng.normal(0, 3, [2, 5, 50]), tf.bfloat16)
+    labels = tf.constant(rng.integers(0, 50, [2, 5]), tf.int32)
+    logits += tf.cast(tf.one_hot(labels, 50) * 6, tf.bfloat16)  # most are right
+    weights = tf.constant([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], tf.float32)
+    tied = tf.constant([[2.0, 7.0, 7.0], [7.0, 2.0, 7.0]], tf.bfloat16)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(logits)
+        loss, hits = bert.cross_entropy(logits, labels, weights)
+        usual = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, tf.cast(logits, tf.float32))
+        usual_loss = tf.reduce_sum(usual * weights)
+    right = tf.cast(tf.argmax(logits, -1, output_type=tf.int32) == labels, tf.float32)
+    assert 0 < float(hits) < 7 and float(hits) == float(tf.reduce_sum(right * weights))
+    np.testing.assert_allclose(loss, usual_loss, rtol=1e-6)
+    slopes = (tf.cast(tape.gradient(x, logits), tf.float32) for x in (loss, usual_loss))
+    np.testing.assert_allclose(*slopes, atol=1e-3)  # bfloat16
+    assert float(bert.cross_entropy(tied, tf.constant([1, 1]), tf.ones([2]))[1]) == 0.5
+
+
 def test_base_has_the_published_parameters():
     """BERT-base's encoder with the published vocabulary: 109,482,240 (arXiv:1810.04805: 110M)."""
     model = bert.build_pretrainer(

@@ -57,6 +57,32 @@ def test_a_layer_outside_of_a_step_has_no_seed():
         model(tf.ones([1, 3]), training=True)
 
 
+@pytest.mark.parametrize("shape", [(9, 40, 128), (4, 5, 32, 48), (50_001,)])
+def test_dropout_drops_its_share_in_both_halves_of_a_word(shape):
+    inputs = tf_keras.Input(shape[1:], batch_size=shape[0])
+    model = tf_keras.Model(inputs, tf_keras.layers.Dropout(0.1)(inputs))
+    step_seed = StepSeed(model)
+
+    @tf.function
+    def outputs(seed):
+        with step_seed.set_to(seed), tf.GradientTape() as tape:
+            ones = tf.ones(shape)
+            tape.watch(ones)
+            dropped = model(ones, training=True)
+        return dropped, tape.gradient(dropped, ones)
+
+    values, gradients = outputs(tf.constant([3, 5]))
+    np.testing.assert_array_equal(values, gradients)
+    kept = values.numpy() > 0
+    np.testing.assert_allclose(values.numpy()[kept], 1 / 0.9, rtol=2e-5)
+    half = (shape[0] + 1) // 2
+    low, high = kept[: shape[0] - half], kept[half:]
+    for part in (kept, low, high):
+        assert abs(np.mean(~part) - 0.1) < 5 * (0.09 / part.size) ** 0.5
+    both = np.mean(~low & ~high)  # one in a hundred, where they know nothing of each other
+    assert abs(both - 0.01) < 5 * (0.0099 / low.size) ** 0.5
+
+
 def image_model():
     return tf_keras.Sequential(
         [
