@@ -190,6 +190,26 @@ def test_a_small_bert_takes_off(tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@installed
+def test_resnet_50_takes_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight_children, "CACHE", tmp_path / "cache")
+    path = tmp_path / "rows.json"
+    recipe = recipes.resized(recipes.find_recipe("resnet50-lars-32k"), global_batch_size=64)
+    recipe = recipes.override(recipe, ["compute_dtype=bfloat16"])
+    status = preflight.run(
+        recipe, "v3:2x2", json_path=str(path), log=lambda line: None, search=False
+    )
+    (row,) = json.loads(path.read_text())
+    assert status == 0 and row["error"] is None
+    parameters = 25_557_032
+    # Forward, and twice that backward: 8 images of 4.1 GFLOP multiplied and added each.
+    assert row["flops"] == pytest.approx(8 * 3 * 2 * 4.1e9, rel=0.05)
+    # The shift of a stage's last batch norm has the gradient of its shortcut's: summed once.
+    alike = 256 + 512 + 1024 + 2048
+    assert 0 <= row["all_reduce_bytes"] - 4 * (parameters - alike) < 1000
+    assert 4 * 7 < row["update_bytes_per_parameter"] < 4 * 8.5  # LARS, tiles filled up
+
+
 def test_a_plan_scales_the_nearest_recipe_of_a_family():
     members = plan.family("bert-large")
     assert {"bert-large-512", "bert-large-64k-32k"} <= {recipe.name for recipe in members}
