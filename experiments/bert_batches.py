@@ -9,8 +9,9 @@ or the highest, the next one beyond it. The best runs with the other seeds too. 
 second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of each phase.
 Steps of more than --micro_batch sequences are accumulated.
 
-What is done is kept: the same command goes on with the run that it was in. It writes
-OUTPUT.json, OUTPUT.md and OUTPUT.png, also when only some runs are done.
+What is done is kept, a file OUTPUT/NAME.json for each run: the same command goes on with the run
+that it was in. Two commands, each with one of the --optimizers, can run side by side. It writes
+OUTPUT/table.md and OUTPUT/curves.png, also when only some runs are done.
 """
 
 import argparse
@@ -88,13 +89,14 @@ def command(trial: Trial, options, folder: str) -> list[str]:
 
 
 def run(trial: Trial, options) -> dict:
-    """The trial's outcome: that of its folder, or of the run that is started or gone on with.
+    """The trial's outcome: that of its file, or of the run that is started or gone on with.
 
     Raises:
-        RuntimeError: train.py failed, other than by divergence.
+        RuntimeError: train.py failed, other than by divergence, or the file is of other settings.
     """
     folder = os.path.join(options.runs, trial.name)
-    path = os.path.join(folder, "outcome.json")
+    path = outcome_path(trial, options)
+    settings = {"model": options.model, "share": options.share}
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         start = time.perf_counter()
@@ -105,7 +107,8 @@ def run(trial: Trial, options) -> dict:
             diverged = "the newest checkpoint is from step" in log.read()
         if status and not diverged:
             raise RuntimeError(f"train.py ended with status {status}; see {folder}/train.log")
-        outcome = dataclasses.asdict(trial) | {"diverged": diverged, "accuracy": 0.0, "curve": []}
+        outcome = dataclasses.asdict(trial) | settings
+        outcome |= {"diverged": diverged, "accuracy": 0.0, "curve": []}
         if not diverged:
             with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
                 outcome |= {"accuracy": json.load(file)["masked_accuracy"]}
@@ -119,7 +122,15 @@ def run(trial: Trial, options) -> dict:
                 place = os.path.join(folder, name)
                 shutil.rmtree(place) if os.path.isdir(place) else os.remove(place)
     with open(path, encoding="utf-8") as file:
-        return json.load(file)
+        outcome = json.load(file)
+    if any(outcome[name] != value for name, value in settings.items()):
+        raise RuntimeError(f"{path} is of other settings than {settings}; take another --output")
+    return outcome
+
+
+def outcome_path(trial: Trial, options) -> str:
+    """Where the trial's outcome is kept."""
+    return os.path.join(options.output, f"{trial.name}.json")
 
 
 def curve(folder: str) -> list[tuple[int, float]]:
@@ -132,7 +143,7 @@ def curve(folder: str) -> list[tuple[int, float]]:
             in_first = min(row["step"], first["steps"])
             used = in_first * first["global_batch_size"]
             used += (row["step"] - in_first) * second["global_batch_size"]
-            points.append((used, row["masked_accuracy"]))
+            points.append((used, round(row["masked_accuracy"], 5)))
     return points
 
 
@@ -141,7 +152,7 @@ def compare(options, say=print) -> list[dict]:
     outcomes = []
 
     def outcome(trial):
-        done = os.path.exists(os.path.join(options.runs, trial.name, "outcome.json"))
+        done = os.path.exists(outcome_path(trial, options))
         if not done:
             if options.limit == 0:
                 return None
@@ -227,7 +238,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--data_dir", required=True, help="text, as train.py takes it")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--runs", default="runs/bert-batches", help="a folder for each run")
-    parser.add_argument("--output", default="docs/bert_batches", help="without .json, .md, .png")
+    parser.add_argument("--output", default="docs/bert_batches", help="a folder")
     parser.add_argument("--model", default="mini", help="size of the network")
     parser.add_argument("--small_batch", type=int, default=16, help="of the first phase")
     parser.add_argument("--micro_batch", type=int, default=32, help="most sequences at a time")
@@ -235,18 +246,16 @@ def main(arguments=None) -> int:
     parser.add_argument("--optimizers", default=",".join(EXPECTED_RATE))
     parser.add_argument("--limit", type=int, default=-1, help="runs to do now; -1 for all")
     options = parser.parse_args(arguments)
+    os.makedirs(options.output, exist_ok=True)
     try:
         rows = summary(compare(options))
     except RuntimeError as error:
         print(f"experiments.bert_batches: {error}", file=sys.stderr)
         return 1
-    os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
-    with open(f"{options.output}.json", "w", encoding="utf-8") as file:
-        json.dump(rows, file, indent=1)
-    with open(f"{options.output}.md", "w", encoding="utf-8") as file:
+    with open(os.path.join(options.output, "table.md"), "w", encoding="utf-8") as file:
         file.write(table(rows))
     if rows:
-        draw(rows, f"{options.output}.png")
+        draw(rows, os.path.join(options.output, "curves.png"))
     print(table(rows), end="")
     return 0
 
