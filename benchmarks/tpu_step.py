@@ -1,22 +1,28 @@
-"""A whole step on a TPU with our optimizer and with tf-models': python -m benchmarks.tpu_step
+"""A whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
 
-The TPU compiler's own estimates of the replica's real step (`training.preflight_program`), which
-differs in the optimizer alone, and of the update apart. No TPU is needed, and nothing here is a
-measured time. The extra `preflight` brings the compiler. BERT-Large takes some 7 GB and, on two
-free cores, a quarter of an hour.
+The TPU compiler's own estimates of the replica's real step (`training.preflight_program`) and of
+its update apart: ours; ours with tf-models' optimizer; and, of BERT, also with the dropout and the
+losses that tf-models' own task has (Keras's, whose masks a resumed run does not repeat). No TPU is
+needed, and nothing here is a measured time. The extra `preflight` brings the compiler. BERT-Large
+takes some 7 GB and, on two free cores, a quarter of an hour.
 """
 
 import argparse
+import contextlib
 import json
 import os
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from training import preflight_compile as tpu  # isort: skip  its settings come before JAX
+import tensorflow as tf
+import tf_keras
 from official.modeling.optimization import lamb, lars
 
+from models import bert
 from tf_lamb import recipes
-from training import optimizers
+from training import optimizers, randomness
 from training.preflight_program import Replica
 
 
@@ -54,20 +60,44 @@ def tf_models_optimizer(recipe, schedule):
     )
 
 
-def rows(recipe, number, batch, topology):
-    """Yields for each optimizer and program what the compiler says."""
-    devices = tpu.open_topology(topology)
-    for name, make in (
-        ("ours", optimizers.make_optimizer),
-        ("tf-models", tf_models_optimizer),
+@contextlib.contextmanager
+def tf_models_task():
+    """Inside, dropout and losses are what `official.nlp.tasks.masked_lm` has of tf_keras."""
+
+    def cross_entropy(logits, labels, weights):
+        logits = tf.cast(logits, tf.float32)
+        losses = tf_keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)
+        hits = tf_keras.metrics.sparse_categorical_accuracy(labels, logits)
+        return tf.reduce_sum(losses * weights), tf.reduce_sum(hits * weights)
+
+    def dropout(layer, inputs, rate, noise_shape=None):
+        return tf.nn.dropout(inputs, rate, noise_shape)
+
+    with (
+        mock.patch.object(bert, "cross_entropy", cross_entropy),
+        mock.patch.object(randomness.LayerGenerator, "dropout", dropout),
     ):
-        replica = Replica(recipe, number, len(devices), make)
-        for part, hlo in (
-            ("step", replica.step_program(batch, recipe.accumulation)),
-            ("update", replica.update_program()),
-        ):
+        yield
+
+
+def rows(recipe, number, batch, topology):
+    """Yields for each variant and program what the compiler says."""
+    devices = tpu.open_topology(topology)
+    variants = {
+        "ours": (optimizers.make_optimizer, contextlib.nullcontext),
+        f"tf-models' {recipe.optimizer.upper()}": (tf_models_optimizer, contextlib.nullcontext),
+    }
+    if recipe.task == "bert":
+        variants["tf-models' step"] = tf_models_optimizer, tf_models_task
+    for name, (make, task) in variants.items():
+        with task():
+            replica = Replica(recipe, number, len(devices), make)
+            programs = {"step": replica.step_program(batch, recipe.accumulation)}
+            if task is not tf_models_task:
+                programs["update"] = replica.update_program()
+        for part, hlo in programs.items():
             figures = tpu.figures(tpu.compile_program(tpu.from_hlo(hlo), devices))
-            yield {"optimizer": name, "program": part, "parameters": replica.parameters} | figures
+            yield {"variant": name, "program": part, "parameters": replica.parameters} | figures
 
 
 def main():
@@ -84,12 +114,12 @@ def main():
         recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
     )
     found = []
-    print("optimizer  program  estimated ms       GB   floats a parameter   GiB   sums")
+    print("variant           program  estimated ms       GB   floats a parameter   GiB   sums")
     for row in rows(recipe, flags.phase - 1, flags.batch, flags.topology):
         found.append(row)
         moved = row["bytes_accessed"]
         print(
-            f"{row['optimizer']:10} {row['program']:7} {1e3 * row['seconds']:12.3f} "
+            f"{row['variant']:17} {row['program']:7} {1e3 * row['seconds']:12.3f} "
             f"{moved / 1e9:8.3f} {moved / 4 / row['parameters']:20.2f} "
             f"{row['hbm_bytes'] / 2**30:5.2f} {row['all_reduces']:6}",
             flush=True,

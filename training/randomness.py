@@ -23,7 +23,7 @@ class StepSeed:
         layer_class = tf_keras.__internal__.layers.BaseRandomLayer
         layers = [layer for layer in model.submodules if isinstance(layer, layer_class)]
         for number, layer in enumerate(layers):
-            layer._random_generator = _LayerGenerator(self, number)
+            layer._random_generator = LayerGenerator(self, number)
 
     @contextlib.contextmanager
     def set_to(self, seed):
@@ -41,14 +41,15 @@ class StepSeed:
         return tf.random.experimental.stateless_fold_in(self._current, number)
 
 
-class _LayerGenerator(RandomGenerator):
-    """Draws one layer's numbers; all but dropout's by Keras's own stateless methods."""
+class LayerGenerator(RandomGenerator):
+    """Draws the numbers of the layer of that number; all but dropout's by Keras's own methods."""
 
     def __init__(self, step_seed: StepSeed, number: int):
         super().__init__(seed=0, rng_type=RandomGenerator.RNG_STATELESS)
         self._of_layer = lambda: step_seed.of_layer(number)
 
     def make_seed_for_stateless_op(self):
+        """[2] int32, where Keras asks for it."""
         return self._of_layer()
 
     def dropout(self, inputs, rate, noise_shape=None):
