@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import tarfile
+import zipfile
+import zlib
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +27,12 @@ PYTHON = {
 BINARY = {split: [f"{name}.bin" for name in names] for split, names in PYTHON.items()}
 STRIPS = {"train": [f"train-{i}.png" for i in range(5)], "validation": ["test.png"]}
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+# What a damaged file, archive or pickle raises, and one that holds something else.
+DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+NOT_CIFAR = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError,
+    tf.errors.OpError,
+)  # fmt: skip
 
 
 def is_cifar(path: str) -> bool:
@@ -49,7 +57,8 @@ def cifar_source(path: str, split: str) -> Source:
     """
     kinds = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
     held = _names(path)
-    files, read = next((kind[split], read) for kind, read in kinds if kind[split][0] in held)
+    most = max(kinds, key=lambda kind: len(held.keys() & set(kind[0][split])))
+    files, read = most[0][split], most[1]
     missing = [name for name in files if name not in held]
     if missing:
         raise InputError(f"--source: {path} lacks {missing[0]} of CIFAR-10.")
@@ -59,7 +68,7 @@ def cifar_source(path: str, split: str) -> Source:
         try:
             pixels, labels = read(path, held[name], number)
             images = np.asarray(pixels, np.uint8).reshape(-1, *SHAPE)
-        except (ValueError, KeyError, pickle.UnpicklingError, EOFError, tf.errors.OpError) as error:
+        except (*DAMAGE, *NOT_CIFAR) as error:
             raise InputError(
                 f"--source: {where} is not CIFAR-10 as its name says ({error})."
             ) from None
@@ -68,14 +77,14 @@ def cifar_source(path: str, split: str) -> Source:
                 f"--source: {where} has {len(images)} images and {len(labels)} labels."
             )
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if label >= len(CLASSES):
+            if not 0 <= label < len(CLASSES):
                 raise InputError(
                     f"--source: {where}, label of image {i}: {label} is outside the labels 0 to 9."
                 )
             yield Item(f"{where}[{i}]", image.tobytes(), int(label))
 
     parts = [
-        Part(f"{split}-{number:05d}", lambda name=name, number=number: items(name, number))
+        Part(f"{split}-{number:05d}", lambda name=name, number=number: items(name, number), name)
         for number, name in enumerate(files)
     ]
     return Source(split, parts, CLASSES, SHAPE)
@@ -88,7 +97,7 @@ def _names(path) -> dict[str, str]:
     try:
         with tarfile.open(path) as archive:
             return {os.path.basename(name): name for name in archive.getnames()}
-    except (OSError, tarfile.TarError) as error:
+    except DAMAGE as error:
         raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
 
 

@@ -30,7 +30,8 @@ def random_windows(height, width, *, seed: int, number):
     area = h * w * (AREA[0] + (AREA[1] - AREA[0]) * draws[0])
     low, high = (tf.math.log(aspect) for aspect in ASPECT)
     aspect = tf.exp(low + (high - low) * draws[1])
-    crop_h, crop_w = tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
+    sides = tf.sqrt(area / aspect), tf.sqrt(area * aspect)
+    crop_h, crop_w = (tf.maximum(tf.round(side), 1.0) for side in sides)
     fits = (crop_h <= h) & (crop_w <= w)
     first = tf.argmax(fits, axis=1)[:, tf.newaxis]
     crop_h, crop_w, top, left = (

@@ -4,7 +4,9 @@ A shard is written whole or not at all, and remembered beside itself, so that a 
 was stopped goes on with the first shard that is missing.
 """
 
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
@@ -47,40 +49,47 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
     if os.path.exists(f"{path}.json"):
         return Shard(**read_json(f"{path}.json"))
     digest, count = hashlib.sha256(), 0
-    writer = array_record_module.ArrayRecordWriter(f"{path}.new", WRITER_OPTIONS)
+    with _writing(path):
+        writer = array_record_module.ArrayRecordWriter(f"{path}.new", WRITER_OPTIONS)
     try:
         for record in records:
-            writer.write(record)
+            with _writing(path):
+                writer.write(record)
             digest.update(len(record).to_bytes(8, "little") + record)
             count += 1
     finally:
-        writer.close()
-    shard = Shard(
-        os.path.basename(path), count, os.path.getsize(f"{path}.new"), digest.hexdigest(), facts
-    )
-    os.replace(f"{path}.new", path)
-    write_json(f"{path}.json", dataclasses.asdict(shard))
+        with _writing(path):
+            writer.close()
+    with _writing(path):
+        size = os.path.getsize(f"{path}.new")
+        shard = Shard(os.path.basename(path), count, size, digest.hexdigest(), facts)
+        os.replace(f"{path}.new", path)
+        write_json(f"{path}.json", dataclasses.asdict(shard))
     return shard
 
 
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the writer's own is a RuntimeError
+        raise InputError(
+            f"--output: {path} cannot be written ({error}). Make room; the same command goes on."
+        ) from None
+
+
 def begin(folder: str, plan: dict) -> None:
-    """Makes the folder, or goes on in one that the same plan began.
+    """Makes the folder, or goes on in one that the same plan began; without a shard, any plan.
 
     Raises:
         InputError: it cannot be made, or holds something else.
     """
-    plan = json.loads(json.dumps(plan))
     path = os.path.join(folder, PLAN)
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(path):
-            begun = read_json(path)
-            differing = [key for key in plan if begun.get(key) != plan[key]]
-            if differing:
-                raise InputError(
-                    f"--output: {folder} was begun with another {', '.join(differing)}. Give the "
-                    "same, or another folder."
-                )
+            if glob.glob(os.path.join(glob.escape(folder), "*.arrayrecord.json")):
+                check_plan(folder, read_json(path), plan)
         elif os.listdir(folder):
             raise InputError(f"--output: {folder} is not empty. Give another folder.")
         write_json(path, plan)
@@ -90,23 +99,43 @@ def begin(folder: str, plan: dict) -> None:
         ) from None
 
 
-def finish(folder: str, shards: list[Shard], **facts) -> dict:
+def check_plan(folder: str, begun: dict, plan: dict) -> None:
+    """Raises `InputError` unless a folder was made by the same plan."""
+    plan = json.loads(json.dumps(plan))
+    differing = [key for key in plan if begun.get(key) != plan[key]]
+    if differing:
+        raise InputError(
+            f"--output: {folder} was made with other {' and '.join(differing)}. Give the same as "
+            "then, another folder, or delete that one."
+        )
+
+
+def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
     """Writes the manifest and takes the notes of the way away; returns the manifest.
 
     Args:
+        folder: of the shards.
+        shards: all of them, in order.
+        notes: JSON values that say nothing of the records; the plan among them is kept.
         facts: JSON values; what makes two sets of records mean different things belongs here.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for shard in shards:
         digest.update(shard.sha256.encode())
     kept = [shard for shard in shards if shard.count]
-    manifest = facts | {
-        "count": sum(shard.count for shard in kept),
-        "hash": digest.hexdigest()[:16],
-        "shards": [
-            {"file": s.file, "count": s.count, "bytes": s.bytes, "sha256": s.sha256} for s in kept
-        ],
-    }
+    manifest = (
+        facts
+        | notes
+        | {
+            "plan": read_json(os.path.join(folder, PLAN)),
+            "count": sum(shard.count for shard in kept),
+            "hash": digest.hexdigest()[:16],
+            "shards": [
+                {"file": s.file, "count": s.count, "bytes": s.bytes, "sha256": s.sha256}
+                for s in kept
+            ],
+        }
+    )
     write_json(os.path.join(folder, MANIFEST), manifest)
     for shard in shards:
         os.remove(os.path.join(folder, f"{shard.file}.json"))

@@ -29,10 +29,11 @@ class Item(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What becomes one shard."""
+    """What becomes one shard; `holds` tells it from one of other images or labels."""
 
     name: str
     read: Callable[[], Iterator[Item]]
+    holds: str
 
 
 class Class(NamedTuple):
@@ -94,7 +95,7 @@ def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
                 if short:
                     raise InputError(f"{path}, line {rows.line_num}: no value for {short[0]}.")
                 yield rows.line_num, row
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a UTF-8 CSV ({error}).") from None
 
 
@@ -181,8 +182,14 @@ def folder_source(path: str, split: str, classes_csv: str) -> Source:
 
     def read(chosen):
         for file, label in chosen:
-            with open(file, "rb") as opened:
-                yield Item(file, opened.read(), label)
+            try:
+                with open(file, "rb") as opened:
+                    data = opened.read()
+            except OSError as error:
+                raise InputError(
+                    f"--source: {file} cannot be read ({error.strerror}). Mend it or take it away."
+                ) from None
+            yield Item(file, data, label)
 
     return Source(split, _parts(split, rows, read, path), classes)
 
@@ -192,6 +199,6 @@ def _parts(split, rows, read, where) -> list[Part]:
         raise InputError(f"--source: {where} names no image.")
     blocks = [rows[i : i + IMAGES_PER_PART] for i in range(0, len(rows), IMAGES_PER_PART)]
     return [
-        Part(f"{split}-{number:05d}", lambda block=block: read(block))
+        Part(f"{split}-{number:05d}", lambda block=block: read(block), repr(block))
         for number, block in enumerate(blocks)
     ]

@@ -51,6 +51,8 @@ def find_sources(path: str, split: str, classes_csv: str, label_base: int | None
             return [image_sources.tar_source(path, split, classes_csv)]
         raise InputError(f"--source: {path} is no .tar and no archive of CIFAR-10.")
     records = record_images.record_files(path)
+    if "validation" in records:
+        records.pop("test", None)  # ImageNet's has no labels
     if records:
         return [record_images.record_source(path, s, classes_csv, label_base) for s in records]
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
@@ -104,7 +106,7 @@ def records(source: Source, part, facts: dict, pool) -> Iterator[bytes]:
                 continue
             label = str(item.label)
             facts["class_counts"][label] = facts["class_counts"].get(label, 0) + 1
-            facts["seen"].setdefault(label, [item.wnid, item.text])
+            facts["seen"].setdefault(label, [item.wnid, item.text, item.name])
             if item.wnid != facts["seen"][label][0]:
                 raise InputError(
                     f"{item.name}: label {label} is {item.wnid} here and "
@@ -127,14 +129,16 @@ def prepare(source: Source, output: str, request: dict, pool, say) -> dict:
         InputError: from the source, or its classes are not those of the other split.
     """
     folder = os.path.join(output, source.split)
-    if os.path.exists(os.path.join(folder, image_shards.MANIFEST)):
-        say(f"{folder} is finished already")
-        return image_shards.read_json(os.path.join(folder, image_shards.MANIFEST))
-    names = "\n".join(part.name for part in source.parts) + repr(source.classes)
     plan = request | {
-        "parts": hashlib.sha256(names.encode()).hexdigest()[:16],
-        "pixels": source.pixels,
+        "files": _hash([part.holds for part in source.parts]),
+        "classes": _hash(source.classes),
     }
+    finished = os.path.join(folder, image_shards.MANIFEST)
+    if os.path.exists(finished):
+        manifest = image_shards.read_json(finished)
+        image_shards.check_plan(folder, manifest.get("plan", plan), plan)
+        say(f"{folder} is finished already")
+        return manifest
     image_shards.begin(folder, plan)
     written = []
     for number, part in enumerate(source.parts, start=1):
@@ -146,14 +150,14 @@ def prepare(source: Source, output: str, request: dict, pool, say) -> dict:
         for damaged in shard.facts["damaged"]:
             say(f"Left out {damaged['name']}: {damaged['reason']}")
         say(f"{folder}: shard {number} of {len(source.parts)}, {shard.count:,} images")
+    if not any(shard.count for shard in written):
+        raise InputError(f"--source: not one image for {folder} could be decoded.")
     classes = source.classes or _classes_seen(written, folder)
     _check_other_split(output, source.split, classes)
     counts = [0] * len(classes)
     for shard in written:
         for label, count in shard.facts["class_counts"].items():
             counts[int(label)] += count
-    if not sum(counts):
-        raise InputError(f"--source: not one image for {folder} could be decoded.")
     return image_shards.finish(
         folder,
         written,
@@ -161,25 +165,34 @@ def prepare(source: Source, output: str, request: dict, pool, say) -> dict:
         pixels=source.pixels,
         classes=classes,
         class_counts=counts,
-        damaged=[damaged for shard in written for damaged in shard.facts["damaged"]],
+        notes={"damaged": [damaged for shard in written for damaged in shard.facts["damaged"]]},
     )
+
+
+def _hash(value) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _classes_seen(written, folder) -> list[Class]:
     """What the records say of their classes, which must leave no label out."""
     seen: dict[int, Class] = {}
     for shard in written:
-        for label, (wnid, text) in shard.facts["seen"].items():
+        for label, (wnid, text, _) in shard.facts["seen"].items():
             known = seen.setdefault(int(label), Class(wnid or label, text or wnid or label))
             if wnid and known.wnid != wnid:
                 raise InputError(
                     f"{folder}/{shard.file}: label {label} is {wnid} here and {known.wnid} in a "
                     "file before. The files mix label bases."
                 )
-    missing = [label for label in range(max(seen, default=0) + 1) if label not in seen]
+    labels = sorted(seen)
+    gap = next((i for i, label in enumerate(labels) if i != label), None)
     twice = len({one.wnid for one in seen.values()}) != len(seen)
-    if missing or twice:
-        what = f"label {missing[0]} is not among them" if missing else "a class has two labels"
+    if gap is not None or twice:
+        what = "a class has two labels"
+        if gap is not None:
+            last = str(labels[-1])
+            (name, *_) = (s.facts["seen"][last][2] for s in written if last in s.facts["seen"])
+            what = f"counted from 0, label {last} ({name}) is among them and label {gap} is not"
         raise InputError(
             f"{folder}: the records do not say what the classes are, for {what}. Name them with "
             "--classes=classes.csv (index, wnid, name)."
@@ -214,7 +227,14 @@ def main(arguments=None) -> int:
     request = {"source": os.path.abspath(flags.source), "label_base": flags.label_base}
     try:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for source in find_sources(flags.source, flags.split, flags.classes, flags.label_base):
+            sources = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
+            splits = [source.split for source in sources]
+            if len(set(splits)) < len(splits):
+                raise InputError(
+                    f"--source: {flags.source} has two {max(splits, key=splits.count)} splits. "
+                    "Leave one of them there."
+                )
+            for source in sources:
                 manifest = prepare(source, flags.output, request, pool, say)
                 print(
                     f"{flags.output}/{source.split}: {manifest['count']:,} images of "
@@ -223,6 +243,9 @@ def main(arguments=None) -> int:
                 )
     except InputError as error:
         say(f"prepare_images: {error}")
+        return 1
+    except OSError as error:
+        say(f"prepare_images: {error.filename or flags.output}: {error.strerror or error}.")
         return 1
     except KeyboardInterrupt:
         say("prepare_images: stopped. The same command goes on with the next shard.")

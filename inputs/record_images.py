@@ -69,12 +69,13 @@ def record_source(path: str, split: str, classes_csv: str, label_base: int | Non
         classes = read_classes(classes_csv)
     elif os.path.exists(listed):
         with open(listed, encoding="utf-8") as file:
-            classes = [Class(name, name) for name in file.read().split()]
+            classes = [Class(name, name) for name in file.read().splitlines() if name]
     total = len(classes) if classes else None
     parts = [
         Part(
             f"{split}-{number:05d}",
             lambda file=file: read_records(file, label_base, total, classes),
+            f"{os.path.basename(file)} {os.path.getsize(file)}",
         )
         for number, file in enumerate(files)
     ]

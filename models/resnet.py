@@ -174,8 +174,12 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
         targets = targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
     logits = tf.cast(model(images, training=training), tf.float32)
     losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-    own_logit = tf.gather(logits, batch["label"], axis=1, batch_dims=1)[:, None]
-    rank = tf.reduce_sum(tf.cast(logits > own_logit, tf.int32), axis=1)
+    label, numbers = batch["label"][:, None], tf.range(logits.shape[-1], dtype=batch["label"].dtype)
+    own_logit = tf.gather(logits, label, axis=1, batch_dims=1)
+    # Among equals, which bfloat16 often makes, the first comes first, as in the export's top k.
+    # What is not a number is behind nobody.
+    behind = (logits < own_logit) | ((logits == own_logit) & (numbers >= label))
+    rank = logits.shape[-1] - tf.reduce_sum(tf.cast(behind, tf.int32), axis=1)
     return {
         "image_loss": tf.reduce_sum(losses * weights),
         "image_top1": tf.reduce_sum(tf.cast(rank < 1, tf.float32) * weights),

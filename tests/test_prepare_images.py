@@ -190,6 +190,40 @@ def test_files_that_are_not_what_their_names_say(tmp_path):
     assert (facts["count"], facts["damaged"]) == (3, [])
 
 
+def test_a_finished_folder_is_that_of_its_source_alone(tmp_path, capsys):
+    source, other = tmp_path / "source", tmp_path / "other"
+    class_folders(source)
+    class_folders(other, per_class=2)
+    assert prepare("--source", source, "--output", tmp_path / "out") == 0
+    before = manifest(tmp_path / "out/train")
+    assert prepare("--source", source, "--output", tmp_path / "out") == 0
+    assert "is finished already" in capsys.readouterr().err
+    assert prepare("--source", other, "--output", tmp_path / "out") == 1
+    assert "out/train was made with other source and files" in capsys.readouterr().err
+    (source / "cat/0.jpg").unlink()
+    assert prepare("--source", source, "--output", tmp_path / "out") == 1
+    assert "out/train was made with other files" in capsys.readouterr().err
+    assert manifest(tmp_path / "out/train") == before
+
+
+def test_the_cure_that_is_named_works(tmp_path, capsys):
+    source = write_records(tmp_path / "source", [[demo_example(JPEG, i)] for i in (0, 1)])
+    assert prepare("--source", source, "--output", tmp_path / "out") == 1
+    assert "give --label_base=0" in capsys.readouterr().err
+    assert prepare("--source", source, "--output", tmp_path / "out", "--label_base", 0) == 0
+    assert manifest(tmp_path / "out/train")["class_counts"] == [1, 1]
+
+
+def test_a_test_split_does_not_take_the_place_of_validation(tmp_path):
+    source = tmp_path / "source"
+    for split, labels in (("train", (0, 1)), ("validation", (1, 0)), ("test", (-1,))):
+        write_records(source, [[example(image=JPEG, label=i)] for i in labels], split)
+    (source / "label.labels.txt").write_text("brown bear\npolar bear\n")
+    assert prepare("--source", source, "--output", tmp_path / "out") == 0
+    assert [label for _, label in stored(tmp_path / "out/validation")] == [1, 0]
+    assert manifest(tmp_path / "out/train")["classes"][0][1] == "brown bear"
+
+
 JPEG = encoded(smooth(8, 8))
 
 
@@ -236,7 +270,53 @@ def _cut_record(folder):
     return folder
 
 
+def _broken_archive(folder):
+    folder.mkdir()
+    with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "data_batch_1")
+    whole = (folder / "cifar-10-python.tar.gz").read_bytes()
+    (folder / "cifar-10-python.tar.gz").write_bytes(whole[: len(whole) // 2])
+    return folder / "cifar-10-python.tar.gz"
+
+
+def _cifar_files(content, names=("data_batch_1", "test_batch")):
+    def make(folder):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
+def _negative_label(folder):
+    batch = {b"data": np.zeros([1, 3072], np.uint8), b"labels": [-1]}
+    names = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    return _cifar_files(pickle.dumps(batch), names)(folder)
+
+
+def _unreadable(folder):
+    class_folders(folder)
+    (folder / "cat/9.jpg").symlink_to(folder / "nowhere.jpg")
+    return folder
+
+
+def _two_validations(folder):
+    for name in ("train", "val", "validation"):
+        class_folders(folder / name)
+    return folder
+
+
 BAD = {
+    "a broken archive": (_broken_archive, r"tar.gz cannot be read as a tar"),
+    "half of CIFAR-10": (_cifar_files(b"", ["test_batch"]), "lacks data_batch_1 of CIFAR-10"),
+    "a label of -1": (_negative_label, r"data_batch_1, label of image 0: -1 is outside"),
+    "a link to nothing": (_unreadable, r"cat/9.jpg cannot be read \(No such file"),
+    "two validation splits": (_two_validations, "has two validation splits"),
+    "a gap in the labels": (
+        lambda folder: write_records(folder, [[demo_example(JPEG, i) for i in (1, 2**40)]]),
+        r"label 1099511627775 \(.*record 1 \(\)\) is among them and label 1 is not",
+    ),
     "nothing there": (lambda folder: folder, "is not there"),
     "no images": (lambda folder: folder.mkdir() or folder, "a folder without images"),
     "an empty class": (_empty_class, "bat holds no image"),

@@ -128,6 +128,12 @@ def test_sums_are_those_of_the_formulas():
     for name, k in (("image_top1", 1), ("image_top5", 5)):
         hits = (order[:, :k] == labels[:, None]).any(1)
         assert float(plain[name]) == (hits * weights).sum()
+    for value, right in ((0.0, (labels == 0) * weights), (np.nan, 0 * weights)):
+        head.kernel.assign(tf.fill(head.kernel.shape, value))  # all alike, and no number at all
+        head.bias.assign(tf.fill([classes], value))
+        assert float(sums(model, batch, training=False)["image_top1"]) == right.sum()
+    head.kernel.assign(tf.random.stateless_normal(head.kernel.shape, [1, 2]))
+    head.bias.assign(tf.zeros([classes]))
     own = np.array([1, 0.3, 0.6, 0.5, 0.9, 0.2], np.float32)
     trained = sums(model, batch | {"mixup": tf.constant(own)}, training=True)
     pixels = batch["image"].numpy().astype(np.float32)

@@ -22,7 +22,7 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
     others keep their proportion to it. A phase ends with the step that is nearest to the number
     of examples that it is to end at, counted from the start of the run; half a step counts as
     one. The exact numbers are kept with the phases, so that scaling there and back changes
-    nothing. `evaluate_every_steps` keeps its number of examples.
+    nothing. `evaluate_every_steps` and `save_every_steps` keep their number of examples.
 
     Args:
         recipe: any recipe.
@@ -74,4 +74,5 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
         recipe,
         phases=tuple(phases),
         evaluate_every_steps=every and max(1, round(every / k)),
+        save_every_steps=max(1, round(recipe.save_every_steps / k)),
     )

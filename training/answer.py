@@ -11,7 +11,10 @@ import tensorflow_text  # noqa: F401  registers the tokenizer's ops
 
 def main(export_dir: str, context: str, *questions: str) -> None:
     """Prints the context, and each question with its answer and where that stands."""
-    answer = tf.saved_model.load(export_dir).signatures["serving_default"]
+    try:
+        answer = tf.saved_model.load(export_dir).signatures["serving_default"]
+    except OSError as error:
+        sys.exit(f"training.answer: {str(error).splitlines()[0]}")
     answers = answer(question=tf.constant(questions), context=tf.fill([len(questions)], context))
     print(f"  {context}")
     columns = (answers[key].numpy() for key in ("answer", "start", "end", "score"))

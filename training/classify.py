@@ -3,6 +3,7 @@
 It imports what serving needs and nothing else: tensorflow.
 """
 
+import pathlib
 import sys
 
 import tensorflow as tf
@@ -10,8 +11,12 @@ import tensorflow as tf
 
 def main(export_dir: str, *paths: str) -> None:
     """Prints the likeliest classes of each file."""
-    classify = tf.saved_model.load(export_dir).signatures["serving_default"]
-    answers = classify(image=tf.stack([tf.io.read_file(path) for path in paths]))
+    try:
+        classify = tf.saved_model.load(export_dir).signatures["serving_default"]
+        files = [pathlib.Path(path).read_bytes() for path in paths]
+    except OSError as error:
+        sys.exit(f"training.classify: {str(error).splitlines()[0]}")
+    answers = classify(image=tf.constant(files))
     columns = (answers[key].numpy() for key in ("names", "probabilities", "error"))
     for path, names, probabilities, error in zip(paths, *columns, strict=True):
         best = zip(names, probabilities, strict=True)
