@@ -85,6 +85,7 @@ def command(trial: Trial, options, folder: str) -> list[str]:
         f"--steps_per_loop={max(1, steps // 50)}", f"--seed={trial.seed}",
         f"--model_dir={folder}",
         *(f"--set={name}={value}" for name, value in settings.items()),
+        *(f"--set={assignment}" for assignment in options.set),
     ]  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def run(trial: Trial, options) -> dict:
     """
     folder = os.path.join(options.runs, trial.name)
     path = outcome_path(trial, options)
-    settings = {"model": options.model, "share": options.share}
+    settings = {"model": options.model, "share": options.share, "set": options.set}
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         start = time.perf_counter()
@@ -240,6 +241,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--runs", default="runs/bert-batches", help="a folder for each run")
     parser.add_argument("--output", default="docs/bert_batches", help="a folder")
     parser.add_argument("--model", default="mini", help="size of the network")
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE, as train.py's")
     parser.add_argument("--small_batch", type=int, default=16, help="of the first phase")
     parser.add_argument("--micro_batch", type=int, default=32, help="most sequences at a time")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipe's sequences")

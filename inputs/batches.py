@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
+DOCUMENT_CHARACTERS = 100  # what a document takes in memory, however short
 
 
 def batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
@@ -13,7 +14,7 @@ def batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += sum(map(len, document))
+        size += sum(map(len, document)) + DOCUMENT_CHARACTERS
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

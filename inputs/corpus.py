@@ -40,6 +40,8 @@ class Corpus:
         if self.folder is None:
             return chunks.joined(blocks)
         folder = os.path.join(self.folder, f"{packing}-{sequence_length}")
+        if found := mapped_arrays.open_arrays(folder):  # perhaps on a disk that cannot be written
+            return found[0]
         with locked(self.folder, wait=True):
             found = mapped_arrays.open_arrays(folder)
             if found is None:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
+from inputs.shards import is_prepared
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+VOCABULARY = "vocab.txt"
 # What bounds the memory of who reads: War and Peace has 3.2 million characters.
 MAX_LINE_BYTES = 2**24
 MAX_DOCUMENT_CHARACTERS = 2**22
@@ -19,20 +21,23 @@ MAX_DOCUMENT_CHARACTERS = 2**22
 def find_files(data: str, flag: str = "--data_dir") -> list[str]:
     """Expands a comma-separated list of files, globs and folders into text files, in order.
 
+    A vocabulary, vocab.txt, is text only where it is named itself; a folder of prepared shards
+    within another holds none.
+
     Raises:
-        InputError: an entry that matches nothing, or a file of another kind.
+        InputError: an entry that matches nothing, a file of another kind, or prepared shards.
     """
     files: list[str] = []
     for entry in data.split(","):
+        if entry and is_prepared(entry):
+            raise InputError(
+                f"{flag}: {entry} holds a manifest.json, as prepared shards do, not text. Give "
+                "such a folder alone as --data_dir."
+            )
         if os.path.isdir(entry):
-            found = [
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(entry)
-                for name in names
-                if name.endswith(SUFFIXES)
-            ]
+            found = [path for path in _walk(entry) if path.endswith(SUFFIXES)]
         else:
-            found = [path for path in glob.glob(entry) if os.path.isfile(path)]
+            found = [path for path in _matches(entry) if os.path.isfile(path)]
             wrong = [path for path in found if not path.endswith(SUFFIXES)]
             if wrong:
                 raise InputError(
@@ -48,6 +53,19 @@ def find_files(data: str, flag: str = "--data_dir") -> list[str]:
     return files
 
 
+def _walk(entry: str) -> Iterator[str]:
+    """The files in a folder and those below it."""
+    for folder, folders, names in os.walk(entry):
+        folders[:] = [name for name in folders if not is_prepared(os.path.join(folder, name))]
+        yield from (os.path.join(folder, name) for name in names if name != VOCABULARY)
+
+
+def _matches(entry: str) -> list[str]:
+    if os.path.exists(entry):  # perhaps with brackets in its name
+        return [entry]
+    return [path for path in glob.glob(entry) if os.path.basename(path) != VOCABULARY]
+
+
 def read_documents(
     files: list[str], records: BadRecords, advance: Callable[[int], object] = lambda size: None
 ) -> Iterator[list[str]]:
@@ -56,8 +74,9 @@ def read_documents(
     `.txt`: documents are separated by blank lines, a line is a paragraph. `.jsonl`: a line is a
     document, its text in `paragraphs` (a list of strings) or in `text` (a string). A line that is
     not UTF-8 or no such JSON object, and the rest of a gzip file that breaks off, are damaged
-    records: the document goes on without them. So is a line beyond `MAX_LINE_BYTES`. A document
-    beyond `MAX_DOCUMENT_CHARACTERS` goes on as another.
+    records: the document goes on without them. So are a line beyond `MAX_LINE_BYTES`, and a file
+    without text or that is no gzip file although named so. A document beyond
+    `MAX_DOCUMENT_CHARACTERS` goes on as another.
 
     Args:
         files: paths, as `find_files` gives them.
@@ -65,18 +84,17 @@ def read_documents(
         advance: takes how many bytes of the files were read since it was last called.
 
     Raises:
-        InputError: a file that cannot be read, is no gzip file although named so, or holds no
-            text; or from `records`.
+        InputError: a file that cannot be read; or from `records`.
     """
     for path in files:
-        count = 0
+        count, bad = 0, records.bad
         is_json = path.removesuffix(".gz").endswith(".jsonl")
         for document in (_json_documents if is_json else _text_documents)(path, records, advance):
             for part in _bounded(document):
                 count += 1
                 yield part
-        if count == 0 and not records.bad:
-            raise InputError(f"{path} holds no text. Take it out, or fill it.")
+        if count == 0 and records.bad == bad:
+            records.add_bad(f"{path} holds no text.")
     records.end()
 
 
@@ -104,7 +122,7 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
                     advance(raw.tell() - read)
                     read = raw.tell()
                 try:
-                    text = line.decode("utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     where = f"{place}, byte {offset + error.start}"
                     records.add_bad(f"{where}: not UTF-8 (0x{line[error.start]:02x}).")
@@ -130,10 +148,8 @@ def _whole(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
             yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         if number == 0:
-            raise InputError(
-                f"{path} is named .gz but is no whole gzip file ({error}). "
-                "Rename it, or fetch it again if it was cut short."
-            ) from None
+            records.add_bad(f"{path} is named .gz but is no whole gzip file ({error}).")
+            return
         # How much was cut off at the end is not known; what stands behind a flaw is, about.
         used, size = raw.tell(), os.path.getsize(path)
         lost = max(1, round(number * (size - used) / used))

@@ -56,10 +56,10 @@ def prepare(
     with locked(_made(output), wait=False):
         manifest = _begin(output, files, vocabulary, shard_tokens)
         run = _Run(output, manifest, say)
+        save_vocabulary(vocabulary, os.path.join(output, "vocab.txt"))
         if manifest["finished"]:
             say(f"{output} is finished: nothing was left to do")
             return manifest
-        save_vocabulary(vocabulary, os.path.join(output, "vocab.txt"))
         records = BadRecords(
             max_bad_record_share, skip=True, say=say, limit_flag="--max_bad_record_share"
         )
@@ -90,7 +90,7 @@ def _begin(output, files, vocabulary, shard_tokens):
         "inputs": [_identity(file) for file in files],
     }
     if not shards.is_prepared(output):
-        others = sorted(set(os.listdir(output)) - {LOCK})
+        others = sorted(set(os.listdir(output)) - {LOCK, f"{shards.MANIFEST}.new"})
         if others:
             raise InputError(
                 f"--output: {output} holds something else ({others[0]}). Choose an empty folder."
@@ -224,6 +224,9 @@ def main() -> int:
         manifest = prepare(flags.pop("input"), say=say, progress=True, **flags)
     except InputError as error:
         say(f"prepare_text: {error}")
+        return 1
+    except OSError as error:
+        say(f"prepare_text: {error.filename or flags['output']}: {error.strerror or error}.")
         return 1
     except KeyboardInterrupt:
         say("prepare_text: stopped. The same command goes on after the last finished shard.")

@@ -47,10 +47,13 @@ def load_prepared(
     path = vocab or os.path.join(folder, "vocab.txt")
     vocabulary = load_vocabulary(path)
     if vocabulary_hash(vocabulary) != manifest["vocabulary_hash"]:
+        cure = f"Leave --vocab out to take {folder}/vocab.txt."
+        if not vocab:
+            cure = "Give the command that prepared the text again: it mends the file."
         raise InputError(
             f"--vocab: {path} is not the vocabulary of the text in {folder}: its hash is "
             f"{vocabulary_hash(vocabulary)}, and `vocabulary_hash` in {shards.MANIFEST} is "
-            f"{manifest['vocabulary_hash']}. Leave --vocab out to take {folder}/vocab.txt."
+            f"{manifest['vocabulary_hash']}. {cure}"
         )
     fingerprint = manifest["fingerprint"]
     found = _open(folder, fingerprint)

@@ -19,7 +19,7 @@ from inputs.document_keys import Fingerprint
 from inputs.errors import InputError
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "tf_lamb tokenised text", 1
+FORMAT, VERSION = "tf_lamb tokenised text", 2
 WRITER_OPTIONS = "group_size:1,uncompressed"
 RECORDS_PER_READ = 256
 FIELDS = {

@@ -9,6 +9,8 @@ import zlib
 
 from inputs.errors import InputError
 
+SHOWN = 60  # characters of an answer in a message
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -22,11 +24,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Squad:
-    """Contexts, the questions on them in the order of the file, and a hash of the file's text."""
+    """Contexts, the questions on them in the order of the file, a hash of its text, its path."""
 
     contexts: list[str]
     questions: list[Question]
     fingerprint: str
+    path: str = ""
 
     def evaluated_as(self) -> list[dict]:
         """The questions and their answers in the layout that the official metric reads."""
@@ -72,7 +75,7 @@ def read_squad(path: str) -> Squad:
     raw = _bytes_of(path)
     try:
         content = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--data_dir: {path} is no JSON in UTF-8 ({error}).") from None
     contexts, questions, places = [], [], {}
     for paragraph, where in _paragraphs(_Reader(path), content):
@@ -86,7 +89,7 @@ def read_squad(path: str) -> Squad:
             questions.append(question)
     if not questions:
         raise InputError(f"--data_dir: {path} holds no question. Give a SQuAD v1.1 file.")
-    return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16])
+    return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16], path)
 
 
 def _bytes_of(path: str) -> bytes:
@@ -154,8 +157,8 @@ def _question(entry, where: _Reader, context: str, number: int) -> Question:
         there = context[start : start + len(words)] if start >= 0 else ""
         if not words or there != words:
             at.fail(
-                f"the answer {words!r} is not what the context has at answer_start={start} "
-                f"({there!r})"
+                f"the answer {words[:SHOWN]!r} is not what the context has at "
+                f"answer_start={start} ({there[:SHOWN]!r})"
             )
         answers.append((start, words))
     if not answers:

@@ -85,8 +85,8 @@ class Features:
         if not totals.all():
             empty = squad.questions[int(np.argmin(totals))]
             raise InputError(
-                f"--data_dir: the context of question {empty.id!r} holds no word, only spaces or "
-                "control characters. Take it out of the file."
+                f"--data_dir: {squad.path}, the context of question {empty.id!r} holds no word, "
+                "only spaces or control characters. Take it out of the file."
             )
         self._windows = windows.cut_windows(
             tf.constant(np.diff(self._questions.begins), tf.int32),

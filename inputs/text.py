@@ -188,9 +188,12 @@ class Examples:
     def _masked(self, ids, is_text, number):
         """Chooses 15 % of the text's pieces: 80 % become [MASK], 10 % another, 10 % stay."""
         draws = self._uniform(number, self.sequence_length, stream=1)
-        share = MASKED_SHARE * tf.reduce_sum(tf.cast(is_text, tf.float32), axis=1)
-        wanted = tf.floor(share + self._uniform(number, 1, stream=2)[:, 0])  # 15 % on average
-        wanted = tf.clip_by_value(wanted, 1.0, float(self.predictions))[:, tf.newaxis]
+        pieces = tf.reduce_sum(tf.cast(is_text, tf.float32), axis=1)
+        # 15 % on average
+        wanted = tf.floor(MASKED_SHARE * pieces + self._uniform(number, 1, stream=2)[:, 0])
+        wanted = tf.clip_by_value(wanted, 1.0, float(self.predictions))
+        # What the vocabulary knows nothing of has no pieces to mask.
+        wanted = tf.minimum(wanted, pieces)[:, tf.newaxis]
         if self.whole_word:
             chosen, weights = self._whole_words(ids, is_text, draws, wanted, number)
         else:
@@ -235,6 +238,7 @@ class Examples:
         above = tf.reduce_min(tf.where(ends & (piece > wanted), piece, 1e9), 1, keepdims=True)
         chance = (wanted - below) / (above - below)
         reach = self._uniform(number, 1, stream=5) < chance
+        above = tf.where(wanted > 0, above, 1e9)
         limit = tf.where(reach & (above <= self.predictions), above, below)
         limit = tf.where(limit > 0, limit, wanted)  # a first word beyond every budget is cut
         return order[:, : self.predictions], (piece <= limit)[:, : self.predictions]

@@ -133,8 +133,8 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 def pretraining_counts(batch) -> dict[str, tf.Tensor]:
     """What the sums of `pretraining_sums` are divided by: masked tokens, sentence pairs."""
     return {
-        "masked": tf.reduce_sum(batch["masked_lm_weights"]),
-        # Sequences without a second segment leave none to divide by.
+        # Text of unknown words alone, and sequences without a second segment, leave none.
+        "masked": tf.maximum(tf.reduce_sum(batch["masked_lm_weights"]), 1e-9),
         "sentence": tf.maximum(tf.reduce_sum(batch["next_sentence_weights"]), 1e-9),
     }
 

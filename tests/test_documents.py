@@ -24,6 +24,30 @@ def test_blank_lines_end_a_document(tmp_path):
     assert read(tmp_path / "a.txt") == [["One.", "Two."], ["Three."]]
 
 
+def test_a_vocabulary_is_text_only_where_it_is_named(tmp_path):
+    (tmp_path / "a[1].txt").write_text("One.")
+    (tmp_path / "vocab.txt").write_text("[PAD]")
+    assert read(tmp_path) == read(tmp_path / "*.txt") == read(tmp_path / "a[1].txt") == [["One."]]
+    assert read(tmp_path / "vocab.txt") == [["[PAD]"]]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n', encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("Two.", encoding="utf-8-sig")
+    assert read(tmp_path) == [["One."], ["Two."]]
+
+
+def test_a_file_of_no_use_is_passed_over_up_to_the_limit(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(["A line."] * 10))
+    (tmp_path / "b.txt").write_text(" ")
+    (tmp_path / "c.txt.gz").write_bytes(b"plain")
+    said = []
+    assert read(tmp_path, max_share=0.2, say=said.append) == [["A line."] * 10]
+    assert "b.txt holds no text" in said[0] and "c.txt.gz is named .gz" in said[1]
+    with pytest.raises(InputError, match="b.txt holds no text. With it 2 of 13 records"):
+        read(tmp_path, max_share=0.1)
+
+
 def test_json_lines_hold_paragraphs_or_text(tmp_path):
     lines = [{"paragraphs": ["One.", " ", "Two."]}, {"id": 1, "text": "Three.\nFour."}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -200,7 +200,7 @@ def test_a_damaged_memory_map_is_laid_out_anew(folder):
     ("changes", "said"),
     [
         ({"format": "other"}, "is no manifest of tokenised text"),
-        ({"version": 2}, "`version` is 2, and this program reads 1"),
+        ({"version": 1}, "`version` is 1, and this program reads 2"),
         ({"shards": None}, "`shards` is missing or no list"),
         ({"fingerprint": 3}, "`fingerprint` is missing or no str"),
         ({"shards": [{}]}, "`file` is missing or no str"),
@@ -222,9 +222,9 @@ def test_train_takes_the_folder(folder, in_process, capfd, tmp_path):
     assert str(folder) in said and "next-sentence" not in said
     fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
     assert fingerprint in (tmp_path / "run/recipe.json").read_text()
-    change_manifest(folder, version=2)
+    change_manifest(folder, version=1)
     assert in_process(flags) == 1
-    assert "`version` is 2" in capfd.readouterr().err
+    assert "`version` is 1" in capfd.readouterr().err
 
 
 def test_another_vocabulary_is_refused(source, folder, tmp_path):
@@ -245,6 +245,21 @@ def test_a_folder_with_something_else_is_refused(source, folder, tmp_path):
             prepare(source, folder)
     finally:
         (source / "text/c.txt").unlink()
+
+
+def test_shards_inside_their_input_are_not_its_text(source, tmp_path):
+    shutil.copytree(source, tmp_path / "all")
+    output = tmp_path / "all/text/shards"
+    first = prepare(tmp_path / "all", output)
+    (output / "vocab.txt").write_text("lost")
+    (output / "manifest.json.new").write_text("of a start that was killed")
+    said = []
+    again = prepare(tmp_path / "all", output, say=said.append)
+    assert again["fingerprint"] == first["fingerprint"]
+    assert "nothing was left to do" in said[-1]
+    assert (output / "vocab.txt").read_bytes() == (source / "vocab.txt").read_bytes()
+    with pytest.raises(InputError, match="shards holds a manifest.json.*Give such a folder alone"):
+        documents.find_files(f"{source}/text,{output}")
 
 
 def test_two_at_once_are_refused(source, tmp_path):

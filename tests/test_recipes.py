@@ -152,6 +152,14 @@ def test_squad_large_is_googles_with_their_rate_for_lamb():
     assert phase.steps == round(2 * 88_641 / 64) and phase.warmup_steps == phase.steps // 10
 
 
+@pytest.mark.parametrize("size", ["mini", "base", "large"])
+def test_fine_tuning_takes_what_pre_training_made(size):
+    pretrained = recipes.find_recipe({"large": "bert-large-32k"}.get(size, f"bert-{size}"))
+    squad = recipes.find_recipe(f"squad-{size}")
+    assert squad.model == pretrained.model
+    assert squad.sequence_length <= pretrained.max_sequence_length
+
+
 def test_recipes_are_frozen_and_sourced():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DEMO.weight_decay = 1.0

@@ -191,6 +191,7 @@ def data(tmp_path_factory):
 
 
 SMALL = ["--recipe=squad-mini", "--global_batch_size=16", "--steps_per_loop=20"]
+SMALL += ["--set", "model=tiny"]
 SMALL += ["--set", "sequence_length=32", "--set", "max_query_length=8", "--set", "doc_stride=10"]
 
 

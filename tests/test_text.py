@@ -127,6 +127,17 @@ def test_whole_words_are_masked_whole(words):
     assert weights.sum() / tokens == pytest.approx(0.15, abs=0.005)
 
 
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_text_of_unknown_words_alone_is_not_masked(words, whole_word):
+    documents = [["\U0001f600 \U0001f601 " * (3 + i)] for i in range(20)]
+    unknown = corpus.tokenize(documents, words[0])
+    examples = make((words[0], unknown), whole_word=whole_word)
+    batch = joined(examples.training_batches(BATCH).take(3))
+    unk, cls, sep = map(words[0].index, ("[UNK]", "[CLS]", "[SEP]"))
+    assert not batch["masked_lm_weights"].any()
+    assert set(batch["input_word_ids"].ravel().tolist()) == {0, unk, cls, sep}
+
+
 def test_held_out_documents_are_new(words):
     def as_set(part):
         bounds = part.sentences[part.documents]

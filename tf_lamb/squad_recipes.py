@@ -63,7 +63,7 @@ SQUAD_MINI = dataclasses.replace(
     reference="this project: as much as two CPU cores fine-tune in some minutes",
     expected="not measured yet",
     phases=(Phase(steps=2_000, global_batch_size=32, peak_learning_rate=2e-3, warmup_steps=200),),
-    model="tiny",
+    model="mini",
     compute_dtype="float32",
     sequence_length=128,
     max_query_length=24,

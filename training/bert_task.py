@@ -74,7 +74,7 @@ class BertPretraining:
         log(f"Reading {self.data}")
         if not vocab and saved_step(model_dir):  # a run that goes on keeps what it learned
             vocab = os.path.join(model_dir, "vocab.txt")
-        if shards.is_prepared(data_dir):
+        if data_dir and shards.is_prepared(data_dir):
             prepared = prepared_text.load_prepared(data_dir, vocab, records)
             self._training, self._held_out, self.vocabulary, self.fingerprint = prepared
         else:

@@ -121,7 +121,8 @@ def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
     try:
         status = holder.read(saved.checkpoint).expect_partial()
         status.assert_existing_objects_matched()
-    except (AssertionError, ValueError, tf.errors.OpError) as error:
+    # IndexError: TensorFlow's reader, of a file that is cut off
+    except (AssertionError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"--set init_from: {saved.checkpoint} does not hold a whole BERT ({reason})."

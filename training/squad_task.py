@@ -12,6 +12,7 @@ from training.model_card import make_card
 from training.question_answerer import answering_export
 from training.saving import saved_step
 
+SHOWN = 2_000  # characters
 RANDOM = "random"  # as init_from: no checkpoint
 POSITIONS, TYPES = 512, 2  # of a BERT that no checkpoint describes
 USAGE = """\
@@ -78,6 +79,11 @@ class SquadFineTuning:
                 else "--vocab is needed with --set init_from=random."
             )
         pieces = vocabulary.load_vocabulary(vocab or beside)
+        if vocab and os.path.exists(beside) and pieces != vocabulary.load_vocabulary(beside):
+            raise InputError(
+                f"--vocab: {vocab} is not {beside}, the vocabulary that the checkpoint was trained "
+                "with. Leave --vocab out."
+            )
         if self._saved and len(pieces) != self._saved.vocabulary_size:
             raise InputError(
                 f"--vocab: {vocab or beside} has {len(pieces):,} word pieces, but "
@@ -188,7 +194,9 @@ class SquadFineTuning:
         question, context = "Who wrote it?", "A letter came. Ada Lovelace wrote it in 1843."
         if not self._synthetic:
             chosen = self._dev.squad.questions[0]
-            question, context = chosen.text, self._dev.squad.contexts[chosen.context]
+            texts = chosen.text, self._dev.squad.contexts[chosen.context]
+            # A command line bears neither every length nor every character.
+            question, context = (text[:SHOWN].replace("\0", " ") for text in texts)
         print("Answered, by the SavedModel in a process of its own:", flush=True)
         run_apart("training.answer", export_dir, context, question)
 
