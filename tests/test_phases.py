@@ -8,9 +8,11 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from inputs.errors import InputError
 from tf_lamb import tf_keras as ours
 from tf_lamb.recipe_types import Phase, Recipe
-from training import optimizers
+from tf_lamb.recipes import find_recipe, resized
+from training import checkpoints, optimizers
 from training.run import Run
 from training.signals import Interrupted, StopRequest
 from training.state import RunSchedule, RunState
@@ -166,3 +168,25 @@ def test_slots_are_reset_on_every_replica(mirrored, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     kept = plainly(make_recipe("lamb", reset=False))
     assert max(abs(a - b).max() for a, b in zip(weights, kept, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "refused"),
+    [
+        (1_900, 2_200, False),
+        (1_900, 4_400, True),  # back into the first phase
+        (1_800, 4_400, False),  # at the end of the first, which grows
+        (1_000, 1_000, True),  # into the second without its beginning
+        (818, 1_000, False),
+    ],
+)
+def test_a_run_made_longer_stays_in_its_phase(tmp_path, step, steps, refused):
+    recipe = find_recipe("bert-mini")
+    checkpoints.claim(str(tmp_path), recipe, seed=1)
+    (tmp_path / f"ckpt-{step}.index").touch()
+    changed = resized(recipe, steps=steps)
+    if refused:
+        with pytest.raises(InputError, match=r"1800 and 400 steps; .* would be in another phase"):
+            checkpoints.check(str(tmp_path), changed, seed=1)
+    else:
+        checkpoints.check(str(tmp_path), changed, seed=1)

@@ -1,6 +1,8 @@
 """Whether the checkpoints in a model_dir belong to the recipe that is asked for."""
 
+import bisect
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -57,7 +59,7 @@ def check(model_dir: str, recipe, **facts) -> None:
 
     Raises:
         InputError: the folder cannot be written, or holds a run of another recipe, or one that
-            is already longer.
+            is already longer, or in a phase that would be another now.
     """
     check_writable(model_dir, "--model_dir")
     steps = saved_steps(model_dir)
@@ -69,7 +71,21 @@ def check(model_dir: str, recipe, **facts) -> None:
             "steps asked for. Ask for more --steps, or choose another folder."
         )
     ours = json.loads(settings(recipe, facts))
-    _check_same(model_dir, os.path.join(model_dir, "recipe.json"), ours)
+    theirs = _check_same(model_dir, os.path.join(model_dir, "recipe.json"), ours)
+    then = [theirs[f"phase{number}.steps"] for number in range(1, len(recipe.phases) + 1)]
+    now = [phase.steps for phase in recipe.phases]
+    if not _phases_at(steps[-1], then) & _phases_at(steps[-1], now):
+        raise InputError(
+            f"--model_dir: {model_dir} holds a run at step {steps[-1]} of phases of "
+            f"{' and '.join(map(str, then))} steps; with the {' and '.join(map(str, now))} asked "
+            "for now it would be in another phase. Give the same --steps, or choose another folder."
+        )
+
+
+def _phases_at(step: int, lengths: list[int]) -> set[int]:
+    """The phase that a step is in, or between which two it is."""
+    borders = list(itertools.accumulate(lengths[:-1]))
+    return {bisect.bisect_left(borders, step), bisect.bisect_right(borders, step)}
 
 
 def settings(recipe, facts: dict) -> str:
@@ -92,7 +108,8 @@ def claim(model_dir: str, recipe, **facts) -> None:
     os.replace(f"{path}.new", path)
 
 
-def _check_same(model_dir: str, path: str, ours: dict) -> None:
+def _check_same(model_dir: str, path: str, ours: dict) -> dict:
+    """The settings of the run that is there, which are the same but for `MAY_CHANGE`."""
     try:
         with open(path, encoding="utf-8") as file:
             theirs = _flat(json.load(file))
@@ -110,6 +127,7 @@ def _check_same(model_dir: str, path: str, ours: dict) -> None:
             f"--model_dir: {model_dir} holds a run with other settings: {pairs}. "
             "Give that run's settings, or another --model_dir."
         )
+    return theirs
 
 
 def _flat(settings: dict) -> dict:
