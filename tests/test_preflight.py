@@ -70,6 +70,12 @@ def test_a_sum_over_a_ring_takes_twice_its_bytes_over_all_links():
     assert seconds == pytest.approx(on_chip + open_links + 2 * 30 * 1e-6)
 
 
+@pytest.mark.parametrize("largest", [1, 3, 7])
+def test_the_search_finds_less_than_a_tile(largest):
+    search = preflight_model.largest_batch
+    assert search(lambda batch: 10 + batch, 32, fixed=10, limit=10 + largest, most=64) == largest
+
+
 @pytest.mark.parametrize("start", [8, 16, 4096])
 def test_the_search_finds_the_largest_batch_of_a_line(start):
     tried = []
@@ -134,6 +140,64 @@ def test_too_little_memory_and_a_crash_are_each_one_sentence(monkeypatch, tmp_pa
     monkeypatch.setattr(preflight_children, "SPARE_BYTES", 2**60)
     with pytest.raises(InputError, match="host's memory does not suffice"):
         children._run("waiting_child", "it", {})
+
+
+def test_the_reason_names_the_operation_and_not_the_last_line():
+    said = """Traceback (most recent call last):
+  File "step.py", line 3, in train
+tensorflow.python.framework.errors_impl.InvalidArgumentError: Detected unsupported operations: Foo
+Stack trace for op definition:
+tf2xla conversion failed. Run with TF_DUMP_GRAPH_PREFIX=/path"""
+    reason = preflight_children._reason
+    assert reason(said, 1).endswith("Detected unsupported operations: Foo")
+    assert reason("a line\ninputs.errors.InputError: --set x: no.", 1) == "--set x: no."
+    assert "was killed" in reason("a warning", -9) and reason("", 3) == "status 3"
+
+
+class Compiler:
+    """Stands for `Children`: programs of a batch take its bytes, v2 has no kernel for them."""
+
+    def __init__(self, log, folder):
+        self.facts = {"parameters": 1000, "weight_bytes": 4000, "slot_bytes": 8000}
+
+    def lower(self, recipe, number, programs):
+        pass
+
+    def compile(self, number, batch, parts, topology):
+        if topology.startswith("v2"):
+            return {"error": "no kernel for Foo"}
+        examples, sums = 0 if batch is None else batch // parts, 9 if parts > 1 else 0
+        needed = 12_000 + (examples + sums) * 2**30
+        if needed > 15 * 2**30:
+            return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
+        return {
+            "hbm_bytes": needed, "argument_bytes": 12_000, "temporary_bytes": 9_000,
+            "code_bytes": 9, "flops": 1e9, "bytes_accessed": 1e9, "seconds": 0.1,
+            "all_reduce_bytes": 4000, "all_reduces": 1, "asynchronous": 0,
+        }  # fmt: skip
+
+
+def test_what_does_not_compile_is_a_row_and_sums_take_room_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=240)
+    path = tmp_path / "rows.json"
+    assert preflight.run(recipe, "v2:2x2,v3:2x2", json_path=str(path), log=print) == 1
+    v2, v3 = json.loads(path.read_text())
+    assert not v2["compiles"] and v2["error"] == "no kernel for Foo"
+    # 30 examples a replica: 8 were found to fit, so 6 at a time; beside their sums 5.
+    assert v3["compiles"] and (v3["replica_batch_size"], v3["accumulation"]) == (30, 6)
+    assert "NO: no kernel for Foo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_compiled(
+    tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    with pytest.raises(InputError, match=f"preflight_json=.*{name}"):
+        recipe = recipes.find_recipe("bert-mini-demo")
+        preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
 
 
 def test_training_loads_nothing_of_it():

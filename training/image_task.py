@@ -55,7 +55,8 @@ class ImageClassification:
             resnet.classification_sums, label_smoothing=recipe.label_smoothing
         )
         if synthetic_data:
-            self._classes = [(f"class{i}", f"class{i}") for i in range(SYNTHETIC_CLASSES)]
+            count = 10 if recipe.normalization == "cifar10" else SYNTHETIC_CLASSES
+            self._classes = [(f"class{i}", f"class{i}") for i in range(count)]
             self._padding = 0
             self.data = self.fingerprint = "synthetic data"
             return

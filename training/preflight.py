@@ -11,10 +11,15 @@ import tempfile
 
 from inputs.errors import InputError
 from training import preflight_model as model
-from training.preflight_children import Children, check_installed, check_strict_installed
+from training.preflight_children import (
+    ChildFailed,
+    Children,
+    check_installed,
+    check_strict_installed,
+)
 from training.preflight_topology import Topology, parse_topologies
 
-GIB = 2**30
+GIB, PICTURE = 2**30, ".png"
 START = 32  # examples of a replica that the search for the largest batch begins with at most
 
 
@@ -95,6 +100,10 @@ def replica_batch_size(recipe, phase, topology: Topology) -> int:
     return size
 
 
+class _DoesNotCompile(Exception):
+    """For another reason than memory; the message says which."""
+
+
 class Examiner:
     """Compiles what is asked for.
 
@@ -112,8 +121,20 @@ class Examiner:
 
     def examine(self, number: int, topology: Topology) -> Finding:
         """Phase `number`, from 0, on a topology."""
-        phase, least = self._recipe.phases[number], self._recipe.accumulation
+        phase = self._recipe.phases[number]
         whole = replica_batch_size(self._recipe, phase, topology)
+        found = Finding(
+            number + 1, phase.steps, phase.global_batch_size, topology, None, whole, None, None, 0,
+            {}, {}, {}, None,
+        )  # fmt: skip
+        try:
+            return self._examined(number, topology, found)
+        except (ChildFailed, _DoesNotCompile) as error:
+            return dataclasses.replace(found, error=str(error))
+
+    def _examined(self, number, topology, found):
+        phase, least = self._recipe.phases[number], self._recipe.accumulation
+        whole = found.replica_batch_size
         self._children.lower(self._recipe, number, self._foreseen(phase, least))
         update, facts = self._step(number, topology, None, 1), self._children.facts
         largest, parts = None, least
@@ -121,14 +142,19 @@ class Examiner:
             start = min(whole // least, START)
             largest = self._largest_batch(number, topology, start, update)
             parts = model.needed_accumulation(whole, largest, least)
-        found = Finding(
-            number + 1, phase.steps, phase.global_batch_size, topology, None, whole, parts, largest,
-            facts["parameters"], {}, update, {}, None,
-        )  # fmt: skip
-        if parts is None:
-            return dataclasses.replace(found, error="no micro-batch fits: not even one example")
-        program = self._step(number, topology, whole // parts, 1)
-        accumulated = self._step(number, topology, whole, parts) if parts > 1 else program
+        while True:
+            found = dataclasses.replace(
+                found, accumulation=parts, largest=largest, parameters=facts["parameters"],
+                update=update,
+            )  # fmt: skip
+            if parts is None:
+                return dataclasses.replace(found, error="no micro-batch fits: not even one example")
+            program = self._step(number, topology, whole // parts, 1)
+            accumulated = self._step(number, topology, whole, parts) if parts > 1 else program
+            # The sums over the micro-batches take room of their own.
+            if largest is None or parts == 1 or not {"error", "hbm_bytes"} <= accumulated.keys():
+                break
+            parts = model.needed_accumulation(whole, largest, parts + 1)
         error = accumulated.get("error") or program.get("error") or update.get("error")
         found = dataclasses.replace(found, program=accumulated, error=error)
         if error:
@@ -165,7 +191,7 @@ class Examiner:
             def needed(batch):
                 program = self._step(number, topology, batch, 1)
                 if "error" in program and "hbm_bytes" not in program:
-                    raise InputError(f"--preflight={topology.name}: {program['error']}")
+                    raise _DoesNotCompile(program["error"])
                 size = program["hbm_bytes"]
                 # The compiler has the last word: it recomputes what does not fit.
                 return max(size, limit + 1) if "error" in program else min(size, limit)
@@ -208,6 +234,8 @@ def run(
 
     topologies = sorted(parse_topologies(names), key=lambda t: (t.generation.name, t.chips))
     check_installed()
+    if json_path:
+        _check_json_path(json_path)
     if strict:
         check_strict_installed()
     for topology in topologies:
@@ -217,8 +245,11 @@ def run(
     print(preflight_report.in_words(recipe, findings))
     if json_path:
         _write(json_path, json.dumps([finding.row() for finding in findings], indent=1))
-        picture = os.path.splitext(json_path)[0] + ".png"
-        preflight_picture.draw(recipe, findings, picture)
+        picture = os.path.splitext(json_path)[0] + PICTURE
+        try:
+            preflight_picture.draw(recipe, findings, picture)
+        except OSError as error:
+            raise InputError(f"{picture} cannot be written ({error.strerror}).") from None
         print(f"\nWritten    {json_path}, {picture}")
     return int(any(finding.error for finding in findings))
 
@@ -247,10 +278,17 @@ def findings_of(recipe, topologies, *, log, search, strict=False) -> list[Findin
         return findings
 
 
-def _write(path: str, text: str) -> None:
+def _check_json_path(path: str) -> None:
+    """Compiling takes long: whether its results can be kept is asked before."""
+    if path.endswith(PICTURE):
+        raise InputError(f"--preflight_json={path}: the picture has that name. End it in .json.")
+    _write(path, "", keep=False)
+
+
+def _write(path: str, text: str, keep: bool = True) -> None:
     try:
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(f"{path}.new", path)
+        os.replace(f"{path}.new", path) if keep else os.remove(f"{path}.new")
     except OSError as error:
         raise InputError(f"--preflight_json={path} cannot be written ({error.strerror}).") from None

@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 import pickle
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,10 @@ def check_strict_installed() -> None:
         )
 
 
+class ChildFailed(InputError):
+    """A process ended without an answer; the message says why."""
+
+
 class Children:
     """Lowers and compiles; remembers what it has lowered.
 
@@ -75,6 +81,10 @@ class Children:
             recipe: a checked recipe.
             number: the phase's, from 0.
             programs: (examples of a replica, or None for the update alone; micro-batches).
+
+        Raises:
+            ChildFailed: they cannot be lowered.
+            InputError: the host's memory does not suffice.
         """
         missing = [p for p in dict.fromkeys(programs) if (number, *p) not in self._lowered]
         if not missing:
@@ -96,15 +106,16 @@ class Children:
         what = "the update" if batch is None else f"{batch} examples a replica"
         if parts > 1:
             what += f" in {parts} micro-batches"
-        return self._run(
-            "training.preflight_compile",
-            f"phase {number + 1}: compiling {what} for {topology}",
-            {
-                "path": self._lowered[number, batch, parts],
-                "topology": topology,
-                "cache": str(CACHE),
-            },
-        )
+        job = {
+            "path": self._lowered[number, batch, parts],
+            "topology": topology,
+            "cache": str(CACHE),
+        }
+        try:
+            said = f"phase {number + 1}: compiling {what} for {topology}"
+            return self._run("training.preflight_compile", said, job)
+        except ChildFailed as error:
+            return {"error": str(error)}
 
     def ask_kernels(self, recipe, number: int) -> dict:
         """What `preflight_strict.examine` says of phase `number`, from 0."""
@@ -140,8 +151,7 @@ class Children:
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip()
             if child.returncode:
-                last = said.splitlines()[-1] if said else f"status {child.returncode}"
-                raise InputError(f"{what} failed: {last}")
+                raise ChildFailed(f"{what} failed: {_reason(said, child.returncode)}")
             with open(answer, encoding="utf-8") as file:
                 return json.load(file)
 
@@ -166,3 +176,13 @@ class Children:
             if now - said >= SAY_EVERY_SECONDS:
                 said = now
                 self._log(f"{what} ... {now - start:.0f} s")
+
+
+def _reason(said: str, status: int) -> str:
+    """The first line of the exception that ended a process, which names the operation."""
+    if status == -signal.SIGKILL:
+        return "it was killed, most likely because the host's memory did not suffice"
+    lines = said.splitlines()
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Diverged)\b", line)]
+    last = (raised or lines or [f"status {status}"])[-1]
+    return last.removeprefix("inputs.errors.InputError: ")

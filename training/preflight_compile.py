@@ -4,6 +4,7 @@ Only a process of its own may import this: JAX and libtpu read their settings on
 environment, when they are loaded. The extra `preflight` installs both.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -160,16 +161,19 @@ def attempt(path: str, topology: str, cache: str) -> dict:
     version = importlib.metadata.version("libtpu")
     key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
     kept = pathlib.Path(cache, f"{key}.json")
-    if kept.exists():
+    with contextlib.suppress(OSError, ValueError):  # none there, or torn
         return json.loads(kept.read_text(encoding="utf-8"))
     try:
         result = figures(compile_program(program, open_topology(topology)))
     except jax.errors.JaxRuntimeError as error:
         result = _in_words(str(error))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
-        json.dump(result, file)
-    os.replace(file.name, kept)
+        if "hbm_bytes" not in result:  # another time it may be another
+            return result
+    with contextlib.suppress(OSError):  # what cannot be kept is compiled again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(result, file)
+        os.replace(file.name, kept)
     return result
 
 

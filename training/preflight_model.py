@@ -51,7 +51,7 @@ def largest_batch(needed: Callable[[int], int], start: int, fixed: int, limit: i
         )
         each = max((above - below) / (high - low), 1e-9)
         batch = min(int(low + (limit - below) / each), most)
-        batch = max(1, batch // TILE * TILE)
+        batch = max(1, batch // TILE * TILE or batch)
         if batch in points:
             break
         points[batch] = needed(batch)

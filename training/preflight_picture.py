@@ -21,7 +21,7 @@ def draw(recipe, findings, path: str) -> None:
     panels[0].set_ylabel("GiB a replica")
     _stack(panels[1], labels, [_parts(f.time) for f in found])
     panels[1].set_ylabel("ms a step, estimated")
-    values = efficiencies(found)
+    values = efficiencies(findings)
     chips = {f.topology.name: f.topology.chips for f in found}
     for kind in sorted({name.split(":")[0] for name in values}):
         line = sorted((chips[n], 100 * v) for n, v in values.items() if n.startswith(f"{kind}:"))

@@ -176,6 +176,7 @@ class Replica:
             seed=0,
             accumulation=accumulation,
             jit_compile=False,
+            measure_noise=self.recipe.measure_noise_scale,
         )
         return step, task.train_batches(self.number, 0)(None).element_spec
 

@@ -141,6 +141,8 @@ def examine(recipe, number: int) -> dict:
     """
     known = registered()
     recipe = dataclasses.replace(recipe, model=SMALL[recipe.task])
+    if hasattr(recipe, "init_from"):  # its checkpoint is of the size that the recipe had
+        recipe = dataclasses.replace(recipe, init_from="random")
     replica = Replica(recipe, number, replicas=2)
     graph_def = replica.traced_step(EXAMPLES * recipe.accumulation).graph.as_graph_def()
     kinds = {n.op for n in graph_def.node}

@@ -13,6 +13,7 @@ from training.question_answerer import answering_export
 from training.saving import saved_step
 
 SHOWN = 2_000  # characters
+PUBLISHED_VOCABULARY = 30_522  # word pieces; google-research/bert
 RANDOM = "random"  # as init_from: no checkpoint
 POSITIONS, TYPES = 512, 2  # of a BERT that no checkpoint describes
 USAGE = """\
@@ -72,7 +73,8 @@ class SquadFineTuning:
         beside = self._saved.vocabulary_file if self._saved else ""
         if not vocab and not os.path.exists(beside):
             if self._synthetic and not self._saved:
-                return [*vocabulary.SPECIAL_TOKENS, *(f"word{i}" for i in range(95))]
+                words = (f"word{i}" for i in range(PUBLISHED_VOCABULARY))
+                return [*vocabulary.SPECIAL_TOKENS, *words][:PUBLISHED_VOCABULARY]
             raise InputError(
                 "--vocab is needed: no vocab.txt stands beside the checkpoint of --set init_from."
                 if self._saved
