@@ -274,6 +274,19 @@ def test_resnet_50_takes_off(tmp_path, monkeypatch):
     assert 4 * 7 < row["update_bytes_per_parameter"] < 4 * 8.5  # LARS, tiles filled up
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recipe=resnet50"], "several models or optimizers: resnet50-adagrad-16k, .*Name one"),
+        (["--recipe=bert-large", "--batch=1001"], "--topology=v3:2x2: .* Take --batch=1000"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_sentence(arguments, said, capsys):
+    assert plan.main([*arguments, "--topology=v3:2x2"]) == 1
+    with pytest.raises(InputError, match=said):
+        raise InputError(capsys.readouterr().err.strip())
+
+
 def test_a_plan_scales_the_nearest_recipe_of_a_family():
     members = plan.family("bert-large")
     assert {"bert-large-512", "bert-large-64k-32k"} <= {recipe.name for recipe in members}

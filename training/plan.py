@@ -21,10 +21,21 @@ from training.preflight_topology import Topology, parse_topologies
 
 
 def family(name: str) -> list[Recipe]:
-    """The recipe of that name, or those whose names begin with it: "bert-large" has several."""
+    """The recipe of that name, or those whose names begin with it: "bert-large" has several.
+
+    Raises:
+        InputError: none, or they are of several models or optimizers.
+    """
     if name in recipes.RECIPES:
         return [recipes.RECIPES[name]]
     members = [recipe for known, recipe in recipes.RECIPES.items() if known.startswith(f"{name}-")]
+    kinds = {(recipe.task, recipe.model, recipe.optimizer) for recipe in members}
+    if len(kinds) > 1:
+        raise InputError(
+            f"--recipe={name} is the beginning of recipes of several models or optimizers: "
+            f"{', '.join(sorted(recipe.name for recipe in members))}. Name one of them, or a "
+            "family of one kind, such as bert-large or resnet50-lamb."
+        )
     return members or [recipes.find_recipe(name)]
 
 
@@ -119,7 +130,7 @@ def main(arguments) -> int:
         batch = flags.batch or proposed_batch(members, topology, scale)
         recipe = dataclasses.replace(planned(members, batch), compute_dtype="bfloat16")
         for phase in recipe.phases:
-            preflight.replica_batch_size(recipe, phase, topology)
+            preflight.replica_batch_size(recipe, phase, topology, "--topology", "--batch")
         preflight.check_installed()
         findings = preflight.findings_of(
             recipe, [topology], log=lambda line: print(line, file=sys.stderr), search=True

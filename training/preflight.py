@@ -87,15 +87,17 @@ class Finding:
         }
 
 
-def replica_batch_size(recipe, phase, topology: Topology) -> int:
-    """Examples of each replica and step; `InputError` unless they divide."""
+def replica_batch_size(
+    recipe, phase, topology: Topology, flag="--preflight", cure="--global_batch_size"
+) -> int:
+    """Examples of each replica and step; `InputError`, by the flags' names, unless they divide."""
     size, rest = divmod(phase.global_batch_size, topology.replicas)
     if rest or not size or size % recipe.accumulation:
         whole = topology.replicas * recipe.accumulation
         raise InputError(
-            f"--preflight={topology.name}: the batch of {phase.global_batch_size} does not divide "
+            f"{flag}={topology.name}: the batch of {phase.global_batch_size} does not divide "
             f"by {topology.replicas} replicas of {recipe.accumulation} micro-batch(es). Take "
-            f"--global_batch_size={max(1, phase.global_batch_size // whole) * whole}."
+            f"{cure}={max(1, phase.global_batch_size // whole) * whole}."
         )
     return size
 
