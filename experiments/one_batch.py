@@ -44,9 +44,7 @@ def right(export_dir: str, images: list[tuple[bytes, str]]) -> int:
 def main() -> int:
     """The command line; returns the exit status: 1 if it is no proof."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--source", required=True, help="a tar; beside it its CSV, classes.csv"
-    )
+    parser.add_argument("--source", required=True, help="a tar; beside it its CSV, classes.csv")
     parser.add_argument("--output", default="runs/one-batch")
     flags = parser.parse_args()
     flags.source, flags.output = map(os.path.abspath, (flags.source, flags.output))
