@@ -183,6 +183,6 @@ def _reason(said: str, status: int) -> str:
     if status == -signal.SIGKILL:
         return "it was killed, most likely because the host's memory did not suffice"
     lines = said.splitlines()
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Diverged)\b", line)]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     last = (raised or lines or [f"status {status}"])[-1]
     return last.removeprefix("inputs.errors.InputError: ")
