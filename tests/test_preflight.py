@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -39,6 +40,9 @@ def one(name):
         ("v5litepod-16", "v5e:4x4", 16, 16),
         ("v5p-8", "v5p:2x2x1", 4, 4),
         ("v6e:8x16", "v6e:8x16", 128, 128),
+        ("v5p-12288", "v5p:16x16x24", 6144, 6144),
+        ("v4:4x4x12", "v4:4x4x12", 192, 192),
+        ("v3:8x4", "v3:8x4", 32, 64),
     ],
 )
 def test_a_slice_is_named_by_its_sides_or_its_cores(name, full_name, chips, replicas):
@@ -51,7 +55,10 @@ def test_several_topologies_are_read_once_each():
     assert names == ["v3:4x4", "v4:2x2x1"]
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v3", "v3:3x3", "v3-7", "v3:64x64", "v4:2x2", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["v9:2x2", "v3", "v3:3x3", "v3-7", "v3:64x64", "v4:2x2", "v3:2x512", "v4:2x2x3", "v3-0", ""],
+)
 def test_an_unknown_topology_lists_those_that_are_known(name):
     with pytest.raises(InputError, match="There are: v2:2x2 to v2-512, v3:2x2 to v3-2048, v4"):
         parse_topologies(name)
@@ -60,14 +67,13 @@ def test_an_unknown_topology_lists_those_that_are_known(name):
 def test_a_sum_over_a_ring_takes_twice_its_bytes_over_all_links():
     pod, quarter = one("v3:32x32"), one("v3:16x16")
     size = 10**9
-    on_chip = 2 * 2 * size / 900e9
     on_links = 2 * size * 1023 / 1024 / (4 * 100e9)
     seconds = preflight_model.all_reduce_seconds(pod, size)
-    assert seconds == pytest.approx(on_chip + on_links + 2 * 32 * 1e-6)
+    assert seconds == pytest.approx(on_links + 2 * 32 * 1e-6)
     # A part of the pod is open at its sides: half the links, and farther from end to end.
     open_links = 2 * size * 255 / 256 / (2 * 100e9)
     seconds = preflight_model.all_reduce_seconds(quarter, size)
-    assert seconds == pytest.approx(on_chip + open_links + 2 * 30 * 1e-6)
+    assert seconds == pytest.approx(open_links + 2 * 30 * 1e-6)
 
 
 @pytest.mark.parametrize("largest", [1, 3, 7])
@@ -110,8 +116,11 @@ def test_the_parts_of_a_step_add_up():
     }  # fmt: skip
     update = {"seconds": 0.02, "flops": 1e9, "bytes_accessed": 13e9}
     time = preflight_model.step_time(one("v3:32x32"), program, update, accumulation=3)
-    gradients = 3 * 3 * 10**9 / (900e9 / 2)
-    assert time.compiler == pytest.approx(3 * 0.08 + 0.02 + gradients)
+    # Three times: the running sum read and written, the gradients read; the sum over the replicas
+    # is read and written once, and each of the three programs counts it.
+    moved = (3 * 3 - 2 * 2) * 10**9
+    assert time.compiler == pytest.approx(3 * 0.08 + 0.02 + moved / (900e9 / 2))
+    assert time.memory == pytest.approx((3 * 27e9 + 13e9 + moved) / (900e9 / 2))
     assert time.hideable == pytest.approx(time.all_reduce)
     assert time.hidden == pytest.approx(time.all_reduce / 2)
     assert time.step == pytest.approx(time.compiler + time.all_reduce / 2)
@@ -174,6 +183,7 @@ class Compiler:
             "hbm_bytes": needed, "argument_bytes": 12_000, "temporary_bytes": 9_000,
             "code_bytes": 9, "flops": 1e9, "bytes_accessed": 1e9, "seconds": 0.1,
             "all_reduce_bytes": 4000, "all_reduces": 1, "asynchronous": 0,
+            "products": 9, "float32_products": 0,
         }  # fmt: skip
 
 
@@ -251,11 +261,12 @@ def test_a_small_bert_takes_off(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "rows.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "bert-mini-demo" in printed and "Estimates. The compiler's:" in printed
+    assert re.search(r"bound by \w+; 0 of \d\d products in float32", printed)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @installed
-def test_resnet_50_takes_off(tmp_path, monkeypatch):
+def test_resnet_50_takes_off(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight_children, "CACHE", tmp_path / "cache")
     path = tmp_path / "rows.json"
     recipe = recipes.resized(recipes.find_recipe("resnet50-lars-32k"), global_batch_size=64)
@@ -272,3 +283,6 @@ def test_resnet_50_takes_off(tmp_path, monkeypatch):
     alike = 256 + 512 + 1024 + 2048
     assert 0 <= row["all_reduce_bytes"] - 4 * (parameters - alike) < 1000
     assert 4 * 7 < row["update_bytes_per_parameter"] < 4 * 8.5  # LARS, tiles filled up
+    printed = capsys.readouterr().out
+    assert re.search(r"bound by \w+; 0 of \d+ products in float32", printed)
+    assert re.search(r"input +[\d,]+ examples/s from each host of 8: [\d.]+ cores as fast", printed)

@@ -29,7 +29,8 @@ class Finding:
 
     replica_batch_size, accumulation: examples of one replica and step, in how many micro-batches.
     largest: largest micro-batch that was found to fit; None if nobody looked.
-    program: `preflight_compile.figures` of the step, with its `error` if there is one.
+    program: `preflight_compile.figures` of the step, with its `error` if there is one; FLOPs,
+        bytes and seconds are those of all its micro-batches.
     memory: bytes by what they are for.
     time: None if the program does not compile.
     operations: kinds of operation that TensorFlow's own TPU kernels were asked for; None if nobody
@@ -163,7 +164,7 @@ class Examiner:
             return found
         return dataclasses.replace(
             found,
-            program=accumulated | {name: program[name] for name in ("flops", "bytes_accessed")},
+            program=accumulated | model.whole_step(topology, program, update, parts),
             memory=_split(facts, accumulated, update),
             time=model.step_time(topology, program, update, parts),
         )
@@ -207,13 +208,12 @@ class Examiner:
 def _split(facts, program, update):
     """Bytes of one replica, by what they are for."""
     state = facts["weight_bytes"] + facts["slot_bytes"]
-    gradients = min(4 * facts["parameters"], program["temporary_bytes"])
     return {
         "parameters": facts["weight_bytes"],
         "slots": facts["slot_bytes"],
         "batch and tiles": max(0, program["argument_bytes"] - state),
-        "gradients": gradients,
-        "activations and temporaries": program["temporary_bytes"] - gradients,
+        # One heap, whose parts take each other's place: the compiler says no more of it.
+        "activations, gradients and temporaries": program["temporary_bytes"],
         "program": program["code_bytes"],
     }
 

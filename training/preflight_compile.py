@@ -154,10 +154,38 @@ def _all_reduces(text: str) -> dict:
     return {"all_reduces": count, "asynchronous": asynchronous, "all_reduce_bytes": total}
 
 
+PRODUCTS = ("stablehlo.convolution", "stablehlo.dot", "stablehlo.dot_general")
+
+
+def count_products(program: bytes) -> dict:
+    """Matrix products and convolutions of a StableHLO program, and those of float32 among them.
+
+    A TPU multiplies bfloat16; a product of float32 takes it several passes.
+    """
+    with jax.interpreters.mlir.make_ir_context():
+        factors = list(_factors(ir.Module.parse(program).operation))
+    return {"products": len(factors), "float32_products": sum("f32" in pair for pair in factors)}
+
+
+def _factors(operation):
+    for region in operation.regions:
+        for block in region:
+            for inner in block.operations:
+                inner = inner.operation
+                yield from _factors(inner)
+                if inner.name in PRODUCTS:
+                    yield [str(ir.ShapedType(value.type).element_type) for value in inner.operands]
+
+
 def attempt(path: str, topology: str, cache: str) -> dict:
-    """`figures` of a file of HLO, or {"error": one sentence, "hbm_bytes": if that was too much}."""
+    """`figures` and products of a file of HLO; or {"error": one sentence, "hbm_bytes": if that was
+    too much}."""
     with open(path, "rb") as file:
         program = from_hlo(file.read())
+    return _attempt(program, topology, cache) | count_products(program)
+
+
+def _attempt(program, topology, cache):
     version = importlib.metadata.version("libtpu")
     key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
     kept = pathlib.Path(cache, f"{key}.json")

@@ -19,16 +19,15 @@ TRIES = 2  # compilations of the search, which take minutes for a large model
 def all_reduce_seconds(topology: Topology, size: int) -> float:
     """A sum of `size` bytes from every replica over the torus, at the links' peak.
 
-    The replicas of a chip add up in its own memory. Then every chip has a part of the sum and
-    hears the other parts, each over all its links at once: 2·size·(n-1)/n bytes leave a chip. An
-    open row is as slow as its ends, which have one link. Each way takes `hops` messages.
+    Every chip has a part of the sum and hears the other parts, each over all its links at once:
+    2·size·(n-1)/n bytes leave a chip. An open row is as slow as its ends, which have one link.
+    Each way takes `hops` messages. The memory that the sum reads and writes is in the compiler's
+    time.
     """
     chips = topology.chips
     sent = 2 * size * (chips - 1) / chips
     on_links = sent / (topology.link_ends * topology.generation.link_bandwidth)
-    per_chip = topology.generation.devices_per_chip
-    on_chip = 2 * per_chip * size / topology.generation.hbm_bandwidth if per_chip > 1 else 0.0
-    return on_chip + on_links + 2 * topology.hops * HOP_SECONDS
+    return on_links + 2 * topology.hops * HOP_SECONDS
 
 
 def largest_batch(needed: Callable[[int], int], start: int, fixed: int, limit: int, most: int):
@@ -98,34 +97,44 @@ class StepTime:
         return "compute" if self.compute > self.memory else "memory"
 
 
-def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
-    """The time of a step, from `preflight_compile.figures` of its programs.
+def whole_step(topology: Topology, program: dict, update: dict, accumulation: int) -> dict:
+    """`flops`, `bytes_accessed` and `seconds` of a step of several micro-batches.
+
+    The compiler's own for such a step count one turn of the loop over them.
 
     Args:
         topology: where.
-        program: of a step on one micro-batch.
+        program: `preflight_compile.figures` of a step on one micro-batch.
         update: of the update alone.
         accumulation: micro-batches in a step.
     """
+    generation, size = topology.generation, program["all_reduce_bytes"]
+    bandwidth = generation.hbm_bandwidth / generation.devices_per_chip
+    # Once a step: the update, and the sum over the replicas, which is read and written. With each
+    # micro-batch the running sum is read and written, and the new gradients read.
+    once, each = 2 * size, 3 * size if accumulation > 1 else 0
+    moved = accumulation * each - (accumulation - 1) * once
+    added = {"flops": 0, "bytes_accessed": moved, "seconds": moved / bandwidth}
+    return {
+        name: accumulation * program[name] - (accumulation - 1) * update[name] + more
+        for name, more in added.items()
+    }
+
+
+def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
+    """The time of a step; arguments as `whole_step` has them."""
     generation = topology.generation
-
-    def whole(name):
-        return accumulation * (program[name] - update[name]) + update[name]
-
-    compiler = whole("seconds")
-    if accumulation > 1:  # the running sum is read and written, the new gradients read
-        moved = 3 * accumulation * program["all_reduce_bytes"] * generation.devices_per_chip
-        compiler += moved / generation.hbm_bandwidth
+    whole = whole_step(topology, program, update, accumulation)
     on_links = all_reduce_seconds(topology, program["all_reduce_bytes"])
     backward = BACKWARD_SHARE * (program["seconds"] - update["seconds"])
     hideable = min(on_links, backward)
     share = program["asynchronous"] / program["all_reduces"] if program["all_reduces"] else 0
     per_chip = generation.devices_per_chip
     return StepTime(
-        compiler=compiler,
+        compiler=whole["seconds"],
         update=update["seconds"],
-        compute=whole("flops") * per_chip / generation.flops,
-        memory=whole("bytes_accessed") * per_chip / generation.hbm_bandwidth,
+        compute=whole["flops"] * per_chip / generation.flops,
+        memory=whole["bytes_accessed"] * per_chip / generation.hbm_bandwidth,
         all_reduce=on_links,
         hideable=hideable,
         hidden=share * hideable,

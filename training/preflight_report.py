@@ -7,6 +7,13 @@ operation at the chip's peak. A model's: the sum over the replicas, 2·bytes·(n
 links at their peak, and 1 us a hop. Left out: waiting for the host and for the slowest replica,
 random bits, evaluation, saving, start-up, and what a real kernel loses against the peak."""
 
+# Examples/s that a core made: docs/text.md, of two cores, `pairs`; README, "training crops".
+CORE_RATES = (
+    ("bert", 128, 124_777 / 2, "benchmarks.inputs"),
+    ("bert", 512, 51_511 / 2, "benchmarks.inputs"),
+    ("resnet", 224, 653, "benchmarks.image_inputs"),
+)
+
 
 def in_words(recipe, findings) -> str:
     """All findings: a block for each phase and topology, the whole recipe, efficiency."""
@@ -27,10 +34,10 @@ def _block(recipe, finding) -> str:
         by_kernels = finding.time is not None  # the compiler took it
         label = "kernels" if by_kernels else "compiles"
         return "\n".join([*lines, _line(label, f"NO: {finding.error}")])
-    return "\n".join([*lines, *_figures(finding)])
+    return "\n".join([*lines, *_figures(recipe, finding)])
 
 
-def _figures(finding):
+def _figures(recipe, finding):
     topology, program, time = finding.topology, finding.program, finding.time
     limit = topology.generation.hbm_bytes
     split = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
@@ -48,8 +55,9 @@ def _figures(finding):
     )
     yield _line(
         "work",
-        f"{program['flops'] / 1e12:.3g} TFLOP, {program['bytes_accessed'] / 1e9:.3g} GB a replica "
-        f"and micro-batch, {intensity:.0f} FLOP/byte: bound by {time.bound}",
+        f"{program['flops'] / 1e12:.3g} TFLOP, {program['bytes_accessed'] / 1e9:.3g} GB a replica, "
+        f"{intensity:.0f} FLOP/byte: bound by {time.bound}; {program['float32_products']} of "
+        f"{program['products']} products in float32",
     )
     yield _line(
         "step",
@@ -64,9 +72,20 @@ def _figures(finding):
         f"{topology.hops} hops; {_time(time.hideable)} could hide behind the backward pass, "
         f"{_time(time.hidden)} does",
     )
-    rate = finding.replica_batch_size * topology.replicas_per_host / time.step
-    yield _line("input", f"{rate:,.0f} examples/s from each host of {topology.replicas_per_host}")
+    yield _line("input", _input(recipe, finding))
     yield _line("phase", f"{finding.minutes:,.1f} minutes")
+
+
+def _input(recipe, finding) -> str:
+    topology = finding.topology
+    rate = finding.replica_batch_size * topology.replicas_per_host / finding.time.step
+    text = f"{rate:,.0f} examples/s from each host of {topology.replicas_per_host}"
+    phase = recipe.phases[finding.phase - 1]
+    length = getattr(phase, "sequence_length", getattr(recipe, "image_size", None))
+    for task, size, of_core, command in CORE_RATES:
+        if (recipe.task, length) == (task, size):
+            text += f": {rate / of_core:.2g} cores as fast as those where {command} was run"
+    return text
 
 
 def _batch(finding) -> str:

@@ -1,6 +1,7 @@
 """TPU topologies by name, and what is published of their chips."""
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -56,6 +57,7 @@ GENERATIONS = {
     )
 }
 LARGEST = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # chips
+SMALL = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # slices of a cube of 4x4x4
 ALIASES = {"v5litepod": "v5e"}
 
 
@@ -129,26 +131,36 @@ def _parsed(name: str, given: str) -> Topology:
         raise InputError(f"{given}: no such TPU. {_known()}")
     if match[2]:
         shape = tuple(map(int, match[2].split("x")))
-        square = len(shape) == generation.dimensions and not any(n % 2 for n in shape[:2])
     else:
         shape = _shape(int(match[4]), generation)
-        square = shape is not None
-    if not square or not 4 <= math.prod(shape) <= LARGEST[generation.name]:
+    if not shape or not _is_slice(shape, generation):
         raise InputError(f"{given}: no slice of a pod has that size. {_known()}")
     return Topology(generation, shape)
+
+
+def _is_slice(shape: tuple[int, ...], generation: Generation) -> bool:
+    if len(shape) != generation.dimensions or math.prod(shape) > LARGEST[generation.name]:
+        return False
+    sides = tuple(sorted(shape))
+    if generation.dimensions == 2:  # squares, and two of them side by side
+        low, high = sides
+        return low >= 2 and low & (low - 1) == 0 and high in (low, 2 * low)
+    return sides in SMALL or (sides[0] >= 4 and not any(n % 4 for n in sides))
 
 
 def _shape(cores: int, generation: Generation) -> tuple[int, ...] | None:
     """The sides of the slice of so many cores, as near to a square or cube as can be."""
     chips, odd = divmod(cores, generation.cores_per_chip)
-    if odd or chips < 4 or chips & (chips - 1):
+    if odd:
         return None
-    doublings = chips.bit_length() - 1
-    each, more = divmod(doublings, generation.dimensions)
-    sides = [
-        2 ** (each + (i >= generation.dimensions - more)) for i in range(generation.dimensions)
+    sides = [n for n in range(1, min(chips, LARGEST[generation.name]) + 1) if chips % n == 0]
+    shapes = [
+        shape
+        for shape in itertools.combinations_with_replacement(sides, generation.dimensions)
+        if math.prod(shape) == chips and _is_slice(shape, generation)
     ]
-    return (2, 2, 1) if sides == [1, 2, 2] else tuple(sides)
+    shape = min(shapes, key=sum, default=None)
+    return (2, 2, 1) if shape == (1, 2, 2) else shape  # as the documentation has that one
 
 
 def _known() -> str:
