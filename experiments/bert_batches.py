@@ -36,8 +36,8 @@ from tf_lamb.scaling import scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPE, TIMES_LARGER, SEEDS = "bert-mini", 32, (1, 2, 3)
-# Best rate that is expected at the small batch, then at the large one.
-EXPECTED_RATE = {"lamb": (0.0025, 0.014), "adamw": (0.001, 0.004)}
+# Best rate that is expected at the small batch; at the large one √32 times it.
+EXPECTED_RATE = {"lamb": 0.00125, "adamw": 0.0005}
 AROUND = (1 / 2, 1, 2)
 
 
@@ -59,8 +59,12 @@ class Trial:
 def pairs(options) -> list[tuple[str, int, list[float]]]:
     """(optimizer, batch size, its rates)."""
     return [
-        (optimizer, batch, [EXPECTED_RATE[optimizer][i] * factor for factor in AROUND])
-        for i, batch in enumerate((options.small_batch, options.small_batch * TIMES_LARGER))
+        (
+            optimizer,
+            options.small_batch * larger,
+            [float(f"{EXPECTED_RATE[optimizer] * larger**0.5 * factor:.2g}") for factor in AROUND],
+        )
+        for larger in (1, TIMES_LARGER)
         for optimizer in options.optimizers.split(",")
     ]
 
