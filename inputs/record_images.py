@@ -30,13 +30,15 @@ TFDS = Layout("image", "label", "file_name", base=0)
 
 
 def record_files(path: str) -> dict[str, list[str]]:
-    """The TFRecord files of a folder by split, in order.
+    """The TFRecord files of a folder, or of its folders train and validation, by split, in order.
 
     Raises:
         InputError: some of a split's files are missing.
     """
     splits: dict[str, list[str]] = {}
-    for file in sorted(glob.glob(os.path.join(glob.escape(path), "*"))):
+    own = glob.escape(path)
+    patterns = (os.path.join(own, folder, "*") for folder in ("", "train", "validation"))
+    for file in sorted(file for pattern in patterns for file in glob.glob(pattern)):
         match = FILE_NAME.fullmatch(os.path.basename(file))
         if match:
             splits.setdefault(match[1], []).append(file)

@@ -35,7 +35,7 @@ def demo_example(data, label, **more):
 
 
 def write_records(folder, files, split="train"):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, records in enumerate(files):
         name = f"{split}-{number:05d}-of-{len(files):05d}"
         with tf.io.TFRecordWriter(str(folder / name)) as writer:
@@ -69,7 +69,7 @@ def test_a_tar_with_a_csv(tmp_path):
     assert stored(tmp_path / "out/train") == [(files[2], 2), (files[0], 0), (files[1], 1)]
 
 
-@pytest.mark.parametrize("layout", ["TPU demo", "TFDS"])
+@pytest.mark.parametrize("layout", ["TPU demo", "TPU demo, a folder for each split", "TFDS"])
 def test_tfrecords_in_both_layouts(tmp_path, layout):
     """Labels are from 1 in the one and from 0 in the other; the same shards come of both."""
     files = [encoded(smooth(40, 50, seed=i)) for i in range(4)]
@@ -80,7 +80,8 @@ def test_tfrecords_in_both_layouts(tmp_path, layout):
             demo_example(f, i % 3 + 1, image__class__synset=f"n{i % 3}".encode())
             for i, f in enumerate(files)
         ]
-    source = write_records(tmp_path / "source", [records[:2], records[2:]])
+    source = tmp_path / "source"
+    write_records(source / "train" if "folder" in layout else source, [records[:2], records[2:]])
     if layout == "TFDS":
         (source / "label.labels.txt").write_text("n0\nn1\nn2\n")
     assert prepare("--source", source, "--output", tmp_path / "out") == 0
