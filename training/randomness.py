@@ -60,7 +60,7 @@ class LayerGenerator(RandomGenerator):
         """
         if noise_shape is not None or not inputs.shape.is_fully_defined():
             return super().dropout(inputs, rate, noise_shape)
-        dropped = round(rate * 2**16)
+        dropped = min(round(rate * 2**16), 2**16 - 1)
         kept = _by_chance(self.make_seed_for_stateless_op(), inputs.shape, dropped)
         scaled = inputs * tf.cast(2**16 / (2**16 - dropped), inputs.dtype)
         return tf.where(kept, scaled, tf.zeros_like(inputs))
