@@ -223,7 +223,8 @@ def test_fine_tuning_goes_from_our_pre_training_to_right_answers(data, in_proces
         assert len(set(texts)) == len(texts) <= 20 and texts[0] == answers[key]
         assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
     card = (run / "export/model_card.md").read_text()
-    for said in ("squad-mini", "exact_match", "tensorflow-text", dev.fingerprint):
+    asked = f"{len(dev.questions)} questions to answer"
+    for said in ("squad-mini", "exact_match", "tensorflow-text", dev.fingerprint, asked):
         assert said in card
     # What it exported is a start as any other.
     again = initial_weights.find_encoder(str(run / "export/tf_models"))

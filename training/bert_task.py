@@ -65,7 +65,7 @@ class BertPretraining:
             words = (f"word{i}" for i in range(recipe.vocabulary_size))
             made_up = [*vocabulary.SPECIAL_TOKENS, *words][: recipe.vocabulary_size]
             self.vocabulary = vocabulary.load_vocabulary(vocab) if vocab else made_up
-            self.data = self.fingerprint = "synthetic data"
+            self.data = self.fingerprint = self.amount = "synthetic data"
             return
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", say=log
@@ -79,7 +79,8 @@ class BertPretraining:
             self._training, self._held_out, self.vocabulary, self.fingerprint = prepared
         else:
             self._tokenize(data_dir, vocab, records, log)
-        log(f"To train on: {self._training.size}; held out: {self._held_out.size}")
+        self.amount = f"To train on: {self._training.size}; held out: {self._held_out.size}"
+        log(self.amount)
 
     def _tokenize(self, data_dir, vocab, records, log):
         """Raw text, or the installation's, in memory."""

@@ -58,7 +58,7 @@ class ImageClassification:
             count = 10 if recipe.normalization == "cifar10" else SYNTHETIC_CLASSES
             self._classes = [(f"class{i}", f"class{i}") for i in range(count)]
             self._padding = 0
-            self.data = self.fingerprint = "synthetic data"
+            self.data = self.fingerprint = self.amount = "synthetic data"
             return
         if not data_dir:
             raise InputError(
@@ -75,10 +75,11 @@ class ImageClassification:
         self._padding = self._held_out.padding
         hashes = "".join(manifest["hash"] for manifest in manifests)
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
-        log(
+        self.amount = (
             f"{self._training.number:,} images of {len(self._classes):,} classes to train on, "
             f"{self._held_out.number:,} held out"
         )
+        log(self.amount)
 
     def _images(self, folder, augmentation, mixup_alpha):
         share, skip = self.recipe.max_bad_record_share, self.recipe.on_bad_record == "skip"

@@ -29,6 +29,7 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
             f"- Recipe: {recipe.name}, after {recipe.reference}. As run, with every field: "
             "`recipe.json` in the run's folder.",
             f"- Data: {task.data}",
+            f"- Amount: {task.amount}",
             *(f"- Fingerprint of the {name}: {value}" for name, value in task.facts.items()),
             "",
             "## Results on held-out data",

@@ -62,7 +62,7 @@ class SquadFineTuning:
             )
         self.vocabulary = self._find_vocabulary(vocab)
         if synthetic_data:
-            self.data = self.fingerprint = "synthetic data"
+            self.data = self.fingerprint = self.amount = "synthetic data"
         else:
             self._read(data_dir, log)
         if self._saved and not saved_step(model_dir):
@@ -111,11 +111,12 @@ class SquadFineTuning:
             )
             for part in read
         )
-        for features, use in ((self._training, "to train on"), (self._dev, "to answer")):
-            log(
-                f"{len(features.squad.questions):,} questions {use}, in {features.number:,} "
-                f"windows of {self.recipe.sequence_length}"
-            )
+        self.amount = "; ".join(
+            f"{len(features.squad.questions):,} questions {use}, in {features.number:,} windows of "
+            f"{self.recipe.sequence_length}"
+            for features, use in ((self._training, "to train on"), (self._dev, "to answer"))
+        )
+        log(self.amount)
 
     @property
     def facts(self) -> dict[str, str]:
