@@ -156,16 +156,21 @@ def main(names: list[str]) -> int:
             found[name] = preflight.findings_of(
                 recipe, topologies, log=log, search=name in SEARCHED
             )
+            PATH.write_text(page(found), encoding="utf-8")  # all of them take an hour
     except ValueError as error:
         log(f"training.preflight_document: {error}")
         return 1
+    log(f"Written: {PATH}")
+    return 0
+
+
+def page(found: dict) -> str:
+    """The page in Markdown; `found` holds the findings by recipe."""
     table = [row(name, finding) for name, findings in found.items() for finding in findings]
     text = ["# Pre-flight", "", "Written by `make preflight`; no TPU was there.", "", HEAD, *table]
     text += ["", *LEGEND.strip().splitlines(), "", "## Beside the paper's runs", ""]
     text += [*yardsticks(found), "", *scaling(found.get("bert-large-32k", ())), GAPS]
-    PATH.write_text("\n".join(text) + "\n", encoding="utf-8")
-    log(f"Written: {PATH}")
-    return 0
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":
