@@ -1,6 +1,5 @@
 """Made-up batches of each task: what train.py --synthetic trains on."""
 
-import functools
 import os
 import pathlib
 import subprocess
@@ -58,7 +57,11 @@ def test_one_thread_that_does_everything_does_not_wait(tmp_path):
         "--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32",
         f"--model_dir={tmp_path}",
     ]  # fmt: skip
-    one_core = functools.partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})
-    subprocess.run(command, check=True, capture_output=True, preexec_fn=one_core)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # which a child inherits
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    finally:
+        os.sched_setaffinity(0, cores)
     *_, last = read_rows(tmp_path / "history.jsonl")
     assert last["input_wait_share"] < 0.5
