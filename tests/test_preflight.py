@@ -10,7 +10,7 @@ import pytest
 
 from inputs.errors import InputError
 from tf_lamb import recipes
-from training import preflight, preflight_children, preflight_model
+from training import preflight, preflight_children, preflight_document, preflight_model
 from training.preflight_topology import parse_topologies
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -208,6 +208,14 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_compiled(
     with pytest.raises(InputError, match=f"preflight_json=.*{name}"):
         recipe = recipes.find_recipe("bert-mini-demo")
         preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+def test_the_page_of_other_recipes_has_none_of_the_papers_tables(monkeypatch):
+    recipe, topologies = recipes.find_recipe("bert-mini-demo"), parse_topologies("v3:2x2")
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    found = preflight.findings_of(recipe, topologies, log=print, search=False)
+    page = preflight_document.page({"bert-mini-demo": found})
+    assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published |" not in page
 
 
 def test_training_loads_nothing_of_it():

@@ -114,6 +114,8 @@ def yardsticks(found: dict) -> list[str]:
 
 def scaling(findings) -> list[str]:
     """The paper's columns, each with the program of 32K: all have 16 examples a core."""
+    if not findings:
+        return []
     lines = [
         "| batch | chips | estimated minutes | published | estimated speed-up | published |",
         "|---|---|---|---|---|---|",
