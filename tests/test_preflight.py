@@ -215,7 +215,7 @@ def test_the_page_of_other_recipes_has_none_of_the_papers_tables(monkeypatch):
     monkeypatch.setattr(preflight, "Children", Compiler)
     found = preflight.findings_of(recipe, topologies, log=print, search=False)
     page = preflight_document.page({"bert-mini-demo": found})
-    assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published |" not in page
+    assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published" not in page
 
 
 def test_training_loads_nothing_of_it():
