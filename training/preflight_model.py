@@ -14,7 +14,6 @@ HOP_SECONDS = 1e-6
 BACKWARD_SHARE = 2 / 3  # of forward and backward: two of a layer's three products
 TILE = 8  # examples that a batch is rounded down to: a tile's rows
 TRIES = 2  # compilations of the search, which take minutes for a large model
-NEAR = 0.9  # of the limit: what fills so much is not searched beyond
 
 
 def all_reduce_seconds(topology: Topology, size: int) -> float:
@@ -35,8 +34,7 @@ def largest_batch(needed: Callable[[int], int], start: int, fixed: int, limit: i
     """The largest batch found that needs no more than `limit` bytes; 0 if none that was tried.
 
     Memory grows in a straight line with the batch, until the compiler recomputes to save some.
-    So two points give the next, and each is compiled. One that fits and leaves less than a tenth
-    is near enough.
+    So two points give the next, and each is compiled.
 
     Args:
         needed: `examples -> bytes`.
@@ -56,8 +54,6 @@ def largest_batch(needed: Callable[[int], int], start: int, fixed: int, limit: i
         if batch in points:
             break
         points[batch] = needed(batch)
-        if NEAR * limit <= points[batch] <= limit:
-            break
     return max(batch for batch, size in points.items() if batch == 0 or size <= limit)
 
 
