@@ -62,9 +62,9 @@ of their peak. Part of the gap is the XLA of then, part what no step contains (i
 evaluation, waiting for the slowest of 2,048 replicas); the paper says nothing from which to tell
 them apart. ResNet-50: MLPerf's time has the evaluations in it, and the first reading of the data.
 
-Why the scaling is better than the published one, which falls to 76.7 %: all that it loses is
-waiting, which is not in the model. Above 100 %: a pod's mesh is closed to rings in a dimension only
-where the slice is as long as the pod, so the two largest have more links for the same sum.
+Why the scaling is better than the published one, which falls to 76.7 %: replicas that wait
+for one another are not in the model. Above 100 %: a pod's mesh is closed to rings in a dimension
+only where the slice is as long as the pod, so the two largest have more links for the same sum.
 
 No constant here was fitted to close a gap."""
 
