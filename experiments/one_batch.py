@@ -52,6 +52,15 @@ def main() -> int:
     prepare = ["-m", "inputs.prepare_images", f"--source={flags.source}", f"--output={data}"]
     train = ["train.py", f"--recipe={RECIPE}", f"--data_dir={data}", f"--model_dir={run}"]
     train += ["--steps_per_loop=1"]  # the history has each step
+    try:
+        images = files(flags.source)
+    except (OSError, KeyError, tarfile.TarError) as error:
+        print(
+            f"experiments.one_batch: --source={flags.source}: {error}. Give a tar with its CSV and "
+            "classes.csv beside it.",
+            file=sys.stderr,
+        )
+        return 1
     # Training and evaluation have the same images.
     for command in (prepare, [*prepare, "--split=validation"], train):
         if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
@@ -59,7 +68,6 @@ def main() -> int:
     with open(os.path.join(run, "history.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     best = max(rows, key=lambda row: (row["image_top1"], -row["image_loss"]))
-    images = files(flags.source)
     hits = right(os.path.join(run, "export"), images)
     print(
         f"In training, by step {best['step']}: top-1 {best['image_top1']:.4f}, "
