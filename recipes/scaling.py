@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from tf_lamb.recipe_types import Recipe
+from recipes.types import Recipe
 
 RULES = ("sqrt", "linear")
 
