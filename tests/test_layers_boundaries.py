@@ -29,7 +29,7 @@ FOLDERS = {
 }
 # Module of tf_lamb: which others it may import.
 MODULES = {
-    "__init__": {"exclusions", "keras3", "migration", "telemetry"},
+    "__init__": {"batch_scaling", "exclusions", "keras3", "migration", "telemetry"},
     "norms": set(),
     "updates": {"norms"},
     "arguments": set(),
@@ -40,6 +40,7 @@ MODULES = {
     "schedules": {"arguments"},
     "fused": {"updates"},
     "exclusions": set(),
+    "batch_scaling": {"arguments"},
     "lamb": {"arguments", "layerwise", "updates"},
     "lars": {"arguments", "layerwise", "updates"},
     "keras3": {"lamb", "lars", "fused", "rates", "schedules", "layerwise", "updates"},

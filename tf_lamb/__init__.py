@@ -4,6 +4,7 @@
 Keras 2 (`tf_keras`).
 """
 
+from tf_lamb.batch_scaling import scale_batch
 from tf_lamb.exclusions import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay, WarmupStepDecay
 from tf_lamb.migration import migrate
@@ -25,4 +26,5 @@ __all__ = [
     "__version__",
     "draw_heat_map",
     "migrate",
+    "scale_batch",
 ]
