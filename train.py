@@ -21,10 +21,9 @@ import tensorflow as tf
 import tf_keras
 from absl import app, flags, logging
 
+import recipes
 from inputs.errors import InputError
-from tf_lamb import recipes
-from tf_lamb.recipe_types import Recipe
-from tf_lamb.scaling import scale_recipe
+from recipes.types import Recipe
 from training import checkpoints, dry_run, lock, optimizers, saving, signals, strategy
 from training.divergence import Diverged
 from training.export import check_export_dir
@@ -92,7 +91,7 @@ def chosen_recipe() -> Recipe:
         )
     else:
         with users("--scaling"):
-            recipe = scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
+            recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
     recipe = recipes.resized(recipe, steps=FLAGS.steps)
     with users("--set"):
         recipe = recipes.override(recipe, FLAGS.set)

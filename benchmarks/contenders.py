@@ -5,7 +5,7 @@ import dataclasses
 import tensorflow as tf
 import tf_keras
 
-from tf_lamb import recipes
+import recipes
 from tf_lamb import tf_keras as optimizers
 from training import strategy
 from training.state import RunState

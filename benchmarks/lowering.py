@@ -17,8 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its sta
 import tensorflow as tf
 import tf_keras
 
-from tf_lamb import recipes
-from tf_lamb.recipe_types import Recipe
+import recipes
+from recipes.types import Recipe
 from training import optimizers
 from training.state import RunSchedule, RunState
 from training.step import ReplicaStep

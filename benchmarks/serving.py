@@ -22,7 +22,7 @@ import tensorflow as tf
 from inputs import squad, vocabulary
 from models import bert
 from models.squad import build_span_labeler
-from tf_lamb.squad_recipes import SQUAD_BASE
+from recipes.squad import SQUAD_BASE
 from training.export import write_export
 from training.pretrained_export import pretrained_export
 from training.question_answerer import answering_export

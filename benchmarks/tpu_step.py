@@ -20,8 +20,8 @@ import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lamb, lars
 
+import recipes
 from models import bert
-from tf_lamb import recipes
 from training import optimizers, randomness
 from training.preflight_program import Replica
 

@@ -31,8 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from tf_lamb.recipes import find_recipe
-from tf_lamb.scaling import scale_recipe
+from recipes import find_recipe, scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPE, TIMES_LARGER, SEEDS = "bert-mini", 32, (1, 2, 3)

@@ -22,7 +22,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot, which would look for a screen
 from matplotlib import pyplot
 
-from tf_lamb.recipes import find_recipe
+from recipes import find_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPTIMIZERS = ("lars", "lamb", "momentum", "adamw")

@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 from pictures import damage, encoded, prepare, prepared, smooth
 
+import recipes
 from inputs import images
 from inputs.errors import InputError
 from models import resnet
-from tf_lamb import recipes
 from training.export import write_export
 from training.image_export import NO_IMAGE, ImageClassifier, classifier_export
 from training.image_task import ImageClassification

@@ -14,18 +14,22 @@ import tf_lamb
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 
-OURS = {"tf_lamb", "models", "inputs", "training", "experiments", "benchmarks", "train", "tests"}
+OURS = {
+    *("tf_lamb", "recipes", "models", "inputs", "training", "experiments", "benchmarks", "train"),
+    "tests",
+}
 # Folder: which of ours it may import beside itself. train.py may import all.
 FOLDERS = {
     "tf_lamb": set(),
+    "recipes": set(),
     "models": set(),
     "inputs": set(),
-    "training": {"tf_lamb", "models", "inputs"},
-    "experiments": {"tf_lamb"},
+    "training": {"tf_lamb", "recipes", "models", "inputs"},
+    "experiments": {"recipes"},
 }
 # Module of tf_lamb: which others it may import.
 MODULES = {
-    "__init__": {"keras3", "migration", "recipe_types", "scaling", "telemetry"},
+    "__init__": {"batch_scaling", "exclusions", "keras3", "migration", "telemetry"},
     "norms": set(),
     "updates": {"norms"},
     "arguments": set(),
@@ -35,12 +39,8 @@ MODULES = {
     "layerwise": {"norms", "updates", "waves", "arguments", "layers", "rates"},
     "schedules": {"arguments"},
     "fused": {"updates"},
-    "recipe_types": set(),
-    "bert_recipes": {"recipe_types"},
-    "resnet_recipes": {"recipe_types"},
-    "squad_recipes": {"recipe_types"},
-    "scaling": {"recipe_types"},
-    "recipes": {"recipe_types", "bert_recipes", "resnet_recipes", "squad_recipes"},
+    "exclusions": set(),
+    "batch_scaling": {"arguments"},
     "lamb": {"arguments", "layerwise", "updates"},
     "lars": {"arguments", "layerwise", "updates"},
     "keras3": {"lamb", "lars", "fused", "rates", "schedules", "layerwise", "updates"},
@@ -49,6 +49,16 @@ MODULES = {
     "migration": {"layerwise", "foreign_state"},
     "heat_map": set(),
     "foreign_state": set(),
+}
+# Module of recipes: which others it may import. None imports more than the standard library beside.
+RECIPE_MODULES = {
+    "__init__": {"types", "bert", "resnet", "squad", "overrides", "scaling"},
+    "types": set(),
+    "bert": {"types"},
+    "resnet": {"types"},
+    "squad": {"types"},
+    "overrides": {"types"},
+    "scaling": {"types"},
 }
 # Only these may know TensorFlow or Keras 2; the last two within the functions that need it.
 TENSORFLOW = {
@@ -94,6 +104,14 @@ def test_within_the_library_imports_run_one_way(path):
     assert ours <= MODULES[path.stem]
     heavy = {"tensorflow", "tf_keras", "jax", "torch", "official", "orbit", "absl"}
     assert {parts[0] for parts in names} & heavy <= TENSORFLOW.get(path.stem, set())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.stem)
+def test_recipes_are_data_and_import_one_way(path):
+    names = [name.split(".") for name in imported(path)]
+    assert path.stem in RECIPE_MODULES, "a new module: say above what it may import"
+    assert {parts[1] for parts in names if parts[0] == "recipes"} <= RECIPE_MODULES[path.stem]
+    assert {parts[0] for parts in names} <= sys.stdlib_module_names | {"recipes"}
 
 
 def test_the_oracle_knows_nothing_of_ours():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import lowering
-from tf_lamb.recipes import find_recipe
+from recipes import find_recipe
 
 
 def test_bert_bases_step_is_lowered():

@@ -15,7 +15,7 @@ def test_the_wheel_holds_tf_lamb_alone(tmp_path):
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for folder in ("tf_lamb", "inputs", "models", "training"):
+    for folder in ("tf_lamb", "recipes", "inputs", "models", "training"):
         (source / folder).mkdir()
         for path in (ROOT / folder).glob("*.py"):
             (source / folder / path.name).write_bytes(path.read_bytes())

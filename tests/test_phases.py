@@ -9,9 +9,9 @@ import tensorflow as tf
 import tf_keras
 
 from inputs.errors import InputError
+from recipes import find_recipe, resized
+from recipes.types import Phase, Recipe
 from tf_lamb import tf_keras as ours
-from tf_lamb.recipe_types import Phase, Recipe
-from tf_lamb.recipes import find_recipe, resized
 from training import checkpoints, optimizers
 from training.run import Run
 from training.signals import Interrupted, StopRequest

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
+import recipes
 from inputs.errors import InputError
-from tf_lamb import recipes
 from training import preflight, preflight_children, preflight_document, preflight_model
 from training.preflight_topology import parse_topologies
 

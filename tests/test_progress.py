@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from tf_lamb.recipe_types import profile_window
+from recipes.types import profile_window
 from tf_lamb.tf_keras import LAMB
 from training import display, mfu, plot, profile
 from training.divergence import Watch

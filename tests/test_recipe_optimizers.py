@@ -5,9 +5,9 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from tf_lamb import recipes
+import recipes
+from recipes.bert import BERT_LARGE_32K as PAPER
 from tf_lamb import tf_keras as ours
-from tf_lamb.bert_recipes import BERT_LARGE_32K as PAPER
 from training import optimizers
 
 RATE = 0.1

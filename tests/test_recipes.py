@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
+import recipes
 import tf_lamb
-from tf_lamb import recipes
+from recipes import types
+from recipes.bert import BERT_LARGE_32K as PAPER
+from recipes.bert import BERT_MINI_DEMO as DEMO
+from recipes.squad import SQUAD_LARGE as SQUAD
+from recipes.types import Phase
 from tf_lamb import tf_keras as optimizers
-from tf_lamb.bert_recipes import BERT_LARGE_32K as PAPER
-from tf_lamb.bert_recipes import BERT_MINI_DEMO as DEMO
-from tf_lamb.recipe_types import Phase
-from tf_lamb.squad_recipes import SQUAD_LARGE as SQUAD
 
 # arXiv:1904.00962v3, Tables 1 and 5: batch, exponent k of the rate, steps in all.
 COLUMNS = {
@@ -79,7 +80,7 @@ def test_scaling_a_column_gives_every_other(start):
     recipe = recipes.find_recipe(f"bert-large-{start}")
     for label, (batch, _, _) in COLUMNS.items():
         column = recipes.find_recipe(f"bert-large-{label}")
-        scaled = tf_lamb.scale_recipe(recipe, batch)
+        scaled = recipes.scale_recipe(recipe, batch)
         for ours, papers in zip(scaled.phases, column.phases, strict=True):
             rate = papers.peak_learning_rate
             assert ours.peak_learning_rate == pytest.approx(rate, rel=1e-12)
@@ -88,16 +89,16 @@ def test_scaling_a_column_gives_every_other(start):
 
 def test_scaling_keeps_proportions_and_goes_back():
     mixed = recipes.find_recipe("bert-large-64k-32k")
-    small = tf_lamb.scale_recipe(mixed, 1_024)
+    small = recipes.scale_recipe(mixed, 1_024)
     assert [phase.global_batch_size for phase in small.phases] == [1_024, 512]
     assert [phase.steps for phase in small.phases] == [7_037 * 64, 1_562 * 64]
     assert small.phases[0].peak_learning_rate == mixed.phases[0].peak_learning_rate / 8
-    back = tf_lamb.scale_recipe(small, 65_536)
+    back = recipes.scale_recipe(small, 65_536)
     again = [dataclasses.replace(phase, examples=None) for phase in back.phases]
     assert tuple(again) == mixed.phases
     # 3 is not the first phase's batch size in whole examples of the second.
     with pytest.raises(ValueError, match="no whole number .* phase 2, .* Take a multiple of 2"):
-        tf_lamb.scale_recipe(mixed, 3)
+        recipes.scale_recipe(mixed, 3)
 
 
 @pytest.mark.parametrize("start", ["512", "4k", "32k"])
@@ -105,7 +106,7 @@ def test_scaling_a_column_of_resnets_table(start):
     """Rate 4/(2^k · 100) and 782 steps of warm-up at every batch size, 90 epochs."""
     recipe = recipes.find_recipe(f"resnet50-lamb-{start}")
     for label, (batch, k, _) in COLUMNS.items():
-        (ours,) = tf_lamb.scale_recipe(recipe, batch).phases
+        (ours,) = recipes.scale_recipe(recipe, batch).phases
         (papers,) = recipes.find_recipe(f"resnet50-lamb-{label}").phases
         assert (papers.warmup_steps, papers.peak_learning_rate) == (782, 4 / (2**k * 100))
         rate = papers.peak_learning_rate
@@ -123,7 +124,7 @@ def test_the_linear_rule_keeps_the_epochs_of_warmup():
         warmup_steps=5 * epoch // 256,
     )
     recipe = dataclasses.replace(DEMO, phases=(phase,), evaluate_every_steps=5_000)
-    scaled = tf_lamb.scale_recipe(recipe, 8_192, rule="linear")
+    scaled = recipes.scale_recipe(recipe, 8_192, rule="linear")
     assert scaled.phases[0].peak_learning_rate == pytest.approx(3.2)
     assert scaled.phases[0].warmup_steps == round(5 * epoch / 8_192)
     assert scaled.phases[0].steps == round(90 * epoch / 8_192)
@@ -140,7 +141,7 @@ def test_the_linear_rule_keeps_the_epochs_of_warmup():
 )
 def test_a_batch_that_the_rule_cannot_reach_is_refused(batch, rule, said):
     with pytest.raises(ValueError, match=said):
-        tf_lamb.scale_recipe(PAPER, batch, rule)
+        recipes.scale_recipe(PAPER, batch, rule)
 
 
 def test_squad_large_is_googles_with_their_rate_for_lamb():
@@ -171,6 +172,12 @@ def test_recipes_are_frozen_and_sourced():
             if phase.examples:
                 assert abs(phase.examples / phase.global_batch_size - phase.steps) <= 0.5
     assert all(name == recipe.name for name, recipe in recipes.RECIPES.items())
+
+
+@pytest.mark.parametrize("name", ["BERT_EXCLUSIONS", "RESNET_EXCLUSIONS"])
+def test_recipes_exclude_what_the_library_lists(name):
+    """Neither package imports the other, so each has the lists."""
+    assert getattr(types, name) == getattr(tf_lamb, name)
 
 
 def test_fields_are_set_by_type():

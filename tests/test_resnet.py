@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+import recipes
 from inputs import images
 from models import resnet
-from tf_lamb import recipes
 from training import optimizers
 from training.randomness import replica_seed
 from training.step import ReplicaStep

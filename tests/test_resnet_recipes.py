@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from tf_lamb import recipes
-from tf_lamb.scaling import scale_recipe
+import recipes
 
 # arXiv:1904.00962v3, Table 6: batch, rate, warm-up in epochs.
 TABLE_6 = {
@@ -42,7 +41,7 @@ def test_the_papers_table(column):
 @pytest.mark.parametrize("column", TABLE_6)
 def test_the_square_root_rule_gives_the_table(column):
     """From the 32K column, every other one."""
-    scaled = scale_recipe(find("lamb-32k")[0], TABLE_6[column][0]).phases[0]
+    scaled = recipes.scale_recipe(find("lamb-32k")[0], TABLE_6[column][0]).phases[0]
     expected = find(f"lamb-{column}")[1]
     assert scaled.peak_learning_rate == pytest.approx(expected.peak_learning_rate)
     assert scaled.warmup_steps == expected.warmup_steps == 782
@@ -90,7 +89,7 @@ def test_step_decay_is_stretched_and_set():
     recipe, phase = find("momentum-8k")
     half = recipes.resized(recipe, steps=phase.steps // 2).phases[0]
     assert half.decay_steps == pytest.approx([s / 2 for s in phase.decay_steps], abs=1)
-    linear = scale_recipe(recipe, 256, "linear").phases[0]
+    linear = recipes.scale_recipe(recipe, 256, "linear").phases[0]
     assert linear.peak_learning_rate == pytest.approx(0.1)
     assert linear.decay_steps == pytest.approx([s * 32 for s in phase.decay_steps], rel=1e-3)
     assert recipes.override(recipe, ["decay_steps=20,40"]).phases[0].decay_steps == (20, 40)

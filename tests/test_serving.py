@@ -16,7 +16,7 @@ from inputs.tokenizing import make_tokenizer
 from inputs.vocabulary import CLS, MASK, SPECIAL_TOKENS
 from models import bert
 from models import squad as span_model
-from tf_lamb.squad_recipes import SQUAD_MINI
+from recipes.squad import SQUAD_MINI
 from training import export, pretrained_export, question_answerer, squad_answers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éßжя東京"

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from inputs.errors import InputError
-from tf_lamb.recipes import find_recipe
+from recipes import find_recipe
 from training import strategy
 
 TWO = {"worker": ["a:1", "b:1"]}

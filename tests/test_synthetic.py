@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from inputs.synthetic import synthetic_batches
-from tf_lamb.recipes import find_recipe, resized
+from recipes import find_recipe, resized
 from training.history import read_rows
 from training.tasks import TASKS
 

@@ -4,10 +4,10 @@
 Keras 2 (`tf_keras`).
 """
 
+from tf_lamb.batch_scaling import scale_batch
+from tf_lamb.exclusions import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay, WarmupStepDecay
 from tf_lamb.migration import migrate
-from tf_lamb.recipe_types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
-from tf_lamb.scaling import scale_recipe
 from tf_lamb.telemetry import TelemetryCallback, TelemetryWriter, TrustRatioAlarm, draw_heat_map
 
 __version__ = "0.1.0"
@@ -26,5 +26,5 @@ __all__ = [
     "__version__",
     "draw_heat_map",
     "migrate",
-    "scale_recipe",
+    "scale_batch",
 ]

@@ -37,7 +37,7 @@ class BertPretraining:
     """Masked-LM and next-sentence pre-training.
 
     Args:
-        recipe: a `tf_lamb.bert_recipes.BertRecipe`.
+        recipe: a `recipes.bert.BertRecipe`.
         data_dir: files, globs or folders of text, comma-separated; or a folder that
             `inputs.prepare_text` made; or "" for the English that every installation has.
         vocab: path of a vocab.txt, or "" to learn one from the text.

@@ -54,7 +54,7 @@ def check(model_dir: str, recipe, **facts) -> None:
 
     Args:
         model_dir: folder, may be missing.
-        recipe: a `tf_lamb.recipes.Recipe`.
+        recipe: a `recipes.types.Recipe`.
         **facts: what else the checkpoints depend on, as JSON values; those that are known yet.
 
     Raises:

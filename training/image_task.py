@@ -26,7 +26,7 @@ class ImageClassification:
     """A ResNet that learns to tell classes of images.
 
     Args:
-        recipe: a `tf_lamb.resnet_recipes.ImageRecipe`.
+        recipe: a `recipes.resnet.ImageRecipe`.
         data_dir: folder with train/ and validation/, as `inputs.prepare_images` writes them.
         vocab: must be "".
         model_dir: not used; nothing is learned from the data beside the weights.

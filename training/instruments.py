@@ -4,8 +4,8 @@ import contextlib
 import os
 import time
 
+from recipes.types import profile_window
 from tf_lamb.layerwise import Layerwise
-from tf_lamb.recipe_types import profile_window
 from training.display import display
 from training.mfu import peak_flops, training_flops
 from training.profile import Profiler, loop_lengths
@@ -18,7 +18,7 @@ class Instruments:
 
     Args:
         task: one of `tasks.TASKS`, made from the recipe.
-        recipe: a `tf_lamb.recipe_types.Recipe`.
+        recipe: a `recipes.types.Recipe`.
         replica_step: the run's `ReplicaStep`.
         step: int `tf.Variable`, steps done so far.
         strategy: a `tf.distribute.Strategy`.

@@ -3,10 +3,10 @@
 import tensorflow as tf
 import tf_keras
 
+from recipes.types import Recipe
 from tf_lamb import tf_keras as ours
 from tf_lamb.arguments import check_interval
 from tf_lamb.layers import Patterns, plan_layers
-from tf_lamb.recipe_types import Recipe
 
 
 def make_schedule(recipe: Recipe) -> ours.Phases:

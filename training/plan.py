@@ -2,7 +2,7 @@
 
 The batch size comes from --batch, or is the largest that a published recipe of the same model
 has; a gradient noise scale bounds it. Rates and steps follow by the paper's rule
-(`tf_lamb.scaling`), memory, accumulation and time from the pre-flight (`training.preflight`).
+(`recipes.scaling`), memory, accumulation and time from the pre-flight (`training.preflight`).
 """
 
 import argparse
@@ -12,10 +12,9 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
 
+import recipes
 from inputs.errors import InputError
-from tf_lamb import recipes
-from tf_lamb.recipe_types import Recipe
-from tf_lamb.scaling import scale_recipe
+from recipes.types import Recipe
 from training import noise_scale, preflight
 from training.preflight_topology import Topology, parse_topologies
 
@@ -84,7 +83,7 @@ def given_noise_scale(text: str) -> float:
 def planned(members: list[Recipe], batch: int) -> Recipe:
     """The member with the nearest batch size, scaled by the square root to `batch`."""
     nearest = min(members, key=lambda r: max(batch, batch_of(r)) / min(batch, batch_of(r)))
-    return nearest if batch == batch_of(nearest) else scale_recipe(nearest, batch, "sqrt")
+    return nearest if batch == batch_of(nearest) else recipes.scale_recipe(nearest, batch, "sqrt")
 
 
 def in_words(recipe: Recipe, findings) -> str:

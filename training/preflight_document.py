@@ -7,8 +7,8 @@ NAME...
 import pathlib
 import sys
 
+import recipes
 from inputs.errors import InputError
-from tf_lamb import recipes
 from training import preflight, preflight_model
 from training.preflight_children import check_installed
 from training.preflight_report import LEGEND

@@ -111,7 +111,7 @@ class Replica:
     """Model, optimizer and step of a recipe, as one replica has them.
 
     Args:
-        recipe: a checked `tf_lamb.recipe_types.Recipe`.
+        recipe: a checked `recipes.types.Recipe`.
         number: which phase of it, from 0.
         replicas: how many share a global batch.
         optimizer: `(recipe, schedule) -> optimizer` instead of the recipe's own.

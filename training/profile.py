@@ -8,7 +8,7 @@ class Profiler:
 
     Args:
         step: int `tf.Variable`, steps done so far.
-        window: (first, last) as `tf_lamb.recipe_types.profile_window` gives them.
+        window: (first, last) as `recipes.types.profile_window` gives them.
         log_dir: TensorBoard's folder.
     """
 

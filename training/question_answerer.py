@@ -21,7 +21,7 @@ class QuestionAnswerer(tf.Module):
     Args:
         model: from `models.squad.build_span_labeler`.
         vocabulary: list of word pieces.
-        recipe: a `tf_lamb.squad_recipes.SquadRecipe`: lengths, stride and n-best of the run.
+        recipe: a `recipes.squad.SquadRecipe`: lengths, stride and n-best of the run.
     """
 
     def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe):

@@ -23,7 +23,7 @@ class Run:
 
     Args:
         task: one of `tasks.TASKS`, made from the recipe.
-        recipe: a `tf_lamb.recipe_types.Recipe`.
+        recipe: a `recipes.types.Recipe`.
         step: a `ReplicaStep`, whose optimizer's rate is a `RunSchedule` of `state`.
         state: a `RunState`.
         strategy: a `tf.distribute.Strategy`.

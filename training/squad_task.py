@@ -27,7 +27,7 @@ answer(question=tf.constant(["Who wrote it?"]), context=tf.constant(["Ada wrote 
 class SquadFineTuning:
     """Question answering on a pre-trained BERT.
 
-    Args: as `training.bert_task.BertPretraining`, with a `tf_lamb.squad_recipes.SquadRecipe`;
+    Args: as `training.bert_task.BertPretraining`, with a `recipes.squad.SquadRecipe`;
         `data_dir` holds the training and the dev file, and `vocab` may be "" where the
         checkpoint to start from has a vocab.txt beside it.
 

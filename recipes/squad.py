@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tf_lamb.recipe_types import BERT_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_least
 
 SPECIAL = 3  # [CLS], [SEP], [SEP]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tf_lamb.recipe_types import RESNET_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import RESNET_EXCLUSIONS, Phase, Recipe, check_least
 
 IMAGENET_IMAGES, CIFAR_IMAGES = 1_281_167, 50_000
 AUGMENTATIONS = ("none", "crop", "randaugment")

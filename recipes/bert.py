@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tf_lamb.recipe_types import BERT_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_least
 
 PACKINGS = ("pairs", "full-sentences")  # as inputs/chunks.py makes them
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-# What is neither decayed nor adapted in the published runs, as Keras, KerasHub, tf-models and
-# Hugging Face name it: normalisation and biases (google-research/bert, optimization.py; MLPerf
-# training v0.7, Google, resnet).
+# Normalisation and biases, neither decayed nor adapted in the published runs. The library has the
+# same lists (tf_lamb/exclusions.py, with the sources); tests/test_recipes.py holds them equal.
 BERT_EXCLUSIONS = ("(?i)layer_?norm", "bias$")
 RESNET_EXCLUSIONS = ("(?i)batch_?norm|bn/", "bias$")
 

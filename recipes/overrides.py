@@ -1,30 +1,13 @@
-"""The published large-batch recipes by name, and how one is changed field by field."""
+"""Changes to a recipe: single fields (`--set field=value`), number of steps, batch size."""
 
 import dataclasses
 import difflib
 import types
 import typing
 
-from tf_lamb.bert_recipes import BERT_RECIPES
-from tf_lamb.recipe_types import Recipe
-from tf_lamb.resnet_recipes import RESNET_RECIPES
-from tf_lamb.squad_recipes import SQUAD_RECIPES
+from recipes.types import Recipe
 
 FIXED = ("name", "task", "phases", "examples")  # what makes it this recipe
-
-ALL = (*BERT_RECIPES, *SQUAD_RECIPES, *RESNET_RECIPES)
-RECIPES = {recipe.name: recipe for recipe in ALL}
-
-
-def find_recipe(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ValueError: there is none; the message names the nearest and all.
-    """
-    if name not in RECIPES:
-        raise ValueError(f"no recipe is called {name!r}. {_nearest(name, RECIPES)}")
-    return RECIPES[name]
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -52,7 +35,7 @@ def override(recipe: Recipe, assignments: list[str]) -> Recipe:
             known = [name for name in (*_fields(recipe), *sorted(in_phase)) if name not in FIXED]
             if place and phase_field in in_phase:
                 known = [f"{phase}.{phase_field}" for phase in numbered]
-            raise ValueError(f"no field is called {field!r}. {_nearest(field, known)}")
+            raise ValueError(f"no field is called {field!r}. {nearest_name(field, known)}")
         changed = {phase_field: _parsed(recipe.phases[0], phase_field, text)}
         if phase_field in ("steps", "global_batch_size"):
             changed["examples"] = None
@@ -86,7 +69,8 @@ def _fields(holder) -> dict[str, typing.Any]:
     return typing.get_type_hints(type(holder))
 
 
-def _nearest(name: str, known) -> str:
+def nearest_name(name: str, known) -> str:
+    """Returns a sentence for a message: the name in `known` nearest to `name`, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(known))}."
 

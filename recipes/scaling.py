@@ -3,35 +3,37 @@
 import dataclasses
 import math
 
-from tf_lamb.recipe_types import Recipe
+from recipes.types import Recipe
 
 RULES = ("sqrt", "linear")
 
 
 def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> Recipe:
-    """The recipe at another batch size, over the same number of examples.
+    """Returns the recipe at another batch size, over the same number of examples.
 
-    With k = `global_batch_size` / (the first phase's batch size):
+    With `k = global_batch_size / recipe.phases[0].global_batch_size`:
 
-        sqrt     rates times √k, warm-up of the same number of steps
+        sqrt     rates times sqrt(k), warm-up of the same number of steps
                  (You et al., arXiv:1904.00962, Tables 5 and 6)
         linear   rates times k, warm-up of the same number of examples
                  (Goyal et al., arXiv:1706.02677, section 2)
 
-    Where phases have different batch sizes, `global_batch_size` is the first one's, and the
-    others keep their proportion to it. A phase ends with the step that is nearest to the number
-    of examples that it is to end at, counted from the start of the run; half a step counts as
-    one. The exact numbers are kept with the phases, so that scaling there and back changes
-    nothing. `evaluate_every_steps` and `save_every_steps` keep their number of examples.
+    `tf_lamb.scale_batch` is the same rule for one schedule outside of recipes.
+
+    If phases have different batch sizes, `global_batch_size` is that of the first one, and the
+    others keep their proportion to it. Each phase ends at the step nearest to the number of
+    examples, counted from the start of the run, at which it should end; half a step is rounded up.
+    Each phase keeps its exact number of examples, so that scaling there and back changes nothing.
+    `evaluate_every_steps` and `save_every_steps` keep their number of examples.
 
     Args:
-        recipe: any recipe.
-        global_batch_size: examples per step, over all replicas.
-        rule: "sqrt" or "linear".
+        recipe: `recipes.types.Recipe`.
+        global_batch_size: Integer. Examples per step over all replicas, in the first phase.
+        rule: String, `"sqrt"` or `"linear"`.
 
     Raises:
-        ValueError: an unknown rule, a batch size that leaves a phase with fewer steps than its
-            warm-up has, or one that is no whole number for a later phase.
+        ValueError: The rule is unknown, the batch size leaves a phase no steps after its warm-up,
+            or the batch size of a later phase would not be an integer.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}. Received: rule={rule}.")
@@ -39,6 +41,7 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1. Received: {global_batch_size}.")
     k = global_batch_size / first
+    # As in tf_lamb/batch_scaling.py; tests/test_batch_scaling.py compares the two.
     rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
     phases, planned, done = [], 0, 0
     for number, phase in enumerate(recipe.phases, start=1):

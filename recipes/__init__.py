@@ -1,0 +1,27 @@
+"""Published large-batch training runs as data: `RECIPES` by name, and ways to change one.
+
+A recipe is a frozen value. This package imports the standard library alone; optimizers, tasks and
+models are named by strings, which the training program resolves.
+"""
+
+from recipes.bert import BERT_RECIPES
+from recipes.overrides import nearest_name, override, resized
+from recipes.resnet import RESNET_RECIPES
+from recipes.scaling import scale_recipe
+from recipes.squad import SQUAD_RECIPES
+from recipes.types import Phase, Recipe
+
+__all__ = ["RECIPES", "Phase", "Recipe", "find_recipe", "override", "resized", "scale_recipe"]
+
+RECIPES = {recipe.name: recipe for recipe in (*BERT_RECIPES, *SQUAD_RECIPES, *RESNET_RECIPES)}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Returns the recipe of that name.
+
+    Raises:
+        ValueError: There is none. The message names the nearest one, or all.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"no recipe is called {name!r}. {nearest_name(name, RECIPES)}")
+    return RECIPES[name]
