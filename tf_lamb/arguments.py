@@ -1,4 +1,4 @@
-"""Constructor arguments: published sets of them, and checks (rule, value received, cure)."""
+"""Constructor arguments: their checks, published sets of them, and other libraries' names."""
 
 import dataclasses
 import math
@@ -6,6 +6,8 @@ import numbers
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +18,114 @@ class Variant:
     arguments: dict[str, Any]
 
 
-def check_interval(name: str, value, low: float, high: float = math.inf, *, open_low=False) -> None:
-    """Raises `ValueError` unless `value` is a number in [low, high), or (low, high) if open_low."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not (low < value if open_low else low <= value) or not value < high:
+class Hyperparameters:
+    """The arguments of an optimizer's constructor by name, checked and frozen."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.__dict__.update(arguments)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__[name]
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"There is no argument {name!r}.")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.__dict__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"Arguments are fixed when the optimizer is made: compiled updates hold them. Make "
+            f"another optimizer. Received: {name}={value!r}."
+        )
+
+
+def collected(local_variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor, from its `locals()` at its first line."""
+    left_out = ("self", "base_arguments", "__class__")
+    return {name: value for name, value in local_variables.items() if name not in left_out}
+
+
+# Arguments of other libraries' LAMB and LARS -> what they are called here.
+FOREIGN_NAMES = {
+    "lr": "`learning_rate`",
+    "eta": "`learning_rate`",
+    "b1": "`beta_1`",
+    "beta1": "`beta_1`",
+    "b2": "`beta_2`",
+    "beta2": "`beta_2`",
+    "betas": "`beta_1` and `beta_2`",
+    "eps": "`epsilon`",
+    "decay": "`weight_decay`",
+    "weight_decay_rate": "`weight_decay`",
+    "weight_decouple": "nothing: decay always stands inside the trust ratio",
+    "adam_w_mode": "nothing: decay always stands inside the trust ratio",
+    "mask": "`exclude_from_weight_decay`",
+    "weight_decay_mask": "`exclude_from_weight_decay`",
+    "trust_ratio_mask": "`exclude_from_layer_adaptation`",
+    "skip_list": "`exclude_from_layer_adaptation`",
+    "eeta": "`trust_coefficient`",
+    "trust_coeff": "`trust_coefficient`",
+    "classic_momentum": '`form`: "tf-models" for True, "tf-models-scaled" for False',
+    "use_nesterov": "`nesterov`",
+    "max_grad_norm": "`global_clipnorm`",
+    "clip_norm": "`clipnorm`",
+    "pre_norm": "`unit_gradient`",
+    "debias": "`bias_correction`",
+    "trust_clip": "`trust_ratio_bounds=(0, 1)`",
+    "max_coeff": "the second of `trust_ratio_bounds`",
+    "min_coeff": "the first of `trust_ratio_bounds`",
+    "clamp_value": "the second of `weight_norm_bounds`",
+    "use_nvlamb": "`exclude_from_layer_adaptation=()`",
+    "always_adapt": "`exclude_from_layer_adaptation=()`",
+}
+
+
+def as_number(value) -> float | int | None:
+    """A Python number of a number, a NumPy scalar or a scalar tensor; of anything else None."""
+    if isinstance(value, bool) or isinstance(value, str) or value is None:
+        return None
+    if isinstance(value, numbers.Real):
+        return value.item() if isinstance(value, np.generic) else value  # type: ignore
+    if getattr(value, "shape", None) == () and not callable(value):
+        try:
+            number = np.asarray(value).item()
+        except Exception:  # a tensor inside a compiled function; each backend has its own error
+            return None
+        return number if isinstance(number, int | float) and number is not True else None
+    return None
+
+
+def check_interval(
+    name: str, value, low: float, high: float = math.inf, *, open_low: bool = False
+) -> Any:
+    """Returns the value as a Python number.
+
+    Raises:
+        ValueError: it is no number in [low, high), or (low, high) if `open_low`.
+    """
+    number = as_number(value)
+    if number is None or not (low < number if open_low else low <= number) or not number < high:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
+    return number
+
+
+def check_bounds(name: str, value) -> tuple[float, float] | None:
+    """Returns (low, high) as Python numbers, or None for None.
+
+    Raises:
+        ValueError: it is not two numbers with 0 <= low < high.
+    """
+    if value is None:
+        return None
+    parts = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    numbers_ = [as_number(part) for part in parts]
+    if len(parts) != 2 or None in numbers_ or not 0 <= numbers_[0] < numbers_[1]:  # type: ignore
+        raise ValueError(
+            f"`{name}` must be (low, high) with 0 <= low < high. Received: {name}={value!r}."
+        )
+    return numbers_[0], numbers_[1]  # type: ignore
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -33,7 +137,13 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def check_patterns(name: str, patterns) -> tuple[str, ...]:
-    """Returns the patterns as a tuple; `ValueError` for one that is no regular expression."""
+    """Returns the patterns as a tuple, () for None.
+
+    Raises:
+        ValueError: one is no regular expression.
+    """
+    if patterns is None:
+        return ()
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Iterable):
         raise ValueError(
@@ -62,14 +172,17 @@ def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
             f"Received: layer_axes={layer_axes!r}."
         )
     check_patterns("layer_axes", layer_axes)
-    axes = {k: (v,) if isinstance(v, int) else tuple(v) for k, v in layer_axes.items()}
+    axes = {k: tuple(v) if isinstance(v, Iterable) else (v,) for k, v in layer_axes.items()}
+    axes = {k: tuple(as_number(axis) for axis in v) for k, v in axes.items()}
     if not all(isinstance(axis, int) for pattern in axes for axis in axes[pattern]):
         raise ValueError(f"`layer_axes` holds axes as integers. Received: {layer_axes!r}.")
-    return axes
+    return axes  # type: ignore
 
 
 def plain(value):
     """The value as JSON has it: no NumPy number, no tuple."""
     if isinstance(value, tuple):
         return [plain(part) for part in value]
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
     return value.item() if hasattr(value, "item") else value

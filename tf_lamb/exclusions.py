@@ -5,3 +5,5 @@
 # training v0.7, Google, resnet).
 BERT_EXCLUSIONS = ("(?i)layer_?norm", "bias$")
 RESNET_EXCLUSIONS = ("(?i)batch_?norm|bn/", "bias$")
+# Patterns of these lists may match nothing: a model without biases is ordinary.
+READY_LISTS = frozenset((*BERT_EXCLUSIONS, *RESNET_EXCLUSIONS))

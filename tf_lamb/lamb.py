@@ -1,9 +1,16 @@
-"""LAMB: the rule's arguments and documentation; its arithmetic is `updates.lamb_step`."""
+"""LAMB: the rule of one layer, its arguments and its variants."""
 
-from tf_lamb import updates
-from tf_lamb.arguments import Variant, check_choice, check_interval
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keras import ops
+
+from tf_lamb.arguments import Variant, check_bounds, check_choice, check_interval, collected
 from tf_lamb.layerwise import Layerwise
+from tf_lamb.norms import trust_ratio
 
+NESTEROV = (None, "first", "both")
 ADAPT_ALL = {"exclude_from_layer_adaptation": ()}
 VARIANTS = {
     "paper-v1": Variant("arXiv:1904.00962v1, Algorithm 1: bias correction, φ(z) = z", {}),
@@ -26,7 +33,21 @@ VARIANTS = {
     ),
     "apex": Variant(
         "NVIDIA apex FusedLAMB, use_nvlamb=False: what is not decayed is not adapted",
-        {"global_clipnorm": 1.0},
+        {"global_clipnorm": 1.0, "adapt_undecayed": False},
+    ),
+    "lambc": Variant(
+        "arXiv:2011.13584, LAMBC; timm's `trust_clip`: trust ratio of at most 1",
+        {"trust_ratio_bounds": (0.0, 1.0)},
+    ),
+    "deepspeed": Variant(
+        "DeepSpeed FusedLamb: trust ratio in [0.01, 10], of the update without bias correction",
+        {
+            "epsilon": 1e-8,
+            "weight_decay": 0.0,
+            "bias_correction": "rate",
+            "trust_ratio_bounds": (0.01, 10.0),
+        }
+        | ADAPT_ALL,
     ),
 }
 
@@ -44,46 +65,77 @@ class LAMBRule(Layerwise):
     clipping and the ratio see the sum.
 
     Args:
-        learning_rate: η, a number > 0, a learning-rate schedule, a callable without arguments, or
-            a scalar float variable (`tf.Variable`, `keras.Variable`), which is used itself, so
-            that assigning it changes the next update. A callable is called in every update, in a
-            compiled step as part of its graph: there a Python number stays what it was first. It
-            is saved if it is a registered function; a variable's value is saved as a number.
+        learning_rate: η, a number >= 0, a learning-rate schedule, a callable without arguments, or
+            a scalar float variable. A variable is used itself: assigning it changes the next
+            update. A callable is traced into a compiled step: return a tensor if the value must
+            vary. With `gradient_accumulation_steps` a schedule counts micro-batches, as in Keras;
+            the schedules of this package take the same argument, and then count updates.
         beta_1: float in [0, 1), decay of the first moment.
         beta_2: float in [0, 1), decay of the second moment.
         epsilon: float >= 0, added to √v̂, outside the root.
-        weight_decay: λ, a float >= 0. It enters u, inside the ratio.
+        weight_decay: λ, a float >= 0, or None for 0. It enters u, inside the ratio.
         exclude_from_weight_decay: list of regular expressions, searched in each variable's full
             path; a variable that one of them matches takes λ = 0. Anchor a pattern at its end
             ("bias$"), not at its start: a path begins with the model's name, which Keras 3 drops
             when it loads a Sequential model.
         exclude_from_layer_adaptation: likewise for the ratio, which is then 1. `None` means "the
             same as `exclude_from_weight_decay`"; an empty list means "adapt every layer".
-        bias_correction: whether m̂ and v̂ divide by 1-βᵗ; False takes m and v as they are.
+        adapt_undecayed: whether a variable without weight decay is adapted. False: it is not, as
+            in apex and timm.
+        bias_correction: True: m̂ = m / (1-β₁ᵗ) and v̂ = v / (1-β₂ᵗ). False: m̂ = m and v̂ = v.
+            "rate": likewise, and η is multiplied by √(1-β₂ᵗ) / (1-β₁ᵗ), outside the ratio
+            (DeepSpeed).
         nesterov: None; "first" looks ahead in m (N-LAMB), "both" in v too (NN-LAMB).
         norm: "l2", "l1" or "linf", of weights and update.
         weight_norm_bounds: (γl, γu): φ(z) = min(max(z, γl), γu) for ‖x‖. None: φ(z) = z.
+        trust_ratio_bounds: (low, high) that the ratio is clipped to, or None. A ratio that is 1
+            because a norm is zero is not clipped.
         unit_gradient: whether all gradients are always scaled to global norm 1, as NVLAMB's text
             says; `global_clipnorm=1.0` scales down only, as its code does.
         layer_axes: {pattern: axis or axes} for variables that stack layers along these axes
             (scanned encoder layers, fused QKV): each slice has a ratio of its own.
         layer_groups: list of patterns; the variables that one matches share one ratio, from the
-            norm of all of them together.
-        moment_dtype: "float32", or "bfloat16" to keep m in half the memory, rounded to 8 bits in
-            each update: after five, the way gone is off by up to 1/128.
-        skip_nonfinite: whether a NaN or infinity in any gradient skips the whole update: weights,
-            moments and step stay, `skipped_steps` counts it.
-            (Keras's EMA averages all the same.) It reads the gradients once more.
-        telemetry: whether `telemetry_rows` keeps ‖x‖, ‖u‖ and ratio of each layer.
+            norm of all of them together. A member without a gradient is not updated, and its
+            weights count in ‖x‖.
+        moment_dtype: "float32", or "bfloat16" to keep m in half the memory. Each update rounds it
+            to 8 bits; after five updates the distance moved differs by up to 1/128.
+        skip_nonfinite: whether an update is skipped when the sum of squares of all gradients is
+            not finite in float32: an element is NaN or infinite, or too large to be squared
+            (above 9e18). Weights, moments, averages and step keep their values, and
+            `skipped_steps` counts the update. False: gradients are used as they are; elements
+            beyond ±2⁶³ are moved there, because their squares are no float32.
+        telemetry: whether `telemetry_rows` keeps ‖x‖, ‖u‖ and ratio of each variable.
+        jit_compile: TensorFlow only: whether XLA compiles the update. Where it cannot (a device
+            without XLA, `tf.debugging.enable_check_numerics`), a warning says so, and the update
+            runs uncompiled. Inside a step that is compiled as a whole it changes nothing.
+        clipnorm: float > 0; each gradient is scaled down to at most this norm.
+        clipvalue: float > 0; each element is clipped to ±`clipvalue`.
+        global_clipnorm: float > 0; all gradients are scaled down to at most this norm together.
+            Only one of the three may be set. Unlike in Keras 3, all of them see the gradients
+            after the sum over replicas.
+        use_ema: whether an exponential moving average of the weights is kept, as in Keras. It is
+            updated once for each update that is not skipped.
+        ema_momentum: float in [0, 1], the decay of the average.
+        ema_overwrite_frequency: int >= 1, or None: after so many updates the weights take the
+            average's values.
+        loss_scale_factor: float or None, as in Keras. Keras 3 only.
+        gradient_accumulation_steps: int >= 2 or None: an update takes the mean gradient of so
+            many calls. Bias correction, averages and `iterations` count updates. Under a
+            `tf.distribute` strategy the result equals that of one replica with the whole batch.
+            Keras 3 only.
         based_on: name of the variant these arguments come from; `LAMB.variant(name)` sets it.
         name: name of the optimizer.
-        **keras_arguments: `clipnorm`, `clipvalue` or `global_clipnorm` (at most one), `use_ema`,
-            `ema_momentum`, `ema_overwrite_frequency`; in Keras 3 also `loss_scale_factor` and
-            `gradient_accumulation_steps`; in tf_keras also `jit_compile` (default True).
+        **base_arguments: arguments that a newer Keras's `Optimizer` takes.
 
     Raises:
         ValueError: an argument outside its range, an unknown one, a pattern that is no regular
-            expression, or (when built) one that matches no variable.
+            expression, or (when built) a variable that is not a real floating-point one.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile(optimizer=tf_lamb.LAMB(1e-3, weight_decay=0.01,
+    ...     exclude_from_weight_decay=tf_lamb.BERT_EXCLUSIONS), loss="mse")
 
     Differs from:
         - `keras.optimizers.Lamb` decays outside the ratio (x ← x - ηλx before u is formed), has
@@ -92,7 +144,7 @@ class LAMBRule(Layerwise):
           adaptation list as "the same as the decay list".
         - arXiv:1904.00962v3 has no bias correction; versions 1 and 5 have it.
 
-    Reference:
+    References:
         You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
         ICLR 2020, arXiv:1904.00962, Algorithm 2.
     """
@@ -102,80 +154,109 @@ class LAMBRule(Layerwise):
 
     def __init__(
         self,
-        learning_rate=1e-3,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-6,
-        weight_decay=0.01,
-        exclude_from_weight_decay=(),
-        exclude_from_layer_adaptation=None,
+        learning_rate: Any = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-6,
+        weight_decay: float | None = 0.01,
+        exclude_from_weight_decay: Sequence[str] | str | None = (),
+        exclude_from_layer_adaptation: Sequence[str] | str | None = None,
         *,
-        bias_correction=True,
-        nesterov=None,
-        norm="l2",
-        weight_norm_bounds=None,
-        unit_gradient=False,
-        layer_axes=None,
-        layer_groups=(),
-        moment_dtype="float32",
-        skip_nonfinite=True,
-        telemetry=False,
-        based_on=None,
-        name="lamb",
-        **keras_arguments,
-    ):
-        check_interval("beta_1", beta_1, 0, 1)
-        check_interval("beta_2", beta_2, 0, 1)
-        check_interval("epsilon", epsilon, 0)
-        check_choice("nesterov", nesterov, updates.NESTEROV)
-        bounds = weight_norm_bounds
-        if bounds is not None:
-            bounds = tuple(bounds)
-            if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-                raise ValueError(
-                    "`weight_norm_bounds` must be (low, high) with 0 <= low < high. "
-                    f"Received: weight_norm_bounds={weight_norm_bounds!r}."
-                )
-        for clip in ("clipnorm", "clipvalue", "global_clipnorm") if unit_gradient else ():
-            if keras_arguments.get(clip) is not None:
-                raise ValueError(
-                    "Set only one of `unit_gradient`, which always scales to norm 1, and "
-                    f"`{clip}`. Received: unit_gradient=True, {clip}={keras_arguments[clip]!r}."
-                )
-        super().__init__(
-            learning_rate,
-            weight_decay=weight_decay,
-            norm=norm,
-            exclude_from_weight_decay=exclude_from_weight_decay,
-            exclude_from_layer_adaptation=exclude_from_layer_adaptation,
-            layer_axes=layer_axes,
-            layer_groups=layer_groups,
-            moment_dtype=moment_dtype,
-            skip_nonfinite=skip_nonfinite,
-            telemetry=telemetry,
-            based_on=based_on,
-            name=name,
-            **keras_arguments,
-        )
-        self.beta_1 = beta_1
-        self.beta_2 = beta_2
-        self.epsilon = epsilon
-        self.bias_correction = bool(bias_correction)
-        self.nesterov = nesterov
-        self.weight_norm_bounds = bounds
-        self.unit_gradient = bool(unit_gradient)
+        adapt_undecayed: bool = True,
+        bias_correction: bool | str = True,
+        nesterov: str | None = None,
+        norm: str = "l2",
+        weight_norm_bounds: tuple[float, float] | None = None,
+        trust_ratio_bounds: tuple[float, float] | None = None,
+        unit_gradient: bool = False,
+        layer_axes: Mapping[str, int | Sequence[int]] | None = None,
+        layer_groups: Sequence[str] | str | None = (),
+        moment_dtype: str = "float32",
+        skip_nonfinite: bool = True,
+        telemetry: bool = False,
+        jit_compile: bool = True,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        based_on: str | None = None,
+        name: str | None = "lamb",
+        **base_arguments: Any,
+    ) -> None:
+        arguments = collected(locals())
+        arguments["beta_1"] = check_interval("beta_1", beta_1, 0, 1)
+        arguments["beta_2"] = check_interval("beta_2", beta_2, 0, 1)
+        arguments["epsilon"] = check_interval("epsilon", epsilon, 0)
+        arguments["weight_norm_bounds"] = check_bounds("weight_norm_bounds", weight_norm_bounds)
+        arguments["unit_gradient"] = bool(unit_gradient)
+        if bias_correction != "rate":
+            arguments["bias_correction"] = bool(bias_correction)
+        check_choice("nesterov", nesterov, NESTEROV)
+        super().__init__(arguments, base_arguments)
 
-    def _new_values(self, grads, params, slots, **step):
-        return updates.lamb_step(
-            grads,
-            params,
-            *slots,
-            beta_1=self.beta_1,
-            beta_2=self.beta_2,
-            epsilon=self.epsilon,
-            weight_decay=self.weight_decay,
-            bias_corrected=self.bias_correction,
-            nesterov=self.nesterov,
-            bounds=self.weight_norm_bounds,
-            **step,
-        )
+    def direction(self, g, x, slots, scalars, plan):
+        """Algorithm 2, lines 6 to 9: u, and the new moments."""
+        h = self.hyperparameters
+        m, v = slots
+        m = h.beta_1 * m + (1 - h.beta_1) * g
+        v = h.beta_2 * v + (1 - h.beta_2) * ops.square(g)
+        m_hat, v_hat = self.unbiased(g, m, v, scalars)
+        # 0/0 is an element that has had no gradient, with ε = 0: it has no direction.
+        r = ops.divide_no_nan(m_hat, ops.sqrt(v_hat) + h.epsilon)
+        u = r + h.weight_decay * x if plan.decayed else r
+        return u, (m, v)
+
+    def ratio(self, x_norm, u_norm, decay_norm):
+        """Algorithm 2, line 10: φ(‖x‖) / ‖u‖, and ‖u‖."""
+        h = self.hyperparameters
+        phi = x_norm if h.weight_norm_bounds is None else ops.clip(x_norm, *h.weight_norm_bounds)
+        return trust_ratio(phi, u_norm, h.trust_ratio_bounds), u_norm
+
+    def step(self, g, x, u, slots, rate, plan):
+        """Algorithm 2, line 10: x ← x - η (φ(‖x‖) / ‖u‖) u."""
+        return rate * u, slots
+
+    def scalars(self, t):
+        """The factors of `unbiased`, and of η."""
+        h = self.hyperparameters
+        if not h.bias_correction:
+            return {}
+        c_1, c_2 = 1 / _one_minus_power(h.beta_1, t), 1 / _one_minus_power(h.beta_2, t)
+        if h.bias_correction == "rate":
+            return {"rate": c_1 / ops.sqrt(c_2 * ops.ones(()))}
+        factors = {"c_1": c_1, "c_2": c_2}
+        if h.nesterov is not None:
+            factors["next_1"] = 1 / _one_minus_power(h.beta_1, t + 1)
+            factors["next_2"] = 1 / _one_minus_power(h.beta_2, t + 1)
+        return factors
+
+    def unbiased(self, g, m, v, scalars):
+        """m̂ and v̂ of the new moments m and v.
+
+        With c₁ = 1 / (1-β₁ᵗ), c₂ = 1 / (1-β₂ᵗ), and c' for the step t+1 (Algorithm 2, line 8;
+        Nesterov: arXiv:1904.00962v5, appendix; Dozat 2016, at constant β):
+
+            m̂ = c₁m                         v̂ = c₂v
+            m̂ = c₁'β₁m + c₁(1-β₁)g          v̂ = c₂β₂v                        N-LAMB
+            m̂ = c₁'β₁m + c₁(1-β₁)g          v̂ = c₂'β₂v + c₂(1-β₂)g²          NN-LAMB
+        """
+        h = self.hyperparameters
+        c_1, c_2 = scalars.get("c_1", 1.0), scalars.get("c_2", 1.0)
+        if h.nesterov is None:
+            return c_1 * m, c_2 * v
+        next_1, next_2 = scalars.get("next_1", 1.0), scalars.get("next_2", 1.0)
+        m_hat = next_1 * h.beta_1 * m + c_1 * (1 - h.beta_1) * g
+        if h.nesterov == "first":
+            return m_hat, c_2 * h.beta_2 * v
+        return m_hat, next_2 * h.beta_2 * v + c_2 * (1 - h.beta_2) * ops.square(g)
+
+
+def _one_minus_power(beta, t):
+    """1 - βᵗ as -expm1(t·ln β): the plain power loses 1e-5 of its value to float32 at β=0.999."""
+    if beta == 0:
+        return ops.ones(())
+    return -ops.expm1(t * math.log(beta))

@@ -1,116 +1,112 @@
-"""Norms of gradients, weights and updates, and what is made of them; pure, on `keras.ops`."""
+"""Norms, trust ratio and clipping: pure functions on `keras.ops`."""
 
-import math
+import contextlib
+import contextvars
 
 from keras import ops
 
 NORMS = ("l2", "l1", "linf")
 LARGEST_RATIO = 1e30
-ROW = 256  # elements: long enough to keep vector instructions busy
-SMALL = 4096  # elements: not worth the trouble
+# A gradient element above this has no float32 square.
+LARGEST_GRADIENT = 2.0**63
+# `is_finite` asks for this much room below the largest float32, so that sums of moments that are
+# made of accepted gradients stay finite, too.
+HEADROOM = 4.0
+
+# How a sum of all elements, and one of all squares, is computed. A compiler may need another form
+# than the plain one: see `xla_cpu`.
+_total = contextvars.ContextVar("total", default=ops.sum)
+_sum_squares = contextvars.ContextVar("sum_squares", default=None)
 
 
-def total(x, axes=(), by_rows=False):
-    """Σx over all axes but `axes`: a scalar, or with axes [.., 1, ..] that broadcasts to x.
-
-    With `by_rows` the sum of a large tensor is a product with ones, row by row, and then the sum
-    of those. XLA for CPUs writes the addends of a plain sum to memory, and adds them up without
-    vector instructions; into a product it fuses them (seen: 33 ms and 4 ms for six 768 x 3072).
-    """
-    if axes:
-        return ops.sum(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
-    if by_rows and math.prod(x.shape) > SMALL:
-        row = _row(x.shape)
-        x = ops.matmul(ops.reshape(x, (-1, row)), ops.ones((row,), x.dtype))
-    return ops.sum(x)
-
-
-def _row(shape):
-    """Elements of the fewest last axes that make a row, but not of all axes, if there are two."""
-    sizes = [math.prod(shape[axis:]) for axis in reversed(range(len(shape)))]
-    parts = [size for size in sizes if size < sizes[-1]] or sizes
-    return next((size for size in parts if size >= ROW), parts[-1])
+@contextlib.contextmanager
+def computed_by(*, total=None, sum_squares=None):
+    """Within it, `total` computes Σx of a tensor, and `sum_squares` computes Σx²."""
+    tokens = [
+        (variable, variable.set(function))
+        for variable, function in ((_total, total), (_sum_squares, sum_squares))
+        if function is not None
+    ]
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
 
 
-def global_norm(tensors, by_rows=False):
-    """‖all tensors end to end‖₂, a float32 scalar; inf where its square leaves float32."""
-    return ops.sqrt(ops.sum(ops.stack([total(ops.square(x), (), by_rows) for x in tensors])))
+def sum_squares(x):
+    """Σx² of a float32 tensor, a scalar."""
+    function = _sum_squares.get()
+    return _total.get()(ops.square(x)) if function is None else function(x)
 
 
-def flaws(tensors, by_rows=False):
-    """A float32 scalar for each tensor: 0, or NaN if an element of it is NaN or infinite."""
-    # x - x is 0, or NaN where x is not finite; NaN stays in a sum.
-    return [total(x - x, (), by_rows) for x in tensors]
-
-
-def all_finite(marks):
-    """Whether all of what `flaws` returned are 0: a boolean scalar."""
-    # The root is there for its price: a scalar that is cheap to make XLA makes anew for every
-    # element that asks for it (seen: an update four times slower, its compilation twice).
-    return ops.isfinite(ops.sqrt(ops.sum(ops.stack(marks))))
-
-
-def normalized(grads, *, clipvalue, clipnorm, global_clipnorm, unit_gradient, by_rows=False):
-    """Clips by value, by each tensor's norm or by that of all, or always scales to unit norm.
+def is_finite(squares):
+    """Whether a gradient can be used: a boolean scalar.
 
     Args:
-        grads: list of float32 tensors, already summed over the replicas.
-        clipvalue, clipnorm, global_clipnorm: floats as in every Keras optimizer, or None.
-        unit_gradient: `bool`; divides all gradients by their global norm, whatever it is.
-            At most one of the four is set. All gradients zero stay zero.
-        by_rows: as for `total`.
+        squares: float32 scalar, the sum of squares of the elements. It is NaN or infinite where an
+            element is, and infinite where the square of a finite element is.
     """
-    if clipvalue is not None:
-        return [ops.clip(g, -clipvalue, clipvalue) for g in grads]
-    if clipnorm is not None:
-        return [g * (clipnorm / ops.maximum(global_norm([g], by_rows), clipnorm)) for g in grads]
-    if global_clipnorm is not None:
-        scale = global_clipnorm / ops.maximum(global_norm(grads, by_rows), global_clipnorm)
-        return [g * scale for g in grads]
-    if unit_gradient:
-        scale = ops.divide_no_nan(1.0, global_norm(grads, by_rows))
-        return [g * scale for g in grads]
-    return grads
+    return ops.isfinite(HEADROOM * squares)
 
 
-def layer_norms(tensors, layers, norm, by_rows=False):
-    """‖·‖ of each tensor's layer: all of it, each slice along its axes, or its group together.
+def limited(g):
+    """g with elements beyond ±2⁶³ moved there, so that squares stay finite; NaN stays NaN."""
+    return ops.clip(g, -LARGEST_GRADIENT, LARGEST_GRADIENT)
+
+
+def scaled_norm(tensors):
+    """‖all tensors end to end‖₂, a float32 scalar, also where squares leave float32.
+
+    It reads the tensors twice: elements are divided by the largest before they are squared.
+    """
+    largest = ops.max(ops.stack([_largest(ops.abs(x)) for x in tensors]))
+    inverse = ops.divide_no_nan(1.0, largest)
+    return largest * ops.sqrt(sum(sum_squares(x * inverse) for x in tensors))
+
+
+def layer_norm(tensors, norm, axes=()):
+    """‖·‖ of a layer.
 
     Args:
-        tensors: list of float32 tensors.
+        tensors: list of float32 tensors that make up the layer.
         norm: "l2", "l1" or "linf".
-        by_rows: as for `total`.
+        axes: axes along which a single tensor stacks layers.
 
     Returns:
-        A list like `tensors`: scalars, or [.., 1, ..] where a layer is a slice.
+        A float32 scalar; with `axes`, [.., 1, ..] with one norm for each slice.
     """
-    if norm == "linf":
-        parts = [_largest(ops.abs(x), layer.axes) for x, layer in zip(tensors, layers, strict=True)]
-    else:
-        size = ops.square if norm == "l2" else ops.abs
-        parts = [
-            total(size(x), layer.axes, by_rows) for x, layer in zip(tensors, layers, strict=True)
-        ]
-    for group in dict.fromkeys(layer.group for layer in layers if layer.group is not None):
-        members = [i for i, layer in enumerate(layers) if layer.group == group]
-        together = parts[members[0]]
-        for i in members[1:]:
-            together = ops.maximum(together, parts[i]) if norm == "linf" else together + parts[i]
-        for i in members:
-            parts[i] = together
-    return [ops.sqrt(part) for part in parts] if norm == "l2" else parts
-
-
-def _largest(x, axes):
-    if 0 in x.shape:
-        return ops.zeros((), x.dtype)
     if axes:
-        return ops.max(x, axis=tuple(set(range(len(x.shape))) - set(axes)), keepdims=True)
-    return ops.max(x)
+        (x,) = tensors
+        others = tuple(set(range(len(x.shape))) - set(axes))
+        if norm == "linf":
+            return ops.max(ops.abs(x), axis=others, keepdims=True)
+        size = ops.square if norm == "l2" else ops.abs
+        total = ops.sum(size(x), axis=others, keepdims=True)
+        return ops.sqrt(total) if norm == "l2" else total
+    if norm == "linf":
+        return ops.max(ops.stack([_largest(ops.abs(x)) for x in tensors]))
+    if norm == "l1":
+        return sum(_total.get()(ops.abs(x)) for x in tensors)
+    return ops.sqrt(sum(sum_squares(x) for x in tensors))
 
 
-def trust_ratio(x_norm, u_norm):
-    """‖x‖ / ‖u‖, and 1 where either is zero or beyond float32 (arXiv:1904.00962v1, section 3)."""
+def _largest(x):
+    return ops.zeros((), x.dtype) if 0 in x.shape else ops.max(x)
+
+
+def trust_ratio(x_norm, u_norm, bounds=None):
+    """‖x‖ / ‖u‖, and 1 where either is zero (arXiv:1904.00962v1, section 3).
+
+    Where a norm exceeds float32 the ratio is 0: the layer is not moved.
+
+    Args:
+        x_norm, u_norm: float32 scalars, or [.., 1, ..].
+        bounds: (low, high) that the ratio is clipped to where neither norm is zero, or None.
+    """
     ratio = ops.divide_no_nan(x_norm, u_norm)
-    # Not up to infinity: η·ratio must stay finite too, or an element without a gradient takes ∞·0.
-    return ops.where(ops.logical_and(ratio > 0, ratio < LARGEST_RATIO), ratio, 1.0)
+    # η·ratio must stay finite, or an element without a gradient takes ∞·0.
+    ratio = ops.where(ops.isfinite(ratio), ops.minimum(ratio, LARGEST_RATIO), 0.0)
+    if bounds is not None:
+        ratio = ops.clip(ratio, *bounds)
+    return ops.where(ops.logical_or(x_norm == 0, u_norm == 0), 1.0, ratio)

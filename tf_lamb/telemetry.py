@@ -16,7 +16,7 @@ import numpy as np
 
 from tf_lamb.arguments import check_interval
 from tf_lamb.heat_map import COLUMNS, check_matplotlib, draw_heat_map
-from tf_lamb.layers import Layer
+from tf_lamb.layers import VariablePlan
 from tf_lamb.layerwise import Layerwise
 
 LOG = logging.getLogger("tf_lamb")
@@ -40,7 +40,7 @@ class TrustRatioAlarm(RuntimeError):
         self.step, self.layer, self.ratio, self.reason = step, layer, ratio, reason
 
 
-def _trouble(layer: Layer, row, max_ratio: float | None) -> str | None:
+def _trouble(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
     """What is wrong with [‖x‖, ‖u‖, ratio], or None."""
     x_norm, u_norm, ratio = (float(value) for value in row)
     if not all(map(math.isfinite, (x_norm, u_norm, ratio))):
@@ -52,7 +52,7 @@ def _trouble(layer: Layer, row, max_ratio: float | None) -> str | None:
     return None
 
 
-def _labels(layers: Sequence[Layer]) -> list[str]:
+def _labels(layers: Sequence[VariablePlan]) -> list[str]:
     """The layers' names; of those that bear the same name, the second is "name#2"."""
     seen: dict[str, int] = {}
     labels = []

@@ -1,5 +1,7 @@
 """LAMB and LARS for Keras 2 (`tf_keras`), the flavour that tf-models-official uses."""
 
+import dataclasses
+
 import keras
 
 if keras.backend.backend() != "tensorflow":
@@ -12,8 +14,9 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf  # noqa: E402  the check above speaks first
 import tf_keras  # noqa: E402
 
-from tf_lamb import fused, lamb, lars, rates, schedules  # noqa: E402
-from tf_lamb.layerwise import Plan  # noqa: E402
+from tf_lamb import lamb, lars, schedules, xla  # noqa: E402
+from tf_lamb import learning_rate as rates  # noqa: E402
+from tf_lamb.layerwise import Plan, check_hooks, load_state  # noqa: E402
 from tf_lamb.telemetry import TelemetryCallbackRule  # noqa: E402
 
 
@@ -26,10 +29,9 @@ class Adapter(tf_keras.optimizers.Optimizer):
 
     schedule_class = tf_keras.optimizers.schedules.LearningRateSchedule
 
-    def __init__(self, learning_rate, *, weight_decay, name, jit_compile=True, **keras_arguments):
-        super().__init__(name=name, weight_decay=weight_decay, **keras_arguments)
-        # The base turns XLA off where there is no GPU. One program for the whole model is faster
-        # on a CPU too.
+    def __init__(self, *, learning_rate, name, jit_compile, **arguments):
+        super().__init__(name=name or type(self).__name__, **arguments)
+        # The base turns XLA off where there is no GPU.
         self.jit_compile = jit_compile
         self._learning_rate = self._build_learning_rate(learning_rate)
 
@@ -47,47 +49,72 @@ class Adapter(tf_keras.optimizers.Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, rate):
-        rates.check_settable(self._learning_rate, rate)
-        if callable(rate):
-            self._learning_rate = self._build_learning_rate(
-                rates.checked(rate, self.schedule_class)
-            )
+        rate = rates.settable(self._learning_rate, rate, self.schedule_class)
+        if callable(rate) and not rates.is_variable(rate):
+            self._learning_rate = self._build_learning_rate(rate)
         else:
             self._learning_rate.assign(rate)
 
+    @property
+    def lr(self):
+        """What the callbacks of tf_keras read and assign."""
+        if rates.is_variable(self._learning_rate):
+            return self.learning_rate
+        return rates.FixedRate(float(self.learning_rate))
+
+    @lr.setter
+    def lr(self, rate):
+        self.learning_rate = rate
+
     def build(self, var_list):
-        """Creates the slots and decides, once, which variable is decayed and adapted.
+        """Creates the slots, and decides which variable is decayed and adapted.
+
+        Args:
+            var_list: list of `tf.Variable` that will be updated.
 
         Raises:
-            ValueError: an exclusion pattern matches no variable.
+            ValueError: a variable that is not a real floating-point one, or that `layer_axes` or
+                `layer_groups` do not fit; a strategy that scatters variables over machines.
+            RuntimeError: this tf_keras does not call what is overridden here.
         """
         if getattr(self, "_built", False):
             return
+        base = tf_keras.optimizers.Optimizer
+        check_hooks(base._internal_apply_gradients, "_distributed_apply_gradients_fn")
+        check_hooks(
+            base.__mro__[1].apply_gradients,
+            *("_internal_apply_gradients", "_clip_gradients", "_apply_weight_decay"),
+        )
         var_list = list(var_list)
-        fused.check_strategy(self._distribution_strategy)
-        layers = self._planned(
-            [v.name.split(":")[0] for v in var_list], [v.shape for v in var_list]
+        xla.check_strategy(self._distribution_strategy)
+        plans = self._make_plan(
+            [v.name.split(":")[0] for v in var_list],
+            [tuple(v.shape) for v in var_list],
+            [getattr(v, "true_dtype", v.dtype).name for v in var_list],
         )
         super().build(var_list)
         slots = tuple(
             [self._slot(v, name, "float32" if k else self.moment_dtype) for v in var_list]
             for k, name in enumerate(self.slot_names)
         )
+        # These come last: `save_own_variables` leaves them out.
         skipped = self._variable(tf.zeros([], tf.int64), "skipped_steps")
         telemetry = None
         if self.telemetry:
             telemetry = self._variable(tf.zeros([len(var_list), 3]), "telemetry")
-        run = fused.fused_update(
-            self._updated,
+        plan = Plan(plans, slots, skipped, telemetry)
+        update = xla.Update(
+            self,
+            plan,
             var_list,
             slots,
             iterations=self._iterations,
             skipped=skipped,
             telemetry=telemetry,
-            per_update=1,
-            jit=self.jit_compile,
+            averages=list(self._model_variables_moving_average) if self.use_ema else None,
+            average_starts_at_first=False,
         )
-        self._plan = Plan(layers, slots, skipped, telemetry, run)
+        self._plan = dataclasses.replace(plan, update=update)
         self._built = True
 
     def _slot(self, variable, name, dtype):
@@ -102,6 +129,10 @@ class Adapter(tf_keras.optimizers.Optimizer):
         self._variables.append(variable)
         return variable
 
+    def _deduplicate_sparse_grad(self, grads):
+        """Nothing: sparse gradients are made dense."""
+        return grads
+
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
         """The hook in merge context, after the sum over the replicas."""
         grads, variables = zip(*grads_and_vars, strict=True)
@@ -111,17 +142,33 @@ class Adapter(tf_keras.optimizers.Optimizer):
                 f"The optimizer was not built with {', '.join(unknown)}. Call "
                 "`optimizer.build(variables)` with all variables before the first step."
             )
-        index = tuple(self._index_dict[self._var_key(v)] for v in variables)
-        self._plan.run(distribution, index, grads, self.learning_rate, lambda: self.iterations)
-        if self.use_ema:
-            self._update_model_variables_moving_average(variables)
-            if self.ema_overwrite_frequency:
-                tf.cond(
-                    (self.iterations + 1) % self.ema_overwrite_frequency == 0,
-                    lambda: self._overwrite_model_variables_with_average_value(variables),
-                    lambda: None,
-                )
+        index = [self._index_dict[self._var_key(v)] for v in variables]
+        self._plan.update(distribution, index, grads, self.learning_rate)
         return self.iterations.assign_add(1)
+
+    def save_own_variables(self, store):
+        """Saves the state; counters of skipped updates and telemetry are none of it."""
+        for i, variable in enumerate(self._state_variables()):
+            store[str(i)] = variable.numpy()
+
+    def load_own_variables(self, store):
+        """Loads the state; files of version 0.1.0 also hold counters and telemetry, at the end."""
+        load_state(self, store, self._state_variables())
+
+    def set_weights(self, weights):
+        """Sets the optimizer's variables; the observations at their end may be missing.
+
+        Args:
+            weights: list of arrays, in the order of `variables`.
+        """
+        count = len(self._state_variables())
+        if self._plan is not None and count <= len(weights) <= count + 2:
+            weights = [*weights[:count], *(v.numpy() for v in self.variables[count:])]
+        super().set_weights(weights)
+
+    def _state_variables(self):
+        observations = () if self._plan is None else (self._plan.skipped, self._plan.telemetry)
+        return [v for v in self.variables if not any(v is other for other in observations)]
 
     def get_config(self):
         """What the base saves, and the learning rate, which it leaves to its subclasses."""

@@ -1,0 +1,53 @@
+"""What XLA needs on a CPU to update a model fast; other devices do without it.
+
+On a CPU each layer is a program of its own (`xla`), so that layers of one shape are compiled once,
+and a layer's temporaries are freed before the next layer needs memory. What is here changes how a
+sum is written, and the order of layers where a user's program holds all of them.
+"""
+
+import math
+
+import tensorflow as tf
+
+from tf_lamb import norms
+
+ROW = 256  # elements: long enough to keep vector instructions busy
+SMALL = 4096  # elements: a plain sum is as fast
+
+
+def outside_programs():
+    """Sums of squares in one pass, with one kernel of TensorFlow's: there is nothing to compile."""
+    return norms.computed_by(sum_squares=lambda x: 2.0 * tf.nn.l2_loss(x))
+
+
+def inside_programs():
+    """Sums as products with ones, row by row.
+
+    XLA for CPUs writes the terms of a plain sum to memory and adds them without vector
+    instructions. It fuses them into a product (33 ms and 4 ms for six tensors of 768 x 3072).
+    """
+    return norms.computed_by(total=_row_sum, sum_squares=lambda x: _row_sum(tf.square(x)))
+
+
+def _row_sum(x):
+    if math.prod(x.shape) > SMALL:
+        row = _row(x.shape)
+        x = tf.linalg.matvec(tf.reshape(x, (-1, row)), tf.ones((row,), x.dtype))
+    return tf.reduce_sum(x)
+
+
+def _row(shape):
+    """Elements of the fewest last axes that make a row, but not of all axes, if there are two."""
+    sizes = [math.prod(shape[axis:]) for axis in reversed(range(len(shape)))]
+    parts = [size for size in sizes if size < sizes[-1]] or sizes
+    return next((size for size in parts if size >= ROW), parts[-1])
+
+
+def depend_on(ratio, x):
+    """Returns x, with a data dependency on `ratio`, a float >= 0 or several.
+
+    Within one program XLA for CPUs begins all layers before it finishes one, and keeps the
+    temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
+    """
+    # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
+    return x - tf.cast(tf.nn.relu(-tf.reduce_min(ratio)), x.dtype)
