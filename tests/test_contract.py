@@ -4,9 +4,8 @@ The hooks are private: when a new Keras moves one, the first test here fails bef
 is wrong.
 """
 
-import collections
 import inspect
-import operator
+from collections import Counter
 
 import numpy as np
 import oracle
@@ -14,29 +13,30 @@ import pytest
 import tensorflow as tf
 from drive import LAYERS, Run, assert_agrees, make_variables, random_gradients, random_weights
 
+from tf_lamb import xla
+
 HOOKS = {
     "keras3": {
-        "_distributed_tf_update_step": ["distribution", "grads_and_vars", "learning_rate"],
-        "_backend_update_step": ["grads", "trainable_variables", "learning_rate"],
-        "_clip_gradients": ["grads"],
-        "_apply_weight_decay": ["variables"],
+        "_backend_apply_gradients": ["grads", "trainable_variables"],
+        "_overwrite_variable_with_gradient": ["variable"],
     },
     "tf_keras": {
         "_distributed_apply_gradients_fn": ["distribution", "grads_and_vars", "kwargs"],
         "_clip_gradients": ["grads"],
         "_apply_weight_decay": ["variables"],
+        "_deduplicate_sparse_grad": ["grads"],
     },
 }
 RULES = ["LAMB", "LARS"]
 
 
-def compiled(optimizer):
-    """The `tf.function` that holds the whole update."""
-    return inspect.getclosurevars(optimizer._plan.run).nonlocals["compiled"]
+def staged(optimizer):
+    """The `tf.function` that calls the programs of the layers."""
+    return optimizer._plan.update._staged[False]
 
 
 def operations(flavour, **arguments):
-    """Operations of one LAMB step as a graph: those outside the XLA cluster, those inside it."""
+    """Operations of one LAMB step as a graph: those outside XLA, and a Counter for each cluster."""
     variables = make_variables(flavour, random_weights())
     optimizer = flavour.lamb.LAMB(0.1, **arguments)
     optimizer.build(variables)
@@ -46,14 +46,22 @@ def operations(flavour, **arguments):
         optimizer.apply_gradients(zip(grads, variables, strict=True))
 
     grads = [tf.constant(g) for g in random_gradients(1)[0][0]]
-    graph = step.get_concrete_function(grads).graph
-    clusters = [op for op in graph.get_operations() if "_XlaMustCompile" in op.node_def.attr]
-    assert len(clusters) == 1
-    name = clusters[0].get_attr("f").name
-    functions = operator.attrgetter("library.function")(graph.as_graph_def())
-    inside = next(f.node_def for f in functions if f.signature.name == name)
-    outside = [op for op in graph.get_operations() if op is not clusters[0]]
-    return outside, collections.Counter(node.op for node in inside)
+    graph = step.get_concrete_function(grads).graph.as_graph_def()
+    functions = {f.signature.name: f for f in graph.library.function}
+    outside, clusters = [], []
+
+    def walk(nodes):
+        for node in nodes:
+            called = functions.get(node.attr["f"].func.name) if "f" in node.attr else None
+            if called is None:
+                outside.append(node.op)
+            elif node.attr["_XlaMustCompile"].b:
+                clusters.append((called.signature.name, Counter(n.op for n in called.node_def)))
+            else:
+                walk(called.node_def)
+
+    walk(graph.node)
+    return outside, clusters
 
 
 def test_the_private_hooks_are_where_we_override_them(flavour):
@@ -83,31 +91,52 @@ def test_one_trace_per_replica_and_none_on_the_second_call(flavour, mirrored, re
     run = Run(flavour, lambda: flavour.lamb.LAMB(0.1), random_weights(), strategy, graph)
     for gradients in random_gradients(replicas)[:3]:
         run.step(gradients)
-        assert compiled(run.optimizer).experimental_get_tracing_count() == replicas
+        assert staged(run.optimizer).experimental_get_tracing_count() == replicas
     if graph:
         assert run.apply.experimental_get_tracing_count() == 1
 
 
-def test_the_update_is_one_xla_cluster(flavour):
-    outside, inside = operations(flavour, global_clipnorm=1.0)
-    assert {"Sqrt", "Mul", "AssignVariableOp"} <= set(inside)
-    wiring = {"Placeholder", "Identity", "IdentityN", "NoOp"}
-    # The counter and the rate; nothing for each layer, and nothing of a layer's size.
-    scalars = [op for op in outside if op.type not in wiring]
-    assert len(scalars) < 12, [op.type for op in scalars]
-    assert all(out.shape.rank == 0 for op in scalars for out in op.outputs)
+def test_each_layer_is_an_xla_cluster(flavour):
+    outside, clusters = operations(flavour, global_clipnorm=1.0)
+    assert len(clusters) == len(LAYERS)
+    assert all({"Sqrt", "Mul", "AssignVariableOp"} <= set(ops) for _, ops in clusters)
+    # One reading of each gradient, the counters, the rate; nothing else for each layer.
+    assert outside.count("L2Loss") == len(LAYERS)
+    assert outside.count("AssignVariableOp") == 0
+
+
+def test_layers_that_are_alike_share_a_program(flavour):
+    names = [f"layer_{i}/kernel" for i in range(6)]
+    weights = [np.ones((4, 3), np.float32)] * 5 + [np.ones((3, 4), np.float32)]
+    run = Run(
+        flavour,
+        lambda: flavour.lamb.LAMB(0.1, beta_1=0.77, exclude_from_weight_decay=["layer_[01]"]),
+        weights,
+        names=names,
+    )
+    before = set(xla.PROGRAMS)
+    for _ in range(3):
+        run.step([weights])
+    programs = [program for key, program in xla.PROGRAMS.items() if key not in before]
+    assert len(programs) == 3  # excluded, not excluded, and the other shape
+    assert {program.experimental_get_tracing_count() for program in programs} == {1}
 
 
 def test_an_excluded_layer_adds_no_ops(flavour):
-    every_layer = operations(flavour, skip_nonfinite=False)[1]
-    no_bias = operations(flavour, skip_nonfinite=False, exclude_from_weight_decay=["bias"])[1]
-    no_layer = operations(flavour, skip_nonfinite=False, exclude_from_weight_decay=["."])[1]
-    # A ratio is two norms, each one sum and one root, a quotient, a selection and a product with
-    # the rate; the decay is one product.
-    for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1, "SelectV2": 1, "Mul": 2}.items():
+    def count(**arguments):
+        total = Counter()
+        for _, ops in operations(flavour, skip_nonfinite=False, **arguments)[1]:
+            total += ops
+        return total
+
+    every_layer = count()
+    no_bias = count(exclude_from_weight_decay=["bias"])
+    no_layer = count(exclude_from_weight_decay=["."])
+    # A ratio is two norms, each one sum and one root, and a quotient; the decay is one product.
+    for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1}.items():
         assert every_layer[op] - no_bias[op] == each, op
         assert every_layer[op] - no_layer[op] == each * len(LAYERS), op
-    assert no_layer["Sum"] == no_layer["DivNoNan"] == no_layer["SelectV2"] == 0
+    assert no_layer["Sum"] == no_layer["SelectV2"] == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -33,6 +33,10 @@ class Hyperparameters:
     def __contains__(self, name: object) -> bool:
         return name in self.__dict__
 
+    def key(self, left_out: Iterable[str]) -> str:
+        """What two optimizers have in common whose arguments are equal, but for those left out."""
+        return repr(sorted((k, v) for k, v in self.__dict__.items() if k not in left_out))
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
             f"Arguments are fixed when the optimizer is made: compiled updates hold them. Make "

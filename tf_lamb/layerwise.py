@@ -247,6 +247,15 @@ class Layerwise:
             for plan in plans
         )
 
+    def _rule(self):
+        """The rule with its arguments, without the optimizer's variables: programs hold it."""
+        methods = ("scalars", "direction", "ratio", "step")
+        # The class that defines the rule, or a user's that changes it: not the Keras optimizer.
+        owner = next(c for c in type(self).__mro__ if any(name in vars(c) for name in methods))
+        rule = object.__new__(owner)
+        rule.__dict__["hyperparameters"] = self.hyperparameters
+        return rule
+
     # The rule, for one variable (or slice); LAMB and LARS define these.
 
     def scalars(self, t):
@@ -295,7 +304,9 @@ class Layerwise:
             scales = [ops.divide_no_nan(1.0, norm(everything))] * len(grads)
         return Gradients(finite, scales, nonfinite)
 
-    def update_layer(self, plans, grads, params, slots, learning_rate, finite, scales, scalars):
+    def update_layer(
+        self, plans, grads, params, slots, learning_rate, finite, scales, scalars, *, measure
+    ):
         """New values of the variables of one layer, which share a trust ratio.
 
         Args:
@@ -309,6 +320,7 @@ class Layerwise:
                 None: they never are.
             scales: a float32 scalar for each gradient, or None.
             scalars: what `self.scalars` returned.
+            measure: whether to measure a layer that is not adapted, too.
 
         Returns:
             `(params, slots, measured)`: lists like those that came in, and float32
@@ -330,7 +342,7 @@ class Layerwise:
         }
         learning_rate = learning_rate * scalars.get("rate", 1.0)
         rate, measured = learning_rate, None
-        if plans[0].adapted or self.telemetry:
+        if plans[0].adapted or measure:
             axes = plans[0].axes
             x_norm = norms.layer_norm(xs, self.norm, axes)
             u_norm = norms.layer_norm([directions[i][0] for i in moving], self.norm, axes)
@@ -396,6 +408,7 @@ class Layerwise:
                 gradients.finite,
                 scales,
                 scalars,
+                measure=self.telemetry,
             )
             for place, i, x, own in zip(places, layer, new_params, new_slots, strict=True):
                 for kind, value in zip(values, (x, *own), strict=True):

@@ -52,7 +52,7 @@ def is_finite(squares):
 
 def limited(g):
     """g with elements beyond ±2⁶³ moved there, so that squares stay finite; NaN stays NaN."""
-    return ops.clip(g, -LARGEST_GRADIENT, LARGEST_GRADIENT)
+    return ops.where(ops.abs(g) > LARGEST_GRADIENT, ops.sign(g) * LARGEST_GRADIENT, g)
 
 
 def scaled_norm(tensors):

@@ -1,5 +1,6 @@
 """TensorFlow: how an update is compiled and placed. Both flavours of Keras call it."""
 
+import collections
 import contextlib
 import functools
 import warnings
@@ -13,6 +14,30 @@ from tensorflow.python.ops import control_flow_util
 from tf_lamb import xla_cpu
 from tf_lamb.layerwise import Gradients, telemetry_row, with_rows
 
+# Arguments that the program of a layer does not depend on.
+OUTSIDE_PROGRAMS = (
+    "learning_rate",
+    "exclude_from_weight_decay",
+    "exclude_from_layer_adaptation",
+    "layer_axes",
+    "layer_groups",
+    "adapt_undecayed",
+    "clipnorm",
+    "global_clipnorm",
+    "unit_gradient",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+    "moment_dtype",
+    "jit_compile",
+    "based_on",
+    "name",
+)
+# Programs by rule, arguments and layer: another optimizer with the same arguments compiles nothing.
+PROGRAMS: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+MAX_PROGRAMS = 512
 CHAIN = 2**21  # elements of the layers that one program may begin together on a CPU
 
 
@@ -99,13 +124,13 @@ class Update:
         accumulators=None,
         accumulation: int = 1,
     ) -> None:
-        self._rule, self._plan = rule, plan
+        self._rule, self._plan = rule._rule(), plan
+        self._rule_key = (type(self._rule), rule.hyperparameters.key(OUTSIDE_PROGRAMS))
         self._variables, self._slots = variables, slots
         self._iterations, self._averages = iterations, averages
         self._average_starts_at_first = average_starts_at_first
         self._accumulators, self._accumulation = accumulators, accumulation
         self._skipped, self._telemetry = skipped, telemetry
-        self._programs: dict[Any, Any] = {}
         # Traced once for each device, since its name is part of the key.
         self._staged = {
             whole: tf.function(self._update, jit_compile=whole or None, autograph=False)
@@ -254,6 +279,7 @@ class Update:
         devices = {_device_type(self._variables[i]) for i in layer}
         jit = not in_xla and len(devices) == 1 and self._compiles(*devices)
         key = (
+            self._rule_key,
             tuple(
                 (p.shape, p.decayed, p.adapted, p.axes, d)
                 for p, d in zip(plans, dtypes, strict=True)
@@ -263,8 +289,9 @@ class Update:
             in_xla,
             on_cpu,
         )
-        if key in self._programs:
-            return self._programs[key]
+        if key in PROGRAMS:
+            PROGRAMS.move_to_end(key)
+            return PROGRAMS[key]
 
         def program(handles, slot_handles, grads, learning_rate, finite, scales, scalars):
             params = [
@@ -281,7 +308,16 @@ class Update:
                 sums = xla_cpu.inside_programs() if inside else xla_cpu.outside_programs()
             with sums:
                 new_params, new_slots, measured = rule.update_layer(
-                    plans, grads, params, slots, learning_rate, finite, scales, scalars
+                    plans,
+                    grads,
+                    params,
+                    slots,
+                    learning_rate,
+                    finite,
+                    scales,
+                    scalars,
+                    # A program of its own measures always: telemetry then changes no bit.
+                    measure=rule.telemetry or not in_xla,
                 )
             # Reads and writes stand in one program: XLA writes into the buffers it read.
             for i, g in enumerate(grads):
@@ -289,12 +325,13 @@ class Update:
                     _write(handles[i], new_params[i])
                     for handle, value in zip(slot_handles[i], new_slots[i], strict=True):
                         _write(handle, value)
-            needed = rule.telemetry or (in_xla and on_cpu)
-            return measured if needed else None
+            return measured
 
         if jit:
             program = tf.function(program, jit_compile=True, autograph=False)
-        self._programs[key] = program
+        PROGRAMS[key] = program
+        if len(PROGRAMS) > MAX_PROGRAMS:
+            PROGRAMS.popitem(last=False)
         return program
 
     def _average(self, finite, updates) -> None:
