@@ -40,6 +40,7 @@ from benchmarks import model_zoo
 from tf_lamb import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 
 KINDS = ("norm", "bias", "gain", "table", "other")
+NORM = re.compile(r"(?<!Spectral)(Norm(alization)?|GRN)(V\d|\dd|Gated)?$")  # a class, not a wrapper
 LISTS = {"BERT": BERT_EXCLUSIONS, "RESNET": RESNET_EXCLUSIONS}
 
 
@@ -70,10 +71,10 @@ def owners(model) -> dict[int, list[tuple[str, str]]]:
 def kind_of(shape, pairs) -> str:
     """What a variable is, of `KINDS`, by the classes and attributes that hold it."""
     names = [f"{kind}.{attribute}" for kind, attribute in pairs]
-    if any(re.search("(?<!Spectral)(?<!Weight)[Nn]orm|GRN", kind) for kind, _ in pairs):
+    if any(NORM.search(kind) for kind, _ in pairs):
         return "norm"
     if any("bias" in attribute for _, attribute in pairs):
-        table = re.search("(?i)rel|table|attention_biases", " ".join(names))
+        table = any(re.search("rel|table|biases", attribute) for _, attribute in pairs)
         return "table" if table and len(shape) > 1 else "bias"
     if re.search(r"(?i)layer_?scale|lambda|\b_?gamma\b", " ".join(names)):
         return "gain"
