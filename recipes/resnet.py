@@ -131,7 +131,7 @@ LAMB_AUTHOR_32K = _imagenet(
     variant="paper-v3",
     weight_decay=1.5,
     global_clipnorm=1.0,
-    exclude_from_weight_decay=RESNET_EXCLUSIONS[:1],
+    exclude_from_weight_decay=("(^|/)(gamma|beta)$",),
 )
 
 # v0.6 has the L2 term in the loss and the decay in the ratio too; here, as in v0.7, all of it is

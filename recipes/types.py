@@ -4,8 +4,12 @@ import dataclasses
 
 # Normalisation and biases, neither decayed nor adapted in the published runs. The library has the
 # same lists (tf_lamb/exclusions.py, with the sources); tests/test_recipes.py holds them equal.
-BERT_EXCLUSIONS = ("(?i)layer_?norm", "bias$")
-RESNET_EXCLUSIONS = ("(?i)batch_?norm|bn/", "bias$")
+BERT_EXCLUSIONS = (
+    r"(?i)bias$|(^|/)(gamma|beta)$"
+    r"|(norm|normalization|(^|[/_])([blg]n|grn|rms))[._]?\d*/(scale|weight)$"
+    r"|layer_?scale|(^|/)lambda_?\d$",
+)
+RESNET_EXCLUSIONS = BERT_EXCLUSIONS
 
 CHOICES = {
     "compute_dtype": ("float32", "bfloat16"),

@@ -243,7 +243,7 @@ class Update:
                     begun = 0
                 begun += sum(self._variables[i].shape.num_elements() for i in layer)
             with tf.device(None if in_xla else self._variables[layer[0]].handle.device):
-                measured = self._program(layer, in_xla)(
+                arguments = (
                     [self._variables[i].handle for i in layer],
                     [[kind[i].handle for kind in self._slots] for i in layer],
                     layer_grads,
@@ -252,6 +252,12 @@ class Update:
                     scales,
                     scalars,
                 )
+                measured = None
+                if rule.telemetry and not plan.variables[layer[0]].adapted:
+                    # Apart, so that the update's program is the same without telemetry.
+                    measured = self._program(layer, in_xla, measure=True)(*arguments)
+                updated = self._program(layer, in_xla)(*arguments)
+                measured = updated if measured is None else measured
             if measured is not None:
                 last = measured[2] if plan.variables[layer[0]].adapted else last
                 for place, i in zip(places, layer, strict=True):
@@ -266,10 +272,11 @@ class Update:
         if rule.telemetry:
             _assign(self._telemetry, with_rows(_value(self._telemetry), rows))
 
-    def _program(self, layer, in_xla):
+    def _program(self, layer, in_xla, measure=False):
         """The update of a layer as a function of handles and tensors: one for all that are alike.
 
-        Alike are layers of the same shapes and dtypes that are decayed and adapted alike.
+        Alike are layers of the same shapes and dtypes that are decayed and adapted alike. With
+        `measure` it writes nothing, and measures a layer that is not adapted, too.
         """
         rule = self._rule
         plans = [self._plan.variables[i] for i in layer]
@@ -288,6 +295,7 @@ class Update:
             jit,
             in_xla,
             on_cpu,
+            measure,
         )
         if key in PROGRAMS:
             PROGRAMS.move_to_end(key)
@@ -316,12 +324,11 @@ class Update:
                     finite,
                     scales,
                     scalars,
-                    # A program of its own measures always: telemetry then changes no bit.
-                    measure=rule.telemetry or not in_xla,
+                    measure=measure,
                 )
             # Reads and writes stand in one program: XLA writes into the buffers it read.
             for i, g in enumerate(grads):
-                if g is not None:
+                if g is not None and not measure:
                     _write(handles[i], new_params[i])
                     for handle, value in zip(slot_handles[i], new_slots[i], strict=True):
                         _write(handle, value)
