@@ -198,17 +198,20 @@ class LAMBRule(Layerwise):
         check_choice("nesterov", nesterov, NESTEROV)
         super().__init__(arguments, base_arguments)
 
-    def direction(self, g, x, slots, scalars, plan):
-        """Algorithm 2, lines 6 to 9: u, and the new moments."""
+    def moments(self, g, x, slots, plan, rate):
+        """Algorithm 2, lines 6 and 7: the moments of the gradient and of its square."""
         h = self.hyperparameters
         m, v = slots
         m = h.beta_1 * m + (1 - h.beta_1) * g
         v = h.beta_2 * v + (1 - h.beta_2) * ops.square(g)
-        m_hat, v_hat = self.unbiased(g, m, v, scalars)
-        # 0/0 is an element that has had no gradient, with ε = 0: it has no direction.
-        r = ops.divide_no_nan(m_hat, ops.sqrt(v_hat) + h.epsilon)
-        u = r + h.weight_decay * x if plan.decayed else r
-        return u, (m, v)
+        return m, v
+
+    def direction(self, g, x, slots, scalars, plan):
+        """Algorithm 2, lines 8 and 9: u = m̂ / (√v̂ + ε) + λx."""
+        h = self.hyperparameters
+        m_hat, v_hat = self.unbiased(g, *slots, scalars)
+        r = m_hat / (ops.sqrt(v_hat) + h.epsilon) if h.epsilon else _quotient(m_hat, v_hat)
+        return r + h.weight_decay * x if plan.decayed else r
 
     def ratio(self, x_norm, u_norm, decay_norm):
         """Algorithm 2, line 10: φ(‖x‖) / ‖u‖, and ‖u‖."""
@@ -218,7 +221,7 @@ class LAMBRule(Layerwise):
 
     def step(self, g, x, u, slots, rate, plan):
         """Algorithm 2, line 10: x ← x - η (φ(‖x‖) / ‖u‖) u."""
-        return rate * u, slots
+        return rate * u
 
     def scalars(self, t):
         """The factors of `unbiased`, and of η."""
@@ -253,6 +256,11 @@ class LAMBRule(Layerwise):
         if h.nesterov == "first":
             return m_hat, c_2 * h.beta_2 * v
         return m_hat, next_2 * h.beta_2 * v + c_2 * (1 - h.beta_2) * ops.square(g)
+
+
+def _quotient(m_hat, v_hat):
+    """m̂ / √v̂; 0/0 is an element that has had no gradient: it has no direction."""
+    return ops.divide_no_nan(m_hat, ops.sqrt(v_hat))
 
 
 def _one_minus_power(beta, t):

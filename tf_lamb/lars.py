@@ -219,14 +219,21 @@ class LARSRule(Layerwise):
         """None: LARS has no bias correction."""
         return {}
 
+    @property
+    def rate_inside(self) -> bool:
+        """Whether m holds η r d, and not d."""
+        return FORMS[self.hyperparameters.form].rate_inside
+
+    def moments(self, g, x, slots, plan, rate):
+        """m ← μm + rate·d; with an average, m ← μm + (1-μ)d."""
+        return (self.hyperparameters.momentum * slots[0] + self.term(g, x, plan, rate),)
+
     def direction(self, g, x, slots, scalars, plan):
-        """The tensor whose norm divides the ratio: g, d or the new m."""
+        """The tensor whose norm divides the ratio: g, d or what x moves along."""
         form = FORMS[self.hyperparameters.form]
         if form.divisor == "g":
-            return g, slots
-        if form.divisor == "d":
-            return self.decayed(g, x, plan), slots
-        return self.moved(g, x, slots, 1.0, plan)[0], slots
+            return g
+        return self.decayed(g, x, plan) if form.divisor == "d" else self.ahead(g, x, slots, plan)
 
     def ratio(self, x_norm, u_norm, decay_norm):
         """κ‖x‖ / (‖u‖ + ε), and what divides."""
@@ -239,20 +246,22 @@ class LARSRule(Layerwise):
 
     def step(self, g, x, u, slots, rate, plan):
         """x ← x - m, or x ← x - ηrm where the rate stands outside the momentum."""
-        if FORMS[self.hyperparameters.form].rate_inside:
-            return self.moved(g, x, slots, rate, plan)
-        moved, slots = self.moved(g, x, slots, 1.0, plan)
-        return rate * moved, slots
+        if self.rate_inside:
+            return self.ahead(g, x, slots, plan, rate)
+        return rate * self.ahead(g, x, slots, plan)
 
     def decayed(self, g, x, plan):
         """d = g + λx."""
         h = self.hyperparameters
         return g + h.weight_decay * x if plan.decayed and FORMS[h.form].decay_inside else g
 
-    def moved(self, g, x, slots, rate, plan):
-        """What x moves along, and the new momentum: m ← μm + rate·d; with Nesterov, μm + rate·d."""
+    def term(self, g, x, plan, rate=1.0):
+        """What an update adds to the momentum."""
         h = self.hyperparameters
         share = 1 - h.momentum if FORMS[h.form].averaged else 1.0
-        term = rate * share * self.decayed(g, x, plan)
-        m = h.momentum * slots[0] + term
-        return (h.momentum * m + term if h.nesterov else m), (m,)
+        return rate * share * self.decayed(g, x, plan)
+
+    def ahead(self, g, x, slots, plan, rate=1.0):
+        """What x moves along: the new m, with Nesterov one step ahead of it."""
+        h = self.hyperparameters
+        return h.momentum * slots[0] + self.term(g, x, plan, rate) if h.nesterov else slots[0]

@@ -97,7 +97,7 @@ class Layerwise:
     """The part of an optimizer that is the same in every Keras flavour and for both rules.
 
     A rule (`lamb.LAMBRule`, `lars.LARSRule`) is its subclass, and defines `slot_names`,
-    `variants`, `scalars`, `direction`, `ratio` and `step`. An adapter (`keras3.Adapter`,
+    `variants`, `scalars`, `moments`, `direction`, `ratio` and `step`. An adapter (`keras3.Adapter`,
     `tf_keras.Adapter`) is the next base class, and a Keras optimizer.
     """
 
@@ -249,7 +249,7 @@ class Layerwise:
 
     def _rule(self):
         """The rule with its arguments, without the optimizer's variables: programs hold it."""
-        methods = ("scalars", "direction", "ratio", "step")
+        methods = ("scalars", "moments", "direction", "ratio", "step")
         # The class that defines the rule, or a user's that changes it: not the Keras optimizer.
         owner = next(c for c in type(self).__mro__ if any(name in vars(c) for name in methods))
         rule = object.__new__(owner)
@@ -258,12 +258,16 @@ class Layerwise:
 
     # The rule, for one variable (or slice); LAMB and LARS define these.
 
-    def scalars(self, t):
+    def scalars(self, t) -> dict[str, Any]:
         """Float32 scalars that the rule needs in update t, counted from 1: computed once."""
         raise TypeError(f"{type(self).__name__} is no rule.")
 
+    def moments(self, g, x, slots, plan, rate):
+        """The slots' new values; `rate` is η times the ratio where it stands inside them."""
+        raise TypeError(f"{type(self).__name__} is no rule.")
+
     def direction(self, g, x, slots, scalars, plan):
-        """The tensor whose norm divides the trust ratio, and the slots' new values so far."""
+        """The tensor whose norm divides the trust ratio."""
         raise TypeError(f"{type(self).__name__} is no rule.")
 
     def ratio(self, x_norm, u_norm, decay_norm):
@@ -271,8 +275,13 @@ class Layerwise:
         raise TypeError(f"{type(self).__name__} is no rule.")
 
     def step(self, g, x, u, slots, rate, plan):
-        """What is subtracted from x, and the slots' new values; `rate` is η times the ratio."""
+        """What is subtracted from x; `rate` is η times the ratio."""
         raise TypeError(f"{type(self).__name__} is no rule.")
+
+    @property
+    def rate_inside(self) -> bool:
+        """Whether the rate stands inside the moments, so that they follow the ratio."""
+        return False
 
     # What surrounds the rule.
 
@@ -326,10 +335,14 @@ class Layerwise:
             `(params, slots, measured)`: lists like those that came in, and float32
             (‖x‖, ‖u‖, ratio), scalars or [.., 1, ..]; None where it was not measured.
         """
+
+        def select(new, old):
+            new = ops.cast(new, old.dtype)
+            return new if finite is None else ops.where(finite, new, old)
+
         xs = [ops.cast(x, "float32") for x in params]
-        moments = [tuple(ops.cast(slot, "float32") for slot in own) for own in slots]
-        moving = [i for i, g in enumerate(grads) if g is not None]
         gs = [None if g is None else ops.cast(g, "float32") for g in grads]
+        moving = [i for i, g in enumerate(grads) if g is not None]
         for i in moving:
             if not self.skip_nonfinite:
                 gs[i] = norms.limited(gs[i])
@@ -337,39 +350,45 @@ class Layerwise:
                 gs[i] = gs[i] * scales[i]
             if self.clipvalue is not None:
                 gs[i] = ops.clip(gs[i], -self.clipvalue, self.clipvalue)
-        directions = {
-            i: self.direction(gs[i], xs[i], moments[i], scalars, plans[i]) for i in moving
-        }
-        learning_rate = learning_rate * scalars.get("rate", 1.0)
-        rate, measured = learning_rate, None
+        new_slots, moments = list(slots), [_wide(own) for own in slots]
+
+        def move_slots(rate):
+            # What follows reads the values that are stored: a compiler can write over the old ones.
+            for i in moving:
+                moved = self.moments(gs[i], xs[i], moments[i], plans[i], rate)
+                pairs = zip(moved, moments[i], strict=True)
+                moments[i] = tuple(select(new, old) for new, old in pairs)
+                pairs = zip(moments[i], slots[i], strict=True)
+                new_slots[i] = tuple(ops.cast(new, old.dtype) for new, old in pairs)
+
+        if not self.rate_inside:
+            move_slots(1.0)
+        u = {i: self.direction(gs[i], xs[i], moments[i], scalars, plans[i]) for i in moving}
+        rate = learning_rate * scalars.get("rate", 1.0)
+        measured = None
         if plans[0].adapted or measure:
-            axes = plans[0].axes
-            x_norm = norms.layer_norm(xs, self.norm, axes)
-            u_norm = norms.layer_norm([directions[i][0] for i in moving], self.norm, axes)
-            decays = [self.weight_decay if plan.decayed else 0.0 for plan in plans]
-            if len(set(decays)) == 1:
-                decay_norm = decays[0] * x_norm
-            else:
-                decayed = [decay * x for decay, x in zip(decays, xs, strict=True)]
-                decay_norm = norms.layer_norm(decayed, self.norm, axes)
-            ratio, divisor = self.ratio(x_norm, u_norm, decay_norm)
+            x_norm = norms.layer_norm(xs, self.norm, plans[0].axes)
+            u_norm = norms.layer_norm(list(u.values()), self.norm, plans[0].axes)
+            ratio, divisor = self.ratio(x_norm, u_norm, self._decay_norm(x_norm, xs, plans))
             if plans[0].adapted:
-                rate = learning_rate * ratio
+                rate = rate * ratio
             else:
                 ratio = ops.ones(())
             measured = (x_norm, divisor, ratio)
-
-        def select(new, old):
-            new = ops.cast(new, old.dtype)
-            return new if finite is None else ops.where(finite, new, old)
-
-        new_params, new_slots = list(params), list(slots)
+        if self.rate_inside:
+            move_slots(rate)
+        new_params = list(params)
         for i in moving:
-            u, own = directions[i]
-            delta, own = self.step(gs[i], xs[i], u, own, rate, plans[i])
+            delta = self.step(gs[i], xs[i], u[i], moments[i], rate, plans[i])
             new_params[i] = select(_descended(params[i], xs[i], delta), params[i])
-            new_slots[i] = tuple(select(new, old) for new, old in zip(own, slots[i], strict=True))
         return new_params, new_slots, measured
+
+    def _decay_norm(self, x_norm, xs, plans):
+        """‖λx‖ of the layer; in a group, some members may not be decayed."""
+        decays = [self.weight_decay if plan.decayed else 0.0 for plan in plans]
+        if len(set(decays)) == 1:
+            return decays[0] * x_norm
+        return norms.layer_norm([d * x for d, x in zip(decays, xs, strict=True)], self.norm)
 
     def _updated(self, index, grads, params, slots, learning_rate, step, gradients=None):
         """New values of a whole model's variables and slots.
@@ -503,6 +522,10 @@ class Layerwise:
     def from_config(cls, config, custom_objects=None):
         """The optimizer that `get_config` described, without its state."""
         return super().from_config(dict(config), custom_objects)
+
+
+def _wide(tensors):
+    return tuple(ops.cast(x, "float32") for x in tensors)
 
 
 def _descended(x, x_32, delta):

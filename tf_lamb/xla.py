@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -216,7 +218,7 @@ class Update:
 
     def _apply(self, index, grads, learning_rate, updates) -> None:
         """The update after `updates` others: variables, slots, averages, counters, telemetry."""
-        rule, plan = self._rule, self._plan
+        rule = self._rule
         step = tf.cast(updates, tf.float32) + 1.0
         in_xla = _in_xla()
         sums: Any = contextlib.nullcontext()
@@ -225,23 +227,50 @@ class Update:
         with sums:
             gradients: Gradients = rule.measure_gradients(grads)
         scalars = rule.scalars(step)
+        if gradients.finite is None or in_xla:
+            self._advance(index, grads, learning_rate, gradients, scalars, updates, in_xla)
+        else:
+            # Outside XLA nothing is computed for an update that is skipped, and no program has to
+            # choose between old and new values.
+            used = dataclasses.replace(gradients, finite=None)
+
+            def advance():
+                self._advance(index, grads, learning_rate, used, scalars, updates, in_xla)
+                return tf.constant(0)
+
+            def skip():
+                if self._telemetry is not None:
+                    marks = dict(zip(index, gradients.nonfinite, strict=True))
+                    nothing = tf.constant(0.0)
+                    column = [marks.get(i, nothing) for i in range(len(self._variables))]
+                    rows = _value(self._telemetry)
+                    # The layer at fault shows as ‖u‖ = NaN.
+                    _assign(self._telemetry, rows + tf.stack([[0.0, mark, 0.0] for mark in column]))
+                return tf.constant(0)
+
+            tf.cond(gradients.finite, advance, skip)
+        if gradients.finite is not None:
+            missed = tf.logical_not(gradients.finite)
+            _add(self._skipped, tf.cast(missed, self._skipped.dtype))
+            back = tf.cast(missed, self._iterations.dtype) * -self._accumulation
+            _add(self._iterations, back)
+
+    def _advance(self, index, grads, learning_rate, gradients, scalars, updates, in_xla) -> None:
+        """Variables, slots, averages and telemetry of an update."""
+        rule, plan = self._rule, self._plan
         at = {i: place for place, i in enumerate(index)}
         rows: dict[int, Any] = {}
-        begun, last = 0, None
+        begun, last, after = 0, None, None
         for layer in plan.layers(index):
             places = [at.get(i) for i in layer]
             layer_grads = [None if place is None else grads[place] for place in places]
             scales = gradients.scales and [
                 None if place is None else gradients.scales[place] for place in places
             ]
-            on_cpu = _device_type(self._variables[layer[0]]) == "CPU"
-            if in_xla and on_cpu:
-                if begun > CHAIN and last is not None:
-                    layer_grads = [
-                        g if g is None else xla_cpu.depend_on(last, g) for g in layer_grads
-                    ]
-                    begun = 0
-                begun += sum(self._variables[i].shape.num_elements() for i in layer)
+            if in_xla and _device_type(self._variables[layer[0]]) == "CPU":
+                # Layers come in waves: all of one depend on the last ratio of the wave before it.
+                after, begun = (last, 0) if begun > CHAIN else (after, begun)
+                begun += sum(math.prod(plan.variables[i].shape) for i in layer)
             with tf.device(None if in_xla else self._variables[layer[0]].handle.device):
                 arguments = (
                     [self._variables[i].handle for i in layer],
@@ -251,6 +280,7 @@ class Update:
                     gradients.finite,
                     scales,
                     scalars,
+                    after,
                 )
                 measured = None
                 if rule.telemetry and not plan.variables[layer[0]].adapted:
@@ -264,11 +294,6 @@ class Update:
                     if rule.telemetry and place is not None:
                         rows[i] = telemetry_row(measured, gradients.nonfinite, place)
         self._average(gradients.finite, updates)
-        if gradients.finite is not None:
-            missed = tf.logical_not(gradients.finite)
-            _add(self._skipped, tf.cast(missed, self._skipped.dtype))
-            back = tf.cast(missed, self._iterations.dtype) * -self._accumulation
-            _add(self._iterations, back)
         if rule.telemetry:
             _assign(self._telemetry, with_rows(_value(self._telemetry), rows))
 
@@ -283,6 +308,7 @@ class Update:
         dtypes = [_dtype(self._variables[i]) for i in layer]
         slot_dtypes = [[_dtype(kind[i]) for kind in self._slots] for i in layer]
         on_cpu = _device_type(self._variables[layer[0]]) == "CPU"
+        elements = sum(math.prod(plan.shape) for plan in plans)
         devices = {_device_type(self._variables[i]) for i in layer}
         jit = not in_xla and len(devices) == 1 and self._compiles(*devices)
         key = (
@@ -297,11 +323,13 @@ class Update:
             on_cpu,
             measure,
         )
+        if on_cpu and (jit or in_xla) and plans[0].adapted and elements > xla_cpu.LARGE:
+            rule = xla_cpu.recomputing(rule)
         if key in PROGRAMS:
             PROGRAMS.move_to_end(key)
             return PROGRAMS[key]
 
-        def program(handles, slot_handles, grads, learning_rate, finite, scales, scalars):
+        def program(handles, slot_handles, grads, learning_rate, finite, scales, scalars, after):
             params = [
                 _read(handle, dtype, plan.shape)
                 for handle, dtype, plan in zip(handles, dtypes, plans, strict=True)
@@ -310,6 +338,9 @@ class Update:
                 tuple(_read(h, d, plan.shape) for h, d in zip(own, own_dtypes, strict=True))
                 for own, own_dtypes, plan in zip(slot_handles, slot_dtypes, plans, strict=True)
             ]
+            if after is not None:
+                params = [xla_cpu.depend_on(after, x) for x in params]
+                grads = [g if g is None else xla_cpu.depend_on(after, g) for g in grads]
             sums: Any = contextlib.nullcontext()
             if on_cpu:
                 inside = jit or in_xla

@@ -13,6 +13,7 @@ from tf_lamb import norms
 
 ROW = 256  # elements: long enough to keep vector instructions busy
 SMALL = 4096  # elements: a plain sum is as fast
+LARGE = 2**22  # elements: u takes fresh memory, which costs more than computing u twice
 
 
 def outside_programs():
@@ -51,3 +52,25 @@ def depend_on(ratio, x):
     """
     # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
     return x - tf.cast(tf.nn.relu(-tf.reduce_min(ratio)), x.dtype)
+
+
+class _Recomputing:
+    """A rule whose u is computed twice, for the norm and for the step, and is never stored."""
+
+    def direction(self, g, x, slots, scalars, plan):
+        self.__dict__["_scalars"] = scalars
+        return super().direction(g, x, slots, scalars, plan)  # type: ignore[misc]
+
+    def step(self, g, x, u, slots, rate, plan):
+        slots = tuple(depend_on(rate, slot) for slot in slots)
+        u = super().direction(g, x, slots, self._scalars, plan)  # type: ignore[misc]
+        return super().step(g, x, u, slots, rate, plan)  # type: ignore[misc]
+
+
+def recomputing(rule):
+    """The same rule for a layer of more than `LARGE` elements."""
+    if rule.rate_inside:
+        return rule  # its step is the momentum, which is stored anyway
+    twin = object.__new__(type(type(rule).__name__, (_Recomputing, type(rule)), {}))
+    twin.__dict__.update(rule.__dict__)
+    return twin
