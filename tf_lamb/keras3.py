@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from typing import Any
 
 import keras
@@ -140,15 +139,14 @@ class Adapter(keras.optimizers.Optimizer):
         if not ON_TENSORFLOW:
             self._apply(index, grads)
             return
-        replica = tf.distribute.get_replica_context()
-        if replica is not None:
-            dense = [ops.convert_to_tensor(g, sparse=False) for g in grads]
-            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, dense)
+        dense = [ops.convert_to_tensor(g, sparse=False) for g in grads]
+        grads, squares = xla.sum_over_replicas(self, dense)
+
+        def update(strategy, grads, learning_rate, squares):
+            self._plan.update(strategy, index, grads, learning_rate, squares)
+
         tf.__internal__.distribute.interim.maybe_merge_call(
-            functools.partial(_updated_by, self._plan.update, index),
-            self._distribution_strategy,
-            grads,
-            self.learning_rate,
+            update, self._distribution_strategy, grads, self.learning_rate, squares
         )
 
     def _apply(self, index, grads):
@@ -245,10 +243,6 @@ class Adapter(keras.optimizers.Optimizer):
         """What the base saves; `ValueError` for a callable rate that no file can hold."""
         rates.check_savable(self._learning_rate)
         return super().get_config()
-
-
-def _updated_by(update, index, strategy, grads, learning_rate):
-    update(strategy, index, grads, learning_rate)
 
 
 def _dense(g):

@@ -285,17 +285,29 @@ class Layerwise:
 
     # What surrounds the rule.
 
-    def measure_gradients(self, grads) -> Gradients:
+    @property
+    def judges_before_sum(self) -> bool:
+        """Whether finiteness can be told from each replica's own gradients.
+
+        Clipping reads the gradients after the sum; then their finiteness costs nothing more.
+        """
+        clips = self.clipnorm or self.global_clipnorm or self.unit_gradient
+        return self.skip_nonfinite and not clips
+
+    def measure_gradients(self, grads, squares=None) -> Gradients:
         """One pass over all gradients: can they be used, and how are they clipped?
 
         Args:
             grads: list of float32 tensors, summed over the replicas.
+            squares: for each gradient the sum of squares of its elements, or a number above it; a
+                list of float32 scalars. None: it is computed here.
         """
         clip, total = self.clipnorm, self.global_clipnorm
         if not (self.skip_nonfinite or clip or total or self.unit_gradient):
             return Gradients(None, None, None)
         if self.skip_nonfinite:
-            squares = [norms.sum_squares(g) for g in grads]
+            if squares is None:
+                squares = [norms.sum_squares(g) for g in grads]
             finite = norms.is_finite(sum(squares))
             nonfinite = [ops.where(norms.is_finite(s), 0.0, float("nan")) for s in squares]
             norm = lambda some: ops.sqrt(sum(squares[i] for i in some))  # noqa: E731

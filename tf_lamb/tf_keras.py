@@ -33,6 +33,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
         super().__init__(name=name or type(self).__name__, **arguments)
         # The base turns XLA off where there is no GPU.
         self.jit_compile = jit_compile
+        self._squares = None
         self._learning_rate = self._build_learning_rate(learning_rate)
 
     def _build_learning_rate(self, learning_rate):
@@ -129,6 +130,32 @@ class Adapter(tf_keras.optimizers.Optimizer):
         self._variables.append(variable)
         return variable
 
+    def aggregate_gradients(self, grads_and_vars):
+        """Sums gradients over the replicas.
+
+        Args:
+            grads_and_vars: list of (gradient, variable) pairs; a gradient may be None.
+
+        Returns:
+            The same pairs with the sums.
+        """
+        pairs = list(grads_and_vars)
+        present = [g for g, _ in pairs if g is not None]
+        if not present:
+            return pairs
+        # A TPU's replica is traced once, in one thread: the update that follows takes them.
+        sums, self._squares = xla.sum_over_replicas(self, present)
+        sums = iter(sums)
+        return [(None if g is None else next(sums), v) for g, v in pairs]
+
+    def apply_gradients(self, grads_and_vars, *arguments, **named_arguments):
+        """Updates the variables; arguments and result are those of tf_keras."""
+        self._squares = None
+        try:
+            return super().apply_gradients(grads_and_vars, *arguments, **named_arguments)
+        finally:
+            self._squares = None
+
     def _deduplicate_sparse_grad(self, grads):
         """Nothing: sparse gradients are made dense."""
         return grads
@@ -143,7 +170,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
                 "`optimizer.build(variables)` with all variables before the first step."
             )
         index = [self._index_dict[self._var_key(v)] for v in variables]
-        self._plan.update(distribution, index, grads, self.learning_rate)
+        self._plan.update(distribution, index, grads, self.learning_rate, self._squares)
         return self.iterations.assign_add(1)
 
     def save_own_variables(self, store):

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.ops import control_flow_util
 
-from tf_lamb import xla_cpu
+from tf_lamb import norms, xla_cpu
 from tf_lamb.layerwise import Gradients, telemetry_row, with_rows
 
 # Arguments that the program of a layer does not depend on.
@@ -71,6 +71,33 @@ def _warn_once(reason: str) -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+def sum_over_replicas(rule, grads):
+    """Sums gradients over the replicas.
+
+    On a TPU the sums of squares, which tell whether the gradients are finite, are taken of each
+    replica's own gradients: there XLA fuses them into the operations that make the gradients, and
+    reads nothing again. They are summed along. Since ‖Σᵣgᵣ‖² ≤ R Σᵣ‖gᵣ‖² for R replicas, the result
+    times R is an upper bound, which is finite only where the gradients' squares are.
+
+    Args:
+        rule: the optimizer.
+        grads: list of tensors, in replica context.
+
+    Returns:
+        `(grads, squares)`: the summed gradients; a [gradients] float32 tensor for
+        `Layerwise.measure_gradients`, or None.
+    """
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        return grads, None
+    grads = [tf.convert_to_tensor(g) for g in grads]
+    if isinstance(replica.strategy, tf.distribute.TPUStrategy) and rule.judges_before_sum:
+        own = tf.stack([norms.sum_squares(tf.cast(g, tf.float32)) for g in grads])
+        *grads, squares = replica.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, own])
+        return grads, squares * replica.num_replicas_in_sync
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, grads), None
 
 
 def _in_xla() -> bool:
@@ -139,7 +166,7 @@ class Update:
             for whole in (False, True)
         }
 
-    def __call__(self, strategy, index: Sequence[int], grads, learning_rate) -> None:
+    def __call__(self, strategy, index: Sequence[int], grads, learning_rate, squares=None) -> None:
         """Updates every replica's variables on its own device.
 
         Args:
@@ -147,21 +174,26 @@ class Update:
             index: positions of the variables that have a gradient.
             grads: list of float tensors (or `tf.IndexedSlices`), one for each position.
             learning_rate: float scalar.
+            squares: what `sum_over_replicas` returned.
         """
         index = tuple(index)
 
-        def on_replica(_, grads, learning_rate):
+        def on_replica(_, grads, learning_rate, squares):
             on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
             update = self._update if on_tpu or _in_xla() else self._staged[self._is_one_program()]
             update(
                 index,
                 [_dense(g, self._variables[i].shape) for i, g in zip(index, grads, strict=True)],
                 tf.cast(tf.convert_to_tensor(learning_rate), tf.float32),
+                squares,
             )
 
         # One call, anchored on the first variable, hands each replica its gradients and device.
         strategy.extended.update(
-            self._variables[index[0]], on_replica, args=(grads, learning_rate), group=False
+            self._variables[index[0]],
+            on_replica,
+            args=(grads, learning_rate, squares),
+            group=False,
         )
 
     def _is_one_program(self) -> bool:
@@ -183,17 +215,19 @@ class Update:
             return False
         return True
 
-    def _update(self, index, grads, learning_rate) -> None:
+    def _update(self, index, grads, learning_rate, squares) -> None:
         """A call's part on one device: accumulation, then the update."""
         summed: dict[int, Any] = {}
         for i, g in zip(index, grads, strict=True):
             g = tf.cast(g, tf.float32)
             # A variable that is there twice moves by the sum, as in Keras's SGD.
             summed[i] = summed[i] + g if i in summed else g
+        if len(summed) < len(index) or self._accumulators is not None:
+            squares = None  # of other gradients than those that are applied
         index, grads = tuple(summed), list(summed.values())
         calls = _value(self._iterations)
         if self._accumulators is None:
-            self._apply(index, grads, learning_rate, calls)
+            self._apply(index, grads, learning_rate, calls, squares)
             return
         accumulators = [self._accumulators[i] for i in index]
         totals = [
@@ -203,7 +237,7 @@ class Update:
 
         def apply():
             mean = [total / self._accumulation for total in totals]
-            self._apply(index, mean, learning_rate, calls // self._accumulation)
+            self._apply(index, mean, learning_rate, calls // self._accumulation, None)
             for total in self._accumulators:
                 if total is not None:
                     _assign(total, tf.zeros(total.shape, total.dtype))
@@ -216,7 +250,7 @@ class Update:
 
         tf.cond((calls + 1) % self._accumulation == 0, apply, accumulate)
 
-    def _apply(self, index, grads, learning_rate, updates) -> None:
+    def _apply(self, index, grads, learning_rate, updates, squares) -> None:
         """The update after `updates` others: variables, slots, averages, counters, telemetry."""
         rule = self._rule
         step = tf.cast(updates, tf.float32) + 1.0
@@ -225,7 +259,8 @@ class Update:
         if _device_type(self._variables[index[0]]) == "CPU":
             sums = xla_cpu.inside_programs() if in_xla else xla_cpu.outside_programs()
         with sums:
-            gradients: Gradients = rule.measure_gradients(grads)
+            squares = None if squares is None else tf.unstack(squares, len(grads))
+            gradients: Gradients = rule.measure_gradients(grads, squares)
         scalars = rule.scalars(step)
         if gradients.finite is None or in_xla:
             self._advance(index, grads, learning_rate, gradients, scalars, updates, in_xla)
