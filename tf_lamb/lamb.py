@@ -124,7 +124,7 @@ class LAMBRule(Layerwise):
             `tf.distribute` strategy the result equals that of one replica with the whole batch.
             Keras 3 only.
         based_on: name of the variant these arguments come from; `LAMB.variant(name)` sets it.
-        name: name of the optimizer.
+        name: name of the optimizer. `None`: as Keras names its own.
         **base_arguments: arguments that a newer Keras's `Optimizer` takes.
 
     Raises:
@@ -184,7 +184,7 @@ class LAMBRule(Layerwise):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         based_on: str | None = None,
-        name: str | None = "lamb",
+        name: str | None = None,
         **base_arguments: Any,
     ) -> None:
         arguments = collected(locals())

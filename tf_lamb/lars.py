@@ -140,7 +140,7 @@ class LARSRule(Layerwise):
             `tf.distribute` strategy the result equals that of one replica with the whole batch.
             Keras 3 only.
         based_on: name of the variant these arguments come from; `LARS.variant(name)` sets it.
-        name: name of the optimizer.
+        name: name of the optimizer. `None`: as Keras names its own.
         **base_arguments: arguments that a newer Keras's `Optimizer` takes.
 
     Raises:
@@ -197,7 +197,7 @@ class LARSRule(Layerwise):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         based_on: str | None = None,
-        name: str | None = "lars",
+        name: str | None = None,
         **base_arguments: Any,
     ) -> None:
         arguments = collected(locals())

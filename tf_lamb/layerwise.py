@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from tf_lamb.layers import Patterns, VariablePlan, plan_variables, table_lines
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 # Arguments that the optimizers of tf_keras lack.
 KERAS_3_ONLY = ("loss_scale_factor", "gradient_accumulation_steps")
+# Arguments that may be set on an optimizer; Keras itself does.
+SETTABLE = ("learning_rate", "loss_scale_factor", "jit_compile", "name")
 MOMENT_DTYPES = ("float32", "bfloat16")
 # Arguments that say which rule it is. Where one differs from a variant's, it is another rule.
 FORMULA = (
@@ -200,6 +203,12 @@ class Layerwise:
             return hyperparameters[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        hyperparameters = self.__dict__.get("hyperparameters")
+        if hyperparameters is not None and name in hyperparameters and name not in SETTABLE:
+            setattr(hyperparameters, name, value)  # raises
+        super().__setattr__(name, value)
+
     @classmethod
     def variant(cls, name: str, learning_rate: Any = 1e-3, **arguments: Any):
         """The optimizer with the arguments of a published variant, overridden by `arguments`.
@@ -309,7 +318,7 @@ class Layerwise:
             if squares is None:
                 squares = [norms.sum_squares(g) for g in grads]
             finite = norms.is_finite(sum(squares))
-            nonfinite = [ops.where(norms.is_finite(s), 0.0, float("nan")) for s in squares]
+            nonfinite = [0.0 * (norms.HEADROOM * s) for s in squares]  # 0·∞ is NaN
             norm = lambda some: ops.sqrt(sum(squares[i] for i in some))  # noqa: E731
         else:
             finite = nonfinite = None
@@ -491,6 +500,8 @@ class Layerwise:
         for name, parameter in (base | own).items():
             if name in ("self", "base_arguments"):
                 continue
+            if name == "name" and re.fullmatch(rf"{type(self).__name__}(_\d+)?", self.name, re.I):
+                continue  # chosen by Keras
             value = getattr(self, name) if name in base else self.hyperparameters[name]
             value = rates.shown(self._learning_rate) if name == "learning_rate" else plain(value)
             if value != plain(parameter.default):

@@ -9,6 +9,17 @@ from keras import ops
 from tf_lamb.arguments import check_interval
 
 
+def _updates(step, gradient_accumulation_steps):
+    """The number of updates before call number `step`: a float32 scalar."""
+    if gradient_accumulation_steps:
+        step = ops.floor_divide(step, gradient_accumulation_steps)
+    return ops.cast(step, "float32")
+
+
+def _check_accumulation(steps):
+    return None if steps is None else check_interval("gradient_accumulation_steps", steps, 1)
+
+
 def warmup_polynomial_decay(
     step,
     *,
@@ -47,6 +58,10 @@ class WarmupPolynomialDecayRule:
             code, η₀(1 - t/T), where the rate drops from η₀ to η₀(1 - W/T) as warm-up ends.
         warmup_from: S, the step the warm-up counts from, an int in [-W, 0]: below 0 the first
             step is that far into it (MLPerf's start_warmup_step).
+        gradient_accumulation_steps: int >= 1, as in the Keras 3 optimizer that takes the schedule,
+            or None for 1. Keras counts calls of the optimizer, of which so many make an update;
+            with this argument all counts above are of updates: `warmup_steps=100` are 100
+            updates.
 
     Raises:
         ValueError: an argument outside its range.
@@ -63,15 +78,18 @@ class WarmupPolynomialDecayRule:
         name=None,
         *,
         warmup_from=0,
+        gradient_accumulation_steps=None,
     ):
-        check_interval("peak_learning_rate", peak_learning_rate, 0, open_low=True)
-        check_interval("total_steps", total_steps, 0, open_low=True)
-        check_interval("warmup_steps", warmup_steps, 0, total_steps)
-        check_interval("end_learning_rate", end_learning_rate, 0)
-        check_interval("power", power, 0, open_low=True)
-        check_interval("warmup_from", warmup_from, -warmup_steps, 1)
+        peak_learning_rate = check_interval(
+            "peak_learning_rate", peak_learning_rate, 0, open_low=True
+        )
+        total_steps = check_interval("total_steps", total_steps, 0, open_low=True)
+        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps)
+        end_learning_rate = check_interval("end_learning_rate", end_learning_rate, 0)
+        power = check_interval("power", power, 0, open_low=True)
+        warmup_from = check_interval("warmup_from", warmup_from, -warmup_steps, 1)
         if decay_from is not None:
-            check_interval("decay_from", decay_from, 0, warmup_steps + warmup_from + 1)
+            decay_from = check_interval("decay_from", decay_from, 0, warmup_steps + warmup_from + 1)
         self.peak_learning_rate = peak_learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
@@ -79,13 +97,14 @@ class WarmupPolynomialDecayRule:
         self.power = power
         self.decay_from = decay_from
         self.warmup_from = warmup_from
+        self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
 
     def __call__(self, step):
         """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
         warmup_end = self.warmup_steps + self.warmup_from
         return warmup_polynomial_decay(
-            step,
+            _updates(step, self.gradient_accumulation_steps),
             peak_learning_rate=self.peak_learning_rate,
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
@@ -105,6 +124,7 @@ class WarmupPolynomialDecayRule:
             "power": self.power,
             "decay_from": self.decay_from,
             "warmup_from": self.warmup_from,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "name": self.name,
         }
 
@@ -124,6 +144,7 @@ class WarmupStepDecayRule:
         total_steps: T, an int, warm-up included.
         decay_steps: the D, increasing ints in [W, T).
         decay_factor: f, a float in (0, 1].
+        gradient_accumulation_steps: as in `WarmupPolynomialDecay`.
 
     Raises:
         ValueError: an argument outside its range.
@@ -137,28 +158,34 @@ class WarmupStepDecayRule:
         decay_steps,
         decay_factor=0.1,
         name=None,
+        *,
+        gradient_accumulation_steps=None,
     ):
-        check_interval("peak_learning_rate", peak_learning_rate, 0, open_low=True)
-        check_interval("total_steps", total_steps, 0, open_low=True)
-        check_interval("warmup_steps", warmup_steps, 0, total_steps)
-        least = warmup_steps
-        for step in decay_steps:
-            check_interval("decay_steps", step, least, total_steps)
-            least = step + 1
-        if not 0 < decay_factor <= 1:
+        peak_learning_rate = check_interval(
+            "peak_learning_rate", peak_learning_rate, 0, open_low=True
+        )
+        total_steps = check_interval("total_steps", total_steps, 0, open_low=True)
+        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps)
+        least, decays = warmup_steps, []
+        for step in decay_steps:  # perhaps an iterator: read once
+            decays.append(check_interval("decay_steps", step, least, total_steps))
+            least = decays[-1] + 1
+        decay_factor = check_interval("decay_factor", decay_factor, 0, open_low=True)
+        if decay_factor > 1:
             raise ValueError(
                 f"`decay_factor` must lie in (0, 1]. Received: decay_factor={decay_factor}."
             )
         self.peak_learning_rate = peak_learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
-        self.decay_steps = list(decay_steps)
+        self.decay_steps = decays
         self.decay_factor = decay_factor
+        self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
 
     def __call__(self, step):
         """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
-        step = ops.cast(step, "float32")
+        step = _updates(step, self.gradient_accumulation_steps)
         rate = ops.convert_to_tensor(self.peak_learning_rate, dtype="float32")
         for number, start in enumerate(self.decay_steps, start=1):
             lower = self.peak_learning_rate * self.decay_factor**number
@@ -176,6 +203,7 @@ class WarmupStepDecayRule:
             "total_steps": self.total_steps,
             "decay_steps": self.decay_steps,
             "decay_factor": self.decay_factor,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "name": self.name,
         }
 
@@ -190,6 +218,7 @@ class PhasesRule:
         phases: list of dictionaries, the arguments of one `WarmupPolynomialDecay` each, or, with
             `decay_steps` among them, of one `WarmupStepDecay`. A phase lasts its `total_steps`;
             after the last one, its end rate holds.
+        gradient_accumulation_steps: as in `WarmupPolynomialDecay`, for all phases.
 
     Raises:
         ValueError: no phases, or an argument of one outside its range.
@@ -198,10 +227,11 @@ class PhasesRule:
     _schedule: type
     _step_schedule: type
 
-    def __init__(self, phases, name=None):
-        if not phases:
-            raise ValueError(f"`phases` must hold at least one phase. Received: phases={phases!r}.")
+    def __init__(self, phases, name=None, *, gradient_accumulation_steps=None):
         self.phases = [dict(phase) for phase in phases]
+        if not self.phases:
+            raise ValueError(f"`phases` must hold at least one phase. Received: phases={phases!r}.")
+        self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
         self._schedules = [
             (self._step_schedule if "decay_steps" in phase else self._schedule)(**phase)
@@ -210,7 +240,7 @@ class PhasesRule:
 
     def __call__(self, step):
         """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
-        step = ops.cast(step, "float32")
+        step = _updates(step, self.gradient_accumulation_steps)
         ends = [schedule.total_steps for schedule in self._schedules]
         starts = [sum(ends[:i]) for i in range(len(ends))]
         rate = self._schedules[0](step)
@@ -220,4 +250,8 @@ class PhasesRule:
 
     def get_config(self):
         """The constructor's arguments."""
-        return {"phases": self.phases, "name": self.name}
+        return {
+            "phases": self.phases,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "name": self.name,
+        }

@@ -154,6 +154,7 @@ class Update:
         accumulation: int = 1,
     ) -> None:
         self._rule, self._plan = rule._rule(), plan
+        self._jit_compile = rule.jit_compile
         self._rule_key = (type(self._rule), rule.hyperparameters.key(OUTSIDE_PROGRAMS))
         self._variables, self._slots = variables, slots
         self._iterations, self._averages = iterations, averages
@@ -197,12 +198,13 @@ class Update:
         )
 
     def _is_one_program(self) -> bool:
-        types = {_device_type(variable) for variable in self._variables}
-        return types == {"GPU"} and self._compiles("GPU")
+        devices = {variable.handle.device for variable in self._variables}
+        on_gpu = _device_type(self._variables[0]) == "GPU"
+        return on_gpu and len(devices) == 1 and self._compiles("GPU")
 
     def _compiles(self, device_type: str) -> bool:
         """Whether layers on such a device are compiled; where they cannot be, a warning says so."""
-        if not self._rule.jit_compile:
+        if not self._jit_compile:
             return False
         if context.context().op_callbacks:
             _warn_once(
@@ -306,7 +308,8 @@ class Update:
                 # Layers come in waves: all of one depend on the last ratio of the wave before it.
                 after, begun = (last, 0) if begun > CHAIN else (after, begun)
                 begun += sum(math.prod(plan.variables[i].shape) for i in layer)
-            with tf.device(None if in_xla else self._variables[layer[0]].handle.device):
+            devices = {self._variables[i].handle.device for i in layer}
+            with tf.device(None if in_xla or len(devices) > 1 else devices.pop()):
                 arguments = (
                     [self._variables[i].handle for i in layer],
                     [[kind[i].handle for kind in self._slots] for i in layer],
@@ -344,8 +347,10 @@ class Update:
         slot_dtypes = [[_dtype(kind[i]) for kind in self._slots] for i in layer]
         on_cpu = _device_type(self._variables[layer[0]]) == "CPU"
         elements = sum(math.prod(plan.shape) for plan in plans)
-        devices = {_device_type(self._variables[i]) for i in layer}
-        jit = not in_xla and len(devices) == 1 and self._compiles(*devices)
+        jit = not in_xla and self._compiles(_device_type(self._variables[layer[0]]))
+        if jit and len({self._variables[i].handle.device for i in layer}) > 1:
+            _warn_once("the variables of a group are on several devices")
+            jit = False
         key = (
             self._rule_key,
             tuple(
