@@ -214,6 +214,10 @@ class Adapter(tf_keras.optimizers.Optimizer):
         if isinstance(rate, dict) and rate.get("class_name") in ("function", "__lambda__"):
             rate = tf_keras.utils.deserialize_keras_object(rate, custom_objects)
             config = config | {"learning_rate": rate}
+        # The HDF5 format writes a class's bare name, and looks among Keras's own schedules.
+        elif isinstance(rate, dict) and rate.get("class_name") in SCHEDULES:
+            rate = SCHEDULES[rate["class_name"]].from_config(rate["config"])
+            config = config | {"learning_rate": rate}
         return super().from_config(config, custom_objects)
 
 
@@ -250,3 +254,8 @@ class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSch
 
 class TelemetryCallback(TelemetryCallbackRule, tf_keras.callbacks.Callback):  # noqa: D101
     __doc__ = TelemetryCallbackRule.__doc__
+
+
+SCHEDULES = {
+    schedule.__name__: schedule for schedule in (WarmupPolynomialDecay, WarmupStepDecay, Phases)
+}
