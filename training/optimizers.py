@@ -6,7 +6,7 @@ import tf_keras
 from recipes.types import Recipe
 from tf_lamb import tf_keras as ours
 from tf_lamb.arguments import check_interval
-from tf_lamb.layers import Patterns, plan_layers
+from tf_lamb.layers import Patterns, plan_variables
 
 
 def make_schedule(recipe: Recipe) -> ours.Phases:
@@ -69,12 +69,11 @@ def _keras_optimizer(recipe, learning_rate, settings):
 def build(optimizer, recipe: Recipe, variables) -> None:
     """Makes the slots, and decides which variables are decayed: alike for every optimizer.
 
-    Raises:
-        ValueError: an exclusion pattern matches no variable.
+    An exclusion pattern that matches no variable is a `UserWarning`.
     """
     if recipe.optimizer in ("adamw", "adagrad"):
         # tf_keras searches its patterns in names that end in ":0", where "bias$" finds nothing.
-        layers = plan_layers(
+        layers = plan_variables(
             [v.name.split(":")[0] for v in variables],
             [v.shape for v in variables],
             Patterns(tuple(recipe.exclude_from_weight_decay), (), {}, ()),
