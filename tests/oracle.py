@@ -38,18 +38,27 @@ class Layer:
     and ratio, as the optimizers' telemetry has it.
     """
 
-    def __init__(self, x, decayed=True, adapted=True, norm="l2", mutant=None):
+    def __init__(
+        self, x, decayed=True, adapted=True, norm="l2", trust_ratio_bounds=None, mutant=None
+    ):
         self.x = np.array(x, np.float64)
         self.decayed, self.adapted, self.norm, self.mutant = decayed, adapted, norm, mutant
+        self.ratio_bounds = trust_ratio_bounds
         self.seen = (0.0, 0.0, 0.0)
 
     def ratio(self, upper, lower):
         """upper / lower for a layer that is adapted, unless one is nothing."""
-        return upper / lower if self.adapted and upper > 0 and lower > 0 else 1.0
+        if not self.adapted or upper <= 0 or lower <= 0:
+            return 1.0
+        low, high = self.ratio_bounds or (0.0, np.inf)
+        return min(max(upper / lower, low), high)
 
 
 class Lamb(Layer):
-    """x -= rate * phi(|x|) / |u| * u, with u = Adam's direction + decay * x."""
+    """x -= rate * phi(|x|) / |u| * u, with u = Adam's direction + decay * x.
+
+    With `bias_correction="rate"` Adam's correction is in the rate, outside of |u|.
+    """
 
     def __init__(
         self,
@@ -67,7 +76,8 @@ class Lamb(Layer):
         self.b1, self.b2, self.epsilon = beta_1, beta_2, epsilon
         self.b2 = 0.99 if self.mutant == "wrong_beta_2" else self.b2
         self.weight_decay = weight_decay if self.decayed else 0.0
-        self.corrected = bias_correction and self.mutant != "no_bias_correction"
+        self.corrected = bias_correction is True and self.mutant != "no_bias_correction"
+        self.rate_corrected = bias_correction == "rate"
         self.nesterov, self.bounds = nesterov, weight_norm_bounds
         self.m, self.v, self.t = np.zeros_like(self.x), np.zeros_like(self.x), 0
 
@@ -101,6 +111,8 @@ class Lamb(Layer):
         ratio = self.ratio(min(max(x_size, self.bounds[0]), self.bounds[1]), u_size)
         ratio = 1.0 if self.mutant == "no_ratio" else ratio
         self.seen = (x_size, u_size, ratio)
+        if self.rate_corrected:
+            rate = rate * np.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
         self.x = self.x - rate * ratio * direction
 
 

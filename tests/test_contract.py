@@ -52,13 +52,17 @@ def operations(flavour, **arguments):
 
     def walk(nodes):
         for node in nodes:
-            called = functions.get(node.attr["f"].func.name) if "f" in node.attr else None
-            if called is None:
+            # A call has its function as "f"; an update that may be skipped stands in a branch.
+            names = ("f", "then_branch", "else_branch")
+            called = [functions[node.attr[name].func.name] for name in names if name in node.attr]
+            if not called:
                 outside.append(node.op)
-            elif node.attr["_XlaMustCompile"].b:
-                clusters.append((called.signature.name, Counter(n.op for n in called.node_def)))
-            else:
-                walk(called.node_def)
+            for function in called:
+                if node.attr["_XlaMustCompile"].b:
+                    ops = Counter(n.op for n in function.node_def)
+                    clusters.append((function.signature.name, ops))
+                else:
+                    walk(function.node_def)
 
     walk(graph.node)
     return outside, clusters

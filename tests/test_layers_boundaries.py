@@ -31,24 +31,23 @@ FOLDERS = {
 MODULES = {
     "__init__": {"batch_scaling", "exclusions", "keras3", "migration", "telemetry"},
     "norms": set(),
-    "updates": {"norms"},
     "arguments": set(),
-    "layers": set(),
-    "rates": set(),
-    "waves": {"updates"},
-    "layerwise": {"norms", "updates", "waves", "arguments", "layers", "rates"},
-    "schedules": {"arguments"},
-    "fused": {"updates"},
     "exclusions": set(),
-    "batch_scaling": {"arguments"},
-    "lamb": {"arguments", "layerwise", "updates"},
-    "lars": {"arguments", "layerwise", "updates"},
-    "keras3": {"lamb", "lars", "fused", "rates", "schedules", "layerwise", "updates"},
-    "tf_keras": {"lamb", "lars", "fused", "rates", "schedules", "layerwise", "telemetry"},
-    "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
-    "migration": {"layerwise", "foreign_state"},
     "heat_map": set(),
     "foreign_state": set(),
+    "layers": {"exclusions"},
+    "learning_rate": {"arguments"},
+    "schedules": {"arguments"},
+    "batch_scaling": {"arguments"},
+    "layerwise": {"norms", "arguments", "layers", "learning_rate"},
+    "lamb": {"arguments", "layerwise", "norms"},
+    "lars": {"arguments", "layerwise", "norms"},
+    "xla_cpu": {"norms"},
+    "xla": {"layerwise", "xla_cpu"},
+    "keras3": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "xla"},
+    "tf_keras": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "telemetry", "xla"},
+    "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
+    "migration": {"layerwise", "foreign_state"},
 }
 # Module of recipes: which others it may import. None imports more than the standard library beside.
 RECIPE_MODULES = {
@@ -60,10 +59,13 @@ RECIPE_MODULES = {
     "overrides": {"types"},
     "scaling": {"types"},
 }
-# Only these may know TensorFlow or Keras 2; the last two within the functions that need it.
+# Only these may know TensorFlow or Keras 2: keras3 where it is the backend, the last two within
+# the functions that need it.
 TENSORFLOW = {
-    "fused": {"tensorflow"},
+    "xla": {"tensorflow"},
+    "xla_cpu": {"tensorflow"},
     "tf_keras": {"tensorflow", "tf_keras"},
+    "keras3": {"tensorflow"},
     "telemetry": {"tensorflow"},
     "foreign_state": {"tensorflow"},
 }

@@ -111,8 +111,9 @@ def test_the_variable_is_the_one_that_was_lent(flavour):
 
 
 def test_a_number_of_any_kind_is_a_rate(flavour):
-    for make in (int, np.int64, np.float16, np.float32, np.float64, np.array):
+    for make in (int, np.int64, np.float16, np.float32, np.float64, np.array, tf.constant):
         assert float(flavour.lamb.LAMB(make(1)).learning_rate) == 1.0
+        assert float(flavour.lamb.LAMB(make(0)).learning_rate) == 0.0
 
 
 def test_the_variable_made_of_a_number_can_be_assigned(flavour):
@@ -260,18 +261,26 @@ def test_a_value_is_assigned_to_no_schedule_and_no_callable(flavour):
             optimizer.learning_rate = lambda step: step
 
 
+@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), np.float32(-0.1), "0.1", None])
+def test_a_value_that_is_set_later_is_checked(flavour, bad):
+    for make in (float, tf.Variable, keras.Variable):
+        optimizer = flavour.lamb.LAMB(make(FIRST))
+        with pytest.raises(ValueError, match=r"`learning_rate` must be a number in \[0, inf\)\."):
+            optimizer.learning_rate = bad
+        assert float(optimizer.learning_rate) == FIRST
+
+
 # Functions, since TensorFlow's devices are set up after this file is imported.
 BAD = {
     "string": lambda: "0.1",
     "None": lambda: None,
     "negative": lambda: -0.1,
-    "zero": lambda: 0,
     "NaN": lambda: float("nan"),
     "infinite": lambda: np.float32("inf"),
     "bool": lambda: True,
     "list": lambda: [0.1],
     "array": lambda: np.array([0.1]),
-    "tensor": lambda: tf.constant(0.1),
+    "tensor of one element": lambda: tf.constant([0.1]),
     "class": lambda: float,
     "takes the step": lambda: lambda step: 0.1,
     "variable of two": lambda: tf.Variable([0.1, 0.1]),
@@ -282,7 +291,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_what_can_be_no_rate_is_refused(flavour, bad):
-    rule = r"`learning_rate` must be a .*variable, or a number in \(0, inf\)\. Received: learning_"
+    rule = r"`learning_rate` must be a .*variable, or a number in \[0, inf\)\. Received: learning_"
     for make in (flavour.lamb.LAMB, flavour.lamb.LARS):
         with pytest.raises(ValueError, match=rule):
             make(BAD[bad]())

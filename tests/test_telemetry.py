@@ -123,6 +123,22 @@ def test_an_excluded_layer_is_not_above_the_bound(keras3, tmp_path):
     assert [alarm.layer for alarm in heard] == ["zero/kernel", "still/kernel"]
 
 
+def test_what_keras_overwrites_raises_no_alarm(keras3, tmp_path):
+    """The scale of a float8 layer is no layer's: its row stays zero."""
+    variables = [keras.Variable(np.float32([2, 1]), name=name) for name in ("kernel", "scale")]
+    variables[1].overwrite_with_gradient = True
+    optimizer = keras3.lamb.LAMB(telemetry=True)
+    optimizer.build(variables)
+    optimizer.apply([tf.constant([1.0, 2.0]), tf.constant([3.0, 4.0])], variables)
+    assert variables[1].numpy().tolist() == [3, 4]
+    assert [layer.overwritten for layer in optimizer.layers] == [False, True]
+    assert not optimizer.layers[1].decayed and not optimizer.layers[1].adapted
+    heard = []
+    TelemetryWriter(tmp_path, optimizer, on_alarm=heard.append, tensorboard=False).write(1)
+    assert heard == []
+    assert optimizer.telemetry_rows[0].all() and not optimizer.telemetry_rows[1].any()
+
+
 @pytest.mark.parametrize("arguments", [{"every_steps": 0}, {"max_ratio": 0.0}])
 def test_wrong_arguments(arguments, keras3, tmp_path):
     with pytest.raises(ValueError, match=next(iter(arguments))):

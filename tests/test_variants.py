@@ -29,6 +29,12 @@ VARIANTS = {
     ("LAMB", "tf-models"): ({}, {}, False),
     ("LAMB", "optax"): ({}, {}, True),
     ("LAMB", "apex"): ({}, CLIP, False),
+    ("LAMB", "lambc"): ({"trust_ratio_bounds": (0.0, 1.0)}, {}, False),
+    ("LAMB", "deepspeed"): (
+        {"bias_correction": "rate", "trust_ratio_bounds": (0.01, 10.0)},
+        {},
+        True,
+    ),
     ("LARS", "paper"): ({"form": "paper"}, {}, False),
     ("LARS", "you-2017"): ({"form": "mlperf"}, {}, False),
     ("LARS", "mlperf"): ({"form": "mlperf"}, {}, False),
@@ -42,6 +48,9 @@ OPTIONS = {
     "l1": ("LAMB", {"norm": "l1"}),
     "linf": ("LAMB", {"norm": "linf"}),
     "bounds": ("LAMB", {"weight_norm_bounds": (0.5, 20.0)}),
+    "bias correction of the rate": ("LAMB", {"bias_correction": "rate"}),
+    "bounds of the ratio": ("LAMB", {"trust_ratio_bounds": (0.01, 0.5)}),
+    "bounds of LARS's ratio": ("LARS", {"trust_ratio_bounds": (0.01, 0.5)}),
     "n-lamb without bias correction": ("LAMB", {"nesterov": "first", "bias_correction": False}),
     "nn-lamb without bias correction": ("LAMB", {"nesterov": "both", "bias_correction": False}),
     "l1 of LARS": ("LARS", {"norm": "l1"}),
@@ -98,6 +107,20 @@ def test_a_variant_is_what_it_says(flavour, rule, variant):
         assert_differs(weights, expected(rule, gradients, NO_DECAY, no_adaptation, **told))
     other = NO_DECAY if adapts_all else ()
     assert_differs(weights, expected(rule, gradients, NO_DECAY, other, clip, **told))
+
+
+def test_what_is_not_decayed_is_not_adapted(flavour):
+    """Whatever the list of what is not adapted; without any decay nothing is adapted."""
+    gradients = random_gradients(1)
+    arguments = {"adapt_undecayed": False, "exclude_from_layer_adaptation": []}
+    patterns = ["bias$", "norm/"]
+    weights, _ = history(
+        flavour, "LAMB", gradients, exclude_from_weight_decay=patterns, **arguments
+    )
+    assert_agrees(weights, expected("LAMB", gradients, NO_DECAY, NO_DECAY))
+    assert_differs(weights, expected("LAMB", gradients, NO_DECAY))
+    weights, _ = history(flavour, "LAMB", gradients, weight_decay=0.0, **arguments)
+    assert_agrees(weights, expected("LAMB", gradients, (), tuple(LAYERS), weight_decay=0.0))
 
 
 def test_no_variant_is_left_out(keras3):
@@ -183,11 +206,31 @@ def test_a_variant_gives_way_argument_by_argument(flavour):
     lamb = flavour.lamb.LAMB
     ours = lamb.variant("nvlamb", 0.5, global_clipnorm=3.0, beta_1=0.5).get_config()
     theirs = lamb.variant("nvlamb", 0.5).get_config()
-    assert {name for name in ours if ours[name] != theirs[name]} == {"global_clipnorm", "beta_1"}
+    assert {name for name in ours if ours[name] != theirs[name]} == {
+        "global_clipnorm",
+        "beta_1",
+        "based_on",
+    }
     assert lamb.variant("nvlamb", global_clipnorm=None, clipnorm=2.0).clipnorm == 2.0
     assert lamb.variant("n-lamb", nesterov=None, based_on=None).get_config() == lamb().get_config()
     form = flavour.lamb.LARS.variant("tf-contrib", form="mlperf").get_config()
-    assert form | {"based_on": None} == flavour.lamb.LARS().get_config()
+    assert form == flavour.lamb.LARS().get_config()
+
+
+def test_a_variant_that_is_made_another_rule_loses_its_name(flavour):
+    """Its own settings and the formula's arguments make it; rate, decay and momentum do not."""
+    variant = flavour.lamb.LAMB.variant
+    for kept in ({"beta_1": 0.5}, {"weight_decay": 0.5}, {"global_clipnorm": 1}, {"norm": "l2"}):
+        assert variant("nvlamb", 0.5, **kept).based_on == "nvlamb"
+    for changed in (
+        {"global_clipnorm": 2.0},
+        {"exclude_from_layer_adaptation": ["bias"]},
+        {"norm": "l1"},
+        {"bias_correction": False},
+    ):
+        assert variant("nvlamb", 0.5, **changed).based_on is None
+    assert variant("deepspeed", 0.5, epsilon=1e-3).based_on is None
+    assert flavour.lamb.LARS.variant("tf-contrib", form="mlperf").based_on is None
 
 
 @pytest.mark.parametrize("rule", OWN)

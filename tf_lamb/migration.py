@@ -13,7 +13,6 @@ from keras import ops
 from tf_lamb.foreign_state import State, host_array, read_state
 from tf_lamb.layerwise import Layerwise
 
-RATE_INSIDE = ("mlperf", "tf-models")  # forms of LARS whose momentum holds η r d, not d
 NO_STEP = "The source keeps no step count. Pass `step`, the number of updates it has made."
 
 
@@ -145,7 +144,7 @@ def _check_meaning(state: State, optimizer) -> None:
     form = getattr(optimizer, "form", None)
     if form is None or state.rate_inside is None:
         return
-    if state.rate_inside != (form in RATE_INSIDE) or form == "paper":
+    if state.rate_inside != optimizer.rate_inside or form == "paper":
         holds = "η r (g + λx)" if state.rate_inside else "g + λx, without the learning rate"
         fitting = '"tf-models" or "mlperf"' if state.rate_inside else '"tf-models-scaled"'
         raise ValueError(

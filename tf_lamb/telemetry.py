@@ -42,6 +42,8 @@ class TrustRatioAlarm(RuntimeError):
 
 def _trouble(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
     """What is wrong with [‖x‖, ‖u‖, ratio], or None."""
+    if layer.overwritten:  # the optimizer never updates it, so its row stays zero
+        return None
     x_norm, u_norm, ratio = (float(value) for value in row)
     if not all(map(math.isfinite, (x_norm, u_norm, ratio))):
         return f"not finite: ‖x‖ = {x_norm:g}, ‖u‖ = {u_norm:g}, trust ratio {ratio:g}"

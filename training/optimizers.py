@@ -69,8 +69,7 @@ def _keras_optimizer(recipe, learning_rate, settings):
 def build(optimizer, recipe: Recipe, variables) -> None:
     """Makes the slots, and decides which variables are decayed: alike for every optimizer.
 
-    Raises:
-        ValueError: an exclusion pattern matches no variable.
+    An exclusion pattern that matches no variable is a `UserWarning`.
     """
     if recipe.optimizer in ("adamw", "adagrad"):
         # tf_keras searches its patterns in names that end in ":0", where "bias$" finds nothing.

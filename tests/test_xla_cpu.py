@@ -1,0 +1,170 @@
+"""What is written otherwise for a CPU (sums by rows, waves, u computed twice) computes the same."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_lamb
+from tf_lamb import norms, xla, xla_cpu
+
+SHAPES = [(700, 40), (40,), (3, 3, 64, 80), (), (1, 1, 90, 64), (0, 4), (9000,), (30, 12, 64)]
+SUMS = [contextlib.nullcontext, xla_cpu.inside_programs, xla_cpu.outside_programs]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sum_by_rows_is_the_sum(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    exact = np.sum(x.astype(np.float64))
+    allowed = 1e-6 * np.abs(x.astype(np.float64)).sum()
+    assert abs(float(xla_cpu._row_sum(tf.constant(x))) - exact) <= allowed
+
+
+@pytest.mark.parametrize("sums", SUMS, ids=lambda sums: sums.__name__)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sum_of_squares_is_that_however_it_is_computed(shape, sums):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    with sums():
+        found = float(norms.sum_squares(tf.constant(x)))
+    assert found == pytest.approx(np.sum(np.square(x.astype(np.float64))), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e19, 3e38])
+@pytest.mark.parametrize("sums", SUMS, ids=lambda sums: sums.__name__)
+def test_one_bad_element_among_many_is_seen(bad, sums):
+    """Also one that is finite and has no float32 square."""
+    optimizer = tf_lamb.LAMB()
+    arrays = [np.ones(shape, np.float32) for shape in SHAPES]
+    with sums():
+        gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
+        assert gradients.finite and not any(map(float, gradients.nonfinite))
+        arrays[2].flat[12345] = bad
+        gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
+    assert not gradients.finite
+    seen = [bool(np.isnan(value)) for value in gradients.nonfinite]
+    assert seen == [i == 2 for i in range(len(SHAPES))]
+
+
+def arrays(seed, shapes):
+    """Normal numbers, each array ten times as large as the one before."""
+    rng = np.random.default_rng(seed)
+    drawn = enumerate(rng.normal(size=shape) for shape in shapes)
+    return [np.asarray(x * 10.0**i, np.float32) for i, x in drawn]
+
+
+def state(optimizer, variables):
+    return [np.array(v.numpy()) for kind in (variables, *optimizer._plan.slots) for v in kind]
+
+
+def updated(make, grads, params, whole=False):
+    """Weights and slots after two updates.
+
+    Args:
+        whole: whether the user compiles the step. Then all layers are in one program, in waves.
+    """
+    optimizer = make()
+    variables = [tf.Variable(x, name=f"w{i}") for i, x in enumerate(params)]
+    optimizer.build(variables)
+
+    def step(*grads):
+        optimizer.apply(list(grads), variables)
+
+    step = tf.function(step, jit_compile=True) if whole else step
+    for _ in range(2):
+        step(*(tf.constant(x) for x in grads))
+    return state(optimizer, variables), optimizer.telemetry_rows
+
+
+def plainly(make, grads, params):
+    """Weights and slots after two updates, operation by operation and without a program."""
+    optimizer = make()
+    optimizer.build([tf.Variable(x, name=f"w{i}") for i, x in enumerate(params)])
+    values = [list(map(tf.constant, params))]
+    values += [[tf.zeros(x.shape) for x in params] for _ in optimizer.slot_names]
+    index, grads = tuple(range(len(params))), list(map(tf.constant, grads))
+    for step in (1.0, 2.0):
+        params, *slots = values
+        rate, step = tf.constant(0.1), tf.constant(step)
+        values, _, rows = optimizer._updated(index, grads, params, slots, rate, step)
+    return [np.asarray(x) for kind in values for x in kind], np.stack([rows[i] for i in index])
+
+
+# Programs are shared among optimizers, so each case has arguments that nothing else has: its
+# programs are made while LARGE is what the test sets.
+CASES = {
+    "LAMB": ("LAMB", {"beta_1": 0.6875}),
+    "LAMB, groups": ("LAMB", {"beta_1": 0.703125, "layer_groups": ["w[04]$"]}),
+    "N-LAMB": ("LAMB", {"beta_1": 0.71875, "nesterov": "first", "layer_axes": {"w2$": 2}}),
+    "NN-LAMB": ("LAMB", {"beta_1": 0.734375, "nesterov": "both", "epsilon": 0.0}),
+    "LARS": ("LARS", {"momentum": 0.6875}),
+    "LARS, groups": ("LARS", {"momentum": 0.703125, "layer_groups": ["w[04]$"]}),
+    "scaled LARS": ("LARS", {"momentum": 0.71875, "form": "tf-models-scaled", "nesterov": True}),
+}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a program for each", "one program"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_for_a_cpu_gives_the_same_update(monkeypatch, case, whole):
+    """Of waves of 20,000 elements, with u computed twice in what has more than 1,000."""
+    monkeypatch.setattr(xla_cpu, "LARGE", 1000)
+    monkeypatch.setattr(xla, "CHAIN", 20_000)
+    rule, told = CASES[case]
+    shapes = [shape for shape in SHAPES if 0 not in shape]
+    params, grads = arrays(1, shapes), arrays(2, shapes)
+
+    def make():
+        return getattr(tf_lamb, rule)(0.1, global_clipnorm=1.0, telemetry=True, **told)
+
+    recomputed = []
+    recomputing = xla_cpu.recomputing
+    monkeypatch.setattr(
+        xla_cpu, "recomputing", lambda rule: recomputed.append(rule) or recomputing(rule)
+    )
+    plain, plain_rows = plainly(make, grads, params)
+    assert not recomputed
+    found, rows = updated(make, grads, params, whole)
+    assert recomputed
+    for one, other in zip(plain, found, strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(other, one, rtol=2e-6, atol=2e-7 * np.abs(one).max())
+    np.testing.assert_allclose(rows, plain_rows, rtol=3e-6)
+    moved = np.abs(plain[0] - params[0]).max()
+    assert moved > 1e-4 * np.abs(params[0]).max()
+
+
+def test_waves_are_chained_by_a_ratio(monkeypatch):
+    """Only in a program of the user's, and only where a wave is full."""
+    chained = []
+    depend_on = xla_cpu.depend_on
+    monkeypatch.setattr(
+        xla_cpu, "depend_on", lambda ratio, x: chained.append(x.shape) or depend_on(ratio, x)
+    )
+    monkeypatch.setattr(xla, "CHAIN", 100)
+    shapes = [(60,), (61,), (62,), (63,), (64,)]
+    params, grads = arrays(1, shapes), arrays(2, shapes)
+
+    def make():
+        return tf_lamb.LAMB(0.1, beta_1=0.765625, telemetry=True)
+
+    updated(make, grads, params)
+    assert chained == []
+    updated(make, grads, params, whole=True)
+    # Two layers make a wave of more than 100 elements: weights and gradients of the third, of the
+    # fourth and of the fifth depend on a ratio.
+    assert [tuple(shape) for shape in chained] == [shape for shape in shapes[2:] for _ in "xg"]
+
+
+def test_what_depends_on_a_ratio_keeps_every_bit():
+    x = np.float32([0.0, -0.0, 1e-30, -3.5, math.inf, math.nan])
+    assert tf.constant(1.0) + 0.0 == 1.0  # which puts 0.0 into TensorFlow's cache of constants
+    for ratio in (0.0, 1e-30, 1.0, [[2.0], [1e29]]):
+        for compiled in (False, True):
+            depend_on = (
+                tf.function(xla_cpu.depend_on, jit_compile=True)
+                if compiled
+                else (xla_cpu.depend_on)
+            )
+            kept = depend_on(tf.constant(ratio), tf.constant(x)).numpy()
+            assert kept.tobytes() == x.tobytes()
