@@ -1,6 +1,6 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
 # make test   installs what tests need, lints, runs all tests
-# make lint   ruff alone
+# make lint   ruff, and mypy on the library
 # make soak   kills a run twenty times, and compares it with one that nothing stopped
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
 # make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
@@ -31,6 +31,7 @@ soak: $(VENV)/train
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 tpu: $(TPU_VENV)/installed
 	$(TPU_VENV)/bin/python -m training.doctor

@@ -38,8 +38,8 @@ def expected():
         return dict(arrays)
 
 
-# The bias before the batch norm has a gradient of rounding errors alone, which Adam's quotient makes
-# large; the moving mean follows it. Nothing else depends on it.
+# The bias before the batch norm has a gradient of rounding errors alone, which LAMB scales up like
+# any other; the moving mean follows it. Nothing else depends on it.
 NOISE = ("weights/1", "weights/4")
 
 

@@ -180,7 +180,7 @@ def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
     axes = {k: tuple(as_number(axis) for axis in v) for k, v in axes.items()}
     if not all(isinstance(axis, int) for pattern in axes for axis in axes[pattern]):
         raise ValueError(f"`layer_axes` holds axes as integers. Received: {layer_axes!r}.")
-    return axes  # type: ignore
+    return axes
 
 
 def plain(value):

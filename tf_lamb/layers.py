@@ -131,7 +131,7 @@ def _warn_of_unmatched(names, patterns: Patterns) -> None:
 
 def table_lines(plans: Sequence[VariablePlan]) -> list[str]:
     """One line for the columns' names, then one for each variable."""
-    rows = [("variable", "shape", "decayed", "adapted", "group")]
+    rows: list[tuple[str, ...]] = [("variable", "shape", "decayed", "adapted", "group")]
     for plan in plans:
         marks = ("yes" if flag else "-" for flag in (plan.decayed, plan.adapted))
         note = "slices of " + ", ".join(map(str, plan.axes)) if plan.axes else "-"

@@ -123,7 +123,7 @@ class Layerwise:
             arguments: the rule's constructor arguments by name.
             base_arguments: others, which a newer Keras may have.
         """
-        own = inspect.signature(type(self).__init__).parameters
+        own = self._own_parameters()
         base = self._base_parameters()
         self._check_unknown(base_arguments, [*own, *base])
         given = arguments | {
@@ -175,15 +175,12 @@ class Layerwise:
     @classmethod
     def _base_parameters(cls) -> dict[str, inspect.Parameter]:
         """The arguments of the flavour's optimizer, taken from its signature."""
-        found: dict[str, inspect.Parameter] = {}
-        after = cls.__mro__[cls.__mro__.index(Layerwise) + 1 :]
-        for base in after:
-            if "__init__" in vars(base) and base is not object:
-                for name, parameter in inspect.signature(base.__init__).parameters.items():
-                    if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                        found.setdefault(name, parameter)
-        found.pop("self")
-        return found
+        return _parameters(cls.__mro__[cls.__mro__.index(Layerwise) + 1 :])
+
+    @classmethod
+    def _own_parameters(cls) -> dict[str, inspect.Parameter]:
+        """The arguments of the rule, and of a user's subclass."""
+        return _parameters(cls.__mro__[: cls.__mro__.index(Layerwise)])
 
     def _check_unknown(self, arguments: dict[str, Any], known: Sequence[str]) -> None:
         for unknown in arguments.keys() - set(known):
@@ -225,7 +222,7 @@ class Layerwise:
         """
         check_choice("variant", name, tuple(cls.variants))
         settings = cls.variants[name].arguments
-        defaults = inspect.signature(cls.__init__).parameters
+        defaults = cls._own_parameters()
 
         def published(key):
             return settings[key] if key in settings else defaults[key].default
@@ -494,12 +491,10 @@ class Layerwise:
 
     def __repr__(self) -> str:
         """The class with its flavour, and the arguments that are off their defaults."""
-        own = dict(inspect.signature(type(self).__init__).parameters)
+        own = self._own_parameters()
         base = self._base_parameters()
         shown = []
         for name, parameter in (base | own).items():
-            if name in ("self", "base_arguments"):
-                continue
             if name == "name" and re.fullmatch(rf"{type(self).__name__}(_\d+)?", self.name, re.I):
                 continue  # chosen by Keras
             value = getattr(self, name) if name in base else self.hyperparameters[name]
@@ -532,14 +527,14 @@ class Layerwise:
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain Python values."""
-        own = inspect.signature(type(self).__init__).parameters
         config = {
             name: self.hyperparameters[name]
-            for name in own
+            for name in self._own_parameters()
             if name in self.hyperparameters
             and (name in self._base_parameters() or name not in KERAS_3_ONLY)
         }
-        return {name: plain(value) for name, value in (config | super().get_config()).items()}
+        config |= super().get_config()  # type: ignore[misc]
+        return {name: plain(value) for name, value in config.items()}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -549,6 +544,18 @@ class Layerwise:
 
 def _wide(tensors):
     return tuple(ops.cast(x, "float32") for x in tensors)
+
+
+def _parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
+    """Named parameters of the classes' own constructors; the first class's go before."""
+    found: dict[str, inspect.Parameter] = {}
+    for cls in classes:
+        if cls is not object and "__init__" in vars(cls):
+            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
+                if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                    found.setdefault(name, parameter)
+    found.pop("self", None)
+    return found
 
 
 def _descended(x, x_32, delta):

@@ -65,6 +65,16 @@ class WarmupPolynomialDecayRule:
 
     Raises:
         ValueError: an argument outside its range.
+
+    References:
+        You et al., arXiv:1904.00962v5, section 4; Goyal et al., arXiv:1706.02677, section 2.2.
+
+    Example:
+
+    >>> schedule = tf_lamb.WarmupPolynomialDecay(0.01, warmup_steps=100, total_steps=1000)
+    >>> [round(float(schedule(step)), 5) for step in (0, 50, 100, 550, 1000)]
+    [0.0, 0.005, 0.01, 0.005, 0.0]
+
     """
 
     def __init__(

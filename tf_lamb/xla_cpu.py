@@ -59,12 +59,12 @@ class _Recomputing:
 
     def direction(self, g, x, slots, scalars, plan):
         self.__dict__["_scalars"] = scalars
-        return super().direction(g, x, slots, scalars, plan)  # type: ignore[misc]
+        return super().direction(g, x, slots, scalars, plan)
 
     def step(self, g, x, u, slots, rate, plan):
         slots = tuple(depend_on(rate, slot) for slot in slots)
-        u = super().direction(g, x, slots, self._scalars, plan)  # type: ignore[misc]
-        return super().step(g, x, u, slots, rate, plan)  # type: ignore[misc]
+        u = super().direction(g, x, slots, self._scalars, plan)
+        return super().step(g, x, u, slots, rate, plan)
 
 
 def recomputing(rule):
