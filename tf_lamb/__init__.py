@@ -10,7 +10,7 @@ from tf_lamb.keras3 import LAMB, LARS, Phases, WarmupPolynomialDecay, WarmupStep
 from tf_lamb.migration import migrate
 from tf_lamb.telemetry import TelemetryCallback, TelemetryWriter, TrustRatioAlarm, draw_heat_map
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BERT_EXCLUSIONS",
