@@ -43,7 +43,7 @@ MODULES = {
     "lamb": {"arguments", "layerwise", "norms"},
     "lars": {"arguments", "layerwise", "norms"},
     "xla_cpu": {"norms"},
-    "xla": {"layerwise", "xla_cpu"},
+    "xla": {"layerwise", "norms", "xla_cpu"},
     "keras3": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "xla"},
     "tf_keras": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "telemetry", "xla"},
     "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
