@@ -74,10 +74,13 @@ def layer_norm(tensors, norm, axes=()):
         axes: axes along which a single tensor stacks layers.
 
     Returns:
-        A float32 scalar; with `axes`, [.., 1, ..] with one norm for each slice.
+        A float32 scalar; with `axes`, [.., 1, ..] with one norm for each slice, or a scalar 0 for
+        a tensor without elements.
     """
     if axes:
         (x,) = tensors
+        if 0 in x.shape:  # no slice, or slices without elements
+            return ops.zeros((), x.dtype)
         others = tuple(set(range(len(x.shape))) - set(axes))
         if norm == "linf":
             return ops.max(ops.abs(x), axis=others, keepdims=True)
