@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from typing import Any
 
 import keras
@@ -16,6 +17,9 @@ if ON_TENSORFLOW:
     import tensorflow as tf
 
     from tf_lamb import xla
+
+# Keras 3.10 calls every Adam "adam"; a later one counts them, "adam", "adam_1".
+FIXED_NAMES = bool(inspect.signature(keras.optimizers.Adam.__init__).parameters["name"].default)
 
 
 def _native(variable):
@@ -45,6 +49,8 @@ class Adapter(keras.optimizers.Optimizer):
 
     def __init__(self, learning_rate, **arguments):
         lent = rates.is_variable(learning_rate)
+        if FIXED_NAMES:
+            arguments["name"] = arguments.get("name") or type(self).__name__.lower()
         # The base makes a variable of a number and none of a callable.
         super().__init__(rates.checked if lent else learning_rate, **arguments)
         if lent:
