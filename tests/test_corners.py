@@ -633,3 +633,106 @@ def test_telemetry_switched_at_resume_keeps_the_state(flavour, tmp_path, written
     for ours, theirs in slots:
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+# Subclasses, and what a schedule may return.
+
+
+def test_a_subclass_changes_the_rule(keras3):
+    class Halved(keras3.lamb.LAMB):
+        def __init__(self, factor=0.5, **arguments):
+            super().__init__(**arguments)
+            self.factor = factor
+
+        def step(self, g, x, u, slots, rate, plan):
+            return self.factor * super().step(g, x, u, slots, rate, plan)
+
+    moved = {}
+    for name, optimizer in {
+        "plain": keras3.lamb.LAMB(0.1),
+        "half": Halved(learning_rate=0.1),
+        "quarter": Halved(0.25, learning_rate=0.1),
+        "variant": Halved.variant("paper", 0.1),
+    }.items():
+        (variable,) = make_variables(keras3, [3.0, 4.0])
+        apply(optimizer, [variable], [1.0, 2.0])
+        moved[name] = variable.numpy() - [3.0, 4.0]
+        repr(optimizer)
+    np.testing.assert_allclose(moved["half"], moved["plain"] / 2, rtol=1e-5)
+    np.testing.assert_allclose(moved["quarter"], moved["plain"] / 4, rtol=1e-5)
+    np.testing.assert_allclose(moved["variant"], moved["half"], rtol=1e-5)
+
+
+def test_a_negative_rate_of_a_schedule_moves_the_other_way(flavour, monkeypatch):
+    """A linear decay may overshoot its end; a large layer did become NaN."""
+    from tf_lamb import xla_cpu
+
+    monkeypatch.setattr(xla_cpu, "LARGE", 2)
+    (variable,) = make_variables(flavour, [[1.0, 1.0], [1.0, 1.0]])
+    optimizer = flavour.lamb.LAMB(lambda: tf.constant(-0.1), beta_1=0.87, weight_decay=0.0)
+    apply(optimizer, [variable], np.ones((2, 2)))
+    np.testing.assert_allclose(variable.numpy(), 1.1 * np.ones((2, 2)), rtol=1e-5)
+
+
+def test_training_that_made_no_update_keeps_the_weights(keras3):
+    """Keras gives the averages to the model when `fit` ends; there are none yet."""
+    import keras
+
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1, name="d")])
+    model.compile(keras3.lamb.LAMB(0.1, use_ema=True, gradient_accumulation_steps=4), loss="mse")
+    before = [w.numpy() for w in model.weights]
+    x = np.ones((4, 2), np.float32)
+    model.fit(x, x[:, :1], batch_size=2, verbose=0)
+    for a, b in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_an_accumulated_gradient_is_not_lost(keras3):
+    """Its variable has no gradient in the call that completes the update."""
+    variables = make_variables(keras3, [1.0], [1.0])
+    optimizer = keras3.lamb.LARS(
+        1.0,
+        gradient_accumulation_steps=2,
+        momentum=0.0,
+        weight_decay=0.0,
+        exclude_from_layer_adaptation=["w"],
+    )
+    optimizer.build(variables)
+    apply(optimizer, variables, [1.0], [2.0])
+    apply(optimizer, variables, [1.0], None)
+    np.testing.assert_allclose(values(variables), [[0.0], [1.0]], atol=1e-6)
+    apply(optimizer, variables, [0.0], [0.0])
+    apply(optimizer, variables, [0.0], [0.0])
+    np.testing.assert_allclose(values(variables), [[0.0], [0.0]], atol=1e-6)
+
+
+def test_float64_as_the_default_dtype(keras3):
+    import keras
+
+    keras.config.set_floatx("float64")
+    try:
+        for arguments in ({"bias_correction": "rate"}, {"beta_1": 0.0}, {}):
+            variable = keras.Variable(np.float64([1.0, 2.0]), dtype="float64")
+            keras3.lamb.LAMB(0.1, **arguments).apply([tf.constant([1.0, 0.5])], [variable])
+            assert np.isfinite(variable.numpy()).all()
+    finally:
+        keras.config.set_floatx("float32")
+
+
+def test_programs_keep_no_optimizer_alive(flavour):
+    import gc
+    import weakref
+
+    class Owner:
+        def rate(self):
+            return 0.1
+
+    owner = Owner()
+    optimizer = flavour.lamb.LAMB(owner.rate, beta_1=0.86)
+    variables = make_variables(flavour, [1.0, 2.0])
+    apply(optimizer, variables, [1.0, 1.0])
+    held = [weakref.ref(owner), weakref.ref(optimizer)]
+    del owner, optimizer, variables
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]

@@ -30,6 +30,10 @@ class Hyperparameters:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"There is no argument {name!r}.")
 
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Names and values."""
+        return self.__dict__.items()
+
     def __contains__(self, name: object) -> bool:
         return name in self.__dict__
 
@@ -62,8 +66,8 @@ FOREIGN_NAMES = {
     "eps": "`epsilon`",
     "decay": "`weight_decay`",
     "weight_decay_rate": "`weight_decay`",
-    "weight_decouple": "nothing: decay always stands inside the trust ratio",
-    "adam_w_mode": "nothing: decay always stands inside the trust ratio",
+    "weight_decouple": "not needed: weight decay is always applied inside the trust ratio",
+    "adam_w_mode": "not needed: weight decay is always applied inside the trust ratio",
     "mask": "`exclude_from_weight_decay`",
     "weight_decay_mask": "`exclude_from_weight_decay`",
     "trust_ratio_mask": "`exclude_from_layer_adaptation`",

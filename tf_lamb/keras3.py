@@ -81,7 +81,7 @@ class Adapter(keras.optimizers.Optimizer):
                 `layer_groups` do not fit; a strategy that scatters variables over machines.
             RuntimeError: this Keras does not call what is overridden here.
         """
-        if self.built:
+        if self._plan is not None:
             return
         check_hooks(keras.optimizers.Optimizer.apply, "_backend_apply_gradients")
         variables = list(variables)
@@ -173,9 +173,6 @@ class Adapter(keras.optimizers.Optimizer):
             grads = [ops.cast(t.value, "float32") + g for t, g in zip(totals, grads, strict=True)]
             for total, g in zip(totals, grads, strict=True):
                 total.assign(ops.cast(ops.where(is_update, 0.0, g), total.dtype))
-            for i, total in enumerate(self._accumulated_gradients):
-                if total is not None and i not in summed:
-                    total.assign(ops.where(is_update, ops.zeros_like(total.value), total.value))
             grads = [g / steps for g in grads]
         updates = calls // steps
         olds = [[ops.stop_gradient(v.value) for v in variables]]
@@ -216,14 +213,13 @@ class Adapter(keras.optimizers.Optimizer):
 
     def _average(self, made, updates):
         """JAX and torch: Keras's moving average of all weights, where an update was made."""
-        momentum = self.ema_momentum * ops.cast(ops.not_equal(updates, 0), "float32")
         frequency = self.ema_overwrite_frequency
         pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
         for variable, average in pairs:
             if average is None:
                 continue
             x, old = variable.value, average.value
-            mu = ops.cast(momentum, x.dtype)
+            mu = self.ema_momentum * ops.cast(ops.not_equal(updates, 0), x.dtype)
             new = ops.where(
                 made, mu * ops.cast(old, x.dtype) + (1 - mu) * x, ops.cast(old, x.dtype)
             )
@@ -232,8 +228,17 @@ class Adapter(keras.optimizers.Optimizer):
                 due = ops.logical_and(made, ops.equal((updates + 1) % frequency, 0))
                 variable.assign(ops.where(due, new, x))
 
+    def finalize_variable_values(self, var_list):
+        """Gives the moving averages to the model; before the first update there are none.
+
+        Args:
+            var_list: list of the model's trainable variables.
+        """
+        if self._plan is not None and int(ops.convert_to_numpy(self.iterations)) > 0:
+            super().finalize_variable_values(var_list)
+
     def save_own_variables(self, store):
-        """Saves the state; counters of skipped updates and telemetry are none of it."""
+        """Saves the state; counters of skipped updates and telemetry are not saved."""
         for i, variable in enumerate(self._state_variables()):
             store[str(i)] = ops.convert_to_numpy(variable)
 

@@ -95,15 +95,15 @@ class LAMBRule(Layerwise):
         layer_axes: {pattern: axis or axes} for variables that stack layers along these axes
             (scanned encoder layers, fused QKV): each slice has a ratio of its own.
         layer_groups: list of patterns; the variables that one matches share one ratio, from the
-            norm of all of them together. A member without a gradient is not updated, and its
-            weights count in ‖x‖.
+            norm of all of them together. A member without a gradient is not updated, but its
+            weights are included in ‖x‖.
         moment_dtype: "float32", or "bfloat16" to keep m in half the memory. Each update rounds it
             to 8 bits; after five updates the distance moved differs by up to 1/128.
         skip_nonfinite: whether an update is skipped when the sum of squares of all gradients is
             not finite in float32: an element is NaN or infinite, or too large to be squared
             (above 9e18). Weights, moments, averages and step keep their values, and
             `skipped_steps` counts the update. False: gradients are used as they are; elements
-            beyond ±2⁶³ are moved there, because their squares are no float32.
+            beyond ±2⁶³ are clipped to it, because their squares overflow float32.
         telemetry: whether `telemetry_rows` keeps ‖x‖, ‖u‖ and ratio of each variable.
         jit_compile: TensorFlow only: whether XLA compiles the update. Where it cannot (a device
             without XLA, `tf.debugging.enable_check_numerics`), a warning says so, and the update
@@ -122,7 +122,8 @@ class LAMBRule(Layerwise):
         gradient_accumulation_steps: int >= 2 or None: an update takes the mean gradient of so
             many calls. Bias correction, averages and `iterations` count updates. Under a
             `tf.distribute` strategy the result equals that of one replica with the whole batch.
-            Keras 3 only.
+            Keras 3 only. A gradient of a variable that has none in the
+            call that completes an update counts in the next one.
         based_on: name of the variant these arguments come from; `LAMB.variant(name)` sets it.
         name: name of the optimizer. `None`: as Keras names its own.
         **base_arguments: arguments that a newer Keras's `Optimizer` takes.
@@ -230,7 +231,7 @@ class LAMBRule(Layerwise):
             return {}
         c_1, c_2 = 1 / _one_minus_power(h.beta_1, t), 1 / _one_minus_power(h.beta_2, t)
         if h.bias_correction == "rate":
-            return {"rate": c_1 / ops.sqrt(c_2 * ops.ones(()))}
+            return {"rate": c_1 / ops.sqrt(c_2)}
         factors = {"c_1": c_1, "c_2": c_2}
         if h.nesterov is not None:
             factors["next_1"] = 1 / _one_minus_power(h.beta_1, t + 1)
@@ -266,5 +267,5 @@ def _quotient(m_hat, v_hat):
 def _one_minus_power(beta, t):
     """1 - βᵗ as -expm1(t·ln β): the plain power loses 1e-5 of its value to float32 at β=0.999."""
     if beta == 0:
-        return ops.ones(())
+        return ops.ones((), "float32")
     return -ops.expm1(t * math.log(beta))

@@ -110,15 +110,15 @@ class LARSRule(Layerwise):
         layer_axes: {pattern: axis or axes} for variables that stack layers along these axes
             (scanned layers): each slice has a ratio of its own.
         layer_groups: list of patterns; the variables that one matches share one ratio, from the
-            norm of all of them together. A member without a gradient is not updated, and its
-            weights count in ‖x‖.
+            norm of all of them together. A member without a gradient is not updated, but its
+            weights are included in ‖x‖.
         moment_dtype: "float32", or "bfloat16" to keep m in half the memory. Each update rounds it
             to 8 bits; after five updates the distance moved differs by up to 1/128.
         skip_nonfinite: whether an update is skipped when the sum of squares of all gradients is
             not finite in float32: an element is NaN or infinite, or too large to be squared
             (above 9e18). Weights, momentum, averages and step keep their values, and
             `skipped_steps` counts the update. False: gradients are used as they are; elements
-            beyond ±2⁶³ are moved there, because their squares are no float32.
+            beyond ±2⁶³ are clipped to it, because their squares overflow float32.
         telemetry: whether `telemetry_rows` keeps ‖x‖, the ratio's divisor and the ratio of each
             variable.
         jit_compile: TensorFlow only: whether XLA compiles the update. Where it cannot (a device
@@ -138,7 +138,8 @@ class LARSRule(Layerwise):
         gradient_accumulation_steps: int >= 2 or None: an update takes the mean gradient of so
             many calls. Averages and `iterations` count updates. Under a
             `tf.distribute` strategy the result equals that of one replica with the whole batch.
-            Keras 3 only.
+            Keras 3 only. A gradient of a variable that has none in the
+            call that completes an update counts in the next one.
         based_on: name of the variant these arguments come from; `LARS.variant(name)` sets it.
         name: name of the optimizer. `None`: as Keras names its own.
         **base_arguments: arguments that a newer Keras's `Optimizer` takes.

@@ -83,12 +83,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """What one pass over all gradients says of them, before any variable is updated.
+    """The result of one pass over all gradients, before any variable is updated.
 
     Attributes:
-        finite: boolean scalar, False where the update must be skipped; None if that is not asked.
+        finite: boolean scalar, False where the update must be skipped; None without
+            `skip_nonfinite`.
         scales: a float32 scalar for each gradient, by which it is multiplied; None for no scaling.
-        nonfinite: for each gradient a float32 scalar, 0 or NaN; None if that is not asked.
+        nonfinite: for each gradient a float32 scalar, 0 or NaN; None without `skip_nonfinite`.
     """
 
     finite: Any
@@ -232,7 +233,8 @@ class Layerwise:
             for key, value in arguments.items()
             if (key in settings or key in FORMULA) and plain(value) != plain(published(key))
         ]
-        return cls(learning_rate, **settings | {"based_on": None if changed else name} | arguments)
+        named = {"learning_rate": learning_rate, "based_on": None if changed else name}
+        return cls(**named | settings | arguments)
 
     def _make_plan(self, names, shapes, dtypes, overwritten=None) -> tuple[VariablePlan, ...]:
         """A plan for each variable, from their paths, static shapes and names of dtypes."""
@@ -255,45 +257,52 @@ class Layerwise:
 
     def _rule(self):
         """The rule with its arguments, without the optimizer's variables: programs hold it."""
-        methods = ("scalars", "moments", "direction", "ratio", "step")
-        # The class that defines the rule, or a user's that changes it: not the Keras optimizer.
-        owner = next(c for c in type(self).__mro__ if any(name in vars(c) for name in methods))
+        kept = {k: v for k, v in self.hyperparameters.items() if k != "learning_rate"}
+        if type(self).__module__.startswith("tf_lamb."):
+            # LAMBRule or LARSRule: both flavours then share programs.
+            owner = type(self).__mro__[1]
+        else:
+            owner = type(self)
+            # A user's subclass may read plain attributes of its own.
+            plain_types = (bool, int, float, str, tuple)
+            own = {k: v for k, v in vars(self).items() if isinstance(v, plain_types)}
+            kept |= {k: v for k, v in own.items() if k not in ("name", "built")}
         rule = object.__new__(owner)
-        rule.__dict__["hyperparameters"] = self.hyperparameters
+        rule.__dict__["hyperparameters"] = Hyperparameters(kept)
         return rule
 
     # The rule, for one variable (or slice); LAMB and LARS define these.
 
     def scalars(self, t) -> dict[str, Any]:
         """Float32 scalars that the rule needs in update t, counted from 1: computed once."""
-        raise TypeError(f"{type(self).__name__} is no rule.")
+        raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def moments(self, g, x, slots, plan, rate):
         """The slots' new values; `rate` is η times the ratio where it stands inside them."""
-        raise TypeError(f"{type(self).__name__} is no rule.")
+        raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def direction(self, g, x, slots, scalars, plan):
         """The tensor whose norm divides the trust ratio."""
-        raise TypeError(f"{type(self).__name__} is no rule.")
+        raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def ratio(self, x_norm, u_norm, decay_norm):
         """The trust ratio, and what divided it (for telemetry)."""
-        raise TypeError(f"{type(self).__name__} is no rule.")
+        raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def step(self, g, x, u, slots, rate, plan):
         """What is subtracted from x; `rate` is η times the ratio."""
-        raise TypeError(f"{type(self).__name__} is no rule.")
+        raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     @property
     def rate_inside(self) -> bool:
         """Whether the rate stands inside the moments, so that they follow the ratio."""
         return False
 
-    # What surrounds the rule.
+    # Clipping, skipping and dtypes, which are the same for every rule.
 
     @property
-    def judges_before_sum(self) -> bool:
-        """Whether finiteness can be told from each replica's own gradients.
+    def checks_finite_per_replica(self) -> bool:
+        """Whether each replica may check its own gradients before they are summed.
 
         Clipping reads the gradients after the sum; then their finiteness costs nothing more.
         """
@@ -320,7 +329,7 @@ class Layerwise:
         else:
             finite = nonfinite = None
             grads = [norms.limited(g) for g in grads]
-            norm = lambda some: norms.scaled_norm([grads[i] for i in some])  # noqa: E731
+            norm = lambda some: norms.safe_norm([grads[i] for i in some])  # noqa: E731
         everything = range(len(grads))
         scales = None
         if clip:
@@ -339,7 +348,7 @@ class Layerwise:
         Args:
             plans: a `VariablePlan` for each variable. There is more than one only in a group.
             grads: a float tensor for each variable, summed over the replicas; None for a member
-                of a group that has no gradient. It keeps still; the group's ‖x‖ contains it.
+                of a group that has no gradient. It is not updated; the group's ‖x‖ contains it.
             params: list of float tensors, the variables' values, of any dtype.
             slots: for each variable the values of its slots, a tuple of float tensors.
             learning_rate: float32 scalar η.
@@ -391,7 +400,7 @@ class Layerwise:
             if plans[0].adapted:
                 rate = rate * ratio
             else:
-                ratio = ops.ones(())
+                ratio = ops.ones((), "float32")
             measured = (x_norm, divisor, ratio)
         if self.rate_inside:
             move_slots(rate)
@@ -408,7 +417,7 @@ class Layerwise:
             return decays[0] * x_norm
         return norms.layer_norm([d * x for d, x in zip(decays, xs, strict=True)], self.norm)
 
-    def _updated(self, index, grads, params, slots, learning_rate, step, gradients=None):
+    def _updated(self, index, grads, params, slots, learning_rate, step):
         """New values of a whole model's variables and slots.
 
         Args:
@@ -417,7 +426,6 @@ class Layerwise:
             params: list of float tensors, the values of all variables.
             slots: one list of float tensors for each of `slot_names`, of all variables.
             learning_rate, step: float32 scalars; `step` is 1 in the first update.
-            gradients: what `measure_gradients` returned for them, if it is known already.
 
         Returns:
             `(values, finite, rows)`: the lists `(params, *slots)`; a boolean scalar, or None;
@@ -425,8 +433,7 @@ class Layerwise:
         """
         plan = self._built_plan()
         grads = [ops.cast(g, "float32") for g in grads]
-        if gradients is None:
-            gradients = self.measure_gradients(grads)
+        gradients = self.measure_gradients(grads)
         scalars = self.scalars(step)
         at = {i: place for place, i in enumerate(index)}
         values = [list(params), *(list(kind) for kind in slots)]
@@ -497,6 +504,8 @@ class Layerwise:
         for name, parameter in (base | own).items():
             if name == "name" and re.fullmatch(rf"{type(self).__name__}(_\d+)?", self.name, re.I):
                 continue  # chosen by Keras
+            if name not in base and name not in self.hyperparameters:
+                continue  # an argument of a subclass
             value = getattr(self, name) if name in base else self.hyperparameters[name]
             value = rates.shown(self._learning_rate) if name == "learning_rate" else plain(value)
             if value != plain(parameter.default):
@@ -504,7 +513,7 @@ class Layerwise:
         return f"{base_name(type(self))}({', '.join(shown)})"
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Refused: what this Keras method sets is lost when the optimizer is saved."""
+        """Not supported: what this Keras method sets is lost when the optimizer is saved."""
         raise RuntimeError(
             "Exclusions are constructor data here, so that they are saved with the optimizer. "
             f"Write {type(self).__name__}(..., exclude_from_weight_decay=[patterns]). "
@@ -512,7 +521,7 @@ class Layerwise:
         )
 
     def update_step(self, *unused_args, **unused_kwargs):
-        """Refused: layers are updated by `apply`, never one variable alone."""
+        """Not supported: `apply` updates all variables in one call."""
         raise RuntimeError(
             f"{type(self).__name__} updates all variables in one call. "
             "Call `optimizer.apply_gradients(grads_and_vars)`."
@@ -595,7 +604,7 @@ def check_hooks(caller: Callable, *called: str) -> None:
     if missing:
         raise RuntimeError(
             f"This version of Keras does not call `{missing[0]}` in `{caller.__qualname__}`; "
-            "tf_lamb overrides it, and would be wrong without a message. Install a version of "
+            "tf_lamb overrides it, and would silently give wrong results. Install a version of "
             "Keras that the documentation names, or a newer tf_lamb."
         )
 
@@ -604,7 +613,7 @@ def load_state(optimizer, store, variables) -> None:
     """Assigns what `save_own_variables` stored, as Keras does.
 
     Files of version 0.1.0 hold the number of skipped updates, and telemetry where it was on, after
-    the state. They are no state, and are not read.
+    the state. They are not part of the state, and are not read.
     """
     count, rest = len(variables), len(store.keys()) - len(variables)
     shapes = [tuple(store[str(count + i)].shape) for i in range(max(rest, 0))]

@@ -13,7 +13,7 @@ from tf_lamb.arguments import as_number
 
 def is_variable(rate) -> bool:
     """Whether it can be assigned: a `tf.Variable`, or any backend's `keras.Variable`."""
-    return hasattr(rate, "assign") and hasattr(rate, "dtype")
+    return hasattr(rate, "assign") and hasattr(rate, "dtype") and not isinstance(rate, float)
 
 
 def _is_float_scalar(variable) -> bool:
@@ -99,7 +99,7 @@ def _is_symbolic(rate) -> bool:
 
 NOT_ASSIGNABLE = (
     "The optimizer was made with a schedule or a callable as `learning_rate`, and a value "
-    "cannot be assigned to that. Make it with a number or a variable, or set another "
+    "cannot be assigned to that. Create it with a number or a variable, or set another "
     "schedule or callable. Received: learning_rate={!r}."
 )
 
@@ -114,7 +114,7 @@ class FixedRate(float):
     dtype: Any = np.dtype("float32")
 
     def assign(self, rate):
-        """Refused.
+        """Not supported.
 
         Raises:
             TypeError: always.

@@ -55,14 +55,15 @@ def limited(g):
     return ops.where(ops.abs(g) > LARGEST_GRADIENT, ops.sign(g) * LARGEST_GRADIENT, g)
 
 
-def scaled_norm(tensors):
-    """‖all tensors end to end‖₂, a float32 scalar, also where squares leave float32.
+def safe_norm(tensors):
+    """‖all tensors end to end‖₂ of limited gradients, a float32 scalar, also where Σx² overflows.
 
-    It reads the tensors twice: elements are divided by the largest before they are squared.
+    Both sums are computed in one pass. The scaled one loses elements below 1e-7, and is used only
+    where the largest is far above 1e9.
     """
-    largest = ops.max(ops.stack([_largest(ops.abs(x)) for x in tensors]))
-    inverse = ops.divide_no_nan(1.0, largest)
-    return largest * ops.sqrt(sum(sum_squares(x * inverse) for x in tensors))
+    plain = sum(sum_squares(x) for x in tensors)
+    scaled = sum(sum_squares(x * 2.0**-40) for x in tensors)
+    return ops.where(ops.isfinite(plain), ops.sqrt(plain), 2.0**40 * ops.sqrt(scaled))
 
 
 def layer_norm(tensors, norm, axes=()):
@@ -82,6 +83,8 @@ def layer_norm(tensors, norm, axes=()):
         if 0 in x.shape:  # no slice, or slices without elements
             return ops.zeros((), x.dtype)
         others = tuple(set(range(len(x.shape))) - set(axes))
+        if not others:  # each element is a layer; backends disagree on what axis=() means
+            return ops.abs(x)
         if norm == "linf":
             return ops.max(ops.abs(x), axis=others, keepdims=True)
         size = ops.square if norm == "l2" else ops.abs

@@ -174,7 +174,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
         return self.iterations.assign_add(1)
 
     def save_own_variables(self, store):
-        """Saves the state; counters of skipped updates and telemetry are none of it."""
+        """Saves the state; counters of skipped updates and telemetry are not saved."""
         for i, variable in enumerate(self._state_variables()):
             store[str(i)] = variable.numpy()
 

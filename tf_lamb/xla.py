@@ -34,6 +34,7 @@ OUTSIDE_PROGRAMS = (
     "gradient_accumulation_steps",
     "moment_dtype",
     "jit_compile",
+    "telemetry",
     "based_on",
     "name",
 )
@@ -48,7 +49,7 @@ def check_strategy(strategy) -> None:
     if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
         raise ValueError(
             "A layer's norm needs the whole layer on one device, and ParameterServerStrategy "
-            "scatters variables over servers. Use MirroredStrategy, "
+            "places variables on several servers. Use MirroredStrategy, "
             "MultiWorkerMirroredStrategy or TPUStrategy."
         )
 
@@ -67,7 +68,7 @@ def _has_xla(device_type: str) -> bool:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"The update is not compiled with XLA: {reason}. It computes the same, and is slower.",
+        f"The update is not compiled with XLA: {reason}. Results are the same, but it is slower.",
         UserWarning,
         stacklevel=2,
     )
@@ -93,7 +94,7 @@ def sum_over_replicas(rule, grads):
     if replica is None:
         return grads, None
     grads = [tf.convert_to_tensor(g) for g in grads]
-    if isinstance(replica.strategy, tf.distribute.TPUStrategy) and rule.judges_before_sum:
+    if isinstance(replica.strategy, tf.distribute.TPUStrategy) and rule.checks_finite_per_replica:
         own = tf.stack([norms.sum_squares(tf.cast(g, tf.float32)) for g in grads])
         *grads, squares = replica.all_reduce(tf.distribute.ReduceOp.SUM, [*grads, own])
         return grads, squares * replica.num_replicas_in_sync
@@ -155,7 +156,7 @@ class Update:
     ) -> None:
         self._rule, self._plan = rule._rule(), plan
         self._jit_compile = rule.jit_compile
-        self._rule_key = (type(self._rule), rule.hyperparameters.key(OUTSIDE_PROGRAMS))
+        self._rule_key = (type(self._rule), self._rule.hyperparameters.key(OUTSIDE_PROGRAMS))
         self._variables, self._slots = variables, slots
         self._iterations, self._averages = iterations, averages
         self._average_starts_at_first = average_starts_at_first
@@ -240,9 +241,8 @@ class Update:
         def apply():
             mean = [total / self._accumulation for total in totals]
             self._apply(index, mean, learning_rate, calls // self._accumulation, None)
-            for total in self._accumulators:
-                if total is not None:
-                    _assign(total, tf.zeros(total.shape, total.dtype))
+            for total in accumulators:
+                _assign(total, tf.zeros(total.shape, total.dtype))
             return tf.constant(0)
 
         def accumulate():
@@ -407,6 +407,8 @@ class Update:
 
         if jit:
             program = tf.function(program, jit_compile=True, autograph=False)
+        if in_xla:
+            return program  # a part of the caller's graph, which must not be kept alive
         PROGRAMS[key] = program
         if len(PROGRAMS) > MAX_PROGRAMS:
             PROGRAMS.popitem(last=False)
@@ -417,9 +419,6 @@ class Update:
         rule = self._rule
         if self._averages is None:
             return
-        momentum = tf.cast(rule.ema_momentum, tf.float32)
-        if self._average_starts_at_first:
-            momentum = momentum * tf.cast(updates != 0, tf.float32)
         overwrite = tf.constant(False)
         if rule.ema_overwrite_frequency:
             overwrite = (updates + 1) % rule.ema_overwrite_frequency == 0
@@ -427,7 +426,9 @@ class Update:
             if average is None:
                 continue
             x, old = _value(variable), _value(average)
-            mu = tf.cast(momentum, x.dtype)
+            mu = tf.constant(rule.ema_momentum, x.dtype)
+            if self._average_starts_at_first:
+                mu = mu * tf.cast(updates != 0, x.dtype)
             new = mu * tf.cast(old, x.dtype) + (1 - mu) * x
             if finite is not None:
                 new = tf.where(finite, new, tf.cast(old, x.dtype))

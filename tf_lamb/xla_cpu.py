@@ -45,13 +45,13 @@ def _row(shape):
 
 
 def depend_on(ratio, x):
-    """Returns x, with a data dependency on `ratio`, a float >= 0 or several.
+    """Returns x, with a data dependency on `ratio`, a tensor of floats.
 
     Within one program XLA for CPUs begins all layers before it finishes one, and keeps the
     temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
     """
     # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
-    return x - tf.cast(tf.nn.relu(-tf.reduce_min(ratio)), x.dtype)
+    return x - tf.cast(tf.nn.relu(-tf.abs(tf.reduce_min(ratio))), x.dtype)
 
 
 class _Recomputing:
@@ -63,7 +63,7 @@ class _Recomputing:
 
     def step(self, g, x, u, slots, rate, plan):
         slots = tuple(depend_on(rate, slot) for slot in slots)
-        u = super().direction(g, x, slots, self._scalars, plan)
+        u = super().direction(g, x, slots, self.__dict__.pop("_scalars"), plan)
         return super().step(g, x, u, slots, rate, plan)
 
 
