@@ -1,4 +1,4 @@
-"""Both rules against the oracle, and fit, save, load, on whatever backend KERAS_BACKEND names.
+"""Both rules against the oracle, corners, fit, save, load, on the backend KERAS_BACKEND names.
 
 test_layers_boundaries.py runs it in a fresh interpreter, once per backend that is installed.
 """
@@ -53,6 +53,67 @@ def check(rule, layer_class, rate):
         assert np.abs(e - before).max() > 1e-3 * size  # they have moved, a thousand times that
 
 
+def moved(rule, *calls, twice=False, **arguments):
+    """The optimizer and the variables, after an `apply` of each list of two gradients."""
+    variables = [keras.Variable(np.float32([[3, -4], [1, 2]]), name=name) for name in "ab"]
+    optimizer = rule(0.5, weight_decay=0.01, **arguments)
+    optimizer.build(variables)
+    for grads in calls:
+        grads = [g if is_sparse(g) else keras.ops.convert_to_tensor(g) for g in grads]
+        optimizer.apply(grads, variables[:1] * 2 if twice else variables)
+    return optimizer, numpy(variables)
+
+
+def numpy(variables):
+    return [keras.ops.convert_to_numpy(v.value) for v in variables]
+
+
+def is_sparse(g):
+    return not isinstance(g, np.ndarray)
+
+
+def sparse(g):
+    """The gradient as the backend's trainers may give that of an embedding."""
+    if keras.backend.backend() == "jax":
+        from jax.experimental.sparse import BCOO
+
+        return BCOO.fromdense(g)
+    if keras.backend.backend() == "torch":
+        return keras.ops.convert_to_tensor(g).to_sparse()
+    import tensorflow as tf
+
+    return tf.IndexedSlices(tf.constant(g), tf.range(len(g)), g.shape)
+
+
+def check_corners(rule):
+    g, h = np.float32([[0.5, 0], [0, -2]]), np.float32([[1, 2], [-3, 0.25]])
+    none = np.zeros_like(g)
+
+    def same(left, right):
+        for a, b in zip(left[1], right[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+    start, dense = moved(rule), moved(rule, [g, h])
+    assert all((a != b).any() for a, b in zip(start[1], dense[1], strict=True))
+    same(moved(rule, [sparse(g), h]), dense)
+    two = moved(rule, [g + h, h], [g - h, h], gradient_accumulation_steps=2)
+    same(two, dense)
+    # A variable that is there twice moves by the sum; the other does not move.
+    (a, b), twice = dense[1], moved(rule, [g - h, h], twice=True)[1]
+    np.testing.assert_allclose(twice[0], a, rtol=1e-6)
+    assert (twice[1] == start[1][1]).all() and (twice[1] != b).any()
+    for bad in (np.nan, 1e20):
+        optimizer, weights = moved(rule, [g, none + np.float32(bad)], use_ema=True)
+        assert optimizer.skipped_steps == 1 and int(optimizer.iterations) == 0
+        same((optimizer, weights), start)
+        averages = numpy(optimizer._model_variables_moving_average)
+        assert not np.any(averages)
+        # The next update is the first one: the average begins as the weights.
+        optimizer, weights = moved(rule, [g, none + np.float32(bad)], [g, h], use_ema=True)
+        same((optimizer, weights), dense)
+        same((None, numpy(optimizer._model_variables_moving_average)), dense)
+
+
 def check_fit(rule, rate):
     """A loaded model goes on as the saved one does; the rate is a variable of the user's."""
     keras.utils.set_random_seed(0)
@@ -81,6 +142,8 @@ if __name__ == "__main__":
     assert keras.backend.backend() == "tensorflow" or "tensorflow" not in sys.modules
     check(tf_lamb.LAMB, oracle.Lamb, 0.05)
     check(tf_lamb.LARS, oracle.Lars, 50.0)
+    check_corners(tf_lamb.LAMB)
+    check_corners(tf_lamb.LARS)
     check_fit(tf_lamb.LAMB, 0.05)
     check_fit(tf_lamb.LARS, 5.0)
     print("agrees on", keras.backend.backend())
