@@ -6,7 +6,7 @@ The classes are made for one Keras flavour in `tf_lamb.keras3` and for the other
 
 from keras import ops
 
-from tf_lamb.arguments import check_interval
+from tf_lamb.arguments import as_number, check_interval
 
 
 def _updates(step, gradient_accumulation_steps):
@@ -180,8 +180,8 @@ class WarmupStepDecayRule:
         for step in decay_steps:  # perhaps an iterator: read once
             decays.append(check_interval("decay_steps", step, least, total_steps))
             least = decays[-1] + 1
-        decay_factor = check_interval("decay_factor", decay_factor, 0, open_low=True)
-        if decay_factor > 1:
+        factor = as_number(decay_factor)
+        if factor is None or not 0 < factor <= 1:
             raise ValueError(
                 f"`decay_factor` must lie in (0, 1]. Received: decay_factor={decay_factor}."
             )
@@ -189,7 +189,7 @@ class WarmupStepDecayRule:
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.decay_steps = decays
-        self.decay_factor = decay_factor
+        self.decay_factor = factor
         self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
 
