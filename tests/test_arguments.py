@@ -112,7 +112,9 @@ def test_none_is_no_decay_and_no_pattern(flavour, rule):
     none = ("exclude_from_weight_decay", "exclude_from_layer_adaptation", "layer_groups")
     optimizer = rule(0.0, weight_decay=None, **dict.fromkeys(none))
     assert float(optimizer.learning_rate) == optimizer.weight_decay == 0.0
-    assert optimizer.get_config() == rule(0, weight_decay=0).get_config()
+    # Keras 3 counts the names of its optimizers.
+    other = rule(0, weight_decay=0, name=optimizer.name)
+    assert optimizer.get_config() == other.get_config()
     assert built(flavour, optimizer).layers == built(flavour, rule()).layers
 
 
