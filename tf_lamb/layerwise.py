@@ -323,9 +323,9 @@ class Layerwise:
         if self.skip_nonfinite:
             if squares is None:
                 squares = [norms.sum_squares(g) for g in grads]
-            finite = norms.is_finite(sum(squares))
+            finite = norms.is_finite(norms.added(squares))
             nonfinite = [0.0 * (norms.HEADROOM * s) for s in squares]  # 0·∞ is NaN
-            norm = lambda some: ops.sqrt(sum(squares[i] for i in some))  # noqa: E731
+            norm = lambda some: ops.sqrt(norms.added([squares[i] for i in some]))  # noqa: E731
         else:
             finite = nonfinite = None
             grads = [norms.limited(g) for g in grads]

@@ -40,6 +40,11 @@ def sum_squares(x):
     return _total.get()(ops.square(x)) if function is None else function(x)
 
 
+def added(scalars):
+    """The sum of a list of scalars, as one reduction: a chain of additions is slow to compile."""
+    return ops.sum(ops.stack(scalars))
+
+
 def is_finite(squares):
     """Whether a gradient can be used: a boolean scalar.
 
@@ -47,7 +52,8 @@ def is_finite(squares):
         squares: float32 scalar, the sum of squares of the elements. It is NaN or infinite where an
             element is, and infinite where the square of a finite element is.
     """
-    return ops.isfinite(HEADROOM * squares)
+    # `sqrt` acts as a fusion barrier: XLA computes a cheap scalar anew in each loop that reads it.
+    return ops.isfinite(ops.sqrt(HEADROOM * squares))
 
 
 def limited(g):
@@ -61,8 +67,8 @@ def safe_norm(tensors):
     Both sums are computed in one pass. The scaled one loses elements below 1e-7, and is used only
     where the largest is far above 1e9.
     """
-    plain = sum(sum_squares(x) for x in tensors)
-    scaled = sum(sum_squares(x * 2.0**-40) for x in tensors)
+    plain = added([sum_squares(x) for x in tensors])
+    scaled = added([sum_squares(x * 2.0**-40) for x in tensors])
     return ops.where(ops.isfinite(plain), ops.sqrt(plain), 2.0**40 * ops.sqrt(scaled))
 
 
