@@ -152,7 +152,6 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
             "`weight_decay` must be a number",
         ),
         (["--set", "peak_learning_rate=0", "--synthetic"], "`peak_learning_rate` must be"),
-        (["--set", "exclude_from_weight_decay=nothing", "--synthetic"], "'nothing', which"),
         (["--set", "sequence_length=128"], "beyond the position table"),
         (["--set", "packing=loose"], "packing must be one of pairs, full-sentences"),
         (["--set", "model=huge"], "no such size. There are: tiny"),
