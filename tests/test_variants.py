@@ -204,19 +204,22 @@ def test_a_variant_is_seen_and_saved(flavour, rule, variant):
 
 def test_a_variant_gives_way_argument_by_argument(flavour):
     lamb = flavour.lamb.LAMB
-    named = {"name": "one"}  # Keras 3 counts names
-    ours = lamb.variant("nvlamb", 0.5, global_clipnorm=3.0, beta_1=0.5, **named).get_config()
-    theirs = lamb.variant("nvlamb", 0.5, **named).get_config()
+
+    def config(optimizer):
+        return optimizer.get_config() | {"name": ""}  # Keras 3 counts names
+
+    ours = config(lamb.variant("nvlamb", 0.5, global_clipnorm=3.0, beta_1=0.5))
+    theirs = config(lamb.variant("nvlamb", 0.5))
     assert {name for name in ours if ours[name] != theirs[name]} == {
         "global_clipnorm",
         "beta_1",
         "based_on",
     }
     assert lamb.variant("nvlamb", global_clipnorm=None, clipnorm=2.0).clipnorm == 2.0
-    plain = lamb.variant("n-lamb", nesterov=None, based_on=None, **named)
-    assert plain.get_config() == lamb(**named).get_config()
-    form = flavour.lamb.LARS.variant("tf-contrib", form="mlperf", **named).get_config()
-    assert form == flavour.lamb.LARS(**named).get_config()
+    plain = lamb.variant("n-lamb", nesterov=None, based_on=None)
+    assert config(plain) == config(lamb())
+    form = flavour.lamb.LARS.variant("tf-contrib", form="mlperf")
+    assert config(form) == config(flavour.lamb.LARS())
 
 
 def test_a_variant_that_is_made_another_rule_loses_its_name(flavour):

@@ -63,7 +63,7 @@ class _Recomputing:
 
     def step(self, g, x, u, slots, rate, plan):
         slots = tuple(depend_on(rate, slot) for slot in slots)
-        u = super().direction(g, x, slots, self.__dict__.pop("_scalars"), plan)
+        u = super().direction(g, x, slots, self._scalars, plan)
         return super().step(g, x, u, slots, rate, plan)
 
 
