@@ -51,7 +51,9 @@ def depend_on(ratio, x):
     temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
     """
     # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
-    return x - tf.cast(tf.nn.relu(-tf.abs(tf.reduce_min(ratio))), x.dtype)
+    # The outer `abs` makes -0.0 a 0.0.
+    nothing = tf.abs(tf.nn.relu(-tf.abs(tf.reduce_min(ratio))))
+    return x - tf.cast(nothing, x.dtype)
 
 
 class _Recomputing:
