@@ -45,15 +45,13 @@ def _row(shape):
 
 
 def depend_on(ratio, x):
-    """Returns x, with a data dependency on `ratio`, a tensor of floats.
+    """Returns x, with a data dependency on `ratio`, a tensor of floats >= 0.
 
     Within one program XLA for CPUs begins all layers before it finishes one, and keeps the
     temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
     """
     # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
-    # The outer `abs` makes -0.0 a 0.0.
-    nothing = tf.abs(tf.nn.relu(-tf.abs(tf.reduce_min(ratio))))
-    return x - tf.cast(nothing, x.dtype)
+    return x - tf.cast(tf.nn.relu(-tf.reduce_min(ratio)), x.dtype)
 
 
 class _Recomputing:
@@ -64,7 +62,7 @@ class _Recomputing:
         return super().direction(g, x, slots, scalars, plan)
 
     def step(self, g, x, u, slots, rate, plan):
-        slots = tuple(depend_on(rate, slot) for slot in slots)
+        slots = tuple(depend_on(tf.abs(rate), slot) for slot in slots)
         u = super().direction(g, x, slots, self._scalars, plan)
         return super().step(g, x, u, slots, rate, plan)
 
