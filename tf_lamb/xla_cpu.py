@@ -45,7 +45,7 @@ def _row(shape):
 
 
 def depend_on(ratio, x):
-    """Returns x, with a data dependency on `ratio`, a tensor of floats >= 0.
+    """Returns x, with a data dependency on `ratio`, a tensor of floats > 0. At 0, -0.0 becomes 0.0.
 
     Within one program XLA for CPUs begins all layers before it finishes one, and keeps the
     temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
