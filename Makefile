@@ -22,8 +22,8 @@ demo: $(VENV)/train
 test: $(VENV)/test lint
 	@# In four processes, two at a time: each program that XLA compiles takes memory maps, of which
 	@# Linux gives a process 65,530 (vm.max_map_count), and memory, which it keeps: 23 GB by two.
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_[a-o]*.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_[p-z]*.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tf_lamb tests/test_*.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes tests/inputs tests/models tests/tasks tests/training tests/export tests/preflight
 
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)
@@ -34,10 +34,10 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 tpu: $(TPU_VENV)/installed
-	$(TPU_VENV)/bin/python -m training.doctor
+	$(TPU_VENV)/bin/python -m preflight.doctor
 
 preflight: $(VENV)/preflight
-	$(BIN)/python -m training.preflight_document $(ARGS)
+	$(BIN)/python -m preflight.document $(ARGS)
 
 # TensorFlow's own TPU kernels, for --preflight_strict; no TPU needed.
 preflight-tpu: $(TPU_VENV)/installed

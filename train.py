@@ -22,15 +22,16 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
+from export.saved_model import check_export_dir
 from inputs.errors import InputError
 from recipes.types import Recipe
-from training import checkpoints, dry_run, lock, optimizers, saving, signals, strategy
-from training.divergence import Diverged
-from training.export import check_export_dir
+from tasks import TASKS
+from training import dry_run, optimizers, strategy
+from training.checkpoint import compatibility, lock, manager, signals
+from training.checkpoint.state import RunSchedule, RunState
+from training.monitor.divergence import Diverged
 from training.run import Run
-from training.state import RunSchedule, RunState
 from training.step import ReplicaStep
-from training.tasks import TASKS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("recipe", "bert-mini-demo", f"What to run: {', '.join(recipes.RECIPES)}.")
@@ -145,13 +146,13 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
     )
     facts = {"seed": FLAGS.seed} | task.facts
     if chief:
-        checkpoints.claim(model_dir, recipe, **facts)
+        compatibility.claim(model_dir, recipe, **facts)
         task.write_files(model_dir)
     with where.scope():
         model = task.build_model()
         with users("--set"):
             optimizers.build(optimizer, recipe, model.trainable_variables)
-    strategy.check_same_everywhere(where, **task.facts, checkpoint=saving.saved_step(model_dir))
+    strategy.check_same_everywhere(where, **task.facts, checkpoint=manager.saved_step(model_dir))
     step = ReplicaStep(
         model,
         optimizer,
@@ -169,7 +170,7 @@ def fit(where, recipe, model_dir, export_dir, stop, log):
             step,
             state,
             where,
-            settings=checkpoints.settings(recipe, facts),
+            settings=compatibility.settings(recipe, facts),
             model_dir=model_dir,
             folder=folder,
             steps_per_loop=1 if FLAGS.dry_run else FLAGS.steps_per_loop,
@@ -210,7 +211,7 @@ def main(arguments):
         logging.set_verbosity(logging.WARNING)
     recipe = chosen_recipe()
     if FLAGS.preflight:
-        from training import preflight  # training needs nothing of it
+        from preflight import run as preflight  # training needs nothing of it
 
         return preflight.run(
             recipe,
@@ -223,7 +224,7 @@ def main(arguments):
         raise InputError("--preflight_strict and --preflight_json need --preflight=TPU.")
     with contextlib.ExitStack() as stack:
         model_dir, export_dir = stack.enter_context(folders(recipe))
-        checkpoints.check(model_dir, recipe, seed=FLAGS.seed)
+        compatibility.check(model_dir, recipe, seed=FLAGS.seed)
         check_export_dir(export_dir, model_dir)
         where = strategy.connect(FLAGS.tpu)
         for phase in recipe.phases:
@@ -239,7 +240,7 @@ def main(arguments):
         stop = stack.enter_context(signals.caught(log))
         if chief:
             stack.enter_context(lock.held(model_dir, say))
-            saving.settle(model_dir, say)
+            manager.settle(model_dir, say)
         # The others wait here until the chief has settled which checkpoint is the newest.
         flags_of_all = {"seed": FLAGS.seed, "steps_per_loop": FLAGS.steps_per_loop}
         strategy.check_same_everywhere(where, recipe=recipe, **flags_of_all)
@@ -247,14 +248,14 @@ def main(arguments):
             fit(where, recipe, model_dir, export_dir, stop, log)
         except signals.Interrupted as signal:
             log(
-                f"{signal}: saved step {saving.saved_step(model_dir)} of {recipe.steps} in "
+                f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "
                 f"{model_dir}. The same command goes on from there."
             )
             return signal.exit_status
         except Diverged as error:
             log(
                 f"train.py: {error}; the newest checkpoint is from step "
-                f"{saving.saved_step(model_dir)}. Lower --set peak_learning_rate, or lengthen "
+                f"{manager.saved_step(model_dir)}. Lower --set peak_learning_rate, or lengthen "
                 "warm-up, in another --model_dir; --set on_divergence=rollback goes back by itself."
             )
             return 1
@@ -265,7 +266,7 @@ def run(argv):
     """`main`, with a user's mistake or a full disk as one sentence, without a stack trace."""
     try:
         return main(argv)
-    except (InputError, saving.SaveFailed) as error:
+    except (InputError, manager.SaveFailed) as error:
         say(f"train.py: {error}")
     except (OSError, tf.errors.OpError) as error:
         say(f"train.py: {_in_words(error)}")
@@ -277,7 +278,7 @@ def run(argv):
 
 def _in_words(error: Exception) -> str:
     """What went wrong outside of the program; raises the error if it is none of that."""
-    trouble = saving.disk_trouble(error)
+    trouble = manager.disk_trouble(error)
     if trouble:
         return (
             f"{trouble}, writing logs or the export ({str(error).splitlines()[0]}). The "

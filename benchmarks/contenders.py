@@ -6,11 +6,11 @@ import tensorflow as tf
 import tf_keras
 
 import recipes
+from tasks import TASKS
 from tf_lamb import tf_keras as optimizers
 from training import strategy
-from training.state import RunState
+from training.checkpoint.state import RunState
 from training.step import ReplicaStep
-from training.tasks import TASKS
 
 
 @dataclasses.dataclass

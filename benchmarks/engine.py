@@ -32,10 +32,11 @@ import tensorflow as tf
 
 from benchmarks.contenders import bare_block, fit_block, make_parts, make_recipe
 from models import bert
-from training import loop, saving, strategy
+from training import strategy, trainer
+from training.checkpoint import manager
+from training.checkpoint.state import RunSchedule
 from training.optimizers import make_optimizer, make_schedule
 from training.run import Run
-from training.state import RunSchedule
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY = 500
@@ -51,7 +52,7 @@ def clocks():
     return np.array([time.perf_counter(), time.process_time()])
 
 
-class TimedTrainer(loop.Trainer):
+class TimedTrainer(trainer.Trainer):
     """Notes how long each loop of steps is on the device, its results read."""
 
     device_seconds: list = []
@@ -89,7 +90,7 @@ class Turns:
             return
         self.seconds["engine"].append(now - self._begun)
         before = (len(self.seconds["engine"]) - 1) * self._steps
-        self.saved.append(bool(before) and saving.saved_step(self._model_dir) == before)
+        self.saved.append(bool(before) and manager.saved_step(self._model_dir) == before)
         for name, block in self._others.items():
             begun = clocks()
             block()
@@ -107,7 +108,7 @@ def run_engine(parts, turns, steps, model_dir):
         schedule = RunSchedule(make_schedule(parts.recipe), parts.state)
         optimizer = make_optimizer(parts.recipe, schedule)
         optimizer.build(parts.model.trainable_variables)
-    loop.Trainer = TimedTrainer
+    trainer.Trainer = TimedTrainer
     run = Run(
         *(parts.task, parts.recipe, parts.replica_step(optimizer), parts.state, parts.where),
         settings="",

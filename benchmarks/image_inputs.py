@@ -1,6 +1,6 @@
 """Times training batches at 224 beside tf-models' own: python -m benchmarks.image_inputs DATA_DIR
 
-DATA_DIR/train holds shards of JPEGs from `inputs.prepare_images`; tf-models reads the same images
+DATA_DIR/train holds shards of JPEGs from `inputs.images.prepare`; tf-models reads the same images
 from TFRecords that are made of them. All take turns in one run. Images per second of CPU time are
 what one core does, whatever else the machine is doing; the limit is decoding the same crops and
 nothing else.
@@ -19,12 +19,12 @@ import tensorflow as tf
 from official.core import config_definitions, input_reader
 from official.vision.dataloaders import classification_input
 
-from inputs import image_decoding, images
+from inputs.images import decoding, examples
 
 IMAGE_SIZE, CLASSES = 224, 1_000
 
 
-def write_records(data: images.Images, path: str) -> None:
+def write_records(data: examples.Images, path: str) -> None:
     """The images as a TFRecord file in the layout that tf-models reads."""
     with tf.io.TFRecordWriter(path) as writer:
         for image, label in data.files(data.number):
@@ -51,16 +51,16 @@ def tf_models_batches(path: str, batch_size: int, dtype: str) -> tf.data.Dataset
     ).read()
 
 
-def decoding_alone(data: images.Images, batch_size: int) -> tf.data.Dataset:
+def decoding_alone(data: examples.Images, batch_size: int) -> tf.data.Dataset:
     """The crops of our pipeline decoded, neither scaled nor put into batches."""
     files = [image for image, _ in data.files(data.number)]
     sizes = [tf.image.extract_jpeg_shape(image).numpy() for image in files]
     height, width = (tf.constant([size[axis] for size in sizes], tf.int64) for axis in (0, 1))
     numbers = tf.range(len(files), dtype=tf.int64)
-    windows = image_decoding.random_windows(height, width, seed=1, number=numbers)
+    windows = decoding.random_windows(height, width, seed=1, number=numbers)
 
     def decoded(image, window):
-        return tf.shape(image_decoding.decode_crop(image, window, IMAGE_SIZE))
+        return tf.shape(decoding.decode_crop(image, window, IMAGE_SIZE))
 
     rows = tf.data.Dataset.from_tensor_slices((files, windows)).repeat()
     return rows.map(decoded, tf.data.AUTOTUNE).batch(batch_size).prefetch(2)
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--json", default="", help="file for the figures")
     flags = parser.parse_args()
     folder = os.path.join(flags.data_dir, "train")
-    ours = images.Images(folder, IMAGE_SIZE, seed=1)
+    ours = examples.Images(folder, IMAGE_SIZE, seed=1)
     with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, "train-00000-of-00001")
         write_records(ours, path)

@@ -23,10 +23,11 @@ import psutil
 import tensorflow as tf
 from official.nlp.data import pretrain_text_dataloader
 
-from inputs import documents, prepared_text, text
 from inputs.bad_records import BadRecords
-from inputs.batches import batches
-from inputs.tokenizing import Tokenizer
+from inputs.text import documents, prepared
+from inputs.text import examples as text
+from inputs.text.batches import batches
+from inputs.text.tokenizing import Tokenizer
 
 BATCH = 64
 PREDICTIONS = {128: 20, 512: 76}
@@ -66,14 +67,12 @@ def cpu_seconds(command) -> tuple[float, float]:
 def tokenizing(path, vocab, folder) -> dict:
     """Tokens per second: the library's tokenizer alone, and text to shards."""
     wall, cpu = cpu_seconds(
-        [sys.executable, "-m", "inputs.prepare_text"]
+        [sys.executable, "-m", "inputs.text.prepare"]
         + [f"--input={path}", f"--vocab={vocab}", f"--output={folder}"]
     )
     with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
         tokens = json.load(file)["tokens"]
-    _, _, vocabulary, _ = prepared_text.load_prepared(
-        folder, "", BadRecords(0, skip=False, say=print)
-    )
+    _, _, vocabulary, _ = prepared.load_prepared(folder, "", BadRecords(0, skip=False, say=print))
     tokenizer = Tokenizer(vocabulary)
     alone, both, seen = 0.0, 0.0, 0
     for batch in batches(read(path)):
@@ -122,7 +121,7 @@ def write_records(path, vocabulary, file, line_tokens) -> str:
 
 def contenders(path, folder, records, vocab, length) -> dict:
     """name -> iterator over batches."""
-    training, _, vocabulary, _ = prepared_text.load_prepared(
+    training, _, vocabulary, _ = prepared.load_prepared(
         folder, "", BadRecords(0, skip=False, say=print)
     )
     made = {}

@@ -19,10 +19,10 @@ import tf_keras
 
 import recipes
 from recipes.types import Recipe
+from tasks import TASKS
 from training import optimizers
-from training.state import RunSchedule, RunState
+from training.checkpoint.state import RunSchedule, RunState
 from training.step import ReplicaStep
-from training.tasks import TASKS
 
 REPLICAS = 2_048  # cores of the 1,024 TPUv3 chips of arXiv:1904.00962, Table 1
 

@@ -19,13 +19,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import tensorflow as tf
 
-from inputs import squad, vocabulary
+from export.bert import pretrained_export
+from export.saved_model import write_export
+from export.squad import answering_export
+from inputs.squad import files as squad
+from inputs.text import vocabulary
 from models import bert
 from models.squad import build_span_labeler
 from recipes.squad import SQUAD_BASE
-from training.export import write_export
-from training.pretrained_export import pretrained_export
-from training.question_answerer import answering_export
 
 POSITIONS = 512
 

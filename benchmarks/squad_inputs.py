@@ -14,8 +14,10 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from inputs import squad, squad_features, vocabulary
-from training import squad_answers
+from inputs.squad import features as squad_features
+from inputs.squad import files as squad
+from inputs.text import vocabulary
+from tasks import squad_answers
 
 SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}
 

@@ -16,7 +16,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from training.preflight_compile import compile_program, from_hlo, open_topology  # isort: skip
+from preflight.compile import compile_program, from_hlo, open_topology  # isort: skip
 import jax
 import keras
 import numpy as np

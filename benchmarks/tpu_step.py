@@ -1,6 +1,6 @@
 """A whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
 
-The TPU compiler's own estimates of the replica's real step (`training.preflight_program`) and of
+The TPU compiler's own estimates of the replica's real step (`preflight.program`) and of
 its update apart: ours; ours where a gradient that is not finite skips nothing; ours with tf-models'
 optimizer; and, of BERT, also with the dropout and the losses that tf-models' own task has (Keras's,
 whose masks a resumed run does not repeat). No TPU is needed, and nothing here is a measured time.
@@ -17,15 +17,16 @@ from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from training import preflight_compile as tpu  # isort: skip  its settings come before JAX
+from preflight import compile as tpu  # isort: skip  its settings come before JAX
 import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lamb, lars
 
 import recipes
 from models import bert
-from training import optimizers, randomness
-from training.preflight_program import Replica
+from preflight.program import Replica
+from training import dropout as randomness
+from training import optimizers
 
 
 def _peer(base):

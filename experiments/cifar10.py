@@ -130,7 +130,7 @@ def name(row: dict) -> str:
 def main() -> None:
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", required=True, help="from inputs.prepare_images")
+    parser.add_argument("--data_dir", required=True, help="from inputs.images.prepare")
     parser.add_argument("--output", required=True)
     parser.add_argument("--seeds", type=int, default=2, help="of the best rate of each pair")
     parser.add_argument("--epochs", type=float, default=15.0)

@@ -49,7 +49,7 @@ def main() -> int:
     flags = parser.parse_args()
     flags.source, flags.output = map(os.path.abspath, (flags.source, flags.output))
     data, run = os.path.join(flags.output, "data"), os.path.join(flags.output, "run")
-    prepare = ["-m", "inputs.prepare_images", f"--source={flags.source}", f"--output={data}"]
+    prepare = ["-m", "inputs.images.prepare", f"--source={flags.source}", f"--output={data}"]
     train = ["train.py", f"--recipe={RECIPE}", f"--data_dir={data}", f"--model_dir={run}"]
     train += ["--steps_per_loop=1"]  # the history has each step
     try:

@@ -15,8 +15,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from inputs.bad_records import BadRecords
-from inputs.document_keys import Fingerprint
 from inputs.errors import InputError
+from inputs.text.document_keys import Fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "tf_lamb tokenised text", 2
@@ -47,7 +47,7 @@ def is_prepared(folder: str) -> bool:
 
 
 def load_manifest(folder: str) -> dict:
-    """Reads the manifest of a folder that `inputs.prepare_text` made.
+    """Reads the manifest of a folder that `inputs.text.prepare` made.
 
     Raises:
         InputError: it cannot be read, is not ours, of another version, or lacks a field.
@@ -64,7 +64,7 @@ def load_manifest(folder: str) -> dict:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(
             f"{path} is no manifest of tokenised text: its `format` is not {FORMAT!r}. Give a "
-            "folder that `python -m inputs.prepare_text` made."
+            "folder that `python -m inputs.text.prepare` made."
         )
     if manifest.get("version") != VERSION:
         raise InputError(

@@ -154,8 +154,8 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
 
     Args:
         model: from `build_classifier`.
-        batch: as `inputs.images.element_spec` describes. In training each image and label is
-            mixed with the one as far from the end of the batch as it is from the beginning, by
+        batch: see `inputs.images.examples.element_spec`. In training each image and label is mixed
+            with the one as far from the end of the batch as it is from the beginning, by
             `mixup` (Zhang et al., arXiv:1710.09412).
         training: whether batch norm takes the batch's own statistics.
         label_smoothing: share of the target that is spread over all classes; in training alone.

@@ -4,7 +4,7 @@ import dataclasses
 
 from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_least
 
-PACKINGS = ("pairs", "full-sentences")  # as inputs/chunks.py makes them
+PACKINGS = ("pairs", "full-sentences")  # as inputs/text/chunks.py makes them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

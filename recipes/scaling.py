@@ -41,7 +41,7 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1. Received: {global_batch_size}.")
     k = global_batch_size / first
-    # As in tf_lamb/batch_scaling.py; tests/test_batch_scaling.py compares the two.
+    # As in tf_lamb/batch_scaling.py; tests/tf_lamb/test_batch_scaling.py compares the two.
     rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
     phases, planned, done = [], 0, 0
     for number, phase in enumerate(recipe.phases, start=1):

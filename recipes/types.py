@@ -3,7 +3,7 @@
 import dataclasses
 
 # Normalisation and biases, neither decayed nor adapted in the published runs. The library has the
-# same lists (tf_lamb/exclusions.py, with the sources); tests/test_recipes.py holds them equal.
+# same lists (tf_lamb/exclusions.py, with the sources); tests/recipes/test_recipes.py compares them.
 BERT_EXCLUSIONS = (
     r"(?i)bias$|(^|/)(gamma|beta)$"
     r"|(norm|normalization|(^|[/_])([blg]n|grn|rms))[._]?\d*/(scale|weight)$"
@@ -133,7 +133,7 @@ class Recipe:
     reference: str
     expected: str
     phases: tuple[Phase, ...]
-    task: str  # in training.tasks.TASKS
+    task: str  # in tasks.TASKS
     model: str  # a size that the task knows
     compute_dtype: str = "float32"
     accumulation: int = 1  # micro-batches that a replica sums before each update

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from inputs import vocabulary
+from inputs.text import vocabulary
 
 
 def joined(batches):

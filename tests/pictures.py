@@ -6,9 +6,9 @@ import numpy as np
 import PIL.Image
 import tensorflow as tf
 
-from inputs import prepare_images
 from inputs.bad_records import BadRecords
-from inputs.image_shards import ShardReader
+from inputs.images import prepare as prepare_images
+from inputs.images.shards import ShardReader
 
 NAMES = ("cat", "dog", "owl")
 

@@ -15,10 +15,11 @@ def test_the_wheel_holds_tf_lamb_alone(tmp_path):
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for folder in ("tf_lamb", "recipes", "inputs", "models", "training"):
-        (source / folder).mkdir()
-        for path in (ROOT / folder).glob("*.py"):
-            (source / folder / path.name).write_bytes(path.read_bytes())
+    for folder in ("tf_lamb", "recipes", "inputs", "models", "tasks", "training", "export"):
+        for path in (ROOT / folder).rglob("*.py"):
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, str(source), "-w", str(tmp_path)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

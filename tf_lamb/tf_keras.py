@@ -24,7 +24,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
     """A tf_keras optimizer that hands the whole model to its rule.
 
     It overrides the one private hook that runs after the gradients were summed (pinned by
-    tests/test_contract.py), which in tf_keras also owns the EMA and the step counter.
+    tests/tf_lamb/test_contract.py), which in tf_keras also owns the EMA and the step counter.
     """
 
     schedule_class = tf_keras.optimizers.schedules.LearningRateSchedule

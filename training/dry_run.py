@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 
-from training.history import HISTORY, read_rows
+from training.monitor.history import HISTORY, read_rows
 
 STEPS = 2  # of each phase: one that compiles, and one that does not
 

@@ -6,15 +6,15 @@ import sys
 
 import numpy as np
 
-from training import loop
-from training.best import Best
-from training.divergence import Diverged, Watch
-from training.history import EVALUATIONS, read_rows
-from training.instruments import Instruments
+from training import trainer as loop
+from training.checkpoint.best import Best
+from training.checkpoint.manager import Manager
+from training.checkpoint.preemption import stop_together
+from training.checkpoint.state import make_checkpoint
+from training.monitor.divergence import Diverged, Watch
+from training.monitor.history import EVALUATIONS, read_rows
+from training.monitor.instruments import Instruments
 from training.optimizers import reset_slots
-from training.preemption import stop_together
-from training.saving import Manager
-from training.state import make_checkpoint
 from training.strategy import endless, is_chief
 
 

@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-from training.noise_scale import PARTS, noise_sums, squared_norm
-from training.randomness import StepSeed, replica_seed
+from training.dropout import StepSeed, replica_seed
+from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
 
 
 class ReplicaStep:

@@ -1,0 +1,1 @@
+"""Images: labelled files become shards, shards become batches."""

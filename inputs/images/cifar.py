@@ -1,0 +1,150 @@
+"""CIFAR-10 as raw pixels, from its published archives or from strips of PNG.
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+"""
+
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import tensorflow as tf
+
+from inputs.errors import InputError
+from inputs.images.sources import Class, Item, Part, Source
+
+SHAPE = (32, 32, 3)
+NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = [Class(name, name) for name in NAMES]
+BINARY_ROW = 1 + 3 * 32 * 32
+PYTHON = {
+    "train": [f"data_batch_{i}" for i in range(1, 6)],
+    "validation": ["test_batch"],
+}
+BINARY = {split: [f"{name}.bin" for name in names] for split, names in PYTHON.items()}
+STRIPS = {"train": [f"train-{i}.png" for i in range(5)], "validation": ["test.png"]}
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+# What a damaged file, archive or pickle raises, and one that holds something else.
+DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+NOT_CIFAR = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError,
+    tf.errors.OpError,
+)  # fmt: skip
+
+
+def is_cifar(path: str) -> bool:
+    """Whether a path is an archive of CIFAR-10, or a folder that holds what one unpacks to."""
+    if os.path.basename(path) in ARCHIVES:
+        return True
+    names = [names["validation"][0] for names in (PYTHON, BINARY, STRIPS)]
+    return any(os.path.isfile(os.path.join(path, name)) for name in names)
+
+
+def cifar_source(path: str, split: str) -> Source:
+    """One split of CIFAR-10, one part for each of its files.
+
+    Args:
+        path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, a folder with what is in them, or a
+            folder with train-0.png ... train-4.png and test.png (10,000 images of 32x32 one
+            above the other in each) and labels.npz with `y_train` and `y_test`.
+        split: "train" or "validation".
+
+    Raises:
+        InputError: a file is missing, is not what its name says, or has a label beyond 9.
+    """
+    kinds = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
+    held = _names(path)
+    most = max(kinds, key=lambda kind: len(held.keys() & set(kind[0][split])))
+    files, read = most[0][split], most[1]
+    missing = [name for name in files if name not in held]
+    if missing:
+        raise InputError(f"--source: {path} lacks {missing[0]} of CIFAR-10.")
+
+    def items(name, number):
+        where = f"{path}:{name}" if os.path.isfile(path) else os.path.join(path, name)
+        try:
+            pixels, labels = read(path, held[name], number)
+            images = np.asarray(pixels, np.uint8).reshape(-1, *SHAPE)
+        except (*DAMAGE, *NOT_CIFAR) as error:
+            raise InputError(
+                f"--source: {where} is not CIFAR-10 as its name says ({error})."
+            ) from None
+        if len(labels) != len(images):
+            raise InputError(
+                f"--source: {where} has {len(images)} images and {len(labels)} labels."
+            )
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if not 0 <= label < len(CLASSES):
+                raise InputError(
+                    f"--source: {where}, label of image {i}: {label} is outside the labels 0 to 9."
+                )
+            yield Item(f"{where}[{i}]", image.tobytes(), int(label))
+
+    parts = [
+        Part(f"{split}-{number:05d}", lambda name=name, number=number: items(name, number), name)
+        for number, name in enumerate(files)
+    ]
+    return Source(split, parts, CLASSES, SHAPE)
+
+
+def _names(path) -> dict[str, str]:
+    """Base name -> member or file."""
+    if os.path.isdir(path):
+        return {name: name for name in os.listdir(path)}
+    try:
+        with tarfile.open(path) as archive:
+            return {os.path.basename(name): name for name in archive.getnames()}
+    except DAMAGE as error:
+        raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
+
+
+def _content(path, name) -> bytes:
+    if os.path.isdir(path):
+        with open(os.path.join(path, name), "rb") as file:
+            return file.read()
+    with tarfile.open(path) as archive:
+        return archive.extractfile(name).read()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """A pickle may run any program; this one knows NumPy's arrays and nothing else."""
+
+    KNOWN = {
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module, name):
+        """The few names there may be."""
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+        return self.KNOWN[module, name]
+
+
+def _read_python(path, name, number):
+    del number
+    batch = _ArraysOnly(io.BytesIO(_content(path, name)), encoding="bytes").load()
+    return _channels_last(batch[b"data"]), batch[b"labels"]
+
+
+def _read_binary(path, name, number):
+    del number
+    rows = np.frombuffer(_content(path, name), np.uint8).reshape(-1, BINARY_ROW)
+    return _channels_last(rows[:, 1:]), rows[:, 0]
+
+
+def _read_strip(path, name, number):
+    strip = tf.io.decode_png(_content(path, name), channels=3).numpy()
+    with np.load(io.BytesIO(_content(path, "labels.npz"))) as arrays:
+        labels = arrays["y_test" if name == STRIPS["validation"][0] else "y_train"]
+    size = len(strip) // SHAPE[0]
+    return strip, labels[number * size : (number + 1) * size]
+
+
+def _channels_last(rows):
+    return np.asarray(rows).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

@@ -1,0 +1,1 @@
+"""SQuAD: files become questions, questions become windows, windows become batches."""

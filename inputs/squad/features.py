@@ -1,0 +1,224 @@
+"""SQuAD batches: questions tokenised once, their windows made on the fly.
+
+A training example is a function of (seed, index) alone, as in `inputs.text.examples`.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from inputs import order
+from inputs.errors import InputError
+from inputs.squad import windows
+from inputs.squad.files import Squad
+from inputs.squad.offsets import OffsetTokenizer
+from inputs.text.vocabulary import CLS, PAD, SEP
+
+TEXTS_PER_CALL = 4096  # tokenised at once; bounds the memory
+
+
+def element_spec(batch_size: int, sequence_length: int):
+    """What training and evaluation read; synthetic data is made from it."""
+    row = tf.TensorSpec([batch_size, sequence_length], tf.int32)
+    place = tf.TensorSpec([batch_size], tf.int32)
+    return {
+        "input_word_ids": row,
+        "input_mask": row,
+        "input_type_ids": row,
+        "start_positions": place,
+        "end_positions": place,
+        "example_weights": tf.TensorSpec([batch_size], tf.float32),
+    }
+
+
+class _Texts:
+    """Tokenised strings, end to end: ids and places [T], `begins` [N + 1] in them."""
+
+    def __init__(self, tokenizer: OffsetTokenizer, texts: list[str]):
+        parts = [
+            [tensor.numpy() for tensor in (ids.flat_values, starts.flat_values, ends.flat_values)]
+            + [ids.row_lengths().numpy()]
+            for i in range(0, len(texts), TEXTS_PER_CALL)
+            for ids, starts, ends in [
+                tokenizer.tokenize(tf.constant(texts[i : i + TEXTS_PER_CALL]))
+            ]
+        ]
+        ids, self.starts, self.ends, lengths = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        self.ids = ids if len(ids) else np.zeros(1, np.int32)  # `windows.rows` wants one at least
+        self.begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+class Features:
+    """The windows of all questions of a SQuAD file.
+
+    Args:
+        squad: from `inputs.squad.files.read_squad`.
+        vocabulary: word pieces.
+        sequence_length, max_query_length, doc_stride: see `inputs.squad.windows.cut_windows`.
+        seed: int, decides the order of training.
+
+    Attributes:
+        number: how many there are.
+        question_of: [number] int32, which question each belongs to; a question's stand together.
+    """
+
+    def __init__(
+        self,
+        squad: Squad,
+        vocabulary: list[str],
+        *,
+        sequence_length: int,
+        max_query_length: int,
+        doc_stride: int,
+        seed: int,
+    ):
+        self.squad, self.sequence_length, self._seed = squad, sequence_length, seed
+        tokenizer = OffsetTokenizer(vocabulary)
+        self._contexts = _Texts(tokenizer, squad.contexts)
+        self._questions = _Texts(tokenizer, [question.text for question in squad.questions])
+        self._special = {
+            key: vocabulary.index(token)
+            for key, token in (("cls", CLS), ("sep", SEP), ("pad", PAD))
+        }
+        self._context_of = np.array([question.context for question in squad.questions])
+        totals = np.diff(self._contexts.begins)[self._context_of]
+        if not totals.all():
+            empty = squad.questions[int(np.argmin(totals))]
+            raise InputError(
+                f"--data_dir: {squad.path}, the context of question {empty.id!r} holds no word, "
+                "only spaces or control characters. Take it out of the file."
+            )
+        self._windows = windows.cut_windows(
+            tf.constant(np.diff(self._questions.begins), tf.int32),
+            tf.constant(totals, tf.int32),
+            sequence_length=sequence_length,
+            max_query_length=max_query_length,
+            doc_stride=doc_stride,
+        )
+        self.question_of = self._windows.example.numpy()
+        self.number = len(self.question_of)
+        self.first_pieces, self.last_pieces = self._answer_pieces()
+        self._tables = {
+            "question": tf.constant(self._questions.ids),
+            "question_begin": tf.constant(self._questions.begins[:-1]),
+            "context": tf.constant(self._contexts.ids),
+            "context_begin": tf.constant(self._contexts.begins[:-1][self._context_of]),
+            "first": tf.constant(self.first_pieces, tf.int32),
+            "last": tf.constant(self.last_pieces, tf.int32),
+        }
+
+    def _answer_pieces(self):
+        """First and last word piece of each question's first answer, [Q], from its context's 0."""
+        contexts = self._contexts
+        sizes = [len(context.encode()) for context in self.squad.contexts]
+        # Bytes counted over all contexts rise from piece to piece, so one search finds them all.
+        base = np.concatenate([[0], np.cumsum(np.add(sizes, 1))])[:-1]
+        of_piece = np.repeat(base, np.diff(contexts.begins))
+        spans = [self._answer_bytes(question) for question in self.squad.questions]
+        spans = np.array(spans) + base[self._context_of][:, np.newaxis]
+        first = np.searchsorted(contexts.ends + of_piece, spans[:, 0], side="right")
+        last = np.searchsorted(contexts.starts + of_piece, spans[:, 1], side="left") - 1
+        begin = contexts.begins[:-1][self._context_of]
+        end = contexts.begins[1:][self._context_of]
+        # An answer of nothing but what BERT drops, accents for one, has no piece of its own.
+        first = np.minimum(first, end - 1)
+        return first - begin, np.maximum(last, first) - begin
+
+    def _answer_bytes(self, question):
+        context, (start, text) = self.squad.contexts[question.context], question.answers[0]
+        if context.isascii():
+            return start, start + len(text)
+        first = len(context[:start].encode())
+        return first, first + len(text.encode())
+
+    def text_of(self, question: int, first: int, last: int) -> str:
+        """What the context of a question has from piece `first` to `last`, to the letter."""
+        context = self._context_of[question]
+        begin = self._contexts.begins[context]
+        start, end = self._contexts.starts[begin + first], self._contexts.ends[begin + last]
+        return self.squad.contexts[context].encode()[start:end].decode()
+
+    def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
+        """Endless batches, one per local replica and step: see `inputs.text.examples.Examples`."""
+        local, numbers_of = order.share(global_batch_size, context)
+
+        def batch(k):
+            number = numbers_of(k)
+            feature = order.shuffled(number, self.number, self._seed)
+            return self.batch(feature, tf.ones_like(number, tf.float32))
+
+        numbers = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
+        return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+
+    def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
+        """Each of the first `limit` features once, the last batch filled up with weight 0."""
+        return self._once(self.batch, min(limit, self.number), global_batch_size, context)
+
+    def prediction_batches(self, global_batch_size, context=None) -> tf.data.Dataset:
+        """Every feature once, as `question_batch` describes them; -1 fills up the last batch."""
+        return self._once(self.question_batch, self.number, global_batch_size, context)
+
+    def _once(self, make, total, global_batch_size, context):
+        local, numbers_of = order.share(global_batch_size, context)
+
+        def batch(k):
+            number = numbers_of(k)
+            return make(tf.minimum(number, total - 1), tf.cast(number < total, tf.float32))
+
+        steps = -(-total // global_batch_size)
+        numbers = tf.data.Dataset.range(steps * local)
+        return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+
+    def batch(self, feature, weights):
+        """Features with where their answer stands; without it in the window, that is [CLS], 0.
+
+        Args:
+            feature: [B] int64.
+            weights: [B] float32, 0 for one that does not count.
+
+        Returns:
+            A dictionary as `element_spec` describes.
+        """
+        cut = self._cut(feature)
+        first = tf.gather(self._tables["first"], cut.example) - cut.start
+        last = tf.gather(self._tables["last"], cut.example) - cut.start
+        inside = (first >= 0) & (last < cut.length)
+        return self._rows(cut) | {
+            "start_positions": tf.where(inside, first + cut.question + 2, 0),
+            "end_positions": tf.where(inside, last + cut.question + 2, 0),
+            "example_weights": weights,
+        }
+
+    def question_batch(self, feature, weights):
+        """Features with where an answer may stand.
+
+        Args: as `batch`.
+
+        Returns:
+            The model's inputs; `may_begin` and `may_end`: [B, L] bool, as
+            `inputs.squad.windows.may_answer` says; `feature`: [B] int32, -1 for one of weight 0;
+            `offset`: [B] int32, to be taken from a place in the row for the context's word piece.
+        """
+        cut = self._cut(feature)
+        may_begin, may_end = windows.may_answer(cut, self.sequence_length)
+        return self._rows(cut) | {
+            "may_begin": may_begin,
+            "may_end": may_end,
+            "feature": tf.where(weights > 0, tf.cast(feature, tf.int32), -1),
+            "offset": cut.question + 2 - cut.start,
+        }
+
+    def _cut(self, feature):
+        return windows.Windows(*(tf.gather(field, feature) for field in self._windows))
+
+    def _rows(self, cut):
+        tables = self._tables
+        made = windows.rows(
+            cut,
+            (tables["question"], tf.gather(tables["question_begin"], cut.example)),
+            (tables["context"], tf.gather(tables["context_begin"], cut.example)),
+            self.sequence_length,
+            **self._special,
+        )
+        return {key: tf.ensure_shape(x, [None, self.sequence_length]) for key, x in made.items()}

@@ -1,0 +1,1 @@
+"""Text: files become documents, documents become shards of word pieces, shards become batches."""

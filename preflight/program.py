@@ -1,0 +1,249 @@
+"""The replica's training step as a TPU would get it: traced and lowered on the host, never run.
+
+TensorFlow lowers for a TPU only where TPU support is compiled in. Here it lowers for a CPU, and
+the three places where that would give another program are exchanged: the strategy, the sum over
+the replicas, and the random bits (`PodStrategy`, `_tpu_random_bits`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import pickle
+import sys
+from unittest import mock
+
+import tensorflow as tf
+import tf_keras
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.distribute.one_device_strategy import OneDeviceExtended
+from tensorflow.python.ops import gen_stateless_random_ops_v2 as random_ops
+
+from tasks import TASKS
+from training import optimizers
+from training.checkpoint.state import RunSchedule, RunState
+from training.step import ReplicaStep
+
+DEFAULT_ALGORITHM = tf.random.Algorithm.AUTO_SELECT.value
+
+
+class _PodExtended(OneDeviceExtended):
+    def __init__(self, strategy, replicas):
+        super().__init__(strategy, "/cpu:0")
+        self._replicas = replicas
+
+    @property
+    def _num_replicas_in_sync(self):
+        return self._replicas
+
+    def _create_variable(self, next_creator, **kwargs):
+        value = kwargs["initial_value"]
+        if callable(value):
+            with tf.Graph().as_default():
+                value = value()
+        if tf.is_tensor(value) and value.shape.num_elements() > 1:
+            # Memory that is never touched takes no room; no program here reads its values.
+            value = tf.raw_ops.Empty(shape=value.shape, dtype=value.dtype)
+            kwargs["initial_value"] = value
+        return super()._create_variable(next_creator, **kwargs)
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        return tf.nest.map_structure(self._summed, value)
+
+    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
+        return [tf.nest.map_structure(self._summed, value) for value, _ in value_destination_pairs]
+
+    def _summed(self, value):
+        if self._replicas == 1:
+            return value
+        everyone = [list(range(self._replicas))]
+        return gen_xla_ops.xla_all_reduce(
+            value, group_assignment=everyone, reduce_op="Add", mode="CrossReplica"
+        )
+
+
+class PodStrategy(tf.distribute.TPUStrategy):
+    """What one replica of a TPUStrategy sees, without the TPU: each sum is an XLA all-reduce.
+
+    It is a TPUStrategy to whoever asks, so that the same branches are traced. Its variables hold
+    no values.
+
+    Args:
+        replicas: how many cores share a global batch.
+    """
+
+    def __init__(self, replicas: int):
+        # Not TPUStrategy's own: that one connects to a TPU.
+        tf.distribute.Strategy.__init__(self, _PodExtended(self, replicas))
+
+
+@contextlib.contextmanager
+def _tpu_random_bits():
+    """Inside, uniform numbers come from the TPU's own generator, as TensorFlow has it on a TPU.
+
+    tf2xla takes Philox for a CPU and writes it out in integer arithmetic, which would count for
+    a third of a step; for a TPU it takes `RngBitGenerator` with the default algorithm
+    (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc). Floats are made of 23 bits.
+    """
+
+    def integers(shape, key, counter, alg, dtype=tf.uint32, name=None):
+        del alg, name
+        state = tf.concat([key, counter], axis=0)
+        unsigned = tf.uint64 if dtype.size == 8 else tf.uint32
+        bits = gen_xla_ops.xla_rng_bit_generator(
+            DEFAULT_ALGORITHM, state, shape, dtype=unsigned
+        ).output
+        return tf.bitcast(bits, dtype)
+
+    def floats(shape, key, counter, alg, dtype=tf.float32, name=None):
+        bits = tf.bitwise.right_shift(integers(shape, key, counter, alg), 9)
+        one_to_two = tf.bitwise.bitwise_or(bits, tf.constant(0x3F800000, tf.uint32))
+        return tf.cast(tf.bitcast(one_to_two, tf.float32) - 1.0, dtype)
+
+    with mock.patch.multiple(
+        random_ops,
+        stateless_random_uniform_v2=floats,
+        stateless_random_uniform_full_int_v2=integers,
+    ):
+        yield
+
+
+class Replica:
+    """Model, optimizer and step of a recipe, as one replica has them.
+
+    Args:
+        recipe: a checked `recipes.types.Recipe`.
+        number: which phase of it, from 0.
+        replicas: how many share a global batch.
+        optimizer: `(recipe, schedule) -> optimizer` instead of the recipe's own.
+    """
+
+    def __init__(self, recipe, number: int, replicas: int, optimizer=optimizers.make_optimizer):
+        self.recipe, self.number = recipe, number
+        if recipe.compute_dtype != "float32":
+            tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
+        self.strategy = PodStrategy(replicas)
+        with self.strategy.scope():
+            self._state = RunState()
+            schedule = RunSchedule(optimizers.make_schedule(recipe), self._state)
+            self.optimizer = optimizer(recipe, schedule)
+            self.model = self._task(1).build_model()
+            optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
+
+    def _task(self, replica_batch_size):
+        phases = tuple(
+            dataclasses.replace(phase, global_batch_size=replica_batch_size)
+            for phase in self.recipe.phases
+        )
+        return TASKS[self.recipe.task](
+            dataclasses.replace(self.recipe, phases=phases),
+            data_dir="",
+            vocab="",
+            model_dir="",
+            seed=0,
+            synthetic_data=True,
+            log=lambda line: None,
+        )
+
+    def step_program(self, replica_batch_size: int, accumulation: int) -> bytes:
+        """Serialized HLO of one whole step on a batch of that many examples."""
+        step, spec = self._step(replica_batch_size, accumulation)
+        return self._lowered(lambda **batch: step.train(batch, self._state.step), **spec)
+
+    def traced_step(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
+        """The same, traced alone, with the recipe's own accumulation."""
+        step, spec = self._step(replica_batch_size, self.recipe.accumulation)
+        function = self._function(lambda **batch: step.train(batch, self._state.step))
+        return function.get_concrete_function(**spec)
+
+    def traced_gradients(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
+        """Forward and backward alone, of one micro-batch."""
+        step, spec = self._step(replica_batch_size, 1)
+        counts = TASKS[self.recipe.task].counts
+        function = tf.function(
+            lambda batch, seed: step.sums_and_gradients(batch, counts(batch), seed),
+            autograph=False,
+        )
+        return function.get_concrete_function(spec, tf.TensorSpec([2], tf.int32))
+
+    def _step(self, replica_batch_size, accumulation):
+        """The `ReplicaStep`, and what its batches look like."""
+        task = self._task(replica_batch_size)
+        step = ReplicaStep(
+            self.model,
+            self.optimizer,
+            task.sums,
+            task.counts,
+            seed=0,
+            accumulation=accumulation,
+            jit_compile=False,
+            measure_noise=self.recipe.measure_noise_scale,
+        )
+        return step, task.train_batches(self.number, 0)(None).element_spec
+
+    def update_program(self) -> bytes:
+        """Serialized HLO of the update alone, its gradients given as arguments."""
+        variables = self.model.trainable_variables
+
+        def update(*gradients):
+            self.optimizer.apply_gradients(
+                zip(gradients, variables, strict=True), skip_gradients_aggregation=True
+            )
+
+        return self._lowered(update, *(tf.TensorSpec(v.shape, v.dtype) for v in variables))
+
+    def _lowered(self, function, *specs, **named_specs):
+        with _tpu_random_bits():
+            lower = self._function(function).experimental_get_compiler_ir(*specs, **named_specs)
+            return lower(stage="hlo_serialized")
+
+    def _function(self, function):
+        """The function in replica context, to be traced for XLA."""
+        run = self.strategy.extended.call_for_each_replica
+        return tf.function(
+            lambda *args, **kwargs: run(function, args, kwargs), jit_compile=True, autograph=False
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Trainable ones."""
+        return sum(v.shape.num_elements() for v in self.model.trainable_variables)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all the model's variables."""
+        return _bytes(self.model.variables)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the optimizer's variables."""
+        return _bytes(self.optimizer.variables)
+
+
+def _bytes(variables):
+    return sum(v.shape.num_elements() * v.dtype.size for v in variables)
+
+
+def main(job_path: str, answer_path: str) -> None:
+    """Lowers what the pickled job says, and writes facts about the model as JSON.
+
+    The job: `recipe`, `number` (of its phase), and `programs`: a list of (examples of a replica,
+    or None for the update alone; micro-batches; the path where the HLO goes). A program is that
+    of two replicas; the compiler's part lets the sums run over as many as a topology has.
+    """
+    with open(job_path, "rb") as file:
+        job = pickle.load(file)
+    replica = Replica(job["recipe"], job["number"], replicas=2)
+    for batch, accumulation, path in job["programs"]:
+        if batch is None:
+            program = replica.update_program()
+        else:
+            program = replica.step_program(batch, accumulation)
+        with open(path, "wb") as file:
+            file.write(program)
+    facts = {name: getattr(replica, name) for name in ("parameters", "weight_bytes", "slot_bytes")}
+    with open(answer_path, "w", encoding="utf-8") as file:
+        json.dump(facts, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

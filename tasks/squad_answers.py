@@ -1,0 +1,121 @@
+"""A model's answers to every question of a SQuAD file, and what the official metric says."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import tensorflow as tf
+from official.nlp.tools import squad_evaluate_v1_1
+
+from models import squad as span_model
+
+
+def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> dict:
+    """The best spans of every window, computed on the strategy's replicas.
+
+    Returns:
+        `feature`: [F] which window of `features`; `begin`, `end`: [F, n] word pieces of its
+        context; `score`: [F, n], below 0.5 * `IMPOSSIBLE` where there is no span. NumPy arrays,
+        in the order of `feature`.
+    """
+    # A TPU's whole program is XLA already.
+    on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+    compiled = _best_of_rows if on_tpu else tf.function(_best_of_rows, jit_compile=True)
+
+    @tf.function
+    def step(batch):
+        # `strategy.run` would trace a `tf.function` once, for the first replica.
+        spans = strategy.run(lambda batch: compiled(model, recipe, batch), args=(batch,))
+        return {key: strategy.gather(value, axis=0) for key, value in spans.items()}
+
+    batches = strategy.distribute_datasets_from_function(
+        lambda context: features.prediction_batches(global_batch_size, context)
+    )
+    parts = [{key: value.numpy() for key, value in step(batch).items()} for batch in batches]
+    spans = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    order = np.argsort(spans["feature"], kind="stable")
+    order = order[spans["feature"][order] >= 0]  # the filling of the last batch
+    return {key: value[order] for key, value in spans.items()}
+
+
+def _best_of_rows(model, recipe, batch):
+    logits = model({key: batch[key] for key in model.input}, training=False)
+    begin, end, score = span_model.best_spans(
+        logits["start_logits"],
+        logits["end_logits"],
+        batch["may_begin"],
+        batch["may_end"],
+        n_best=recipe.n_best,
+        max_answer_length=recipe.max_answer_length,
+    )
+    offset = batch["offset"][:, tf.newaxis]
+    return {
+        "feature": batch["feature"],
+        "begin": begin - offset,
+        "end": end - offset,
+        "score": score,
+    }
+
+
+def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
+    """The best answers to each question, the likeliest first.
+
+    Spans of all windows compete; of those with the same text the likeliest counts.
+
+    Args:
+        features: a `inputs.squad.features.Features`.
+        spans: from `predict_spans`.
+        n_best: answers that are kept.
+
+    Returns:
+        question id -> list of {"text", "score", "probability"}: the score is the sum of the start
+        and end logits, the probability their softmax over the list. A question for which no span
+        is possible has one answer, "".
+    """
+    answers = {}
+    windows = zip(
+        features.question_of[spans["feature"]],
+        *(spans[key] for key in ("begin", "end", "score")),
+        strict=True,
+    )
+    for number, group in itertools.groupby(windows, key=lambda window: int(window[0])):
+        begins, ends, scores = (np.concatenate(c) for c in list(zip(*group, strict=True))[1:])
+        best = {}  # text -> score
+        for i in np.argsort(-scores, kind="stable"):
+            if len(best) == n_best or scores[i] < 0.5 * span_model.IMPOSSIBLE:
+                break
+            text = features.text_of(number, int(begins[i]), int(ends[i]))
+            best.setdefault(text, float(scores[i]))
+        best = best or {"": 0.0}
+        shares = np.exp(np.array(list(best.values())) - max(best.values()))
+        answers[features.squad.questions[number].id] = [
+            {"text": text, "score": score, "probability": float(share)}
+            for (text, score), share in zip(best.items(), shares / shares.sum(), strict=True)
+        ]
+    return answers
+
+
+def metrics(squad, answered: dict[str, str]) -> dict[str, float]:
+    """Exact match and F1 in per cent over all questions of the file, by the official rules.
+
+    Args:
+        squad: an `inputs.squad.files.Squad`.
+        answered: question id -> answer; a question that is missing counts 0.
+    """
+    found = squad_evaluate_v1_1.evaluate(squad.evaluated_as(), answered)
+    return {"exact_match": 100 * found["exact_match"], "f1": 100 * found["final_f1"]}
+
+
+def predictions(answers: dict[str, list[dict]]) -> dict[str, str]:
+    """question id -> the likeliest answer of `n_best_answers`."""
+    return {key: best[0]["text"] for key, best in answers.items()}
+
+
+def write_answers(model_dir: str, answers: dict[str, list[dict]]) -> None:
+    """Writes predictions.json (id -> text, what the official script reads) and nbest.json."""
+    for name, content in (("nbest.json", answers), ("predictions.json", predictions(answers))):
+        path = os.path.join(model_dir, name)
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+        os.replace(f"{path}.new", path)

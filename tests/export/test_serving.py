@@ -1,0 +1,242 @@
+"""Exports against the models they were made from: 100 strings, in a process of their own."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from export import bert as pretrained_export
+from export import saved_model
+from export import squad as question_answerer
+from inputs.squad.features import Features
+from inputs.squad.files import Question, Squad
+from inputs.text.tokenizing import make_tokenizer
+from inputs.text.vocabulary import CLS, MASK, SPECIAL_TOKENS
+from models import bert
+from models import squad as span_model
+from recipes.squad import SQUAD_MINI
+from tasks import squad_answers
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éßжя東京"
+VOCABULARY = [*SPECIAL_TOKENS, *LETTERS, *(f"##{x}" for x in LETTERS), *".,?!'-", "the", "ада"]
+LENGTH, POSITIONS = 40, 48
+RANDOM = {"dropout": 0.1, "initializer_stddev": 0.2}
+RECIPE = SQUAD_MINI.__class__(
+    **{**SQUAD_MINI.__dict__, "sequence_length": LENGTH, "max_query_length": 9, "doc_stride": 13}
+)
+
+# In a process that imports nothing but TensorFlow and the tokenizer's ops.
+CLIENT = """
+import json, sys
+import tensorflow as tf, tensorflow_text
+def text(value):
+    return [text(x) for x in value] if isinstance(value, list) else value.decode()
+answers = []
+for folder, name, batches in json.load(sys.stdin):
+    signature = tf.saved_model.load(folder).signatures[name]
+    for batch in batches:
+        texts = {
+            key: tf.constant([bytes.fromhex(text) for text in texts], tf.string, [len(texts)])
+            for key, texts in batch.items()
+        }
+        answer = {key: value.numpy() for key, value in signature(**texts).items()}
+        answer = {key: value.tolist() for key, value in answer.items()}
+        for key in {"answer", "tokens"} & set(answer):
+            answer[key] = text(answer[key])
+        answers.append(answer)
+forbidden = {"official", "orbit", "tf_lamb", "tensorflow_models", "tf_keras", "inputs", "models"}
+assert not forbidden & set(sys.modules)
+print(json.dumps(answers))
+"""
+
+
+def sentences():
+    """100 byte strings: plain ones, an empty one, long ones, other scripts, broken UTF-8."""
+    rng = random.Random(4)
+
+    def words(number, letters):
+        return " ".join("".join(rng.choices(letters, k=rng.randrange(1, 7))) for _ in range(number))
+
+    plain = [words(rng.randrange(1, 60), LETTERS[:36]).encode() for _ in range(60)]
+    other = [words(rng.randrange(1, 30), LETTERS + "한국ÉЖ́½ℵ🙂").encode() for _ in range(25)]
+    broken = [
+        text[:5] + rng.choice([b"\xff", b"\xe6\x9d", b"\xed\xa0\x80", b"\x00", b"\xc0\x80"]) + text
+        for text in plain[:11]
+    ]
+    odd = [b"", b" \n\t", words(3000, LETTERS).encode(), b"x" * 5000]
+    texts = plain + other + broken + odd
+    rng.shuffle(texts)
+    assert len(texts) == 100
+    return texts
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return sentences()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Random weights, large enough that no two answers are alike."""
+    tf_keras.utils.set_random_seed(5)
+    size = bert.SIZES["tiny"]
+    return bert.build_pretrainer(size, len(VOCABULARY), POSITIONS, **RANDOM), labeler()
+
+
+def labeler():
+    return span_model.build_span_labeler(
+        bert.SIZES["tiny"], len(VOCABULARY), POSITIONS, types=2, **RANDOM
+    )
+
+
+def batches(size, **columns):
+    starts = range(0, len(next(iter(columns.values()))), size)
+    return [{key: column[i : i + size] for key, column in columns.items()} for i in starts]
+
+
+@pytest.fixture(scope="module")
+def served(models, texts, tmp_path_factory):
+    """signature -> its answers to all 100, at batch 1 and at 32, from one clean process."""
+    folders = [str(tmp_path_factory.mktemp("export") / name) for name in ("pretrained", "squad")]
+    made = (
+        pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS),
+        question_answerer.answering_export(models[1], VOCABULARY, RECIPE),
+    )
+    for folder, one in zip(folders, made, strict=True):
+        saved_model.write_export(one, "# A card\n", folder)
+    columns = {
+        (folders[0], "serving_default"): {"text": masked(texts)},
+        (folders[0], "encode"): {"text": texts},
+        (folders[1], "serving_default"): {"question": texts[::-1], "context": texts},
+    }
+    requests = [
+        (folder, name, batches(size, **{k: [t.hex() for t in v] for k, v in column.items()}))
+        for (folder, name), column in columns.items()
+        for size in (1, 32)
+    ]
+    requests.append((folders[1], "serving_default", [{"question": [], "context": []}]))
+    client = subprocess.run(
+        [sys.executable, "-c", CLIENT], input=json.dumps(requests), capture_output=True, text=True
+    )
+    assert client.returncode == 0, client.stderr[-2000:]
+    answers = iter(json.loads(client.stdout))
+    found = {}
+    for kind, (_, _, asked) in zip(
+        ["fill"] * 2 + ["encode"] * 2 + ["answer"] * 2, requests, strict=False
+    ):
+        parts = [next(answers) for _ in asked]
+        joined = {key: [x for part in parts for x in part[key]] for key in parts[0]}
+        found.setdefault(kind, []).append(joined)
+    assert next(answers) == {"answer": [], "start": [], "end": [], "score": []}
+    return found
+
+
+def masked(texts):
+    return [text[:20] + b" [MASK] " + text[20:] for text in texts]
+
+
+def rows_of(texts, length):
+    """The model's inputs, made by hand: one row each, its own length."""
+    tokenizer = make_tokenizer(VOCABULARY)
+    for text in texts:
+        parts = [tokenizer.tokenize([part])[0].numpy().tolist() for part in text.split(b"[MASK]")]
+        ids = [VOCABULARY.index(CLS), *parts[0]]
+        for part in parts[1:]:
+            ids += [VOCABULARY.index(MASK), *part]
+        ids = [*ids[: length - 1], VOCABULARY.index("[SEP]")]
+        yield {
+            "input_word_ids": tf.constant([ids]),
+            "input_mask": tf.ones([1, len(ids)], tf.int32),
+            "input_type_ids": tf.zeros([1, len(ids)], tf.int32),
+        }
+
+
+def test_masks_are_filled_as_by_the_model(models, texts, served):
+    filled = 0
+    for number, inputs in enumerate(rows_of(masked(texts), POSITIONS)):
+        places = np.nonzero(inputs["input_word_ids"][0] == VOCABULARY.index(MASK))[0]
+        for column in served["fill"]:
+            assert column["masks"][number] == len(places)
+        if not len(places):
+            continue
+        logits = models[0](inputs | {"masked_lm_positions": tf.constant([places], tf.int32)})
+        best = tf.math.top_k(tf.nn.softmax(logits["mlm_logits"])[0, 0], pretrained_export.TOP_K)
+        for column in served["fill"]:
+            np.testing.assert_allclose(
+                column["probabilities"][number][0], best.values, rtol=1e-4, atol=1e-6
+            )
+            assert column["tokens"][number][0] == np.take(VOCABULARY, best.indices).tolist()
+        filled += 1
+    assert filled > 70
+
+
+def test_sentences_are_encoded_as_by_the_model(models, texts, served):
+    encoder = bert.encoder_of(models[0])
+    for number, inputs in enumerate(rows_of(texts, POSITIONS)):
+        expected = encoder(inputs)
+        length = inputs["input_word_ids"].shape[1]
+        for column in served["encode"]:
+            assert sum(column["mask"][number]) == length
+            np.testing.assert_allclose(
+                column["pooled_output"][number], expected["pooled_output"][0], atol=1e-4
+            )
+            np.testing.assert_allclose(
+                column["sequence_output"][number][:length],
+                expected["sequence_output"][0],
+                atol=1e-4,
+            )
+
+
+def test_questions_are_answered_as_in_training(models, texts, served, mirrored):
+    """Against what evaluates a fine-tuning, on two replicas: texts and spans by another road."""
+    contexts = [text.decode("utf-8", "replace") for text in texts]
+    questions = [text.decode("utf-8", "replace") for text in texts[::-1]]
+    whole = [i for i, context in enumerate(contexts) if context.strip(" \n\t\x00")]
+    squad = Squad(
+        contexts, [Question(str(i), questions[i], i, ((0, contexts[i][:1]),)) for i in whole], ""
+    )
+    features = Features(
+        squad, VOCABULARY, sequence_length=LENGTH, max_query_length=9, doc_stride=13, seed=1
+    )
+    with mirrored.scope():
+        model = labeler()
+    model.set_weights(models[1].get_weights())
+    spans = squad_answers.predict_spans(model, mirrored, features, RECIPE, 64)
+    expected = squad_answers.n_best_answers(features, spans, RECIPE.n_best)
+    assert len(features.question_of) > 500 and len(whole) == 98
+    for column in served["answer"]:
+        for number, context in enumerate(contexts):
+            text, start, end, score = (
+                column[key][number] for key in ("answer", "start", "end", "score")
+            )
+            assert context[start:end] == text
+            if str(number) in expected:
+                best = expected[str(number)][0]
+                assert (context[start:end], score) == (
+                    best["text"],
+                    pytest.approx(best["score"], abs=1e-4),
+                )
+            else:
+                assert (start, end, score) == (0, 0, tf.float32.min)
+
+
+def test_the_folder_holds_card_and_weights_and_nothing_half_written(models, tmp_path, monkeypatch):
+    made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS)
+    folder = tmp_path / "model"
+    saved_model.write_export(made, "first", str(folder))
+
+    def full(encoder, weights):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(saved_model.tf_models_weights, "save_encoder", full)
+    with pytest.raises(OSError):
+        saved_model.write_export(made, "second", str(folder))
+    assert (folder / saved_model.CARD).read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    names = {path.name for path in (folder / saved_model.WEIGHTS).iterdir()}
+    assert {"vocab.txt", "bert_config.json", "bert_model.ckpt-1.index", "checkpoint"} <= names

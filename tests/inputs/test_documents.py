@@ -1,0 +1,186 @@
+"""Text files become documents, and what is wrong with a file is said in one sentence."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from inputs.bad_records import BadRecords
+from inputs.errors import InputError
+from inputs.text import documents, installed_text, vocabulary
+
+LATIN1 = "a line\ncaf\xe9 au lait\n".encode("latin-1")
+
+
+def read(*paths, max_share=0.001, skip=True, say=print):
+    records = BadRecords(max_share, skip=skip, say=say)
+    files = documents.find_files(",".join(map(str, paths)))
+    return list(documents.read_documents(files, records))
+
+
+def test_blank_lines_end_a_document(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\nOne.\nTwo.\n\n \nThree.\r\n", encoding="utf-8")
+    assert read(tmp_path / "a.txt") == [["One.", "Two."], ["Three."]]
+
+
+def test_a_vocabulary_is_text_only_where_it_is_named(tmp_path):
+    (tmp_path / "a[1].txt").write_text("One.")
+    (tmp_path / "vocab.txt").write_text("[PAD]")
+    assert read(tmp_path) == read(tmp_path / "*.txt") == read(tmp_path / "a[1].txt") == [["One."]]
+    assert read(tmp_path / "vocab.txt") == [["[PAD]"]]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n', encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("Two.", encoding="utf-8-sig")
+    assert read(tmp_path) == [["One."], ["Two."]]
+
+
+def test_a_file_of_no_use_is_passed_over_up_to_the_limit(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(["A line."] * 10))
+    (tmp_path / "b.txt").write_text(" ")
+    (tmp_path / "c.txt.gz").write_bytes(b"plain")
+    said = []
+    assert read(tmp_path, max_share=0.2, say=said.append) == [["A line."] * 10]
+    assert "b.txt holds no text" in said[0] and "c.txt.gz is named .gz" in said[1]
+    with pytest.raises(InputError, match="b.txt holds no text. With it 2 of 13 records"):
+        read(tmp_path, max_share=0.1)
+
+
+def test_json_lines_hold_paragraphs_or_text(tmp_path):
+    lines = [{"paragraphs": ["One.", " ", "Two."]}, {"id": 1, "text": "Three.\nFour."}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == [["One.", "Two."], ["Three.", "Four."]]
+
+
+def test_folders_globs_and_gzip_in_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    with gzip.open(tmp_path / "deep/b.txt.gz", "wt") as file:
+        file.write("B.")
+    (tmp_path / "a.txt").write_text("A.")
+    (tmp_path / "notes.md").write_text("not text by its name")
+    assert read(tmp_path) == [["A."], ["B."]]
+    assert read(tmp_path / "deep/*.gz", tmp_path / "a.txt") == [["B."], ["A."]]
+
+
+TORN_GZIP = gzip.compress(b"words " * 999, mtime=0)[:40]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b" \n\n", "holds no text"),
+        ("a.txt", LATIN1, "line 2, byte 10: not UTF-8 (0xe9)"),
+        ("a.txt.gz", b"plain text", "named .gz but is no whole gzip file"),
+        ("a.txt.gz", TORN_GZIP, "named .gz but is no whole gzip file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b'{"title": "x"}', "line 1: no document"),
+        ("a.jsonl", b'["x"]', "line 1: no document"),
+        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: no document"),
+        ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value) and name in str(error.value)
+
+
+def test_damaged_lines_are_named_and_passed_over(tmp_path):
+    """Text, JSON lines and a gzip file that breaks off: what is whole is read all the same."""
+    (tmp_path / "a.txt").write_bytes(b"One.\nTw\xf0.\nThree.\n\n" + b"More.\n\n" * 500)
+    lines = [json.dumps({"text": f"Text {i}."}) for i in range(500)]
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[:200], lines[200][:9], *lines[201:]]))
+    whole = gzip.compress(b"".join(b"%d\n\n" % (i * i) for i in range(99_999)))
+    (tmp_path / "c.txt.gz").write_bytes(whole[:-1000])
+    said = []
+    found = read(tmp_path, say=said.append)
+    assert found[0] == ["One.", "Three."] and found[500] == ["More."]
+    assert [["Text 199."], ["Text 201."]] == found[700:702]
+    assert len(found) > 1_000 + 90_000
+    assert "a.txt, line 2, byte 7: not UTF-8 (0xf0)" in said[0]
+    assert "b.jsonl, line 201: not JSON" in said[1]
+    assert "c.txt.gz, up to line" in said[2] and "is damaged" in said[2]
+    assert said[3].startswith("3 of ") and "damaged and passed over" in said[3]
+
+
+def test_too_many_damaged_lines_are_an_error_and_so_is_one_if_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"A line.\n" * 998 + b"\xff\n\xfe\n")
+    with pytest.raises(InputError, match="2 of 1,000 records are damaged, more than"):
+        read(tmp_path / "a.txt")
+    assert len(read(tmp_path / "a.txt", max_share=0.002)[0]) == 998
+    with pytest.raises(InputError, match="line 999, byte 7984: not UTF-8.*on_bad_record=skip"):
+        read(tmp_path / "a.txt", skip=False)
+    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 5_000)  # not read to its end
+    with pytest.raises(InputError, match="1,000 of 1,000 records are damaged"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_gzip_file_with_a_bad_place_in_the_middle(tmp_path):
+    """Of a byte only the checksum tells; where nothing can be unpacked, what follows is lost."""
+    lines = b"".join(b"%d\n" % (i**3 % 10**9) for i in range(50_000))
+    content = bytearray(gzip.compress(lines, 0))  # blocks of at most 64 KiB, not compressed
+    middle = len(content) // 2
+    content[middle] ^= 1
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    said = []
+    read(tmp_path / "a.txt.gz", say=said.append)
+    assert "a.txt.gz, up to line" in said[0] and "CRC check failed" in said[0]
+    content[middle : middle + 2**16] = b"1" * 2**16  # over the beginning of a block
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(InputError, match="the gzip file is damaged") as error:
+        read(tmp_path / "a.txt.gz")
+    bad, total = re.search(r"it ([\d,]+) of ([\d,]+) records", str(error.value)).groups()
+    assert 0.3 < int(bad.replace(",", "")) / int(total.replace(",", "")) < 0.6
+
+
+@pytest.mark.parametrize("entry", ["missing", "missing.txt", "*.txt", ""])
+def test_nothing_found_names_the_entry(tmp_path, entry):
+    with pytest.raises(InputError, match="holds no text"):
+        read(tmp_path / entry)
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(InputError, match="no text file by its name"):
+        read(tmp_path / "a.csv")
+
+
+def test_installed_text_is_prose_that_comes_once():
+    first = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
+    again = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
+    paragraphs = [paragraph for document in first for paragraph in document]
+    assert first == again
+    assert len({paragraph.lower() for paragraph in paragraphs}) == len(paragraphs)
+    assert not any(">>>" in paragraph for paragraph in paragraphs)
+
+
+def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
+    texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
+    pieces = vocabulary.learn_vocabulary(texts, 60)
+    assert pieces == vocabulary.learn_vocabulary(texts, 60)
+    assert set(vocabulary.SPECIAL_TOKENS) < set(pieces) and "the" in pieces and len(pieces) <= 60
+    vocabulary.save_vocabulary(pieces, tmp_path / "vocab.txt")
+    assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"lacks \[MASK\]"),
+        (b"\n".join(t.encode() for t in vocabulary.SPECIAL_TOKENS) + b"\nx\nx\n", "'x' twice"),
+        (b"\xff\xfe", "cannot be read as UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path, content, said):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        vocabulary.load_vocabulary(tmp_path / "vocab.txt")
+
+
+def test_no_vocabulary_without_words():
+    with pytest.raises(InputError, match="not one word"):
+        vocabulary.learn_vocabulary([], 100)

@@ -1,0 +1,305 @@
+"""Shards hold the text as it is, a stopped run goes on, and what is wrong is said."""
+
+import json
+import pathlib
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_text as tf_text
+from batch_checks import joined
+
+from inputs.bad_records import BadRecords
+from inputs.errors import InputError
+from inputs.folder_lock import locked
+from inputs.text import batches, corpus, documents, examples, prepared, vocabulary
+from inputs.text import prepare as prepare_text
+from inputs.text.tokenizing import Tokenizer
+
+SHARD_TOKENS = 1500
+WORDS = "cat dog bird fish sat went looked slept mat log tree sea the a on to".split()
+
+
+def records(skip=True, say=print, share=0.05):
+    return BadRecords(share, skip=skip, say=say)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a vocabulary, and with text in which two documents repeat others."""
+    folder = tmp_path_factory.mktemp("source")
+    rng = random.Random(0)
+    pieces = [*vocabulary.SPECIAL_TOKENS, *sorted(WORDS), ".", "##s", *"0123456789"]
+    vocabulary.save_vocabulary(pieces + [f"##{i}" for i in range(10)], folder / "vocab.txt")
+    (folder / "text").mkdir()
+    articles = [
+        [" ".join(rng.choices(WORDS, k=rng.randint(3, 40))) + "." for _ in range(rng.randint(1, 6))]
+        for _ in range(150)
+    ]
+    articles += [articles[3], [p.upper() for p in articles[70]]]
+    with open(folder / "text/a.jsonl", "w") as file:
+        file.writelines(json.dumps({"paragraphs": a}) + "\n" for a in articles[:90])
+    (folder / "text/b.txt").write_text("\n\n".join("\n".join(a) for a in articles[90:]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 3000)
+
+
+def prepare(source, output, **changes):
+    arguments = {"workers": 0, "shard_tokens": SHARD_TOKENS} | changes
+    return prepare_text.prepare(
+        str(source / "text"), str(source / "vocab.txt"), str(output), **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """A folder that a run prepared without a stop, never to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "shards"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "BATCH_CHARACTERS", 3000)
+        prepare(source, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def content(folder):
+    """Name -> bytes of what a run leaves."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def load(folder, vocab="", **changes):
+    return prepared.load_prepared(str(folder), str(vocab), records(**changes))
+
+
+def change_manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[1500] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("packing", ["pairs", "full-sentences"])
+def test_shards_and_raw_text_give_the_same_batches(source, folder, packing):
+    pieces = vocabulary.load_vocabulary(source / "vocab.txt")
+    read = documents.read_documents(documents.find_files(str(source / "text")), records())
+    in_memory = corpus.tokenize(read, pieces)
+    training, held_out, kept_pieces, fingerprint = load(folder)
+    assert fingerprint == corpus.fingerprint(in_memory) and kept_pieces == pieces
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["documents"] == len(in_memory.documents) - 1 == 150
+    assert manifest["repeated_documents"] == 2 and len(manifest["shards"]) > 3
+    assert isinstance(training.tokens, np.memmap) and training.tokens.dtype == np.uint16
+    for ours, theirs in zip((training, held_out), corpus.split_held_out(in_memory), strict=True):
+        for name in ("tokens", "sentences", "documents"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        first, second = (
+            joined(
+                examples.Examples(
+                    side,
+                    pieces,
+                    sequence_length=32,
+                    predictions=5,
+                    whole_word=True,
+                    seed=2,
+                    packing=packing,
+                )
+                .training_batches(8, first_step=3)
+                .take(4)
+            )
+            for side in (ours, theirs)
+        )
+        tf.nest.map_structure(np.testing.assert_array_equal, first, second)
+
+
+def test_a_stopped_run_goes_on(source, whole, tmp_path, monkeypatch):
+    """Ctrl-C while a shard is written: it leaves no trace, and what was whole is kept."""
+    given = []
+
+    def stopping(*arguments, **more):
+        for number, batch in enumerate(make(*arguments, **more)):
+            if number == 7:
+                raise KeyboardInterrupt
+            given.append(batch)
+            yield batch
+
+    make = prepare_text.tokenized_batches
+    monkeypatch.setattr(prepare_text, "tokenized_batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.new"))
+    kept = sorted((tmp_path / "run").glob("shard-*"))
+    assert 0 < len(kept) < len(list(whole.glob("shard-*")))
+    times = [path.stat().st_mtime_ns for path in kept]
+    with pytest.raises(InputError, match="is not finished"):
+        load(tmp_path / "run")
+    monkeypatch.setattr(prepare_text, "tokenized_batches", make)
+    said = []
+    prepare(source, tmp_path / "run", say=said.append)
+    assert said == [f"{len(kept)} finished shards were verified and kept"]
+    assert times == [path.stat().st_mtime_ns for path in kept]
+    assert content(tmp_path / "run") == content(whole)
+
+
+def test_worker_processes_give_the_same_shards(source, whole, tmp_path):
+    prepare(source, tmp_path / "run", workers=2)
+    assert content(tmp_path / "run") == content(whole)
+
+
+def test_a_damaged_shard_is_made_anew(source, whole, folder):
+    flip_a_byte(folder / "shard-00002.arrayrecord")
+    said = []
+    prepare(source, folder, say=said.append)
+    assert any("shard-00002.arrayrecord, record" in line for line in said)
+    assert "shard-00002.arrayrecord is made anew, and those behind it" in said
+    assert content(folder) == content(whole)
+
+
+def test_a_flipped_byte_costs_one_document_or_the_run(folder):
+    before = load(shutil.copytree(folder, f"{folder}-2"))[3]
+    flip_a_byte(folder / "shard-00001.arrayrecord")
+    with pytest.raises(InputError, match=r"shard-00001.arrayrecord, record \d+: damaged"):
+        load(folder, skip=False)
+    assert not (folder / "memory_map").exists() or not list((folder / "memory_map").iterdir())
+    said = []
+    training, held_out, _, fingerprint = load(folder, say=said.append)
+    assert len(training.documents) + len(held_out.documents) - 2 == 149
+    assert fingerprint != before
+    assert "1 of 150 records were damaged" in said[-1]
+
+
+@pytest.mark.parametrize("size", [None, 0, 100, 70_000])
+def test_a_shard_that_is_missing_or_cut_short_is_named(folder, size):
+    path = folder / "shard-00001.arrayrecord"
+    path.unlink() if size is None else path.write_bytes(path.read_bytes()[: min(size, 2000)])
+    said = "is missing" if size is None else "records where the manifest counts"
+    with pytest.raises(InputError, match=f"shard-00001.arrayrecord.*{said}.*more than the share"):
+        load(folder)
+
+
+def test_a_damaged_memory_map_is_laid_out_anew(folder):
+    expected = load(folder)[0].tokens.tobytes()
+    flip_a_byte(folder / "memory_map/training/tokens")
+    assert load(folder)[0].tokens.tobytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "other"}, "is no manifest of tokenised text"),
+        ({"version": 1}, "`version` is 1, and this program reads 2"),
+        ({"shards": None}, "`shards` is missing or no list"),
+        ({"fingerprint": 3}, "`fingerprint` is missing or no str"),
+        ({"shards": [{}]}, "`file` is missing or no str"),
+        ({"vocabulary_hash": "0"}, "`vocabulary_hash` in manifest.json is 0"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(folder, changes, said):
+    change_manifest(folder, **changes)
+    with pytest.raises(InputError, match=said):
+        load(folder)
+
+
+def test_train_takes_the_folder(folder, in_process, capfd, tmp_path):
+    flags = [f"--data_dir={folder}", f"--model_dir={tmp_path}/run", "--set", "model=tiny"]
+    flags += ["--steps=4", "--steps_per_loop=2", "--global_batch_size=8"]
+    flags += ["--set", "packing=full-sentences"]
+    assert in_process(flags) == 0
+    said = capfd.readouterr().out
+    assert str(folder) in said and "next-sentence" not in said
+    fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    assert fingerprint in (tmp_path / "run/recipe.json").read_text()
+    change_manifest(folder, version=1)
+    assert in_process(flags) == 1
+    assert "`version` is 1" in capfd.readouterr().err
+
+
+def test_another_vocabulary_is_refused(source, folder, tmp_path):
+    pieces = vocabulary.load_vocabulary(source / "vocab.txt")
+    vocabulary.save_vocabulary([*pieces, "more"], tmp_path / "vocab.txt")
+    with pytest.raises(InputError, match="--vocab: .*is not the vocabulary of the text in"):
+        load(folder, tmp_path / "vocab.txt")
+
+
+def test_a_folder_with_something_else_is_refused(source, folder, tmp_path):
+    with pytest.raises(InputError, match=r"holds something else \(text\)"):
+        prepare(source, source)
+    with pytest.raises(InputError, match="was begun with another `shard_tokens`"):
+        prepare(source, folder, shard_tokens=1)
+    (source / "text/c.txt").write_text("more")
+    try:
+        with pytest.raises(InputError, match="was begun with another `inputs`"):
+            prepare(source, folder)
+    finally:
+        (source / "text/c.txt").unlink()
+
+
+def test_shards_inside_their_input_are_not_its_text(source, tmp_path):
+    shutil.copytree(source, tmp_path / "all")
+    output = tmp_path / "all/text/shards"
+    first = prepare(tmp_path / "all", output)
+    (output / "vocab.txt").write_text("lost")
+    (output / "manifest.json.new").write_text("of a start that was killed")
+    said = []
+    again = prepare(tmp_path / "all", output, say=said.append)
+    assert again["fingerprint"] == first["fingerprint"]
+    assert "nothing was left to do" in said[-1]
+    assert (output / "vocab.txt").read_bytes() == (source / "vocab.txt").read_bytes()
+    with pytest.raises(InputError, match="shards holds a manifest.json.*Give such a folder alone"):
+        documents.find_files(f"{source}/text,{output}")
+
+
+def test_two_at_once_are_refused(source, tmp_path):
+    with locked(str(tmp_path), wait=False):
+        with pytest.raises(InputError, match="another process writes in it now"):
+            prepare(source, tmp_path)
+
+
+def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
+    (tmp_path / "text").mkdir()
+    good = (source / "text/a.jsonl").read_bytes()
+    (tmp_path / "text/a.jsonl").write_bytes(good + b'{"paragraphs": 1}\n\xff\n')
+    shutil.copy(source / "vocab.txt", tmp_path)
+    said = []
+    manifest = prepare(tmp_path, tmp_path / "run", say=said.append, max_bad_record_share=0.05)
+    assert manifest["damaged_records"] == 2 and manifest["documents"] == 90
+    assert "a.jsonl, line 91: no document" in said[0] and "line 92" in said[1]
+    with pytest.raises(InputError, match="raise the limit with --max_bad_record_share"):
+        prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
+
+
+def test_what_has_no_end_is_cut(monkeypatch, tmp_path):
+    """A text without blank lines, or a line without an end, takes no more memory than others."""
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 50)
+    (tmp_path / "a.txt").write_text("a b c d e f g.\n" * 40 + "x" * 1000 + "\nthe end.\n")
+    said = []
+    found = list(documents.read_documents([str(tmp_path / "a.txt")], records(say=said.append)))
+    assert 4 < len(found) < 8 and found[-1] == ["the end."]
+    assert "line 41: longer than 50 bytes" in said[0]
+
+
+def test_sentences_are_those_of_the_library(source):
+    """The short cut around plain words changes nothing, whatever stands between them."""
+    rng = random.Random(1)
+    letters = list("aboxuXDBT3 8cs  :;.!?,()'\"=-_^…é。>*\u3000\u00a0\n") + ["the ", "cat, ", "So "]
+    made = ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(20_000)]
+    made += ["We went to D.C. Then (so it seems...) we slept :c Disney XD is on. Is it? Yes!"]
+    ours = Tokenizer(vocabulary.load_vocabulary(source / "vocab.txt")).break_sentences(made)
+    theirs = tf_text.StateBasedSentenceBreaker().break_sentences(made)
+    np.testing.assert_array_equal(ours.row_splits, theirs.row_splits)
+    np.testing.assert_array_equal(ours.flat_values, theirs.flat_values)

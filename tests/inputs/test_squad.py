@@ -1,0 +1,215 @@
+"""SQuAD: pieces that map back to the text, windows, features."""
+
+import gzip
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs import synthetic
+from inputs.squad import features, windows
+from inputs.squad import files as squad
+from inputs.squad.offsets import OffsetTokenizer, sanitized
+from inputs.text import vocabulary
+from inputs.text.tokenizing import make_tokenizer
+from tasks import squad_answers
+
+SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
+LENGTH, QUERY, STRIDE = 64, 16, 24
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    if not SHARED.exists():
+        pytest.skip("../shared/data is not there")
+    return vocabulary.load_vocabulary(str(SHARED / "bert/vocab.txt"))
+
+
+@pytest.fixture(scope="module")
+def real(pieces, tmp_path_factory):
+    """Three training articles and their features."""
+    with gzip.open(SHARED / "squad/train-v1.1.json.gz") as file:
+        content = json.load(file)
+    content["data"] = [content["data"][i] for i in (0, 1, 16)]  # the last one has much accented
+    path = tmp_path_factory.mktemp("squad") / "train.json"
+    path.write_text(json.dumps(content))
+    return features.Features(
+        squad.read_squad(str(path)),
+        pieces,
+        sequence_length=LENGTH,
+        max_query_length=QUERY,
+        doc_stride=STRIDE,
+        seed=3,
+    )
+
+
+def test_pieces_stand_where_their_characters_do(pieces):
+    """Accents, compatibility forms, Hangul cut into letters, invisible characters, many bytes."""
+    expected = {
+        "Beyoncé's café—NAÏVE": ["Beyoncé", "'", "s", "café", "—", "NAÏVE"],
+        "e\u0301t e\u0301": ["e\u0301t", "e\u0301"],
+        "x각y": ["x", "각", "각", "각", "y"],
+        "½ Å ﬁ": ["½", "½", "½", "Å", "ﬁ"],
+        "東京tokyo": ["東", "京", "tokyo"],
+        "a\tb\x00c": ["a", "b", "c"],
+        " \u3000": [],
+        "": [],
+        "x" * 101 + " y": ["x" * 101, "y"],  # [UNK]
+    }
+    texts = list(expected)
+    ids, starts, ends = OffsetTokenizer(pieces).tokenize(tf.constant(texts))
+    assert ids.to_list() == make_tokenizer(pieces).tokenize(texts).to_list()
+    found = [
+        [text.encode()[a:b].decode() for a, b in zip(first, last, strict=True)]
+        for text, first, last in zip(texts, starts.to_list(), ends.to_list(), strict=True)
+    ]
+    assert found == list(expected.values())
+
+
+def test_malformed_text_becomes_the_replacement_character():
+    broken = [b"\xff\xfe a", b"a\xe6\x9db", b"\xed\xa0\x80", b"\xf0\x9f\x98 ok", b"\x00 ok"]
+    found = [text.decode() for text in sanitized(broken).numpy()]
+    assert found == [text.decode("utf-8", "replace") for text in broken]
+
+
+def test_every_answer_comes_back_or_stands_inside_a_piece(real):
+    """encode → decode gives the annotated answer; where it does not, a piece is longer."""
+    differing = []
+    for number, question in enumerate(real.squad.questions):
+        first, last = real.first_pieces[number], real.last_pieces[number]
+        found, wanted = real.text_of(number, first, last), question.answers[0][1]
+        if found != wanted:
+            assert wanted in found, (found, wanted)
+            assert len(real.text_of(number, first, first)) > 1 or last > first
+            inner = [real.text_of(number, i, i) for i in (first, last)]
+            assert not (wanted.startswith(inner[0]) and wanted.endswith(inner[1]))
+            differing.append((wanted, found))
+    assert len(real.squad.questions) > 1_000
+    assert len(differing) <= 0.005 * len(real.squad.questions), differing
+
+
+def test_windows_are_those_of_run_squad():
+    """Against google-research/bert's loops, written out: spans, and the one with most context."""
+    rng = random.Random(0)
+    sizes = [(rng.randrange(0, 25), rng.choice([0, 1, 5, 44, 45, 46, 99, 300])) for _ in range(60)]
+    for stride in (1, 7, STRIDE, 200):
+        cut = windows.cut_windows(
+            *(tf.constant(column) for column in zip(*sizes, strict=True)),
+            sequence_length=LENGTH, max_query_length=QUERY, doc_stride=stride,
+        )  # fmt: skip
+        may_begin, may_end = (x.numpy() for x in windows.may_answer(cut, LENGTH))
+        row = 0
+        for number, (question, total) in enumerate(sizes):
+            question = min(question, QUERY)
+            room, spans, start = LENGTH - question - 3, [], 0
+            while True:
+                length = min(room, total - start)
+                spans.append((start, length))
+                if start + length == total:
+                    break
+                start += min(length, stride)
+            for index, (start, length) in enumerate(spans):
+                assert (cut.example[row], cut.start[row], cut.length[row]) == (
+                    number,
+                    start,
+                    length,
+                )
+                begins = [i for i in range(length) if best_span(spans, start + i) == index]
+                assert (np.nonzero(may_begin[row])[0] - question - 2).tolist() == begins
+                assert (np.nonzero(may_end[row])[0] - question - 2).tolist() == list(range(length))
+                row += 1
+        assert row == len(cut.example)
+
+
+def best_span(spans, position):
+    scores = [
+        min(position - start, start + length - 1 - position) + 0.01 * length
+        if start <= position < start + length
+        else -1
+        for start, length in spans
+    ]
+    return scores.index(max(scores))
+
+
+def test_rows_show_question_context_and_answer(real, pieces):
+    everything = tf.range(real.number, dtype=tf.int64), tf.ones([real.number])
+    batch = {key: value.numpy() for key, value in real.batch(*everything).items()}
+    offsets = real.question_batch(*everything)["offset"].numpy()
+    tokenizer = make_tokenizer(pieces)
+    questions = tokenizer.tokenize([q.text for q in real.squad.questions]).to_list()
+    contexts = tokenizer.tokenize(real.squad.contexts).to_list()
+    cls, sep, pad = (pieces.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    seen = {}
+    for row in range(0, real.number, 7):
+        number = real.question_of[row]
+        question = questions[number][:QUERY]
+        length = batch["input_mask"][row].sum()
+        ids = batch["input_word_ids"][row].tolist()
+        shown = ids[len(question) + 2 : length - 1]
+        assert ids[: len(question) + 2] == [cls, *question, sep]
+        assert ids[length - 1 :] == [sep] + [pad] * (LENGTH - length)
+        types = [0] * (len(question) + 2) + [1] * (len(shown) + 1) + [0] * (LENGTH - length)
+        assert batch["input_type_ids"][row].tolist() == types
+        whole = contexts[real.squad.questions[number].context]
+        start, end = batch["start_positions"][row], batch["end_positions"][row]
+        answer = whole[real.first_pieces[number] : real.last_pieces[number] + 1]
+        from_context = len(question) + 2 - offsets[row]  # where in it the window begins
+        assert shown == whole[from_context : from_context + len(shown)]
+        first, last = real.first_pieces[number], real.last_pieces[number]
+        if from_context <= first and last < from_context + len(shown):
+            assert ids[start : end + 1] == answer and start > len(question) + 1
+            seen[number] = True
+        else:
+            assert (start, end) == (0, 0)
+    assert len(seen) > 100
+    every = real.question_of[np.nonzero(batch["start_positions"])[0]]
+    short = real.last_pieces - real.first_pieces < STRIDE
+    assert set(np.nonzero(short)[0]) <= set(every)  # each one fits some window
+
+
+def test_order_is_a_function_of_seed_and_number(real):
+    def rows(first_step, steps, context=None, size=8):
+        batches = real.training_batches(8, context, first_step).take(steps)
+        return np.concatenate([batch["input_word_ids"].numpy() for batch in batches])
+
+    whole = rows(0, 40)
+    np.testing.assert_array_equal(whole[80:], rows(10, 30))
+    halves = [
+        rows(0, 40, tf.distribute.InputContext(2, pipeline, 2)).reshape(40, 4, LENGTH)
+        for pipeline in (0, 1)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves, 1).reshape(-1, LENGTH), whole)
+
+
+def test_an_epoch_has_every_window_once_and_dev_ends_with_weight_0(real):
+    places = real.question_batch(tf.range(real.number, dtype=tf.int64), tf.ones([real.number]))
+    assert places["feature"].numpy().tolist() == list(range(real.number))
+    found = [batch["feature"].numpy() for batch in real.prediction_batches(64)]
+    found = np.concatenate(found)
+    assert found[: real.number].tolist() == list(range(real.number))
+    assert (found[real.number :] == -1).all() and len(found) % 64 == 0
+    weights = [batch["example_weights"].numpy() for batch in real.evaluation_batches(64, 100)]
+    assert [w.sum() for w in weights] == [64, 36]
+    steps = -(-real.number // 64)
+    epoch = [batch["input_word_ids"].numpy() for batch in real.training_batches(64).take(steps)]
+    rows = {row.tobytes() for row in np.concatenate(epoch)[: real.number]}
+    everything = real.batch(tf.range(real.number, dtype=tf.int64), tf.ones([real.number]))
+    assert rows == {row.tobytes() for row in everything["input_word_ids"].numpy()}
+
+
+def test_the_spec_is_what_the_batches_have(real):
+    spec = features.element_spec(8, LENGTH)
+    (batch,) = real.training_batches(8).take(1)
+    (made_up,) = synthetic.synthetic_batches(spec, {}, 1).take(1)
+    for key, expected in spec.items():
+        assert expected.is_compatible_with(batch[key]), key
+    assert made_up.keys() == batch.keys()
+
+
+def test_gold_answers_score_100(real):
+    for pick in (0, -1):
+        gold = {q.id: q.answers[pick][1] for q in real.squad.questions}
+        assert squad_answers.metrics(real.squad, gold) == {"exact_match": 100, "f1": 100}

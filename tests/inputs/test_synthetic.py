@@ -1,0 +1,67 @@
+"""Made-up batches of each task: what train.py --synthetic trains on."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs.synthetic import synthetic_batches
+from recipes import find_recipe, resized
+from tasks import TASKS
+from training.monitor.history import read_rows
+
+TRAIN = str(pathlib.Path(__file__).parents[2] / "train.py")
+
+
+def test_values_are_spread_below_their_bounds():
+    spec = {
+        "image": tf.TensorSpec([4, 16, 16, 3], tf.uint8),
+        "label": tf.TensorSpec([1_000], tf.int64),
+        "weight": tf.TensorSpec([4], tf.float32),
+        "row": tf.TensorSpec([4], tf.int32),
+    }
+    batches = synthetic_batches(spec, {"image": 256, "label": 7}, seed=1)
+    assert batches.element_spec == spec
+    first, second = (tf.nest.map_structure(lambda t: t.numpy(), b) for b in batches.take(2))
+    assert set(first["label"]) == set(range(7))
+    assert first["image"].min() < 5 and first["image"].max() > 250
+    assert set(first["weight"]) == {1.0} and set(first["row"]) == {1}
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name])
+
+
+@pytest.mark.parametrize("name", ["bert-mini-demo", "squad-mini", "cifar10-lamb-128"])
+def test_every_task_has_them(name, tmp_path):
+    recipe = resized(find_recipe(name), global_batch_size=8)
+    task = TASKS[recipe.task](
+        recipe, data_dir="", vocab="", model_dir=str(tmp_path), seed=1, synthetic_data=True,
+        log=lambda line: None,
+    )  # fmt: skip
+    training = task.train_batches(0, 0)(None)
+    held_out = task.evaluation_batches(0)(None)
+    for batches in (training, held_out):
+        batch = next(iter(batches))
+        assert {len(values) for values in batch.values()} == {8}
+        assert all(float(count) > 0 for count in task.counts(batch).values())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process is kept to a core")
+def test_one_thread_that_does_everything_does_not_wait(tmp_path):
+    """Its batches lie ready, so that nearly all time goes into steps."""
+    command = [
+        sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=8",
+        "--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32",
+        f"--model_dir={tmp_path}",
+    ]  # fmt: skip
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # which a child inherits
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    finally:
+        os.sched_setaffinity(0, cores)
+    *_, last = read_rows(tmp_path / "history.jsonl")
+    assert last["input_wait_share"] < 0.5

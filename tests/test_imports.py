@@ -1,0 +1,173 @@
+"""Imports run one way, and `import tf_lamb` needs no more than Keras and its backend."""
+
+import ast
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import tf_lamb
+
+ROOT = pathlib.Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+
+OURS = {
+    *("tf_lamb", "recipes", "inputs", "models", "tasks", "export", "training", "preflight"),
+    *("experiments", "benchmarks", "tests", "train"),
+}
+# Package: which of ours it may import beside itself. train.py may import all.
+PACKAGES = {
+    "tf_lamb": set(),
+    "recipes": set(),
+    "inputs": set(),
+    "models": set(),
+    "tasks": {"recipes", "inputs", "models", "export", "training"},
+    "export": {"inputs", "models", "training"},
+    "training": {"tf_lamb", "recipes", "inputs"},
+    "preflight": {"recipes", "inputs", "models", "tasks", "training"},
+    "experiments": {"recipes"},
+}
+# Module of tf_lamb: which others it may import.
+MODULES = {
+    "__init__": {"batch_scaling", "exclusions", "keras3", "migration", "telemetry"},
+    "norms": set(),
+    "arguments": set(),
+    "exclusions": set(),
+    "heat_map": set(),
+    "foreign_state": set(),
+    "layers": {"exclusions"},
+    "learning_rate": {"arguments"},
+    "schedules": {"arguments"},
+    "batch_scaling": {"arguments"},
+    "layerwise": {"norms", "arguments", "layers", "learning_rate"},
+    "lamb": {"arguments", "layerwise", "norms"},
+    "lars": {"arguments", "layerwise", "norms"},
+    "xla_cpu": {"norms"},
+    "xla": {"layerwise", "norms", "xla_cpu"},
+    "keras3": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "xla"},
+    "tf_keras": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "telemetry", "xla"},
+    "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
+    "migration": {"layerwise", "foreign_state"},
+}
+# Module of recipes: which others it may import. None imports more than the standard library beside.
+RECIPE_MODULES = {
+    "__init__": {"types", "bert", "resnet", "squad", "overrides", "scaling"},
+    "types": set(),
+    "bert": {"types"},
+    "resnet": {"types"},
+    "squad": {"types"},
+    "overrides": {"types"},
+    "scaling": {"types"},
+}
+# Only these may know TensorFlow or Keras 2: keras3 where it is the backend, the last two within
+# the functions that need it.
+TENSORFLOW = {
+    "xla": {"tensorflow"},
+    "xla_cpu": {"tensorflow"},
+    "tf_keras": {"tensorflow", "tf_keras"},
+    "keras3": {"tensorflow"},
+    "telemetry": {"tensorflow"},
+    "foreign_state": {"tensorflow"},
+}
+
+
+def imported(path):
+    """Dotted names that a file imports, wherever in it the import stands."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path):
+    text = "import a.b as c\ndef f():\n    from d import e, g\n    from h.i import j\n"
+    (tmp_path / "module.py").write_text(text)
+    assert imported(tmp_path / "module.py") == ["a.b", "d.e", "d.g", "h.i.j"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_between_packages_run_one_way(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        found = {name.split(".")[0] for name in imported(path)} & OURS
+        assert found <= PACKAGES[package] | {package}, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tf_lamb").glob("*.py")), ids=lambda p: p.stem)
+def test_within_the_library_imports_run_one_way(path):
+    names = [name.split(".") for name in imported(path)]
+    ours = {parts[1] for parts in names if parts[0] == "tf_lamb"}
+    assert path.stem in MODULES, "a new module: say above what it may import"
+    assert ours <= MODULES[path.stem]
+    heavy = {"tensorflow", "tf_keras", "jax", "torch", "official", "orbit", "absl"}
+    assert {parts[0] for parts in names} & heavy <= TENSORFLOW.get(path.stem, set())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.stem)
+def test_recipes_are_data_and_import_one_way(path):
+    names = [name.split(".") for name in imported(path)]
+    assert path.stem in RECIPE_MODULES, "a new module: say above what it may import"
+    assert {parts[1] for parts in names if parts[0] == "recipes"} <= RECIPE_MODULES[path.stem]
+    assert {parts[0] for parts in names} <= sys.stdlib_module_names | {"recipes"}
+
+
+def test_the_oracle_knows_nothing_of_ours():
+    assert imported(TESTS / "oracle.py") == ["numpy"]
+
+
+def run_python(code, backend):
+    """What a fresh interpreter prints."""
+    environment = os.environ | {
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",  # sharded_jax.py shares them
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_library_is_light():
+    heavy = {"tf_keras", "official", "tensorflow_models", "orbit"}
+    code = f"import sys, tf_lamb; print(*{heavy} & set(sys.modules), tf_lamb.__version__)"
+    assert run_python(code, "tensorflow").split() == [tf_lamb.__version__]
+
+
+@pytest.mark.parametrize(
+    ("backend", "script"),
+    [
+        ("tensorflow", "other_backend"),
+        ("jax", "other_backend"),
+        ("torch", "other_backend"),
+        ("jax", "sharded_jax"),
+    ],
+)
+def test_every_backend_agrees_with_the_oracle(backend, script):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    path = str(TESTS / f"{script}.py")
+    printed = run_python(f"import runpy; runpy.run_path({path!r}, run_name='__main__')", backend)
+    assert printed.strip() == f"agrees on {backend}"
+
+
+def test_tf_keras_needs_the_tensorflow_backend():
+    code = (
+        "import keras\n"
+        "keras.backend.backend = lambda: 'jax'\n"  # jax itself need not be installed
+        "try:\n    import tf_lamb.tf_keras\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    printed = run_python(code, "tensorflow")
+    assert "Set the environment variable KERAS_BACKEND=tensorflow" in printed
+    assert "Received: KERAS_BACKEND=jax." in printed

@@ -1,0 +1,71 @@
+"""The TPU compiler's own count of what an update reads and writes. No TPU is needed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Floats per parameter. LAMB reads g, m, v and x and writes m and v, then reads m, v and x and
+# writes x; LARS reads g and x, then g, x and m, and writes x and m. One more reads the gradients
+# before anything is written, for their global norm or, in LAMB, to see that they are finite.
+LEAST = {
+    "lamb": {"plain": 10, "telemetry": 10, "global_clipnorm": 11, "skip_nonfinite": 11},
+    "lars": {"plain": 7, "telemetry": 7, "global_clipnorm": 8, "skip_nonfinite": 7},
+}
+SCALARS = 0.05  # the layers' norms and ratios, and what small tensors are filled up with
+# In a process of its own: libtpu and JAX read their configuration once, when they are loaded.
+SCRIPT = """
+import json
+import sys
+from benchmarks import shapes, tpu_bytes
+
+layers = [
+    layer
+    for layer in shapes.bert_base(vocabulary=8192, blocks=1)
+    # Shapes that stand in for others: each tensor takes the compiler a quarter second a case.
+    if not any(name in layer[0] for name in ("key", "value", "attention/layer_norm", "pooler"))
+    and (layer[0] == "embeddings/word" or "embeddings" not in layer[0])
+]
+excluded = shapes.EXCLUDED["bert-base"]
+device = tpu_bytes.tpu()
+moved = {
+    rule: {
+        case: tpu_bytes.our_figures(rule, case, layers, excluded, device)["moved"]
+        for case in cases
+    }
+    for rule, cases in json.loads(sys.argv[1]).items()
+}
+print(json.dumps(moved))
+"""
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax", "libtpu")),
+    reason="JAX and libtpu, the extra `preflight`, are not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def moved():
+    """Floats per parameter, by rule and case."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(LEAST)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("rule", LEAST)
+@pytest.mark.parametrize("case", LEAST["lamb"])
+def test_an_update_moves_no_more_than_it_must(moved, rule, case):
+    least = LEAST[rule][case]
+    # Less than the least would mean that the compiler saw only a part of the update.
+    assert least - SCALARS < moved[rule][case] < least + SCALARS

@@ -1,0 +1,194 @@
+"""The same weights wherever a run computes, and what several processes do in a fault.
+
+All through train.py on real text, where each replica and each micro-batch has its own number of
+masked tokens.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from training import strategy, trainer
+from training.checkpoint.manager import saved_step
+from training.monitor.history import read_rows
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMPARED = 20  # steps
+FLAGS = ("--steps=20000", "--steps_per_loop=5", "--global_batch_size=16")
+for change in ("warmup_steps=10", "vocabulary_size=300", "save_every_steps=10"):
+    FLAGS += ("--set", change)
+FLAGS += ("--set", "keep_checkpoints=100")
+SECONDS = 240  # after which a process is taken to hang
+
+
+@contextlib.contextmanager
+def workers(*flags, second=()):
+    """Yields two processes of train.py that train together; nothing of them is left afterwards.
+
+    The second one gets the flags `second` on top.
+    """
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("localhost", 0))
+        addresses = [f"localhost:{free.getsockname()[1]}" for free in (one, other)]
+    processes = []
+    try:
+        for index in range(2):
+            task = {"type": "worker", "index": index}
+            config = {"cluster": {"worker": addresses}, "task": task}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(ROOT / "train.py"), *flags, *(second if index else ())],
+                    env=os.environ | {"TF_CONFIG": json.dumps(config)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(path, processes):
+    end = time.monotonic() + SECONDS
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def until(in_process):
+    """Runs train.py in this process up to a step, where Ctrl-C saves and ends it."""
+
+    def run(step, where, model_dir, *flags):
+        original = trainer.Trainer.train
+
+        def train(self, num_steps):
+            output = original(self, num_steps)
+            if self.optimizer.iterations.numpy() >= step:
+                signal.raise_signal(signal.SIGINT)
+            return output
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(strategy, "connect", lambda tpu: where)
+            patch.setattr(trainer.Trainer, "train", train)
+            assert in_process([*FLAGS, f"--model_dir={model_dir}", *flags]) == 130
+        return saved(model_dir, step)
+
+    return run
+
+
+def saved(model_dir, step, prefix="model/"):
+    """name: array, of what the checkpoint holds below `prefix`."""
+    reader = tf.train.load_checkpoint(str(model_dir / f"ckpt-{step}"))
+    names = [name for name in reader.get_variable_to_shape_map() if name.startswith(prefix)]
+    return {name: reader.get_tensor(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def one_cpu(two_cpus):
+    return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
+@pytest.fixture(scope="module")
+def exact(text):
+    return f"--data_dir={text}", "--set", "dropout=0.0"
+
+
+@pytest.fixture(scope="module")
+def one_replica(until, one_cpu, exact, tmp_path_factory):
+    """Weights on half of the way and at its end: what every other run must come to."""
+    folder = tmp_path_factory.mktemp("one")
+    end = until(COMPARED, one_cpu, folder, *exact)
+    return saved(folder, COMPARED // 2), end
+
+
+def assert_same(found, one_replica):
+    """Holds each layer to 1e-5 of its way since the first half (seen: 2e-6), as norms.
+
+    No loss depends on the bias of the attention's keys: its gradients are rounding alone.
+    """
+    first, expected = one_replica
+    assert found.keys() == expected.keys() and len(found) > 30
+    for name in [name for name in expected if "_key_dense/bias" not in name]:
+        error = np.linalg.norm(found[name] - expected[name])
+        way = np.linalg.norm(expected[name] - first[name])
+        assert error <= 1e-5 * way, f"{name}: {error} on a way of {way}"
+
+
+def test_two_replicas_come_to_the_weights_of_one(until, mirrored, one_replica, exact, tmp_path):
+    assert_same(until(COMPARED, mirrored, tmp_path, *exact), one_replica)
+
+
+def test_micro_batches_come_to_the_weights_of_the_whole(
+    until, one_cpu, one_replica, exact, tmp_path
+):
+    flags = (*exact, "--set", "accumulation=4")
+    assert_same(until(COMPARED, one_cpu, tmp_path, *flags), one_replica)
+
+
+def test_two_processes_come_to_the_same_and_outlive_one_another(one_replica, exact, tmp_path):
+    """One is killed on the way, both go on; one is told to stop, both save the same step."""
+    flags = (*FLAGS, *exact, f"--model_dir={tmp_path}")
+    with workers(*flags) as (chief, other):
+        wait_for(tmp_path / f"ckpt-{COMPARED}.index", (chief, other))
+        other.kill()
+        _, said = chief.communicate(timeout=60)
+        assert chief.returncode == 1
+        assert "another worker of TF_CONFIG has ended" in said and "Traceback" not in said
+    assert_same(saved(tmp_path, COMPARED), one_replica)
+    newest = saved_step(tmp_path)
+    with workers(*flags) as (chief, other):
+        wait_for(tmp_path / f"ckpt-{newest + COMPARED}.index", (chief, other))
+        other.send_signal(signal.SIGTERM)
+        (_, chiefs), (_, others) = (p.communicate(timeout=SECONDS) for p in (chief, other))
+        assert (chief.returncode, other.returncode) == (143, 143), chiefs + others
+    assert f"Going on from step {newest} of" in chiefs
+    assert f"SIGTERM: saved step {saved_step(tmp_path)} of" in chiefs
+    # Only the chief speaks, and only it leaves anything behind.
+    assert "saved step" not in others and not re.search(r"^step \d", others, re.MULTILINE)
+    assert len(list(tmp_path.glob("train/events*"))) == 2 and not list(tmp_path.glob("*work*"))
+
+
+def test_workers_with_different_commands_are_told_so(exact, tmp_path):
+    """They would wait for one another for ever."""
+    with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:
+        for process in processes:
+            _, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 1, said
+            assert "TF_CONFIG: the workers differ in seed. Give all the same command" in said
+
+
+def test_dropout_goes_on_as_if_nothing_had_stopped_it(until, mirrored, text, tmp_path):
+    flags = (f"--data_dir={text}", "--set", "dropout=0.1", "--set", "accumulation=2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    until(COMPARED, mirrored, whole, *flags)
+    cut.mkdir()
+    for kept in (*whole.glob("ckpt-10.*"), whole / "recipe.json", whole / "vocab.txt"):
+        shutil.copy(kept, cut)
+    until(COMPARED, mirrored, cut, *flags)
+    everything = ("model/", "optimizer/", "state/")
+    expected, resumed = (saved(folder, COMPARED, everything) for folder in (whole, cut))
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].tobytes() == resumed[name].tobytes() for name in expected)
+    losses = [
+        [row["loss"] for row in read_rows(f"{folder}/history.jsonl") if row["step"] > 10]
+        for folder in (whole, cut)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2

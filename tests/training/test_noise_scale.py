@@ -1,0 +1,126 @@
+"""The gradient noise scale against a problem whose own is known."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from inputs.errors import InputError
+from preflight import plan
+from tf_lamb.tf_keras import LARS
+from training.checkpoint.state import RunState
+from training.monitor import noise_scale
+from training.monitor.divergence import Watch
+from training.monitor.history import append_row
+from training.step import ReplicaStep
+from training.trainer import Trainer
+
+WIDTH, DISTANCE, DEVIATION, BATCH, STEPS = 50, 2.0, 3.0, 16, 400
+SCALE = WIDTH * DEVIATION**2 / DISTANCE**2
+
+
+class Difference(tf_keras.layers.Layer):
+    """w - x; with half its square as loss, the gradient of an example is just that."""
+
+    def build(self, shape):
+        self.w = self.add_weight(name="w", shape=shape[1:], initializer="zeros")
+
+    def call(self, inputs):
+        return self.w - inputs
+
+
+def sums(model, batch, training):
+    return {"made_loss": tf.reduce_sum(tf.square(model(batch["x"], training=training))) / 2}
+
+
+def counts(batch):
+    return {"made": tf.cast(tf.shape(batch["x"])[0], tf.float32)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_it_is_found_from_the_parts_of_each_batch(mirrored, accumulation, tmp_path):
+    """x ~ N(m, 9 I) in 50 dimensions and w = 0, 2 from m: |G|^2 is 4, and tr(S) is 450."""
+    x = DISTANCE / WIDTH**0.5 + DEVIATION * np.random.default_rng(0).normal(
+        size=[2 * STEPS, BATCH, WIDTH]
+    )
+    with mirrored.scope():
+        model = tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
+        optimizer = tf_keras.optimizers.SGD(0.0)
+        optimizer.build(model.trainable_variables)
+        state = RunState()
+        step = ReplicaStep(
+            model, optimizer, sums, counts, seed=1, accumulation=accumulation, jit_compile=False,
+            measure_noise=True,
+        )  # fmt: skip
+
+    def batches(first_step):
+        data = tf.data.Dataset.from_tensor_slices({"x": x.astype(np.float32)})
+        return mirrored.distribute_datasets_from_function(lambda context: data)
+
+    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
+    trainer = Trainer(mirrored, step, batches, None, state=state, watch=watch, stop=lambda: None)
+    means = {name: float(value) for name, value in trainer.train(tf.constant(STEPS)).items()}
+    assert means["gradient_signal"] == pytest.approx(DISTANCE**2, rel=0.06)
+    assert means["gradient_noise"] == pytest.approx(SCALE * DISTANCE**2, rel=0.02)
+    assert means["noise_scale"] == pytest.approx(SCALE, rel=0.06)
+    append_row(tmp_path / "history.jsonl", {"step": 1, "phase": 1} | means)
+    assert plan.given_noise_scale(str(tmp_path)) == pytest.approx(means["noise_scale"])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tf_keras.optimizers.SGD(0.1), lambda: LARS(10.0, weight_decay=1.0)]
+)
+def test_measured_or_not_the_update_is_the_same(mirrored, make):
+    """The sum of the gradients, taken here for its norm, takes the place of the optimizer's own."""
+    batches = tf.random.stateless_normal([2, 4, WIDTH], [1, 2])
+    weights = []
+    for measure in (False, True):
+        with mirrored.scope():
+            model = tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
+            model.layers[0].w.assign(tf.ones([WIDTH]))
+            optimizer = make()
+            optimizer.build(model.trainable_variables)
+            step = ReplicaStep(
+                model, optimizer, sums, counts, seed=1, accumulation=1, jit_compile=False,
+                measure_noise=measure,
+            )  # fmt: skip
+
+        def train(step=step):
+            context = tf.distribute.get_replica_context()
+            return step.train({"x": batches[context.replica_id_in_sync_group]}, 0)
+
+        tf.function(lambda train=train: mirrored.run(train))()
+        weights.append(model.layers[0].w.numpy())
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+    assert np.ptp(weights[0]) > 1e-3
+    if make().__class__ is tf_keras.optimizers.SGD:
+        mean = tf.reduce_mean(batches, axis=[0, 1]).numpy()
+        np.testing.assert_allclose(weights[1], 1 - 0.1 * (1 - mean), rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_counts_for_nothing():
+    bad = [tf.constant([float("inf"), 1.0])]
+    shares, count = noise_scale.noise_sums(tf.constant(float("nan")), bad, 8, 2, 1)
+    assert [float(value) for value in (*shares.values(), *count.values())] == [0.0, 0.0, 0.0]
+
+
+def test_the_planner_takes_a_number_or_a_run_that_measured(tmp_path):
+    assert plan.given_noise_scale("5000") == 5000.0
+    with pytest.raises(InputError, match="--noise_scale must be positive"):
+        plan.given_noise_scale("-1")
+    with pytest.raises(InputError, match="history.jsonl has no gradient noise"):
+        plan.given_noise_scale(str(tmp_path))
+    rows = [
+        {"step": 1, "phase": 1, "gradient_signal": 1.0, "gradient_noise": 7.0},
+        {"step": 2, "phase": 2, "gradient_signal": 1.0, "gradient_noise": 9.0},
+        {"step": 3, "phase": 2, "gradient_signal": 2.0, "gradient_noise": 40.0},
+        {"step": 4, "phase": 2, "gradient_signal": -1.0, "gradient_noise": 20.0},
+    ]
+    path = tmp_path / "history.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert noise_scale.measured(str(tmp_path)) == 60.0  # (40 + 20) / (2 - 1)
+    append_row(path, {"step": 5, "phase": 2, "gradient_signal": -3.0, "gradient_noise": 1.0})
+    with pytest.raises(InputError, match="lost in its noise"):
+        noise_scale.measured(str(tmp_path))

@@ -1,0 +1,315 @@
+"""What a run says and keeps of itself: history, display, MFU, telemetry, profiler trace."""
+
+import io
+import json
+import time
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from recipes.types import profile_window
+from tf_lamb.tf_keras import LAMB
+from training.checkpoint.state import RunState
+from training.monitor import display, mfu, plot, profile
+from training.monitor.divergence import Watch
+from training.monitor.history import append_row, drop_rows_after, read_rows
+from training.monitor.progress import Machine, Progress
+from training.monitor.trust_ratios import TrustRatios
+from training.step import ReplicaStep
+from training.trainer import Trainer
+
+
+class Shown:
+    def __init__(self):
+        self.rows = []
+
+    def show(self, step, row, seconds_left):
+        self.rows.append((step, row, seconds_left))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that the test alone moves."""
+    now = types.SimpleNamespace(seconds=100.0)
+    fake = types.SimpleNamespace(perf_counter=lambda: now.seconds)
+    monkeypatch.setattr("training.monitor.progress.time", fake)
+    monkeypatch.setattr("training.monitor.display.time", fake)
+    return now
+
+
+def loop_output(loss=2.0):
+    return {
+        "masked_loss": tf.constant(loss),
+        "sentence_loss": tf.constant(0.5),
+        "learning_rate": np.float32(0.25),
+        "skipped_steps": 3,
+        "input_wait_seconds": tf.constant(1.0, tf.float64),
+    }
+
+
+def test_a_loop_is_measured_kept_and_given_to_tensorboard(tmp_path, clock):
+    step, shown = tf.Variable(0, dtype=tf.int64), Shown()
+    progress = Progress(
+        step,
+        100,
+        32,
+        str(tmp_path),
+        shown,
+        phase=2,
+        machine=Machine(replicas=4, peak_flops=1e6),
+        flops_per_step=lambda: 5e5,
+    )
+    progress.begin()
+    for seconds in (10.0, 4.0, 4.0):
+        clock.seconds += seconds
+        step.assign_add(20)
+        output = loop_output()
+        progress(output)
+    rows = read_rows(tmp_path / "history.jsonl")
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    expected = {
+        "step": 60,
+        "phase": 2,
+        "loss": 2.5,
+        "learning_rate": 0.25,
+        "examples_per_second": 160.0,
+        "examples_per_second_per_replica": 40.0,
+        "mfu": 2.5,
+        "input_wait_share": 0.25,
+        "skipped_steps": 3,
+        "masked_loss": 2.0,
+        "sentence_loss": 0.5,
+    }
+    assert rows[-1] == expected
+    assert {"loss", "mfu", "examples_per_second", "input_wait_share"} <= set(output)
+    # The first loop compiles: it counts for neither the mean speed nor the time left.
+    assert progress.examples_per_second == 160.0
+    assert shown.rows[-1] == (60, expected, 40 * 32 / 160)
+
+
+def test_evaluations_have_a_file_of_their_own_and_take_no_training_time(tmp_path, clock):
+    step = tf.Variable(10, dtype=tf.int64)
+    progress = Progress(step, 100, 32, str(tmp_path), Shown())
+    progress.begin()
+    clock.seconds += 50
+    progress.evaluated({"masked_loss": tf.constant(1.5)})
+    clock.seconds += 1
+    step.assign(20)
+    progress(loop_output())
+    assert read_rows(tmp_path / "evaluations.jsonl") == [
+        {"step": 10, "phase": 1, "masked_loss": 1.5}
+    ]
+    assert read_rows(tmp_path / "history.jsonl")[0]["examples_per_second"] == 320.0
+
+
+def test_no_peak_no_mfu_and_where_all_steps_were_skipped_no_loss(tmp_path, clock):
+    step = tf.Variable(0, dtype=tf.int64)
+    progress = Progress(step, 100, 32, str(tmp_path), Shown(), flops_per_step=lambda: 1 / 0)
+    progress.begin()
+    clock.seconds += 1
+    step.assign(1)
+    progress(loop_output(float("nan")))
+    (row,) = read_rows(tmp_path / "history.jsonl")
+    assert "mfu" not in row and row["loss"] is None
+
+
+def test_history_is_strict_json_and_forgets_what_comes_again(tmp_path):
+    path = tmp_path / "history.jsonl"
+    append_row(path, {"step": 1, "loss": float("nan")})
+    append_row(path, {"step": 2, "loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')  # the process was killed here
+    for line in path.read_text().splitlines()[:2]:
+        json.loads(line, parse_constant=pytest.fail)
+    assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
+    drop_rows_after(path, 1)
+    assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+ROW = {
+    "loss": 2.5,
+    "learning_rate": 0.25,
+    "examples_per_second": 1600.0,
+    "examples_per_second_per_replica": 400.0,
+    "mfu": 0.413,
+    "input_wait_share": 0.02,
+    "skipped_steps": 3,
+}
+SAID = "loss 2.5000  rate 2.500e-01  1,600 examples/s (400 per replica)  MFU 41.3%  "
+SAID += "input wait 2.0%  skipped 3"
+
+
+def test_a_file_gets_lines_now_and_then_and_the_last_one(clock):
+    lines = []
+    with display.display(30, lines.append, io.StringIO()) as shown:
+        for step in (10, 20, 30):
+            shown.show(step, ROW, 3661.0)
+            clock.seconds += 1
+    assert lines == [f"step 10/30  {SAID}  left 1:01:01", f"step 30/30  {SAID}  left 1:01:01"]
+    shortest = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
+    assert display.in_words(shortest) == "loss 1.0000  rate 5.000e-01  7 examples/s"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with display.display(30, pytest.fail, stream) as shown:
+        shown.show(15, ROW, 3661.0)
+    printed = stream.getvalue()
+    assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
+    assert "1,600 examples/s" in printed
+
+
+def test_flops_are_the_products_of_the_forward_pass_three_times():
+    inputs = tf_keras.Input([8, 16, 3], batch_size=2)
+    x = tf_keras.layers.Conv2D(5, 3, padding="same", use_bias=False)(inputs)
+    x = tf_keras.layers.Reshape([128, 5])(x)
+    x = tf_keras.layers.EinsumDense("abc,cd->abd", [128, 7])(x)
+    x = tf.matmul(x, x, transpose_a=True)  # [2, 7, 7]
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(4)(tf_keras.layers.Flatten()(x)))
+    counted = mfu.training_flops(model, tf.TensorSpec([2, 8, 16, 3]))
+    convolution, einsum = 2 * (2 * 128) * 5 * (3 * 3 * 3), 2 * (2 * 128) * 5 * 7
+    products, dense = 2 * 2 * 7 * 7 * 128, 2 * 2 * 49 * 4
+    assert counted == 3 * (convolution + einsum + products + dense)
+
+
+def test_flops_of_bert_are_close_to_the_usual_formula():
+    """6 N per token and attention's 12 L H S, PaLM's appendix B, heads beside."""
+    from models import bert
+
+    size, length, batch, predictions, words = bert.SIZES["mini"], 64, 4, 8, 100
+    model = bert.build_pretrainer(size, words, length, dropout=0.0, initializer_stddev=0.02)
+    row = tf.TensorSpec([batch, length], tf.int32)
+    names = ("input_word_ids", "input_mask", "input_type_ids")
+    spec = dict.fromkeys(names, row) | {
+        "masked_lm_positions": tf.TensorSpec([batch, predictions], tf.int32)
+    }
+    counted = mfu.training_flops(lambda inputs: model(inputs, training=False), spec)
+    width, tokens = size.width, batch * length
+    encoder = 6 * tokens * size.layers * (12 * width**2 + 2 * length * width)
+    heads = 6 * batch * (width**2 + 2 * width + predictions * (width**2 + width * words))
+    assert counted == pytest.approx(encoder + heads, rel=0.01)
+
+
+def test_waiting_for_input_is_noticed(two_cpus):
+    """A batch that takes 50 ms to make, and a step that takes next to nothing."""
+
+    def slow(number):
+        time.sleep(0.05)
+        return number
+
+    def made(number):
+        return {"x": tf.ensure_shape(tf.numpy_function(slow, [number], tf.float32), [])}
+
+    where = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with where.scope():
+        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=[1])])
+        state = RunState()
+        optimizer = LAMB(0.1, telemetry=True)
+        optimizer.build(model.trainable_variables)
+    replica_step = ReplicaStep(
+        model,
+        optimizer,
+        lambda model, batch, training: {"made_loss": tf.reduce_sum(model(batch["x"][None, None]))},
+        lambda batch: {"made": tf.constant(1.0)},
+        seed=1,
+        accumulation=1,
+        jit_compile=True,
+    )
+    batches = tf.data.Dataset.range(10**6, output_type=tf.float32).map(made)
+    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
+    trainer = Trainer(
+        where,
+        replica_step,
+        lambda step: where.experimental_distribute_dataset(batches),
+        None,
+        state=state,
+        watch=watch,
+        stop=None,
+    )
+    trainer.train(tf.constant(1))
+    begun = time.perf_counter()
+    waited = float(trainer.train(tf.constant(20))["input_wait_seconds"])
+    assert 0.5 < waited < time.perf_counter() - begun  # a few batches may lie ready
+
+
+@pytest.mark.parametrize(
+    ("peak", "teraflops"),
+    [
+        (mfu.gpu_peak("NVIDIA H200", "bfloat16"), 989.4),
+        (mfu.gpu_peak("NVIDIA H100 PCIe", "float32"), 378.0),
+        (mfu.gpu_peak("NVIDIA A100-SXM4-80GB", "bfloat16"), 312.0),
+        (mfu.gpu_peak("Tesla V100-SXM2-16GB", "bfloat16"), None),
+        (mfu.gpu_peak("A card of tomorrow", "float32"), None),
+        (mfu.tpu_peak("v3-8"), 4 * 123),
+        (mfu.tpu_peak("v5litepod-4"), 4 * 197),
+        (mfu.tpu_peak("v9-8"), None),
+        (mfu.tpu_peak(""), None),
+    ],
+)
+def test_peaks(peak, teraflops):
+    assert peak == (teraflops and pytest.approx(teraflops * 1e12))
+
+
+def test_a_profile_window_cuts_the_loops_and_leaves_a_trace(tmp_path):
+    window = profile_window("100:110")
+    length = profile.loop_lengths(50, window)
+    step, ends = 0, []
+    while step < 200:
+        step += length(step)
+        ends.append(step)
+    assert ends == [50, 100, 110, 160, 210]
+    variable = tf.Variable(99, dtype=tf.int64)
+    profiler = profile.Profiler(variable, window, str(tmp_path))
+    profiler.begin()
+    assert not list(tmp_path.iterdir())
+    for step in (100, 105, 110):
+        variable.assign(step)
+        profiler({})
+    profiler.close()
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+@pytest.mark.parametrize("text", ["100", "a:b", "110:100", "5:5", "-1:4", "1:2:3"])
+def test_a_wrong_profile_is_one_sentence(text):
+    with pytest.raises(ValueError, match=f"Received: profile={text}"):
+        profile_window(text)
+
+
+def test_trust_ratios_and_weights_are_kept_and_drawn(tmp_path):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(3, name="only", input_shape=[4])])
+    optimizer = LAMB(0.1, telemetry=True)
+    optimizer.build(model.trainable_variables)
+    ratios = TrustRatios(
+        optimizer.iterations, optimizer, model.trainable_variables, str(tmp_path), 3
+    )
+    for step in range(1, 5):
+        gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        ratios({})
+        append_row(
+            str(tmp_path / "history.jsonl"),
+            {"step": step, "loss": 1.0, "learning_rate": 0.1, "examples_per_second": 5.0},
+        )
+    ratios.close()
+    records = read_rows(tmp_path / "telemetry" / "trust_ratios.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    (events,) = (tmp_path / "weights").iterdir()
+    found = [
+        (event.step, value.tag)
+        for event in tf.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    ]
+    assert [step for step, tag in found if tag == "only/kernel"] == [1, 3]
+    assert plot.main([str(tmp_path)]) == 0
+    for picture in ("history.png", "telemetry/trust_ratios.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

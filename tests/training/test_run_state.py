@@ -1,0 +1,228 @@
+"""Checkpoints, lock and signals, each alone; test_faults.py tests them in whole runs."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from inputs.errors import InputError
+from training.checkpoint import lock, manager
+from training.checkpoint.best import Best
+from training.checkpoint.manager import Manager, SaveFailed, saved_step, saved_steps, settle
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Small:
+    """A checkpoint of a step and 400 kB."""
+
+    def __init__(self, folder, every=10, keep=3, **more):
+        self.folder = str(folder)
+        self.step = tf.Variable(0, dtype=tf.int64)
+        self.values = tf.Variable(tf.random.stateless_normal([100_000], [1, 2]))
+        checkpoint = tf.train.Checkpoint(step=self.step, values=self.values, **more)
+        self.manager = Manager(
+            checkpoint, self.folder, step=self.step, save_every_steps=every, keep=keep
+        )
+
+    def save_at(self, *steps):
+        for step in steps:
+            self.step.assign(step)
+            self.values.assign(tf.fill([100_000], float(step)))
+            self.manager.save(check_interval=False)
+        return self
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in pathlib.Path(folder).rglob("*.*"))
+
+
+def test_saves_are_due_at_multiples_and_the_newest_are_kept(tmp_path):
+    small = Small(tmp_path, every=10, keep=2)
+    for step in range(4, 45, 4):
+        small.step.assign(step)
+        small.manager.save()
+    assert saved_steps(str(tmp_path)) == [32, 40]
+    assert tf.train.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-40")
+    kept = [f"ckpt-{step}.{part}" for step in (32, 40) for part in ("data-00000-of-00001", "index")]
+    assert files(tmp_path) == kept
+    again = Small(tmp_path)
+    assert again.manager.restore_or_initialize() == str(tmp_path / "ckpt-40")
+    assert again.step.numpy() == 40
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["data-00000-of-00001", "index"])
+@pytest.mark.parametrize("damage", [truncated, flipped, pathlib.Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, part):
+    Small(tmp_path).save_at(10, 20, 30)
+    damage(tmp_path / f"ckpt-30.{part}")
+    said = []
+    settle(str(tmp_path), said.append)
+    small = Small(tmp_path)
+    small.manager.restore_or_initialize()
+    assert small.step.numpy() == small.values.numpy()[-1] == 20
+    if part == "index" and damage is pathlib.Path.unlink:  # then it is like one never finished
+        assert not said and saved_step(str(tmp_path)) == 20
+    else:
+        assert len(said) == 1 and "Checkpoint ckpt-30 is damaged (" in said[0]
+        assert (tmp_path / "damaged").is_dir() and files(tmp_path / "damaged")
+    small.save_at(30)
+    assert (
+        saved_steps(str(tmp_path)) == [10, 20, 30]
+        and manager.flaw(str(tmp_path / "ckpt-30")) is None
+    )
+
+
+def test_where_nothing_can_be_read_nothing_is_begun_anew(tmp_path):
+    Small(tmp_path).save_at(10, 20)
+    for path in tmp_path.glob("*.data*"):
+        truncated(path)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match="none of the checkpoints .* can be read.*ckpt-20"):
+        settle(str(tmp_path), print)
+    assert files(tmp_path) == before
+
+
+def test_what_a_dead_run_left_is_cleared(tmp_path):
+    Small(tmp_path).save_at(10)
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving/ckpt-20.index").write_text("half")
+    (tmp_path / "ckpt-20.data-00000-of-00001").write_text("half")
+    (tmp_path / "ckpt-20.index.new").write_text("half")
+    settle(str(tmp_path), pytest.fail)
+    assert files(tmp_path) == ["ckpt-10.data-00000-of-00001", "ckpt-10.index"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    Small(tmp_path, more=tf.Variable(1.0)).save_at(10)
+    with pytest.raises(InputError, match="of another model or version"):
+        Small(tmp_path).manager.restore_or_initialize()
+    Small(tmp_path / "less").save_at(10)
+    with pytest.raises(InputError, match="of another model or version"):
+        Small(tmp_path / "less", more=tf.Variable(1.0)).manager.restore_or_initialize()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB; skips where none may be mounted."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_is_one_error_and_costs_no_checkpoint(small_disk):
+    small = Small(small_disk).save_at(10, 20)
+    with pytest.raises(SaveFailed) as error:
+        small.save_at(30)
+    assert "step 30 could not be written (No space left on device)" in str(error.value)
+    assert "the last good one is of step 20" in str(error.value)
+    assert len(files(small_disk)) == 4 and not (small_disk / ".saving").exists()
+    again = Small(small_disk)
+    again.manager.restore_or_initialize()
+    assert again.values.numpy()[0] == 20
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    assert saved_steps(again.save_at(30).folder) == [10, 20, 30]
+
+
+def test_a_quota_on_files_is_such_an_error_too(tmp_path):
+    small = Small(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SaveFailed, match=r"could not be written \(File too large\); there is"):
+            small.save_at(10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_stays(tmp_path):
+    small = Small(tmp_path, keep=2)
+    for step, accuracy in ((10, 0.2), (20, 0.5), (30, 0.4), (40, 0.4), (50, float("nan"))):
+        small.save_at(step)
+        Best(small.manager, "accuracy")({"accuracy": accuracy})  # as after a resume
+    assert saved_steps(str(tmp_path)) == [40, 50] and saved_steps(str(tmp_path / "best")) == [20]
+    assert json.loads((tmp_path / "best/metrics.json").read_text()) == {"step": 20, "accuracy": 0.5}
+    assert manager.flaw(tf.train.latest_checkpoint(tmp_path / "best")) is None
+    Best(small.manager, "the_loss")({"the_loss": 2.0})  # of another metric, nothing is known
+    Best(small.manager, "the_loss")({"the_loss": 3.0})
+    assert saved_steps(str(tmp_path / "best")) == [50]
+
+
+def python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+    code = (
+        "import sys, time; from training.checkpoint import lock\n"
+        "with lock.held(sys.argv[1], print):\n    print('held', flush=True); time.sleep(600)"
+    )
+    with python(code, str(tmp_path)) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {first.pid} on "):
+            with lock.held(str(tmp_path), print):
+                pass
+        first.kill()
+    with lock.held(str(tmp_path), pytest.fail):
+        assert re.match(f"process {os.getpid()} on ", (tmp_path / ".lock").read_text())
+
+
+# One call into C that knows nothing of Python's signals, as a loop of steps on a device is.
+LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', int(sys.argv[1]))"
+WAITING = f"""
+import hashlib, sys
+from training.checkpoint import signals
+try:
+    with signals.caught(lambda line: print(line, flush=True)) as stop, stop.deferred():
+        print('ready', flush=True)
+        {LONG_CALL}
+        print('done', flush=True)
+except signals.Interrupted as signal:
+    sys.exit(signal.exit_status)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_answered_at_once_and_obeyed_after_the_call(number):
+    with python(WAITING, "3000000") as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    first, second = output.splitlines()
+    assert first.startswith(f"{number.name}: stopping.") and second == "done"
+
+
+def test_a_second_signal_does_not_wait():
+    with python(WAITING, "2000000000") as process:  # would take a quarter of an hour
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline().startswith("SIGTERM: stopping.")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and "done" not in output

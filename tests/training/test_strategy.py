@@ -1,0 +1,115 @@
+"""What `--tpu` and TF_CONFIG may say, and what is answered when they are wrong."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs.errors import InputError
+from recipes import find_recipe
+from training import strategy
+
+TWO = {"worker": ["a:1", "b:1"]}
+
+
+def tf_config(cluster, job="worker", index=0):
+    return json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})
+
+
+@pytest.mark.parametrize(
+    ("text", "workers"),
+    [
+        ("", 1),
+        (tf_config(TWO, index=1), 2),
+        (tf_config({"chief": ["a:1"]}, "chief"), 1),
+        (tf_config({"chief": ["a:1"], **TWO}), 3),
+    ],
+)
+def test_the_workers_are_counted(text, workers):
+    assert strategy.count_workers(text) == workers
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "names no cluster of workers"),
+        ("{}", "names no cluster of workers"),
+        (tf_config({}), "names no cluster of workers"),
+        (tf_config({"worker": []}), "names no cluster of workers"),
+        (tf_config({"worker": "a:1"}), "gives no list of addresses for 'worker'"),
+        (tf_config({**TWO, "ps": ["c:1"]}), "has a job 'ps'"),
+        (tf_config(TWO, index=2), "says that this process is 'worker' number 2"),
+        (tf_config(TWO, index="0"), "says that this process is 'worker' number 0"),
+        (tf_config(TWO, "chief"), "says that this process is 'chief' number 0"),
+        (json.dumps({"cluster": TWO}), "says that this process is None number None"),
+    ],
+)
+def test_a_wrong_tf_config_is_one_sentence(text, said, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(InputError) as error:
+        strategy.connect("")
+    assert str(error.value).startswith(f"TF_CONFIG {said}")
+    assert "or unset it" in str(error.value)
+
+
+def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():
+    recipe = find_recipe("bert-mini-demo")
+    cpu = tf.distribute.OneDeviceStrategy("/cpu:0")
+    gpu = tf.distribute.OneDeviceStrategy("/gpu:0")  # a name alone: nothing is computed there
+    assert [strategy.compiles_step(where, recipe) for where in (cpu, gpu)] == [False, True]
+    for asked in (True, False):
+        own = dataclasses.replace(recipe, jit_compile=asked)
+        assert [strategy.compiles_step(where, own) for where in (cpu, gpu)] == [asked, asked]
+    parts = dataclasses.replace(recipe, accumulation=2)
+    assert strategy.compiles_step(cpu, parts)
+    images = dataclasses.replace(find_recipe("resnet50-one-batch"), jit_compile=None)
+    assert images.accumulation > 1
+    assert [strategy.compiles_step(where, images) for where in (cpu, gpu)] == [False, True]
+
+
+def test_without_a_cluster_it_is_this_machine(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    where = strategy.connect("")
+    assert where.num_replicas_in_sync == 1 and strategy.is_chief(where)
+    assert not strategy.is_multi_worker(where)
+    strategy.check_same_everywhere(where, seed=1)
+    with strategy.own_folder(where, "runs/mine") as folder:
+        assert folder == "runs/mine"
+
+
+def test_a_tpu_must_answer_with_all_its_cores():
+    places = [[x, y, 0, core] for x in range(2) for y in range(2) for core in range(2)]
+    topology = tf.tpu.experimental.Topology
+    whole = topology(mesh_shape=[2, 2, 1, 2], device_coordinates=np.array([places]))
+    strategy.check_topology(whole, "mine")
+    torn = topology(mesh_shape=[2, 2, 1, 2], device_coordinates=np.array([places[:6]]))
+    with pytest.raises(InputError, match="--tpu=mine: 2 of the 8 cores of the 2x2x1x2 mesh"):
+        strategy.check_topology(torn, "mine")
+
+
+def test_micro_batches_divide_a_replicas_batch(mirrored):
+    strategy.check_batch(mirrored, 16, 4)
+    with pytest.raises(InputError, match="accumulation=8 does not divide a replica's batch of 4"):
+        strategy.check_batch(mirrored, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], "float32"),
+        (["--tpu=local"], "bfloat16"),
+        (["--tpu=local", "--set", "compute_dtype=float32"], "float32"),
+    ],
+)
+def test_a_tpu_computes_in_bfloat16_unless_told_otherwise(flags, dtype, in_process, monkeypatch):
+    asked_for = []
+
+    def check(model_dir, recipe, **facts):
+        asked_for.append(recipe.compute_dtype)
+        raise InputError("far enough")
+
+    monkeypatch.setattr("training.checkpoint.compatibility.check", check)
+    assert in_process(["--synthetic", *flags]) == 1 and asked_for == [dtype]

@@ -1,0 +1,269 @@
+"""train.py from end to end on a few kilobytes of text, and what it says to a user's mistake."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow as tf
+
+from inputs.text.vocabulary import SPECIAL_TOKENS
+from training.checkpoint.manager import saved_step
+from training.monitor.history import read_rows
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 60
+SMALL = (f"--steps={STEPS}", "--steps_per_loop=10", "--global_batch_size=16")
+SMALL += ("--set", "vocabulary_size=300", "--set", "evaluate_every_steps=30")
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def train(*arguments):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result
+
+
+def test_the_loss_falls_and_the_report_says_what_was_done(whole_run, text):
+    folder, result = whole_run
+    losses = [float(loss) for loss in re.findall(r"step .* loss (\d+\.\d+)", result.stderr)]
+    assert losses[-1] < losses[0] - 1
+    for said in ("masked-token accuracy", "most frequent token", "examples/s", str(text)):
+        assert said in result.stdout
+    assert str(folder / "export") in result.stdout and "[MASK]" in result.stdout
+    metrics = json.loads((folder / "results.json").read_text())
+    assert metrics["masked_accuracy"] > metrics["frequent_token"]
+    assert list((folder / "train").glob("events*")) and list((folder / "eval").glob("events*"))
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert (recipe["vocabulary_size"], recipe["phases"][0]["steps"]) == (300, STEPS)
+
+
+def run_until(arguments, path, stop, log):
+    """A process that gets a signal as soon as `path` is there: (status, what it said)."""
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(command(*arguments), stderr=file, stdout=subprocess.DEVNULL) as process,
+    ):
+        while process.poll() is None and not path.exists():
+            time.sleep(0.02)
+        process.send_signal(stop)
+    return process.returncode, log.read_text()
+
+
+def tensors(folder):
+    """name: bytes, of all numbers in the last checkpoint."""
+    reader = tf.train.load_checkpoint(str(folder / f"ckpt-{STEPS}"))
+    names = (name for name in reader.get_variable_to_shape_map() if name[0] not in "_s")
+    return {name: reader.get_tensor(name).tobytes() for name in names}
+
+
+def test_a_run_stopped_killed_and_damaged_ends_as_the_other(whole_run, text, tmp_path):
+    """SIGINT, kill -9, a truncated checkpoint: losses, weights and slots to the last bit."""
+    folder, log = tmp_path / "run", tmp_path / "said"
+    arguments = (f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
+    arguments += ("--set", "save_every_steps=10", "--set", "keep_checkpoints=9")
+    status, said = run_until(arguments, folder / "ckpt-10.index", signal.SIGINT, log)
+    first = saved_step(folder)
+    assert status == 130 and 10 <= first < STEPS
+    assert f"SIGINT: saved step {first} of" in said and "Traceback" not in said
+    status, said = run_until(arguments, folder / f"ckpt-{first + 10}.index", signal.SIGKILL, log)
+    assert status == -signal.SIGKILL and f"Going on from step {first} of {STEPS}" in said
+    second = saved_step(folder)
+    data = folder / f"ckpt-{second}.data-00000-of-00001"
+    os.truncate(data, data.stat().st_size // 2)
+    again = train(*arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"Checkpoint ckpt-{second} is damaged" in again.stderr
+    assert f"Going on from step {second - 10} of {STEPS}" in again.stderr
+    ours, theirs = (
+        [(row["step"], row["loss"]) for row in read_rows(run / "history.jsonl")]
+        for run in (folder, whole_run[0])
+    )
+    assert ours == theirs and tensors(folder) == tensors(whole_run[0])
+
+
+def test_the_history_is_drawn(whole_run, tmp_path):
+    folder, _ = whole_run
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(10, STEPS + 1, 10))
+    draw = [sys.executable, "-m", "training.monitor.plot"]
+    drawn = subprocess.run([*draw, folder, folder], cwd=ROOT, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
+    empty = subprocess.run([*draw, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert empty.returncode == 1 and "has no history.jsonl" in empty.stderr
+
+
+def test_a_finished_run_is_not_trained_again(whole_run, text):
+    folder, first = whole_run
+    again = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "loss" not in again.stderr and "nothing was left to train" in again.stdout
+    held_out = re.compile("Held out.*")
+    assert held_out.search(again.stdout)[0] == held_out.search(first.stdout)[0]
+
+
+def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
+    folder, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    result = train(
+        f"--data_dir={text}", f"--model_dir={folder}", *SMALL, "--set", "weight_decay=0.5"
+    )
+    assert result.returncode == 1
+    assert "weight_decay 0.01 (now 0.5)" in result.stderr and "Traceback" not in result.stderr
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stray"], "'stray' is no flag"),
+        (["--seed=-1"], "--seed must lie in"),
+        (["--set", "task=foo"], "no field is called 'task'"),
+        (["--synthetic", "--set", "vocabulary_size=3"], "vocabulary_size must be at least 6"),
+        (
+            ["--synthetic", "--export_dir=/proc/none/x"],
+            "--export_dir: /proc/none cannot be written",
+        ),
+        (["--synthetic", "--export_dir=@ROOT"], "exists and is no SavedModel"),
+        (["--synthetic", "--export_dir=@MODEL/.."], "holds --model_dir"),
+        (["--data_dir=@LATIN1", "--vocab=@VOCAB"], "line 1, byte 3: not UTF-8"),
+        (["--recipe=bert-mini-dem"], "Did you mean 'bert-mini-demo'"),
+        (["--set", "weight_decai=1"], "Did you mean 'weight_decay'"),
+        (
+            ["--set", "weight_decay=-1", "--synthetic"],
+            "`weight_decay` must be a number",
+        ),
+        (["--set", "peak_learning_rate=0", "--synthetic"], "`peak_learning_rate` must be"),
+        (["--set", "sequence_length=128"], "beyond the position table"),
+        (["--set", "packing=loose"], "packing must be one of pairs, full-sentences"),
+        (["--set", "model=huge"], "no such size. There are: tiny"),
+        (["--set", "compute_dtype=int8"], "compute_dtype must be one of float32, bfloat16"),
+        (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
+        (["--steps=0"], "--steps must be at least 1"),
+        (["--scaling=sqrt"], "--scaling=sqrt needs the batch size to scale to"),
+        (["--scaling=cubic", "--global_batch_size=8"], "--scaling: rule must be one of sqrt"),
+        (
+            ["--recipe=bert-large-32k", "--scaling=sqrt", "--global_batch_size=262144"],
+            "--scaling: global_batch_size=262144 leaves 1758 steps for phase 1",
+        ),
+        (["--set", "optimizer=adam"], "optimizer must be one of lamb, lars, adamw"),
+        (
+            ["--set", "optimizer=adamw", "--set", "variant=nvlamb"],
+            "optimizer=adamw does not take variant",
+        ),
+        (["--set", "variant=nvlam", "--synthetic"], "`variant` must be one of"),
+        (["--set", "profile=110:100"], 'profile must be "first:last"'),
+        (["--steps=50", "--set", "profile=10:60"], "profile must end within the 50 steps"),
+        (["--tpu=local"], "--tpu=local: this TensorFlow has no TPU support"),
+        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' is not there, or holds no text"),
+        (["--vocab=/nowhere/vocab.txt", "--data_dir=@TEXT"], "--vocab: /nowhere/vocab.txt"),
+        (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, said, text, tmp_path, capfd, in_process):
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 9)
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "c", "##a", "##f"]))
+    places = {"@TEXT": text, "@ROOT": ROOT, "@MODEL": tmp_path / "run"}
+    places |= {"@LATIN1": tmp_path / "latin1.txt", "@VOCAB": tmp_path / "vocab.txt"}
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    if not any(a.startswith("--model_dir") for a in arguments):
+        arguments.append(f"--model_dir={tmp_path}/run")
+    assert in_process(arguments) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.glob("run/ckpt*"))
+
+
+def test_a_dry_run_does_all_and_keeps_nothing(tmp_path, in_process, capfd):
+    model_dir = tmp_path / "run"
+    asked = ["--dry_run", "--synthetic", f"--model_dir={model_dir}", *SMALL]
+    assert in_process([*asked, "--set", "telemetry=true", "--set", "profile=10:20"]) == 0
+    said = capfd.readouterr()
+    assert "step 2/2" in said.err and "Traceback" not in said.err
+    assert "nothing is kept" in said.out and re.search(r"SavedModel \d", said.out)
+    assert not model_dir.exists()
+
+
+def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
+    """Where the vocabulary is the run's own: it would train on, and report, the wrong text."""
+    folder, _ = whole_run
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("cat", "cow"))
+    result = train(f"--data_dir={other}", f"--model_dir={folder}", *SMALL)
+    assert result.returncode == 1 and "holds a run with other settings: data" in result.stderr
+
+
+def test_a_longer_run_is_not_cut(whole_run, text, in_process, capfd):
+    folder, _ = whole_run
+    shorter = [argument.replace(f"steps={STEPS}", "steps=10") for argument in SMALL]
+    assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *shorter]) == 1
+    assert f"a run at step {STEPS}, beyond the 10 steps" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(in_process, capfd, tmp_path):
+    huge = ["--set", "peak_learning_rate=1e30", "--set", "warmup_steps=0"]
+    small = ["--synthetic", "--steps=20", "--steps_per_loop=5", "--global_batch_size=8"]
+    assert in_process([*small, *huge, f"--model_dir={tmp_path}/run"]) == 1
+    said = capfd.readouterr().err
+    assert "the gradients were not finite in 11 steps in a row, up to step" in said
+    assert "not finite in " in said and "word_embeddings/embeddings" in said
+    assert "the newest checkpoint is from step 0" in said
+    assert not list(tmp_path.glob("run/ckpt*"))
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest(in_process, capfd, monkeypatch, mirrored):
+    from training import strategy
+
+    monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
+    assert in_process(["--global_batch_size=15", "--synthetic"]) == 1
+    assert "does not divide by the 2 replicas of this run. Take 14" in capfd.readouterr().err
+
+
+def test_adamw_with_the_recipe_scaled(in_process, capfd, tmp_path):
+    """--scaling changes rate and steps, --set optimizer the optimizer; both are written down."""
+    small = ["--synthetic", "--steps=4", "--steps_per_loop=2", "--set", "vocabulary_size=100"]
+    scaled = ["--global_batch_size=16", "--scaling=sqrt", "--set", "optimizer=adamw"]
+    assert in_process([*small, *scaled, f"--model_dir={tmp_path}/run"]) == 0
+    assert "step 4/4" in capfd.readouterr().err
+    recipe = json.loads((tmp_path / "run/recipe.json").read_text())
+    (phase,) = recipe["phases"]
+    assert (recipe["optimizer"], phase["global_batch_size"], phase["steps"]) == ("adamw", 16, 4)
+    assert phase["peak_learning_rate"] == 0.01 / 2  # the demo's, whose batch is 64
+
+
+def test_two_phases_on_two_replicas_with_made_up_data(
+    in_process, capfd, monkeypatch, mirrored, tmp_path
+):
+    """The paper's two-phase recipe, cut down, runs phase by phase on a MirroredStrategy."""
+    from training import strategy
+
+    monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
+    small = {
+        "model": "tiny", "vocabulary_size": 100, "max_sequence_length": 32, "predictions": 4,
+        "phase1.sequence_length": 16, "phase2.sequence_length": 32,
+    }  # fmt: skip
+    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    flags = ["--recipe=bert-large-32k", "--synthetic", "--steps=20", "--global_batch_size=8"]
+    assert in_process([*flags, *changes, f"--model_dir={tmp_path}/run", "--steps_per_loop=5"]) == 0
+    captured = capfd.readouterr()
+    assert "on 2 replica(s)" in captured.out and "step 20/20" in captured.err
+    assert (tmp_path / "run/ckpt-20.index").exists()

@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, writing and reading them, and stopping at one."""

@@ -1,0 +1,1 @@
+"""What is measured, shown and recorded while a run trains."""
