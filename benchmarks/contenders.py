@@ -30,9 +30,10 @@ class Parts:
     def replica_step(self, optimizer):
         """The engine's own step with that optimizer."""
         return ReplicaStep(
-            *(self.model, optimizer, self.task.sums, self.task.counts),
+            self.task,
+            self.model,
+            optimizer,
             seed=1,
-            accumulation=1,
             jit_compile=strategy.compiles_step(self.where, self.recipe),
         )
 
@@ -47,18 +48,23 @@ def make_recipe(global_batch_size: int, save_every_steps: int):
     return dataclasses.replace(recipe, save_every_steps=save_every_steps, telemetry=True)
 
 
-def make_parts(recipe, where, folder) -> Parts:
-    """A task and a model; the same for all, weights too."""
-    tf_keras.utils.set_random_seed(1)
-    task = TASKS["bert"](
+def make_task(recipe):
+    """The recipe's task on made-up batches."""
+    return TASKS["bert"](
         recipe,
         data_dir="",
         vocab="",
-        model_dir=folder,
+        resume_dir=None,
         seed=1,
-        synthetic_data=True,
+        synthetic=True,
         log=lambda line: None,
     )
+
+
+def make_parts(recipe, where) -> Parts:
+    """A task and a model; the same for all, weights too."""
+    tf_keras.utils.set_random_seed(1)
+    task = make_task(recipe)
     with where.scope():
         return Parts(recipe, where, task, task.build_model(), RunState())
 

@@ -29,13 +29,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import psutil
 import tensorflow as tf
+import tf_keras
 
-from benchmarks.contenders import bare_block, fit_block, make_parts, make_recipe
+from benchmarks.contenders import bare_block, fit_block, make_parts, make_recipe, make_task
 from models import bert
-from training import strategy, trainer
+from training import strategy
 from training.checkpoint import manager
-from training.checkpoint.state import RunSchedule
-from training.optimizers import make_optimizer, make_schedule
 from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,17 +51,23 @@ def clocks():
     return np.array([time.perf_counter(), time.process_time()])
 
 
-class TimedTrainer(trainer.Trainer):
+class TimedRun(Run):
     """Notes how long each loop of steps is on the device, its results read."""
 
     device_seconds: list = []
 
-    def _train_loop(self, num_steps):
-        begun = clocks()
-        results = super()._train_loop(num_steps)
-        tf.nest.map_structure(lambda value: value.numpy(), results)
-        self.device_seconds.append(clocks() - begun)
-        return results
+    def _start_data(self, phase_index, first_step):
+        super()._start_data(phase_index, first_step)
+        train_loop = self._train_loop
+
+        def timed(num_steps):
+            begun = clocks()
+            results = train_loop(num_steps)
+            tf.nest.map_structure(lambda value: value.numpy(), results)
+            self.device_seconds.append(clocks() - begun)
+            return results
+
+        self._train_loop = timed
 
 
 class Turns:
@@ -80,7 +85,7 @@ class Turns:
         self.saved = []  # of each block of the engine's, whether it began with a checkpoint
 
     deferred = contextlib.nullcontext
-    number = None
+    signum = None
 
     def __call__(self, output=None):
         """Takes the engine's time since its last turn; raises `Done` when there are enough."""
@@ -102,24 +107,20 @@ class Turns:
         self._begun = clocks()
 
 
-def run_engine(parts, turns, steps, model_dir):
-    """The whole engine, as train.py puts it together, until `turns` has had enough."""
-    with parts.where.scope():
-        schedule = RunSchedule(make_schedule(parts.recipe), parts.state)
-        optimizer = make_optimizer(parts.recipe, schedule)
-        optimizer.build(parts.model.trainable_variables)
-    trainer.Trainer = TimedTrainer
-    run = Run(
-        *(parts.task, parts.recipe, parts.replica_step(optimizer), parts.state, parts.where),
-        settings="",
+def run_engine(recipe, where, turns, steps, model_dir):
+    """The whole engine, as train.py calls it, until `turns` raises `Done`."""
+    tf_keras.utils.set_random_seed(1)
+    run = TimedRun(
+        make_task(recipe),
+        recipe,
+        where,
         model_dir=model_dir,
-        folder=model_dir,
+        seed=1,
         steps_per_loop=steps,
         stop=turns,
-        log=lambda line: None,
     )
     with contextlib.suppress(Done):
-        run.train()
+        run.fit()
 
 
 def time_blocks(options):
@@ -127,9 +128,7 @@ def time_blocks(options):
     steps = options.steps_per_loop
     with tempfile.TemporaryDirectory() as folder:
         where, recipe = strategy.connect(""), make_recipe(options.global_batch_size, SAVE_EVERY)
-        made = {
-            name: make_parts(recipe, where, folder) for name in ("bare", "jit", "fit", "engine")
-        }
+        made = {name: make_parts(recipe, where) for name in ("bare", "jit", "fit")}
         turns = Turns(
             {
                 "bare": bare_block(made["bare"], steps),
@@ -140,9 +139,9 @@ def time_blocks(options):
             steps,
             folder,
         )
-        run_engine(made["engine"], turns, steps, folder)
+        run_engine(recipe, where, turns, steps, folder)
     blocks = {name: np.array(seconds[WARM_UP:]) for name, seconds in turns.seconds.items()}
-    device = np.array(TimedTrainer.device_seconds[WARM_UP:])
+    device = np.array(TimedRun.device_seconds[WARM_UP:])
     saved = np.array(turns.saved[WARM_UP:])
     median = {name: np.median(seconds, axis=0) for name, seconds in blocks.items()}
     quiet = np.median(blocks["engine"][~saved], axis=0)

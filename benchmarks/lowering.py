@@ -9,7 +9,6 @@ or a shape that is not static, stops it. Prints seconds and this process's peak 
 import argparse
 import os
 import sys
-import tempfile
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
@@ -21,7 +20,7 @@ import recipes
 from recipes.types import Recipe
 from tasks import TASKS
 from training import optimizers
-from training.checkpoint.state import RunSchedule, RunState
+from training.checkpoint.state import RunState
 from training.step import ReplicaStep
 
 REPLICAS = 2_048  # cores of the 1,024 TPUv3 chips of arXiv:1904.00962, Table 1
@@ -48,15 +47,14 @@ def replica_recipe(recipe: Recipe, replicas: int) -> Recipe:
 def make_step(task, recipe: Recipe):
     """The replica step of a run of the recipe, and the run's state."""
     state = RunState()
-    schedule = RunSchedule(optimizers.make_schedule(recipe), state)
+    schedule = optimizers.RunSchedule(optimizers.make_schedule(recipe), state)
     optimizer = optimizers.make_optimizer(recipe, schedule)
     model = task.build_model()
     optimizers.build(optimizer, recipe, model.trainable_variables)
     step = ReplicaStep(
+        task,
         model,
         optimizer,
-        task.sums,
-        task.counts,
         seed=1,
         accumulation=recipe.accumulation,
         jit_compile=False,  # as on a TPU: the whole step is one program
@@ -84,11 +82,9 @@ def measure(recipe: Recipe, say=print) -> list[str]:
     if recipe.compute_dtype != "float32":
         tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            task = TASKS[recipe.task](
-                recipe, data_dir="", vocab="", model_dir=folder, seed=1, synthetic_data=True,
-                log=say,
-            )  # fmt: skip
+        task = TASKS[recipe.task](
+            recipe, data_dir="", vocab="", resume_dir=None, seed=1, synthetic=True, log=say
+        )
         start = time.perf_counter()
         step, state = make_step(task, recipe)
         parameters = sum(v.shape.num_elements() for v in step.model.trainable_variables)

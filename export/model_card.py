@@ -24,7 +24,7 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
             f"# {recipe.name}",
             "",
             f"{recipe.task} {recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps of "
-            f"{recipe.phases[-1].global_batch_size} {task.unit}.",
+            f"{recipe.phases[-1].global_batch_size} {task.example_unit}.",
             "",
             f"- Recipe: {recipe.name}, after {recipe.reference}. As run, with every field: "
             "`recipe.json` in the run's folder.",

@@ -20,7 +20,7 @@ from tensorflow.python.ops import gen_stateless_random_ops_v2 as random_ops
 
 from tasks import TASKS
 from training import optimizers
-from training.checkpoint.state import RunSchedule, RunState
+from training.checkpoint.state import RunState
 from training.step import ReplicaStep
 
 DEFAULT_ALGORITHM = tf.random.Algorithm.AUTO_SELECT.value
@@ -124,7 +124,7 @@ class Replica:
         self.strategy = PodStrategy(replicas)
         with self.strategy.scope():
             self._state = RunState()
-            schedule = RunSchedule(optimizers.make_schedule(recipe), self._state)
+            schedule = optimizers.RunSchedule(optimizers.make_schedule(recipe), self._state)
             self.optimizer = optimizer(recipe, schedule)
             self.model = self._task(1).build_model()
             optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
@@ -138,9 +138,9 @@ class Replica:
             dataclasses.replace(self.recipe, phases=phases),
             data_dir="",
             vocab="",
-            model_dir="",
+            resume_dir=None,
             seed=0,
-            synthetic_data=True,
+            synthetic=True,
             log=lambda line: None,
         )
 
@@ -158,9 +158,9 @@ class Replica:
     def traced_gradients(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
         """Forward and backward alone, of one micro-batch."""
         step, spec = self._step(replica_batch_size, 1)
-        counts = TASKS[self.recipe.task].counts
+        task = self._task(replica_batch_size)
         function = tf.function(
-            lambda batch, seed: step.sums_and_gradients(batch, counts(batch), seed),
+            lambda batch, seed: step.sums_and_gradients(batch, task.counts(batch), seed),
             autograph=False,
         )
         return function.get_concrete_function(spec, tf.TensorSpec([2], tf.int32))
@@ -169,10 +169,9 @@ class Replica:
         """The `ReplicaStep`, and what its batches look like."""
         task = self._task(replica_batch_size)
         step = ReplicaStep(
+            task,
             self.model,
             self.optimizer,
-            task.sums,
-            task.counts,
             seed=0,
             accumulation=accumulation,
             jit_compile=False,

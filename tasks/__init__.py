@@ -1,8 +1,4 @@
-"""What train.py can train: the tasks by name.
-
-A task makes data, model, losses, export and report from a recipe; `bert_task.py` shows what
-train.py asks of one.
-"""
+"""What train.py can train: the tasks by name. `task.py` declares what a task is."""
 
 from tasks.bert import BertPretraining
 from tasks.resnet import ImageClassification

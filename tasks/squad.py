@@ -1,24 +1,25 @@
-"""SQuAD v1.1 fine-tuning as a task: data, model, loss, answers, export and report from a recipe."""
+"""SQuAD v1.1: fine-tuning a pre-trained BERT to answer questions."""
 
 import os
 
 from export.model_card import make_card
 from export.saved_model import run_apart, write_export
 from export.squad import answering_export
-from inputs import synthetic
 from inputs.errors import InputError
-from inputs.squad import features as squad_features
-from inputs.squad import files as squad
+from inputs.squad import features
+from inputs.squad import files as squad_files
 from inputs.text import vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights, squad_answers
-from training.checkpoint.manager import saved_step
+from tasks import synthetic as made_up
+from tasks.task import Metric, Task, loss_metric
 
-SHOWN = 2_000  # characters
-PUBLISHED_VOCABULARY = 30_522  # word pieces; google-research/bert
-RANDOM = "random"  # as init_from: no checkpoint
-POSITIONS, TYPES = 512, 2  # of a BERT that no checkpoint describes
+SHOWN_CHARACTERS = 2_000
+PUBLISHED_VOCABULARY_SIZE = 30_522  # word pieces; google-research/bert
+RANDOM = "random"  # the value of init_from for untrained weights
+POSITIONS = 512  # rows of the position table where no checkpoint gives it
+TYPES = 2  # segments, likewise
 USAGE = """\
 import tensorflow_text  # its kernels
 
@@ -27,186 +28,229 @@ answer(question=tf.constant(["Who wrote it?"]), context=tf.constant(["Ada wrote 
 # answer: [N] strings; start, end: [N] characters; score: [N]"""
 
 
-class SquadFineTuning:
+class SquadFineTuning(Task):
     """Question answering on a pre-trained BERT.
 
-    Args: as `tasks.bert.BertPretraining`, with a `recipes.squad.SquadRecipe`;
-        `data_dir` holds the training and the dev file, and `vocab` may be "" where the
-        checkpoint to start from has a vocab.txt beside it.
-
-    Raises:
-        InputError: data, checkpoint or vocabulary cannot be used, or do not fit one another.
+    Args:
+        recipe: a `recipes.squad.SquadRecipe`.
+        data_dir: a folder with the training and the dev file, or both files, comma-separated.
+        vocab: path of a vocab.txt, or "" where the checkpoint to start from has one beside it.
+        resume_dir: see `tasks.task.Task`. A resumed run does not read the checkpoint to start from.
+        seed: int, decides the order of the examples.
+        synthetic: takes random batches instead of questions.
+        log: takes lines about what is read.
     """
 
-    unit = "windows"
-    sums = staticmethod(span_model.span_sums)
-    counts = staticmethod(span_model.span_counts)
-    best_metric = "span_loss"
+    example_unit = "windows"
+    metrics = (
+        loss_metric("span_loss", "span"),
+        Metric("span_accuracy", "span", higher_is_better=True),
+    )
+    best_metric = metrics[0]
 
-    def __init__(self, recipe, *, data_dir, vocab, model_dir, seed, synthetic_data, log):
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log):
         if recipe.model not in bert.SIZES:
             raise InputError(
-                f"--set model={recipe.model}: no such size. There are: {', '.join(bert.SIZES)}."
+                f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
-        self.recipe, self._seed, self._synthetic = recipe, seed, synthetic_data
-        self._saved, self._initial = None, {}
-        if recipe.init_from not in ("", RANDOM):
-            self._saved = initial_weights.find_encoder(recipe.init_from)
-            initial_weights.check_size(self._saved, recipe.model, recipe.sequence_length)
-        elif recipe.init_from != RANDOM and not synthetic_data:
-            raise InputError(
-                f"{recipe.name} fine-tunes a pre-trained BERT: name its folder with "
-                "--set init_from=DIR, or take --set init_from=random for untrained weights."
-            )
-        elif recipe.sequence_length > POSITIONS:
-            raise InputError(
-                f"--set sequence_length={recipe.sequence_length} is beyond the position table, "
-                f"which has {POSITIONS} rows. Take at most so many."
-            )
-        self.vocabulary = self._find_vocabulary(vocab)
-        if synthetic_data:
-            self.data = self.fingerprint = self.amount = "synthetic data"
+        self.recipe = recipe
+        self._encoder = _find_encoder(recipe, synthetic)
+        self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic)
+        if synthetic:
+            self._source = _SyntheticQuestions(recipe, len(self.vocabulary), seed)
         else:
-            self._read(data_dir, log)
-        if self._saved and not saved_step(model_dir):
-            self._initial = initial_weights.read_encoder(self._saved)
-            log(f"Starting from the encoder in {self._saved.checkpoint}")
+            self._source = _Questions(recipe, data_dir, self.vocabulary, seed, log)
+        self.data = self._source.description
+        self.amount = self._source.amount
+        self.facts = {
+            "vocabulary": vocabulary.vocabulary_hash(self.vocabulary),
+            "data": self._source.fingerprint,
+        }
+        self._initial_weights = {}
+        if self._encoder and not resume_dir:
+            self._initial_weights = initial_weights.read_encoder(self._encoder)
+            log(f"Starting from the encoder in {self._encoder.checkpoint}")
 
-    def _find_vocabulary(self, vocab):
-        beside = self._saved.vocabulary_file if self._saved else ""
-        if not vocab and not os.path.exists(beside):
-            if self._synthetic and not self._saved:
-                words = (f"word{i}" for i in range(PUBLISHED_VOCABULARY))
-                return [*vocabulary.SPECIAL_TOKENS, *words][:PUBLISHED_VOCABULARY]
-            raise InputError(
-                "--vocab is needed: no vocab.txt stands beside the checkpoint of --set init_from."
-                if self._saved
-                else "--vocab is needed with --set init_from=random."
-            )
-        pieces = vocabulary.load_vocabulary(vocab or beside)
-        if vocab and os.path.exists(beside) and pieces != vocabulary.load_vocabulary(beside):
-            raise InputError(
-                f"--vocab: {vocab} is not {beside}, the vocabulary that the checkpoint was trained "
-                "with. Leave --vocab out."
-            )
-        if self._saved and len(pieces) != self._saved.vocabulary_size:
-            raise InputError(
-                f"--vocab: {vocab or beside} has {len(pieces):,} word pieces, but "
-                f"{self._saved.checkpoint} has embeddings of {self._saved.vocabulary_size:,}. "
-                "Give the vocabulary that the checkpoint was trained with."
-            )
-        return pieces
-
-    def _read(self, data_dir, log):
-        files = squad.find_files(data_dir)
-        self.data = " and ".join(files)
-        log(f"Reading {self.data}")
-        read = [squad.read_squad(path) for path in files]
-        self.fingerprint = "-".join(part.fingerprint for part in read)
-        self._training, self._dev = (
-            squad_features.Features(
-                part,
-                self.vocabulary,
-                sequence_length=self.recipe.sequence_length,
-                max_query_length=self.recipe.max_query_length,
-                doc_stride=self.recipe.doc_stride,
-                seed=self._seed,
-            )
-            for part in read
-        )
-        self.amount = "; ".join(
-            f"{len(features.squad.questions):,} questions {use}, in {features.number:,} windows of "
-            f"{self.recipe.sequence_length}"
-            for features, use in ((self._training, "to train on"), (self._dev, "to answer"))
-        )
-        log(self.amount)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the meaning of the weights depends on beside the recipe."""
-        return {"vocabulary": vocabulary.vocabulary_hash(self.vocabulary), "data": self.fingerprint}
-
-    def write_files(self, model_dir: str) -> None:
-        """Keeps beside the checkpoints what a later start needs."""
+    def write_files(self, model_dir):
+        """Writes vocab.txt."""
         vocabulary.save_vocabulary(self.vocabulary, os.path.join(model_dir, "vocab.txt"))
 
     def build_model(self):
-        """The network, on the strategy in scope, with the weights it starts from."""
-        saved = self._saved
+        """The encoder, with the weights that it starts from, and the span head."""
+        encoder = self._encoder
         model = span_model.build_span_labeler(
             bert.SIZES[self.recipe.model],
             len(self.vocabulary),
-            saved.max_sequence_length if saved else POSITIONS,
-            types=saved.types if saved else TYPES,
+            encoder.max_sequence_length if encoder else POSITIONS,
+            types=encoder.types if encoder else TYPES,
             dropout=self.recipe.dropout,
             initializer_stddev=self.recipe.initializer_stddev,
         )
         variables = bert.encoder_variables(bert.encoder_of(model))
-        for name, value in self._initial.items():
+        for name, value in self._initial_weights.items():
             variables[name].assign(value)
-        self._initial = {}
+        self._initial_weights = {}  # frees the host memory
         return model
 
-    def train_batches(self, number: int, first_step: int):
-        """`context -> tf.data.Dataset` of phase `number` (from 0), from its `first_step` on."""
-        size = self.recipe.phases[number].global_batch_size
-        if self._synthetic:
-            return lambda context: self._made_up(size, context)
-        return lambda context: self._training.training_batches(size, context, first_step)
+    def sums(self, model, batch, training):
+        """See `models.squad.span_sums`."""
+        return span_model.span_sums(model, batch, training)
 
-    def evaluation_batches(self, number: int):
-        """`context -> tf.data.Dataset` of the dev file's first windows, for the loss."""
-        size = self.recipe.phases[number].global_batch_size
-        if self._synthetic:
-            return lambda context: self._made_up(size, context).take(2)
-        return lambda context: self._dev.evaluation_batches(
-            size, self.recipe.evaluation_examples, context
+    def counts(self, batch):
+        """See `models.squad.span_counts`."""
+        return span_model.span_counts(batch)
+
+    def train_batches(self, phase_index, first_step):
+        """Windows of the training questions."""
+        batch_size = self.recipe.phases[phase_index].global_batch_size
+        return lambda context: self._source.training.training_batches(
+            batch_size, context, first_step
         )
 
-    def _made_up(self, global_batch_size, context):
-        size = global_batch_size // (context.num_replicas_in_sync if context else 1)
-        length = self.recipe.sequence_length
-        below = {"input_word_ids": len(self.vocabulary), "input_type_ids": 2}
-        below |= {"start_positions": length, "end_positions": length}
-        spec = squad_features.element_spec(size, length)
-        return synthetic.synthetic_batches(spec, below, self._seed)
+    def evaluation_batches(self, phase_index):
+        """The first windows of the dev file, for the loss."""
+        batch_size = self.recipe.phases[phase_index].global_batch_size
+        return lambda context: self._source.dev.evaluation_batches(
+            batch_size, self.recipe.evaluation_examples, context
+        )
 
-    def final_metrics(self, model, strategy, model_dir: str | None) -> dict[str, float]:
-        """Answers every dev question and measures the answers; kept in `model_dir`, if given."""
-        if self._synthetic:
-            return {}
-        size = self.recipe.phases[-1].global_batch_size
-        spans = squad_answers.predict_spans(model, strategy, self._dev, self.recipe, size)
-        answers = squad_answers.n_best_answers(self._dev, spans, self.recipe.n_best)
-        if model_dir:
-            squad_answers.write_answers(model_dir, answers)
-        return squad_answers.metrics(self._dev.squad, squad_answers.predictions(answers))
+    def final_metrics(self, model, strategy, output_dir):
+        """Answers every dev question: `exact_match` and `f1`, in per cent.
 
-    def results(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The means of the last evaluation and the official figures, as they are kept."""
-        return metrics
+        Writes predictions.json and nbest.json to `output_dir`.
+        """
+        return self._source.answer_all(model, strategy, output_dir)
 
-    def in_words(self, results: dict[str, float]) -> str:
-        """The results as the report has them."""
-        if self._synthetic:
-            return f"loss {results['span_loss']:.3f} on made-up questions"
+    def describe(self, results):
+        """Exact match and F1, or the loss where there are no questions to answer."""
+        if "f1" not in results:
+            return f"loss {results['span_loss']:.3f} on {self.data}"
         return (
             f"exact match {results['exact_match']:.2f}, F1 {results['f1']:.2f} on all "
-            f"{len(self._dev.squad.questions):,} dev questions"
+            f"{len(self._source.dev.squad.questions):,} dev questions"
         )
 
-    def show(self, export_dir: str) -> None:
-        """Prints what the SavedModel answers, loaded in a process of its own."""
-        question, context = "Who wrote it?", "A letter came. Ada Lovelace wrote it in 1843."
-        if not self._synthetic:
-            chosen = self._dev.squad.questions[0]
-            texts = chosen.text, self._dev.squad.contexts[chosen.context]
-            # A command line bears neither every length nor every character.
-            question, context = (text[:SHOWN].replace("\0", " ") for text in texts)
-        print("Answered, by the SavedModel in a process of its own:", flush=True)
-        run_apart("export.answer", export_dir, context, question)
-
-    def export(self, model, export_dir: str, results: dict[str, float]) -> None:
+    def export(self, model, export_dir, results):
         """Writes the SavedModel that answers questions."""
         card = make_card(self, model.count_params(), results, USAGE)
         write_export(answering_export(model, self.vocabulary, self.recipe), card, export_dir)
+
+    def demonstrate(self, export_dir):
+        """Prints what the SavedModel answers to one question."""
+        # A command line has a limited length and holds no NUL.
+        question, context = (
+            text[:SHOWN_CHARACTERS].replace("\0", " ") for text in self._source.sample_question()
+        )
+        print("Answered, by the SavedModel in a process of its own:", flush=True)
+        run_apart("export.answer", export_dir, context, question)
+
+
+def _find_encoder(recipe, synthetic):
+    """The `initial_weights.SavedEncoder` that the recipe starts from, or None."""
+    if recipe.init_from not in ("", RANDOM):
+        encoder = initial_weights.find_encoder(recipe.init_from)
+        initial_weights.check_size(encoder, recipe.model, recipe.sequence_length)
+        return encoder
+    if recipe.init_from != RANDOM and not synthetic:
+        raise InputError(
+            f"{recipe.name} fine-tunes a pre-trained BERT. Give its folder with "
+            "--set init_from=DIR, or --set init_from=random for untrained weights."
+        )
+    if recipe.sequence_length > POSITIONS:
+        raise InputError(
+            f"--set sequence_length={recipe.sequence_length}: the position table has only "
+            f"{POSITIONS} rows. Set at most {POSITIONS}."
+        )
+    return None
+
+
+def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
+    beside = encoder.vocabulary_file if encoder else ""
+    if not vocab and not os.path.exists(beside):
+        if synthetic and not encoder:
+            return made_up.synthetic_vocabulary(PUBLISHED_VOCABULARY_SIZE)
+        raise InputError(
+            "--vocab is needed: there is no vocab.txt beside the checkpoint of --set init_from."
+            if encoder
+            else "--vocab is needed with --set init_from=random."
+        )
+    pieces = vocabulary.load_vocabulary(vocab or beside)
+    if vocab and os.path.exists(beside) and pieces != vocabulary.load_vocabulary(beside):
+        raise InputError(
+            f"--vocab: {vocab} differs from {beside}, the vocabulary that the checkpoint was "
+            "trained with. Leave --vocab out."
+        )
+    if encoder and len(pieces) != encoder.vocabulary_size:
+        raise InputError(
+            f"--vocab: {vocab or beside} has {len(pieces):,} word pieces, but "
+            f"{encoder.checkpoint} has embeddings of {encoder.vocabulary_size:,}. "
+            "Give the vocabulary that the checkpoint was trained with."
+        )
+    return pieces
+
+
+class _Questions:
+    """The windows of the training and the dev file."""
+
+    def __init__(self, recipe, data_dir, pieces, seed, log):
+        self._recipe = recipe
+        files = squad_files.find_files(data_dir)
+        self.description = " and ".join(files)
+        log(f"Reading {self.description}")
+        read = [squad_files.read_squad(path) for path in files]
+        self.fingerprint = "-".join(file.fingerprint for file in read)
+        self.training, self.dev = (
+            features.Features(
+                file,
+                pieces,
+                sequence_length=recipe.sequence_length,
+                max_query_length=recipe.max_query_length,
+                doc_stride=recipe.doc_stride,
+                seed=seed,
+            )
+            for file in read
+        )
+        self.amount = "; ".join(
+            f"{len(windows.squad.questions):,} questions {use}, in {windows.number:,} windows of "
+            f"{recipe.sequence_length}"
+            for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
+        )
+        log(self.amount)
+
+    def answer_all(self, model, strategy, output_dir) -> dict[str, float]:
+        batch_size = self._recipe.phases[-1].global_batch_size
+        spans = squad_answers.predict_spans(model, strategy, self.dev, self._recipe, batch_size)
+        answers = squad_answers.n_best_answers(self.dev, spans, self._recipe.n_best)
+        if output_dir:
+            squad_answers.write_answers(output_dir, answers)
+        return squad_answers.metrics(self.dev.squad, squad_answers.predictions(answers))
+
+    def sample_question(self) -> tuple[str, str]:
+        """(question, context) of the first dev question."""
+        question = self.dev.squad.questions[0]
+        return question.text, self.dev.squad.contexts[question.context]
+
+
+class _SyntheticQuestions:
+    """Random windows."""
+
+    description = fingerprint = amount = made_up.DESCRIPTION
+
+    def __init__(self, recipe, vocabulary_size, seed):
+        length = recipe.sequence_length
+        self.training = self.dev = made_up.SyntheticExamples(
+            lambda size: features.element_spec(size, length),
+            {
+                "input_word_ids": vocabulary_size,
+                "input_type_ids": TYPES,
+                "start_positions": length,
+                "end_positions": length,
+            },
+            seed,
+        )
+
+    def answer_all(self, model, strategy, output_dir) -> dict[str, float]:
+        return {}
+
+    def sample_question(self) -> tuple[str, str]:
+        return "Who wrote it?", "A letter came. Ada Lovelace wrote it in 1843."

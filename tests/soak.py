@@ -20,7 +20,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from training.checkpoint.manager import saved_step, saved_steps  # noqa: E402
-from training.monitor.history import read_rows  # noqa: E402  the path comes first
+from training.monitor.progress import read_rows  # noqa: E402  the path comes first
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEFAULT = "--synthetic --steps=3000 --steps_per_loop=20 --global_batch_size=8"

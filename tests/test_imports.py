@@ -24,9 +24,9 @@ PACKAGES = {
     "recipes": set(),
     "inputs": set(),
     "models": set(),
-    "tasks": {"recipes", "inputs", "models", "export", "training"},
+    "tasks": {"recipes", "inputs", "models", "export"},
     "export": {"inputs", "models", "training"},
-    "training": {"tf_lamb", "recipes", "inputs"},
+    "training": {"tf_lamb", "recipes", "inputs", "tasks"},
     "preflight": {"recipes", "inputs", "models", "tasks", "training"},
     "experiments": {"recipes"},
 }

@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names: made, built on a model's variables, set back to its start."""
+"""The optimizer and the learning-rate schedule of a recipe."""
 
 import tensorflow as tf
 import tf_keras
@@ -10,20 +10,46 @@ from tf_lamb.layers import Patterns, plan_variables
 
 
 def make_schedule(recipe: Recipe) -> ours.Phases:
-    """The rate of each step of the run, over all phases."""
+    """The learning rate as a function of the run's step, over all phases."""
     return ours.Phases([phase.schedule() for phase in recipe.phases])
 
 
-def make_optimizer(recipe: Recipe, learning_rate):
-    """The recipe's optimizer; `build` makes its slots.
+class RunSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule over the steps of the run, times the run's `rate_factor`.
 
-    LAMB and LARS are ours, and so is "momentum", LARS without a layer to adapt: momentum SGD
-    with the rate and the decay, λx, inside the momentum (arXiv:1706.02677, section 2). Keras's
-    own SGD decays outside of it. AdamW and Adagrad are tf_keras's, whose decay is ηλx.
+    The optimizer's own `iterations` does not serve: it restarts where a phase resets the slots,
+    and does not count skipped updates, so that phases would begin late.
+
+    Args:
+        schedule: `(step) -> learning rate`.
+        state: a `training.checkpoint.state.RunState`.
+    """
+
+    def __init__(self, schedule, state):
+        self._schedule = schedule
+        self._state = state
+
+    def __call__(self, step):
+        """The learning rate of the run's current step, whatever `step`: a float32 scalar."""
+        del step
+        return self._schedule(self._state.step) * self._state.rate_factor
+
+    def get_config(self):
+        """The arguments, with the present factor."""
+        factor = float(self._state.rate_factor.numpy())
+        return {"schedule": self._schedule, "rate_factor": factor}
+
+
+def make_optimizer(recipe: Recipe, learning_rate):
+    """The recipe's optimizer; `build` creates its slots.
+
+    LAMB and LARS are those of `tf_lamb`. "momentum" is LARS without layer adaptation, that is,
+    momentum SGD with the learning rate and the decay λx inside the momentum (arXiv:1706.02677,
+    section 2); Keras's SGD decays outside of it. AdamW and Adagrad are tf_keras's, with decay ηλx.
 
     Args:
         recipe: a checked recipe.
-        learning_rate: a schedule of tf_keras.
+        learning_rate: a tf_keras schedule.
 
     Raises:
         ValueError: a setting outside its range, or an unknown variant.
@@ -36,7 +62,7 @@ def make_optimizer(recipe: Recipe, learning_rate):
     settings |= {
         "exclude_from_weight_decay": recipe.exclude_from_weight_decay,
         "skip_nonfinite": recipe.skip_nonfinite,
-        "telemetry": True,  # names the layer of a gradient that is not finite
+        "telemetry": True,  # names the layers whose gradient is not finite
     }
     if recipe.optimizer == "momentum":
         everything = {"exclude_from_layer_adaptation": [".*"]}
@@ -56,7 +82,7 @@ def make_optimizer(recipe: Recipe, learning_rate):
 
 
 def _keras_optimizer(recipe, learning_rate, settings):
-    """AdamW or Adagrad. tf_keras takes any number; the ranges are checked here."""
+    """AdamW or Adagrad. tf_keras does not check ranges; this function does."""
     settings["epsilon"] = recipe.epsilon
     if recipe.optimizer == "adamw":
         settings |= {"beta_1": recipe.beta_1, "beta_2": recipe.beta_2}
@@ -67,12 +93,12 @@ def _keras_optimizer(recipe, learning_rate, settings):
 
 
 def build(optimizer, recipe: Recipe, variables) -> None:
-    """Makes the slots, and decides which variables are decayed: alike for every optimizer.
+    """Creates the slots and applies the recipe's exclusions from weight decay.
 
-    An exclusion pattern that matches no variable is a `UserWarning`.
+    An exclusion pattern that matches no variable raises a `UserWarning`.
     """
     if recipe.optimizer in ("adamw", "adagrad"):
-        # tf_keras searches its patterns in names that end in ":0", where "bias$" finds nothing.
+        # tf_keras searches names that end in ":0", where the pattern "bias$" matches nothing.
         layers = plan_variables(
             [v.name.split(":")[0] for v in variables],
             [v.shape for v in variables],
@@ -84,10 +110,10 @@ def build(optimizer, recipe: Recipe, variables) -> None:
 
 
 def reset_slots(optimizer) -> None:
-    """Sets the slots to what `build` made them, and the step of bias correction to 0 with them.
+    """Sets the slots to their initial values and `iterations`, the step of bias correction, to 0.
 
-    One without the other is wrong: step 1 would take the moments of a long run for those of one
-    gradient, the first 10 and the second 1,000 times too large.
+    Both have to be reset: with `iterations` alone, bias correction at step 1 would scale the
+    moments of a long run by 10 and 1,000.
     """
     start = getattr(optimizer, "initial_accumulator_value", 0)
     kept = ("skipped_steps", "current_learning_rate", "learning_rate")

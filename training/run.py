@@ -1,168 +1,386 @@
-"""A run from its newest checkpoint to its end: phase by phase, and back if it must."""
+"""The training loop: many steps on the device at a time, and Orbit's `Controller` around them."""
 
+import contextlib
+import dataclasses
 import itertools
 import os
-import sys
 
 import numpy as np
+import orbit
+import tensorflow as tf
 
-from training import trainer as loop
-from training.checkpoint.best import Best
-from training.checkpoint.manager import Manager
-from training.checkpoint.preemption import stop_together
-from training.checkpoint.state import make_checkpoint
-from training.monitor.divergence import Diverged, Watch
-from training.monitor.history import EVALUATIONS, read_rows
-from training.monitor.instruments import Instruments
-from training.optimizers import reset_slots
-from training.strategy import endless, is_chief
+from tasks.task import loss_terms, means
+from training import optimizers, strategy
+from training.checkpoint import compatibility
+from training.checkpoint.interruption import Interrupted, StopRequest, stop_together
+from training.checkpoint.manager import BestCheckpoint, CheckpointManager, saved_step
+from training.checkpoint.state import RunState, make_checkpoint
+from training.monitor import noise_scale
+from training.monitor.divergence import Diverged, DivergenceMonitor
+from training.monitor.progress import EVALUATIONS, read_rows
+from training.monitor.run_monitor import RunMonitor
+from training.step import ReplicaStep
+
+DRY_RUN_STEPS = 2  # of each phase: one that compiles, and one that does not
 
 
-class Run:
-    """All that training takes, put together.
+def shorten(recipe):
+    """The recipe with two steps of each phase and one batch in each evaluation."""
+    phases = tuple(dataclasses.replace(phase, steps=DRY_RUN_STEPS) for phase in recipe.phases)
+    batch = max(phase.global_batch_size for phase in phases)
+    return dataclasses.replace(
+        recipe, phases=phases, evaluation_examples=batch, evaluate_every_steps=None, profile=None
+    )
+
+
+class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
+    """One run of a recipe: trains, evaluates, saves and resumes.
+
+    The constructor creates the model, the optimizer and their variables; `fit` does the rest.
 
     Args:
-        task: one of `tasks.TASKS`, made from the recipe.
-        recipe: a `recipes.types.Recipe`.
-        step: a `ReplicaStep`, whose optimizer's rate is a `RunSchedule` of `state`.
-        state: a `RunState`.
-        strategy: a `tf.distribute.Strategy`.
-        settings: text that the checkpoints hold, what the run depends on.
-        model_dir: folder of the checkpoints.
-        folder: where this process writes; `model_dir` itself for the chief.
-        steps_per_loop: steps on the device between two looks from the host.
-        stop: this process's `signals.StopRequest`.
+        task: a `tasks.task.Task`.
+        recipe: its `recipes.types.Recipe`.
+        where: a `tf.distribute.Strategy`.
+        model_dir: folder of checkpoints and logs, which exists. The run in it is resumed.
+        seed: int in [0, 2**32).
+        steps_per_loop: steps on the device between two actions of the host.
+        schedule: `(step) -> learning rate`; None for the recipe's.
+        stop: the `StopRequest` of this process, or None.
         log: takes lines of progress.
-        started: as `Instruments` takes it.
+        started: see `RunMonitor`.
+
+    Raises:
+        InputError: the run in `model_dir` is another one, or a setting cannot be used.
     """
 
     def __init__(
-        self, task, recipe, step, state, strategy, *,
-        settings, model_dir, folder, steps_per_loop, stop, log, started=None,
-    ):  # fmt: skip
-        self._task, self._recipe, self._strategy = task, recipe, strategy
-        self._replica_step, self._state = step, state
-        self._model_dir, self._folder = model_dir, folder
-        self._steps_per_loop, self._request, self._log = steps_per_loop, stop, log
-        self._manager = Manager(
-            make_checkpoint(step.model, step.optimizer, state, settings),
-            model_dir,
-            step=state.step,
-            save_every_steps=recipe.save_every_steps,
-            keep=recipe.keep_checkpoints,
-            scratch=None if is_chief(strategy) else os.path.join(folder, "scratch"),
+        self,
+        task,
+        recipe,
+        where,
+        *,
+        model_dir,
+        seed,
+        steps_per_loop,
+        schedule=None,
+        stop=None,
+        log=lambda line: None,
+        started=None,
+    ):
+        super().__init__()
+        self.task = task
+        self.recipe = recipe
+        self.strategy = where
+        self._model_dir = model_dir
+        self._steps_per_loop = steps_per_loop
+        self._stop_request = stop or StopRequest()
+        self._log = log
+        self._started = started
+        facts = {"seed": seed} | task.facts
+        self._config = compatibility.run_config(recipe, facts)
+        if strategy.is_chief(where):
+            compatibility.write_run_config(model_dir, recipe, **facts)
+            task.write_files(model_dir)
+        with where.scope():
+            self.state = RunState()
+            schedule = schedule or optimizers.make_schedule(recipe)
+            self.optimizer = optimizers.make_optimizer(
+                recipe, optimizers.RunSchedule(schedule, self.state)
+            )
+            self.model = task.build_model()
+            optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
+        strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
+        self._replica_step = ReplicaStep(
+            task,
+            self.model,
+            self.optimizer,
+            seed=seed,
+            accumulation=recipe.accumulation,
+            jit_compile=strategy.compiles_step(where, recipe),
+            measure_noise=recipe.measure_noise_scale,
         )
-        self._best = Best(self._manager, task.best_metric, is_chief(strategy))
-        # Only the chief speaks, to a terminal if that is one.
-        stream = sys.stderr if is_chief(strategy) else None
-        self._instruments = Instruments(
-            task, recipe, step, state.step, strategy, folder, log, stream, started
-        )
-        self._watch = Watch(
-            step.optimizer,
-            state.skipped_in_row,
+        self._divergence = DivergenceMonitor(
+            self.optimizer,
+            self.state.skipped_in_row,
             max_skipped_in_row=recipe.max_skipped_in_row,
             max_loss=recipe.max_loss,
         )
+        self._train_metrics = task.metrics
+        if recipe.measure_noise_scale:
+            self._train_metrics += noise_scale.METRICS
+        on_read = tf.VariableSynchronization.ON_READ
+        self._statistics = [
+            v for v in self.model.non_trainable_variables if v.synchronization == on_read
+        ]
 
-    def train(self):
-        """Runs the phases that are left; returns (metrics on held-out data, the progress).
+    @property
+    def progress(self):
+        """The `Progress` of `fit`, with the speed of the last phase."""
+        return self._monitor.progress
+
+    # The run, from its newest checkpoint to its end.
+
+    def fit(self) -> dict[str, float]:
+        """Trains to the end of the recipe; returns the means of the last evaluation.
 
         Raises:
-            Interrupted: a signal came; the state was saved.
-            Diverged: as often as the recipe goes back, or it does not.
+            Interrupted: a signal arrived; the state was saved.
+            Diverged: training diverged, and the recipe allows no (further) rollback.
             SaveFailed: a checkpoint could not be written.
             InputError: the newest checkpoint is not of this run.
         """
-        with self._request.deferred():
-            with self._strategy.scope():
-                restored = self._manager.restore_or_initialize()
-            if restored:
-                self._log(
-                    f"Going on from step {self._step} of {self._recipe.steps} in {self._model_dir}"
-                )
-            if self._recipe.on_divergence == "rollback":
-                self._manager.save(check_interval=False)  # the start too is a place to go back to
-            stop = stop_together(
-                self._strategy,
-                self._request,
-                lambda: self._manager.save(check_interval=False),
-                self._folder,
+        with (
+            strategy.worker_folder(self.strategy, self._model_dir) as folder,
+            self._stop_request.deferred(),
+            contextlib.redirect_stdout(None),  # Orbit prints what `RunMonitor` shows
+        ):
+            chief = strategy.is_chief(self.strategy)
+            self._manager = CheckpointManager(
+                make_checkpoint(self.model, self.optimizer, self.state, self._config),
+                self._model_dir,
+                step=self.state.step,
+                save_every_steps=self.recipe.save_every_steps,
+                keep=self.recipe.keep_checkpoints,
+                scratch=None if chief else os.path.join(folder, "scratch"),
             )
+            self._monitor = RunMonitor(
+                self.task,
+                self.recipe,
+                self._replica_step,
+                self.state.step,
+                self.strategy,
+                model_dir=folder,
+                log=self._log,
+                started=self._started,
+            )
+            self._stop = stop_together(self.strategy, self._stop_request, self._save, folder)
+            self._controller = orbit.Controller(  # restores the newest checkpoint
+                global_step=self.state.step,
+                trainer=self,
+                evaluator=self,
+                strategy=self.strategy,
+                train_actions=[self._monitor, self._stop],
+                eval_actions=[
+                    BestCheckpoint(self._manager, self.task.best_metric, chief),
+                    self._monitor.evaluated,
+                ],
+                steps_per_loop=self._monitor.steps_per_loop(self._steps_per_loop),
+                checkpoint_manager=self._manager,
+                summary_dir=os.path.join(folder, "train"),
+                eval_summary_dir=os.path.join(folder, "eval"),
+            )
+            if self._manager.latest_checkpoint:
+                self._log(
+                    f"Going on from step {self._step} of {self.recipe.steps} in {self._model_dir}"
+                )
+            if self.recipe.on_divergence == "rollback":
+                self._save()  # the initial state is a place to roll back to
             missed = self._missed_evaluation()
-            with self._instruments:
+            with self._monitor:
                 while True:
                     try:
-                        return self._phases(stop, missed)
+                        return self._train_phases(missed)
+                    except Interrupted:
+                        self._save()
+                        raise
                     except Diverged as error:
-                        self._go_back(error)
+                        self._roll_back(error)
                         missed = False
 
     @property
     def _step(self) -> int:
-        return int(self._state.step.numpy())
+        return int(self.state.step.numpy())
+
+    def _save(self):
+        self._manager.save(check_interval=False)
 
     def _missed_evaluation(self) -> bool:
-        """Whether one was due at the step that was restored, and the run ended before it."""
-        every, step = self._recipe.evaluate_every_steps, self._step
-        ends = itertools.accumulate(phase.steps for phase in self._recipe.phases)
-        due = step in ends or (every and step % every == 0)
-        if not due or not 0 < step < self._recipe.steps:
+        """Whether an evaluation was due at the restored step and the run stopped before it."""
+        every, step = self.recipe.evaluate_every_steps, self._step
+        phase_ends = itertools.accumulate(phase.steps for phase in self.recipe.phases)
+        due = step in phase_ends or (every and step % every == 0)
+        if not due or not 0 < step < self.recipe.steps:
             return False
         rows = read_rows(os.path.join(self._model_dir, EVALUATIONS))
         return step not in [row["step"] for row in rows]
 
-    def _phases(self, stop, missed):
-        start, begun = 0, self._step
-        for number, phase in enumerate(self._recipe.phases):
+    def _train_phases(self, missed: bool) -> dict[str, float]:
+        """Trains the remaining phases, and first makes up for a missed evaluation."""
+        start, resumed = 0, self._step
+        for index, phase in enumerate(self.recipe.phases):
             end = start + phase.steps
-            if begun < end or end == self._recipe.steps or (missed and begun == end):
-                metrics = self._phase(number, start, end, stop, missed and begun > start)
+            if resumed < end or end == self.recipe.steps or (missed and resumed == end):
+                results = self._train_phase(index, start, end, missed and resumed > start)
                 missed = False
             start = end
-        return metrics, self._instruments.progress
+        return {name: float(value) for name, value in results.items()}
 
-    def _phase(self, number: int, start: int, end: int, stop, missed: bool):
-        # Also where a run goes on from a checkpoint just there, which has them as they were.
-        if self._recipe.phases[number].reset_slots and self._step == start:
-            with self._strategy.scope():
-                reset_slots(self._replica_step.optimizer)
-        distribute = self._strategy.distribute_datasets_from_function
-        trainer = loop.Trainer(
-            self._strategy,
-            self._replica_step,
-            lambda step: distribute(endless(self._task.train_batches(number, step - start))),
-            distribute(self._task.evaluation_batches(number)),
-            state=self._state,
-            watch=self._watch,
-            stop=stop,
-        )
-        return loop.run_phase(
-            trainer,
-            self._manager,
-            self._best,
-            self._instruments,
-            stop,
-            number=number,
-            end=end,
-            steps_per_loop=self._steps_per_loop,
-            evaluate_every_steps=self._recipe.evaluate_every_steps,
-            evaluate_first=missed,
-            model_dir=self._folder,
-        )
+    def _train_phase(self, index: int, start: int, end: int, missed: bool):
+        """Trains phase `index`, of the steps from `start` to `end`; returns the last evaluation."""
+        # A run that resumes just at `start` has the slots of the phase before.
+        if self.recipe.phases[index].reset_slots and self._step == start:
+            with self.strategy.scope():
+                optimizers.reset_slots(self.optimizer)
+        self._start_data(index, self._step - start)
+        self._monitor.begin_phase(index)
+        self._controller.step_timer = None
+        self._stop()
+        results = self._controller.evaluate() if missed else None
+        # Not `train_and_evaluate`, which counts the interval from the step that is resumed.
+        for target in evaluation_steps(self._step, end, self.recipe.evaluate_every_steps):
+            self._controller.train(target, checkpoint_at_completion=target == end)
+            results = self._controller.evaluate()
+            self._stop()
+        return results or self._controller.evaluate()
 
-    def _go_back(self, error: Diverged) -> None:
-        """To the newest checkpoint, at a lower rate, over the same data; or raises the error."""
-        recipe, state = self._recipe, self._state
+    def _roll_back(self, error: Diverged) -> None:
+        """Restores the newest checkpoint with a lower learning rate, or raises `error`."""
+        recipe, state = self.recipe, self.state
         rollbacks = int(state.rollbacks.numpy()) + 1
         if recipe.on_divergence != "rollback" or rollbacks > recipe.max_rollbacks:
             raise error
         factor = state.rate_factor.numpy() * np.float32(recipe.rollback_rate_factor)
-        with self._strategy.scope():
+        with self.strategy.scope():
             self._manager.restore(self._manager.latest_checkpoint)
         state.rate_factor.assign(factor)
         state.rollbacks.assign(rollbacks)
         self._log(
-            f"{error}. Going back to step {self._step} with the rate times {factor:g} "
+            f"{error}. Going back to step {self._step} with the learning rate times {factor:g} "
             f"(rollback {rollbacks} of {recipe.max_rollbacks})"
         )
+
+    # What Orbit's controller calls: a loop of steps, and an evaluation.
+
+    def _start_data(self, phase_index: int, first_step: int):
+        """Takes the batches of a phase from its step `first_step` on."""
+        distribute = self.strategy.distribute_datasets_from_function
+        train_batches = strategy.with_infinite_cardinality(
+            self.task.train_batches(phase_index, first_step)
+        )
+        self._train_dataset = distribute(train_batches)
+        self._eval_dataset = distribute(self.task.evaluation_batches(phase_index))
+        self._train_iterator = None
+        # Traced anew: the shapes of a phase are its own.
+        self._train_loop = tf.function(self._run_steps)
+        self._train_step = tf.function(self._run_step)
+        self._eval_step = tf.function(self._evaluate_batch)
+
+    def train(self, num_steps):
+        """Runs `num_steps` steps on the device.
+
+        Returns:
+            The means of the task's metrics and the loss over the steps whose loss is finite;
+            `learning_rate`; `skipped_steps`, the updates skipped since the run began; and
+            `input_wait_seconds`: the time between the end of a step and the arrival of the next
+            batch, over all steps. On a CPU the steps waited for this time. On an accelerator,
+            whose work is queued, a step may end for the host before it is computed, and this is an
+            upper bound.
+
+        Raises:
+            Diverged: a step diverged.
+        """
+        if self._train_iterator is None:  # not where only an evaluation is left
+            self._train_iterator = iter(self._train_dataset)
+        totals, record, waited = self._train_loop(num_steps)
+        self._divergence.check(record)
+        values = self._means_and_loss(self._train_metrics, totals)
+        return (
+            values
+            | noise_scale.noise_scale(values)
+            | {
+                "learning_rate": self.optimizer.learning_rate.numpy(),
+                # tf_keras's own optimizers skip no updates.
+                "skipped_steps": getattr(self.optimizer, "skipped_steps", 0),
+                "input_wait_seconds": waited,
+            }
+        )
+
+    def evaluate(self, num_steps):
+        """One pass over the evaluation batches, whatever `num_steps`; returns the means."""
+        del num_steps
+        totals = None
+        for batch in self._eval_dataset:
+            if not strategy.is_multi_worker(self.strategy):
+                self._stop()
+            sums = self._eval_step(batch)
+            totals = sums if totals is None else tf.nest.map_structure(tf.add, totals, sums)
+        return self._means_and_loss(self.task.metrics, totals)
+
+    @staticmethod
+    def _means_and_loss(metrics, totals):
+        values = means(metrics, *totals)
+        return values | {"loss": sum(float(term) for term in loss_terms(metrics, values))}
+
+    def _run_steps(self, num_steps):
+        """((sums, counts) over all steps, the record of divergence, seconds of waiting)."""
+        totals, *_ = self._train_step.get_concrete_function().structured_outputs
+        totals = tf.nest.map_structure(lambda total: tf.zeros(total.shape, total.dtype), totals)
+        record = self._divergence.initial()
+        waited, ended = tf.zeros([], tf.float64), tf.timestamp()
+        for _ in tf.range(num_steps):
+            step_totals, news, arrived, now = self._train_step()
+            record = self._divergence.update(record, *news)
+            totals = tf.nest.map_structure(tf.add, totals, step_totals)
+            waited += tf.maximum(arrived - ended, 0.0)
+            ended = now
+        if self._statistics and self.strategy.num_replicas_in_sync > 1:
+            self.strategy.run(self._average_statistics)
+        return totals, record, waited
+
+    def _run_step(self):
+        """A step of all replicas.
+
+        Returns:
+            (sums, counts); (step, loss, whether updated, telemetry) for `DivergenceMonitor.update`;
+            and the times, in seconds, at which the batch had arrived and the update was made.
+        """
+        batch = next(self._train_iterator)
+        with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+            arrived = tf.timestamp()
+        # Without this dependency a single thread could read the clock after the step.
+        with tf.control_dependencies([arrived]):
+            sums, counts, updated, rows = self.strategy.run(self._run_replica_step, args=(batch,))
+        totals = self._sum_over_replicas((sums, counts))
+        metrics = self.task.metrics
+        loss = tf.add_n(loss_terms(metrics, means(metrics, *totals)))
+        # The same on all replicas.
+        updated, rows = (self.strategy.experimental_local_results(x)[0] for x in (updated, rows))
+        with tf.control_dependencies([updated, *tf.nest.flatten(totals)]):
+            ended = tf.timestamp()
+        # One step's NaN would make the means of the whole loop NaN.
+        finite = tf.nest.map_structure(
+            lambda value: tf.where(tf.math.is_finite(loss), value, tf.zeros_like(value)), totals
+        )
+        return finite, (self.state.step.read_value(), loss, updated, rows), arrived, ended
+
+    def _run_replica_step(self, batch):
+        """A replica's step: (sums, counts, whether it updated the weights, telemetry)."""
+        before = tf.identity(self.optimizer.iterations)
+        sums, counts = self._replica_step.train(batch, self.state.step)
+        self.state.step.assign_add(1)
+        updated = self.optimizer.iterations > before
+        return sums, counts, updated, self._divergence.telemetry_rows()
+
+    def _evaluate_batch(self, batch):
+        return self._sum_over_replicas(
+            self.strategy.run(self._replica_step.evaluation, args=(batch,))
+        )
+
+    def _sum_over_replicas(self, per_replica):
+        return tf.nest.map_structure(
+            lambda value: self.strategy.reduce("SUM", value, axis=None), per_replica
+        )
+
+    def _average_statistics(self):
+        """Sets moving averages, which differ between replicas, to their mean over all replicas."""
+        context = tf.distribute.get_replica_context()
+        for variable in self._statistics:
+            variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
+
+
+def evaluation_steps(step: int, end: int, every: int | None) -> list[int]:
+    """The multiples of `every` (None: none) between `step` and `end`, and `end`."""
+    if step >= end:
+        return []
+    return [*(range((step // every + 1) * every, end, every) if every else ()), end]

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from tasks.task import loss_terms, means
 from training.dropout import StepSeed, replica_seed
 from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
 
@@ -10,55 +11,70 @@ class ReplicaStep:
     """What each replica does with its share of a global batch, in replica context.
 
     Gradients are summed over `accumulation` micro-batches on the device, then once over the
-    replicas. Batch norm sees a micro-batch at a time, and its moving averages move with each.
+    replicas. Batch normalization sees one micro-batch at a time, and its moving averages are
+    updated with each.
 
     Args:
-        model: a tf_keras model, made under the strategy's scope.
+        task: a `tasks.task.Task`: its `metrics`, `sums` and `counts` are used.
+        model: a tf_keras model, made in the strategy's scope.
         optimizer: a tf_keras optimizer, likewise.
-        sums: `(model, batch, training) -> dict` of summed losses and hits, float32 scalars.
-        counts: `(batch) -> dict` of what the sums are divided by, float32 scalars. A sum's name
-            begins with its count's: "masked_loss" is divided by "masked".
-        seed: int in [0, 2**32), of dropout.
-        accumulation: micro-batches of one step; divides the replica's batch.
-        jit_compile: whether forward and backward become one XLA program here. Not on a TPU,
-            where the whole replica's is one already.
-        measure_noise: whether a training step's sums and counts also tell its gradient noise.
+        seed: int in [0, 2**32), for dropout.
+        accumulation: number of micro-batches in a step; divides the replica's batch.
+        jit_compile: whether forward and backward are compiled as one XLA program. False on a TPU,
+            where the whole replica function is one program already.
+        measure_noise: whether the sums and counts of a training step include those of the
+            gradient noise scale.
     """
 
     def __init__(
-        self, model, optimizer, sums, counts, *, seed, accumulation, jit_compile,
-        measure_noise=False,
-    ):  # fmt: skip
-        self.model, self.optimizer, self._measure_noise = model, optimizer, measure_noise
-        self._sums, self._counts = sums, counts
-        self._seed, self._accumulation = seed, accumulation
-        self._step_seed = StepSeed(model)
+        self, task, model, optimizer, *, seed, accumulation=1, jit_compile, measure_noise=False
+    ):
+        self.model = model
+        self.optimizer = optimizer
         self.batch_spec = None  # of a replica's batch, once the step is traced
+        self._task = task
+        self._seed = seed
+        self._accumulation = accumulation
+        self._measure_noise = measure_noise
+        self._step_seed = StepSeed(model)
         if accumulation > 1 and not jit_compile:
-            # TensorFlow's graph optimizer may put sums into temporary variables. In a loop within
-            # a loop, as here, the second step then ended with AlreadyExistsError for one of them
-            # (seen: BERT-tiny, 4 x 64 sequences of 128; without the optimizer it went on).
+            # TensorFlow's graph optimizer may put sums into temporary variables. In a loop inside
+            # a loop, as here, the second step then ends with AlreadyExistsError for one of them
+            # (seen with BERT-tiny, 4 x 64 sequences of 128; not without the optimizer).
             tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        compiled = tf.function(jit_compile=True) if jit_compile else lambda f: f
+        compiled = tf.function(jit_compile=True) if jit_compile else lambda function: function
         self._gradients = compiled(self.sums_and_gradients)
         self._evaluation = compiled(
-            lambda batch: (self._sums(model, batch, training=False), self._counts(batch))
+            lambda batch: (task.sums(model, batch, training=False), task.counts(batch))
         )
 
-    def train(self, batch, number):
-        """Updates the model in step `number`, an integer scalar; this replica's (sums, counts)."""
+    def train(self, batch, step):
+        """Updates the model.
+
+        Args:
+            batch: dictionary of [B, ...] tensors of static shape.
+            step: integer scalar, the number of steps made before; it decides dropout's masks.
+
+        Returns:
+            (sums, counts) of this replica's batch: dictionaries of float32 scalars.
+        """
         self.batch_spec = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
-        counts = self._counts(batch)
+        counts = self._task.counts(batch)
         # The loss is the mean over the global batch, so its divisor is summed over the replicas.
         context = tf.distribute.get_replica_context()
         total_counts = {key: context.all_reduce("SUM", value) for key, value in counts.items()}
-        seed = replica_seed(self._seed, number, context.replica_id_in_sync_group)
+        seed = replica_seed(self._seed, step, context.replica_id_in_sync_group)
         sums, gradients = self._gradients(batch, total_counts, seed)
         if self._measure_noise:
             gradients = context.all_reduce("SUM", gradients)
-            replicas = context.num_replicas_in_sync
-            own_batch = next(iter(batch.values())).shape[0]
-            noise = noise_sums(sums.pop(PARTS), gradients, own_batch, replicas, self._accumulation)
+            replica_batch = next(iter(batch.values())).shape[0]
+            noise = noise_sums(
+                sums.pop(PARTS),
+                gradients,
+                replica_batch,
+                context.num_replicas_in_sync,
+                self._accumulation,
+            )
             sums, counts = sums | noise[0], counts | noise[1]
         self.optimizer.apply_gradients(
             zip(gradients, self.model.trainable_variables, strict=True),
@@ -68,7 +84,8 @@ class ReplicaStep:
 
     def evaluation(self, batch):
         """(sums, counts) of a batch without dropout."""
-        # Not handed to `strategy.run` itself: that would trace it once, for the first replica.
+        # A method, not the `tf.function` itself: `strategy.run` traces that once, for the first
+        # replica only.
         return self._evaluation(batch)
 
     def sums_and_gradients(self, batch, total_counts, seed):
@@ -88,40 +105,33 @@ class ReplicaStep:
             for name, value in batch.items()
         }
 
-        def add(number, totals):
-            part = {name: tf.gather(value, number) for name, value in parts.items()}
-            own_seed = tf.random.experimental.stateless_fold_in(seed, number)
-            results = self._micro_batch(part, total_counts, own_seed)
-            return number + 1, tf.nest.map_structure(tf.add, totals, results)
+        def add(index, totals):
+            part = {name: tf.gather(value, index) for name, value in parts.items()}
+            part_seed = tf.random.experimental.stateless_fold_in(seed, index)
+            results = self._micro_batch(part, total_counts, part_seed)
+            return index + 1, tf.nest.map_structure(tf.add, totals, results)
 
+        names = [metric.name for metric in self._task.metrics]
+        if self._measure_noise:
+            names.append(PARTS)
         zeros = (
-            dict.fromkeys(self._sum_names(batch), tf.constant(0.0)),
+            dict.fromkeys(names, tf.constant(0.0)),
             [
                 tf.zeros(variable.shape, variable.dtype)
                 for variable in self.model.trainable_variables
             ],
         )
         return tf.while_loop(
-            lambda number, _: number < self._accumulation, add, (tf.constant(0), zeros)
+            lambda index, _: index < self._accumulation, add, (tf.constant(0), zeros)
         )[1]
-
-    def _sum_names(self, batch):
-        """What the loop has to add up, known before the loop: the forward pass is traced apart."""
-        traced = tf.function(lambda batch: self._sums(self.model, batch, training=False))
-        specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
-        names = list(traced.get_concrete_function(specs).structured_outputs)
-        return [*names, PARTS] if self._measure_noise else names
 
     def _micro_batch(self, batch, total_counts, seed):
         with self._step_seed.set_to(seed), tf.GradientTape() as tape:
-            sums = self._sums(self.model, batch, training=True)
-            loss = tf.add_n(
-                [
-                    value / total_counts[name.split("_")[0]]
-                    for name, value in sums.items()
-                    if name.endswith("_loss")
-                ]
-            )
+            sums = self._task.sums(self.model, batch, training=True)
+            values = means(self._task.metrics, sums, total_counts)
+            loss = tf.add_n(loss_terms(self._task.metrics, values))
         gradients = tape.gradient(loss, self.model.trainable_variables)
         gradients = [tf.convert_to_tensor(g) for g in gradients]
-        return sums | ({PARTS: squared_norm(gradients)} if self._measure_noise else {}), gradients
+        if self._measure_noise:
+            sums = sums | {PARTS: squared_norm(gradients)}
+        return sums, gradients

@@ -1,6 +1,7 @@
-"""Where a run computes: TPU, several machines, the machine's GPUs, or its CPU."""
+"""The distribution strategy of a run: a TPU, several machines, GPUs, or the CPU."""
 
 import contextlib
+import ctypes
 import json
 import os
 import tempfile
@@ -11,18 +12,34 @@ import tensorflow as tf
 from inputs.errors import InputError
 
 
+def silence_tensorflow() -> None:
+    """Suppresses TensorFlow's C++ log lines below ERROR, such as "I0000 ... Compiled cluster".
+
+    TF_CPP_MIN_LOG_LEVEL does not reach those that Abseil writes before `absl::InitializeLog`, and
+    TensorFlow 2.20 has no Python function for it, so Abseil's own is called by its symbol. A
+    TensorFlow with another symbol keeps its lines (tests/training/test_train.py notices).
+    """
+    folder = os.path.dirname(tf.__file__)
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(os.path.join(folder, "libtensorflow_framework.so.2"))
+        set_level = library._ZN4absl12lts_2025012714SetMinLogLevelENS0_18LogSeverityAtLeastE
+        set_level.argtypes = [ctypes.c_int]
+        set_level.restype = None
+        set_level(2)  # absl::LogSeverityAtLeast::kError
+
+
 def connect(tpu: str) -> tf.distribute.Strategy:
-    """The strategy for `--tpu`. To be called before TensorFlow's first operation.
+    """The strategy for `--tpu`. Call it before the first TensorFlow operation.
 
     Args:
-        tpu: a TPU's name or address, "local" for the TPU of this virtual machine, or "". Then
-            the environment variable TF_CONFIG decides: with a cluster of several workers it is
-            MultiWorkerMirroredStrategy over the GPUs, else the CPUs, of all of them; without,
-            MirroredStrategy over the machine's GPUs, or its CPU.
+        tpu: a TPU's name or address, "local" for the TPU of this virtual machine, or "" for the
+            cluster in the environment variable TF_CONFIG (MultiWorkerMirroredStrategy over the
+            GPUs, else the CPUs, of its workers), else the machine's GPUs (MirroredStrategy), else
+            its CPU.
 
     Raises:
-        InputError: there is no such TPU, this TensorFlow cannot drive one, or TF_CONFIG does not
-            describe a cluster.
+        InputError: there is no such TPU, this TensorFlow does not support TPUs, or TF_CONFIG does
+            not describe a cluster.
     """
     if tpu:
         return _connect_tpu(tpu)
@@ -35,10 +52,10 @@ def connect(tpu: str) -> tf.distribute.Strategy:
 
 
 def count_workers(tf_config: str) -> int:
-    """How many processes train together, by the text of TF_CONFIG; 1 if it is empty.
+    """The number of processes that train together, from the text of TF_CONFIG; 1 if it is empty.
 
     Raises:
-        InputError: it is not JSON, or no cluster of workers with this process as one of them.
+        InputError: it is not JSON, or does not describe a cluster with this process as a worker.
     """
     if not tf_config:
         return 1
@@ -60,7 +77,7 @@ def count_workers(tf_config: str) -> int:
         raise wrong("names no cluster of workers")
     for job, addresses in cluster.items():
         if job not in jobs:
-            raise wrong(f"has a job {job!r}, and there are only chief and worker here")
+            raise wrong(f"has a job {job!r}; only chief and worker are supported")
         if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
             raise wrong(f"gives no list of addresses for {job!r}")
     task = config.get("task")
@@ -74,27 +91,27 @@ def count_workers(tf_config: str) -> int:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process speaks, saves and exports for all; true where there is no other."""
+    """Whether this process logs, saves and exports for all; True if there is only one."""
     return strategy.extended.should_checkpoint
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes train with this one, each with the same program."""
+    """Whether other processes run the same program and train with this one."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:
-    """Whether `ReplicaStep` is to compile forward and backward: a TPU compiles the whole step."""
+    """Whether `ReplicaStep` compiles forward and backward. On a TPU the whole step is compiled."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return False
     return recipe.compiles(on_cpu="CPU" in strategy.extended.worker_devices[0])
 
 
 @contextlib.contextmanager
-def own_folder(strategy: tf.distribute.Strategy, model_dir: str):
-    """Yields where this process writes: the chief to `model_dir`, others to a temporary folder.
+def worker_folder(strategy: tf.distribute.Strategy, model_dir: str):
+    """Yields the folder for this process's files: `model_dir` in the chief, else a temporary one.
 
-    Saving takes part in collectives, so all have to save.
+    Saving uses collective operations, so every worker has to save.
     """
     if is_chief(strategy):
         yield model_dir
@@ -103,20 +120,20 @@ def own_folder(strategy: tf.distribute.Strategy, model_dir: str):
             yield folder
 
 
-def endless(input_fn):
-    """`input_fn` with the promise that its dataset never ends.
+def with_infinite_cardinality(input_fn):
+    """`input_fn` whose dataset declares that it never ends.
 
-    Without it workers would ask one another before each step whether there is another batch, and
-    shapes would be dynamic.
+    Otherwise the workers ask one another before each step whether there is another batch, and
+    shapes are dynamic.
     """
-    endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-    return lambda context: input_fn(context).apply(endless)
+    infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    return lambda context: input_fn(context).apply(infinite)
 
 
-def check_same_everywhere(strategy: tf.distribute.Strategy, **facts) -> None:
-    """Raises `InputError` in all processes unless all give the same facts, compared by their text.
+def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
+    """Raises `InputError` in all workers unless all give the same facts, compared as text.
 
-    Otherwise they would wait for one another for ever, or train different things.
+    Workers that disagree would wait for one another for ever, or train different models.
     """
     if not is_multi_worker(strategy):
         return
@@ -133,7 +150,7 @@ def check_same_everywhere(strategy: tf.distribute.Strategy, **facts) -> None:
 
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:
-    """Whether a collective operation ended because another process of the cluster did."""
+    """Whether a collective operation failed because another worker of the cluster ended."""
     together = count_workers(os.environ.get("TF_CONFIG", "")) > 1
     lost = isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
     return together and lost
@@ -144,7 +161,7 @@ def _connect_workers(workers: int) -> tf.distribute.Strategy:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (tf.errors.OpError, RuntimeError) as error:
         raise InputError(
-            f"TF_CONFIG: the {workers} workers did not come together ({_first_line(error)}). Start "
+            f"TF_CONFIG: the {workers} workers could not connect ({_first_line(error)}). Start "
             "the same command on all of them, and check that each one's address is reachable and "
             "its port free."
         ) from None
@@ -190,18 +207,18 @@ def _first_line(error: Exception) -> str:
 
 
 def check_batch(strategy: tf.distribute.Strategy, global_batch_size: int, accumulation: int):
-    """Raises `InputError` unless each replica gets the same share, in whole micro-batches."""
+    """Raises `InputError` unless the batch divides into replicas and micro-batches."""
     replicas = strategy.num_replicas_in_sync
     if global_batch_size < 1 or global_batch_size % replicas:
         lower = max(1, global_batch_size // replicas) * replicas
         raise InputError(
-            f"--global_batch_size={global_batch_size} does not divide by the {replicas} replicas "
-            f"of this run. Take {lower} or another multiple of {replicas}."
+            f"--global_batch_size={global_batch_size} is not divisible by the {replicas} replicas "
+            f"of this run. Use {lower} or another multiple of {replicas}."
         )
     share = global_batch_size // replicas
     if share % accumulation:
         raise InputError(
             f"--set accumulation={accumulation} does not divide a replica's batch of {share} "
-            f"(--global_batch_size={global_batch_size} on {replicas} replicas). Take a divisor of "
+            f"(--global_batch_size={global_batch_size} on {replicas} replicas). Use a divisor of "
             f"{share}."
         )

@@ -12,7 +12,7 @@ import tensorflow as tf
 from inputs.synthetic import synthetic_batches
 from recipes import find_recipe, resized
 from tasks import TASKS
-from training.monitor.history import read_rows
+from training.monitor.progress import read_rows
 
 TRAIN = str(pathlib.Path(__file__).parents[2] / "train.py")
 
@@ -35,12 +35,17 @@ def test_values_are_spread_below_their_bounds():
 
 
 @pytest.mark.parametrize("name", ["bert-mini-demo", "squad-mini", "cifar10-lamb-128"])
-def test_every_task_has_them(name, tmp_path):
+def test_every_task_has_synthetic_batches(name):
     recipe = resized(find_recipe(name), global_batch_size=8)
     task = TASKS[recipe.task](
-        recipe, data_dir="", vocab="", model_dir=str(tmp_path), seed=1, synthetic_data=True,
+        recipe,
+        data_dir="",
+        vocab="",
+        resume_dir=None,
+        seed=1,
+        synthetic=True,
         log=lambda line: None,
-    )  # fmt: skip
+    )
     training = task.train_batches(0, 0)(None)
     held_out = task.evaluation_batches(0)(None)
     for batches in (training, held_out):

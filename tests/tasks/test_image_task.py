@@ -148,9 +148,9 @@ def task(tmp_path, data_dir="", **changes):
         recipe,
         data_dir=str(data_dir),
         vocab="",
-        model_dir=str(tmp_path),
+        resume_dir=None,
         seed=1,
-        synthetic_data=False,
+        synthetic=False,
         log=lambda line: None,
     )
 

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training import strategy, trainer
+from training import strategy
 from training.checkpoint.manager import saved_step
-from training.monitor.history import read_rows
+from training.monitor.progress import read_rows
+from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPARED = 20  # steps
@@ -77,7 +78,7 @@ def until(in_process):
     """Runs train.py in this process up to a step, where Ctrl-C saves and ends it."""
 
     def run(step, where, model_dir, *flags):
-        original = trainer.Trainer.train
+        original = Run.train
 
         def train(self, num_steps):
             output = original(self, num_steps)
@@ -87,7 +88,7 @@ def until(in_process):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(strategy, "connect", lambda tpu: where)
-            patch.setattr(trainer.Trainer, "train", train)
+            patch.setattr(Run, "train", train)
             assert in_process([*FLAGS, f"--model_dir={model_dir}", *flags]) == 130
         return saved(model_dir, step)
 

@@ -1,4 +1,4 @@
-"""Steps that went wrong are counted on the device, and judged once per loop of steps."""
+"""Divergence is recorded on the device and checked once per loop of steps."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras
 
 from tf_lamb import tf_keras as optimizers
-from training.monitor.divergence import Diverged, Watch
+from training.monitor.divergence import Diverged, DivergenceMonitor
 
 GOOD, NAN, INF = 1.0, float("nan"), float("inf")
 
@@ -19,7 +19,7 @@ class Small:
         self.optimizer = optimizers.LAMB(0.1, skip_nonfinite=skip_nonfinite, telemetry=True)
         self.optimizer.build(self.variables)
         self.skipped_in_row = tf.Variable(0, dtype=tf.int64)
-        self.watch = Watch(
+        self.monitor = DivergenceMonitor(
             self.optimizer,
             self.skipped_in_row,
             max_skipped_in_row=max_skipped_in_row,
@@ -28,28 +28,29 @@ class Small:
         self.done = 0
 
     def run(self, gradients, losses=None):
-        """A loop of steps on the device, then the host's look."""
+        """A loop of steps on the device, then the check on the host."""
         losses = losses or [1.0] * len(gradients)
-        seen = self._loop(
+        record = self._loop(
             tf.constant(gradients), tf.constant(losses), tf.constant(self.done, tf.int64)
         )
         self.done += len(gradients)
-        self.watch.judge(seen)
+        self.monitor.check(record)
 
     @tf.function
     def _loop(self, gradients, losses, done):
-        seen = self.watch.start()
+        record = self.monitor.initial()
         for i in tf.range(tf.size(gradients)):
             before = tf.identity(self.optimizer.iterations)
             pair = [tf.ones([2]), tf.fill([2], gradients[i])]
             self.optimizer.apply_gradients(zip(pair, self.variables, strict=True))
             updated = self.optimizer.iterations > before
             step = done + tf.cast(i, tf.int64) + 1
-            seen = self.watch.seen(seen, step, losses[i], updated, self.watch.rows())
-        return seen
+            rows = self.monitor.telemetry_rows()
+            record = self.monitor.update(record, step, losses[i], updated, rows)
+        return record
 
 
-def test_some_skipped_steps_are_borne_and_counted_across_loops():
+def test_a_few_skipped_steps_are_accepted_and_counted_across_loops():
     small = Small()
     small.run([GOOD, NAN, NAN, GOOD, NAN], [1.0, NAN, NAN, 1.0, NAN])
     assert small.skipped_in_row.numpy() == 1 and small.optimizer.skipped_steps == 3
@@ -59,7 +60,7 @@ def test_some_skipped_steps_are_borne_and_counted_across_loops():
     assert "not finite in second/kernel" in str(error.value)
 
 
-def test_a_row_that_ended_within_the_loop_stops_the_run_all_the_same():
+def test_too_many_skipped_steps_inside_a_loop_stop_the_run():
     with pytest.raises(Diverged, match="3 steps in a row, up to step 4; not finite in second/"):
         Small().run([GOOD, NAN, NAN, NAN, NAN, GOOD, GOOD])
 
@@ -71,7 +72,7 @@ def test_a_loss_above_the_bound_names_its_step():
         small.run([GOOD, GOOD, GOOD], [4.0, 7.0, 9.0])
 
 
-def test_a_bound_that_is_not_set_bears_any_number_and_a_nan_is_none():
+def test_without_a_bound_any_finite_loss_is_accepted_but_not_nan():
     small = Small(skip_nonfinite=False)
     small.run([GOOD, GOOD], [1e30, 1e38])
     with pytest.raises(Diverged, match="the loss is nan at step 4; not finite in second/kernel"):
@@ -87,7 +88,8 @@ def test_a_skipped_step_leaves_the_weights_as_they_were():
 
 
 def test_the_schedule_follows_the_run_and_is_scaled_exactly():
-    from training.checkpoint.state import RunSchedule, RunState
+    from training.checkpoint.state import RunState
+    from training.optimizers import RunSchedule
 
     state = RunState()
     schedule = optimizers.WarmupPolynomialDecay(0.3, warmup_steps=3, total_steps=9)
@@ -105,9 +107,15 @@ def test_an_optimizer_that_skips_nothing_stops_at_the_first_nan():
     """tf_keras's own: there is no telemetry, and no layer is named."""
     optimizer = tf_keras.optimizers.AdamW(0.1)
     optimizer.build([tf.Variable([1.0])])
-    watch = Watch(optimizer, tf.Variable(0, dtype=tf.int64), max_skipped_in_row=2, max_loss=None)
-    seen = watch.seen(
-        watch.start(), tf.constant(1, tf.int64), tf.constant(NAN), tf.constant(True), watch.rows()
+    monitor = DivergenceMonitor(
+        optimizer, tf.Variable(0, dtype=tf.int64), max_skipped_in_row=2, max_loss=None
+    )
+    record = monitor.update(
+        monitor.initial(),
+        tf.constant(1, tf.int64),
+        tf.constant(NAN),
+        tf.constant(True),
+        monitor.telemetry_rows(),
     )
     with pytest.raises(Diverged, match="^the loss is nan at step 1$"):
-        watch.judge(seen)
+        monitor.check(record)

@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 
 from tasks.bert import BertPretraining
-from training import trainer
 from training.checkpoint.manager import saved_steps
-from training.monitor.history import read_rows
+from training.monitor.progress import read_rows
+from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 SYNTHETIC = ["--synthetic", "--global_batch_size=8", "--steps_per_loop=5"]
@@ -52,7 +52,7 @@ def stopping(owner, name, monkeypatch):
 @pytest.fixture
 def no_export(monkeypatch):
     """Nothing is exported and shown, to save the time."""
-    for name in ("export", "show"):
+    for name in ("export", "demonstrate"):
         monkeypatch.setattr(BertPretraining, name, lambda *unused: None)
 
 
@@ -65,12 +65,12 @@ def test_stops_at_bad_moments_leave_no_trace(in_process, capfd, tmp_path, monkey
     given.append("--steps_per_loop=10")
     with monkeypatch.context() as patch:
         patch.setattr(BertPretraining, "export", lambda *unused: None)
-        patch.setattr(BertPretraining, "show", lambda *unused: None)
+        patch.setattr(BertPretraining, "demonstrate", lambda *unused: None)
         assert in_process([*given, f"--model_dir={tmp_path}/whole"]) == 0
     capfd.readouterr()
     for owner, name, saved in (
-        (trainer.Trainer, "_eval_step", 10),
-        (trainer.Trainer, "train", 18),  # the first loop of that start, to the border of the phases
+        (Run, "_evaluate_batch", 10),
+        (Run, "train", 18),  # the first loop of that start, to the border of the phases
         (tf.saved_model, "save", 20),
     ):
         with monkeypatch.context() as patch:
@@ -122,7 +122,9 @@ def test_a_run_that_diverges_goes_back_at_a_lower_rate_which_it_keeps(
     )  # fmt: skip
     assert in_process(arguments) == 0
     said = capfd.readouterr().err
-    assert said.count("Going back to step 0 with the rate times 1e-30 (rollback 1 of 3)") == 1
+    assert (
+        said.count("Going back to step 0 with the learning rate times 1e-30 (rollback 1 of 3)") == 1
+    )
     rows = read_rows(f"{tmp_path}/run/history.jsonl")
     assert [row["step"] for row in rows] == list(range(5, 31, 5))
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["skipped_steps"] == 0

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from runs import SmallTask, begin, small_recipe, small_run
 
 from inputs.errors import InputError
 from preflight import plan
+from recipes.types import Phase
 from tf_lamb.tf_keras import LARS
-from training.checkpoint.state import RunState
 from training.monitor import noise_scale
-from training.monitor.divergence import Watch
-from training.monitor.history import append_row
+from training.monitor.progress import append_row
 from training.step import ReplicaStep
-from training.trainer import Trainer
 
 WIDTH, DISTANCE, DEVIATION, BATCH, STEPS = 50, 2.0, 3.0, 16, 400
 SCALE = WIDTH * DEVIATION**2 / DISTANCE**2
@@ -31,12 +30,12 @@ class Difference(tf_keras.layers.Layer):
         return self.w - inputs
 
 
-def sums(model, batch, training):
-    return {"made_loss": tf.reduce_sum(tf.square(model(batch["x"], training=training))) / 2}
+def summed_loss(model, batch, training):
+    return tf.reduce_sum(tf.square(model(batch["x"], training=training))) / 2
 
 
-def counts(batch):
-    return {"made": tf.cast(tf.shape(batch["x"])[0], tf.float32)}
+def build_model():
+    return tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -45,23 +44,18 @@ def test_it_is_found_from_the_parts_of_each_batch(mirrored, accumulation, tmp_pa
     x = DISTANCE / WIDTH**0.5 + DEVIATION * np.random.default_rng(0).normal(
         size=[2 * STEPS, BATCH, WIDTH]
     )
-    with mirrored.scope():
-        model = tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
-        optimizer = tf_keras.optimizers.SGD(0.0)
-        optimizer.build(model.trainable_variables)
-        state = RunState()
-        step = ReplicaStep(
-            model, optimizer, sums, counts, seed=1, accumulation=accumulation, jit_compile=False,
-            measure_noise=True,
-        )  # fmt: skip
-
-    def batches(first_step):
-        data = tf.data.Dataset.from_tensor_slices({"x": x.astype(np.float32)})
-        return mirrored.distribute_datasets_from_function(lambda context: data)
-
-    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
-    trainer = Trainer(mirrored, step, batches, None, state=state, watch=watch, stop=lambda: None)
-    means = {name: float(value) for name, value in trainer.train(tf.constant(STEPS)).items()}
+    phase = Phase(steps=STEPS, global_batch_size=2, peak_learning_rate=1e-30, warmup_steps=0)
+    recipe = small_recipe(
+        phase,
+        optimizer="momentum",
+        weight_decay=0.0,
+        accumulation=accumulation,
+        jit_compile=False,
+        measure_noise_scale=True,
+    )
+    data = tf.data.Dataset.from_tensor_slices({"x": x.astype(np.float32)})
+    run = begin(small_run(SmallTask(recipe, build_model, summed_loss, data), mirrored, tmp_path))
+    means = {name: float(value) for name, value in run.train(tf.constant(STEPS)).items()}
     assert means["gradient_signal"] == pytest.approx(DISTANCE**2, rel=0.06)
     assert means["gradient_noise"] == pytest.approx(SCALE * DISTANCE**2, rel=0.02)
     assert means["noise_scale"] == pytest.approx(SCALE, rel=0.06)
@@ -78,14 +72,18 @@ def test_measured_or_not_the_update_is_the_same(mirrored, make):
     weights = []
     for measure in (False, True):
         with mirrored.scope():
-            model = tf_keras.Sequential([tf_keras.layers.Input([WIDTH]), Difference()])
+            model = build_model()
             model.layers[0].w.assign(tf.ones([WIDTH]))
             optimizer = make()
             optimizer.build(model.trainable_variables)
             step = ReplicaStep(
-                model, optimizer, sums, counts, seed=1, accumulation=1, jit_compile=False,
+                SmallTask(small_recipe(), sums=summed_loss),
+                model,
+                optimizer,
+                seed=1,
+                jit_compile=False,
                 measure_noise=measure,
-            )  # fmt: skip
+            )
 
         def train(step=step):
             context = tf.distribute.get_replica_context()

@@ -1,23 +1,21 @@
 """A run through two phases: schedule, slots and their step, and wherever it is interrupted."""
 
-import json
 import signal
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from runs import SmallTask, small_recipe, small_run
 
 from inputs.errors import InputError
 from recipes import find_recipe, resized
-from recipes.types import Phase, Recipe
+from recipes.types import Phase
 from tf_lamb import tf_keras as ours
 from training import optimizers
 from training.checkpoint import compatibility
-from training.checkpoint.signals import Interrupted, StopRequest
-from training.checkpoint.state import RunSchedule, RunState
-from training.run import Run
-from training.step import ReplicaStep
+from training.checkpoint.interruption import Interrupted, StopRequest
+from training.monitor.progress import read_rows
 
 FIRST = Phase(steps=6, global_batch_size=8, peak_learning_rate=0.05, warmup_steps=2)
 SECOND = Phase(steps=6, global_batch_size=4, peak_learning_rate=0.02, warmup_steps=3)
@@ -27,32 +25,33 @@ SKIPPED = 2  # LAMB skips the update of this batch, which has an infinity
 
 def make_recipe(optimizer, reset):
     phases = (FIRST, Phase(**vars(SECOND) | {"reset_slots": reset}))
-    return Recipe(
-        name="two", reference="-", expected="-", task="-", model="-", phases=phases,
-        optimizer=optimizer, exclude_from_weight_decay=("bias",), weight_decay=0.1,
-    )  # fmt: skip
+    return small_recipe(
+        *phases,
+        optimizer=optimizer,
+        exclude_from_weight_decay=("bias",),
+        weight_decay=0.1,
+        jit_compile=True,
+    )
 
 
-class Task:
-    """Least squares on batches that follow from (phase, step), as every task's do."""
+class LeastSquares(SmallTask):
+    """Least squares on batches that are a function of (phase, step), as in every task."""
 
-    best_metric = "value_loss"
+    def build_model(self):
+        return make_model()
 
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def batch(self, number, step):
-        size = self.recipe.phases[number].global_batch_size
-        seed = tf.stack([tf.constant(number, tf.int64), step])
+    def batch(self, phase_index, step):
+        size = self.recipe.phases[phase_index].global_batch_size
+        seed = tf.stack([tf.constant(phase_index, tf.int64), step])
         x = tf.random.stateless_uniform([size, 5], seed)
-        bad = (number == 0) & (step == SKIPPED) & (self.recipe.optimizer == "lamb")
+        bad = (phase_index == 0) & (step == SKIPPED) & (self.recipe.optimizer == "lamb")
         return {"x": tf.where(bad, np.inf, x), "y": tf.reduce_sum(x, 1, keepdims=True) ** 2}
 
-    def train_batches(self, number, first_step):
-        numbers = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max)
-        return self.shared(numbers.map(lambda step: self.batch(number, step)))
+    def train_batches(self, phase_index, first_step):
+        steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max)
+        return self.shared(steps.map(lambda step: self.batch(phase_index, step)))
 
-    def evaluation_batches(self, number):
+    def evaluation_batches(self, phase_index):
         return self.shared(tf.data.Dataset.from_tensors(self.batch(1, tf.constant(99, tf.int64))))
 
     @staticmethod
@@ -61,13 +60,8 @@ class Task:
         size = batches.element_spec["x"].shape[0]
         return lambda context: batches.unbatch().batch(size // context.num_replicas_in_sync, True)
 
-    @staticmethod
-    def sums(model, batch, training):
-        return {"value_loss": tf.reduce_sum((model(batch["x"]) - batch["y"]) ** 2)}
-
-    @staticmethod
-    def counts(batch):
-        return {"value": tf.cast(tf.shape(batch["x"])[0], tf.float32)}
+    def sums(self, model, batch, training):
+        return {"small_loss": tf.reduce_sum((model(batch["x"]) - batch["y"]) ** 2)}
 
 
 def make_model():
@@ -78,40 +72,31 @@ def make_model():
 
 
 class StopAt(StopRequest):
-    """As if a signal had come during the loop that ends at this step."""
+    """As if a signal had arrived during the loop that ends at this step."""
 
-    def __init__(self, state, step):
+    def __init__(self, step):
         super().__init__()
-        self._state, self._step = state, step
+        self.run = None
+        self._step = step
 
     def __call__(self, output=None):
-        if int(self._state.step.numpy()) == self._step:
+        if int(self.run.state.step.numpy()) == self._step:
             raise Interrupted(signal.SIGINT)
 
 
 def train(strategy, recipe, folder, stop_at=None):
-    """Starts the run in `folder` or goes on with it; (weights, updates since the last reset)."""
+    """Starts or resumes the run in `folder`; (weights, updates since the last reset)."""
     folder.mkdir(exist_ok=True)
-    task = Task(recipe)
-    with strategy.scope():
-        state = RunState()
-        schedule = RunSchedule(optimizers.make_schedule(recipe), state)
-        optimizer = optimizers.make_optimizer(recipe, schedule)
-        model = make_model()
-        optimizers.build(optimizer, recipe, model.trainable_variables)
-    step = ReplicaStep(
-        model, optimizer, task.sums, task.counts, seed=1, accumulation=1, jit_compile=True
-    )
-    Run(
-        task, recipe, step, state, strategy, settings="", model_dir=str(folder),
-        folder=str(folder), steps_per_loop=3, stop=StopAt(state, stop_at), log=lambda line: None,
-    ).train()  # fmt: skip
-    return [v.numpy() for v in model.trainable_variables], int(optimizer.iterations.numpy())
+    stop = StopAt(stop_at)
+    run = stop.run = small_run(LeastSquares(recipe), strategy, folder, stop=stop)
+    run.fit()
+    weights = [v.numpy() for v in run.model.trainable_variables]
+    return weights, int(run.optimizer.iterations.numpy())
 
 
 def plainly(recipe):
     """The same by an optimizer in a plain loop, and a new one where the slots are reset."""
-    task, model = Task(recipe), make_model()
+    task, model = LeastSquares(recipe), make_model()
     variables = model.trainable_variables
 
     def make():
@@ -128,7 +113,7 @@ def plainly(recipe):
             batch = task.batch(number, tf.constant(step, tf.int64))
             with tf.GradientTape() as tape:
                 sums, counts = task.sums(model, batch, True), task.counts(batch)
-                loss = sums["value_loss"] / counts["value"]
+                loss = sums["small_loss"] / counts["small"]
             optimizer.learning_rate = float(schedule(step))
             optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
     return [v.numpy() for v in variables]
@@ -155,8 +140,8 @@ def test_phases_with_interruptions_at_the_border_and_inside(optimizer, reset, tm
     assert updates_again == updates
     for expected, found in zip(whole, again, strict=True):
         np.testing.assert_array_equal(found, expected)
-    lines = (tmp_path / "stopped/history.jsonl").read_text().splitlines()
-    rates = {row["step"]: row["learning_rate"] for row in map(json.loads, lines)}
+    rows = read_rows(tmp_path / "stopped/history.jsonl")
+    rates = {row["step"]: row["learning_rate"] for row in rows}
     phases = optimizers.make_schedule(recipe)
     assert rates == {step: float(phases(step - 1)) for step in (3, 6, 9, 12)}
 
@@ -183,11 +168,11 @@ def test_slots_are_reset_on_every_replica(mirrored, tmp_path):
 )
 def test_a_run_made_longer_stays_in_its_phase(tmp_path, step, steps, refused):
     recipe = find_recipe("bert-mini")
-    compatibility.claim(str(tmp_path), recipe, seed=1)
+    compatibility.write_run_config(str(tmp_path), recipe, seed=1)
     (tmp_path / f"ckpt-{step}.index").touch()
     changed = resized(recipe, steps=steps)
     if refused:
         with pytest.raises(InputError, match=r"1800 and 400 steps; .* would be in another phase"):
-            compatibility.check(str(tmp_path), changed, seed=1)
+            compatibility.check_compatible(str(tmp_path), changed, seed=1)
     else:
-        compatibility.check(str(tmp_path), changed, seed=1)
+        compatibility.check_compatible(str(tmp_path), changed, seed=1)

@@ -1,4 +1,4 @@
-"""What a run says and keeps of itself: history, display, MFU, telemetry, profiler trace."""
+"""What is recorded and shown of a run: history, display, MFU, telemetry, profiler trace."""
 
 import io
 import json
@@ -9,20 +9,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from runs import SmallTask, begin, small_recipe, small_run
 
 from recipes.types import profile_window
 from tf_lamb.tf_keras import LAMB
-from training.checkpoint.state import RunState
-from training.monitor import display, mfu, plot, profile
-from training.monitor.divergence import Watch
-from training.monitor.history import append_row, drop_rows_after, read_rows
-from training.monitor.progress import Machine, Progress
-from training.monitor.trust_ratios import TrustRatios
-from training.step import ReplicaStep
-from training.trainer import Trainer
+from training.monitor import mfu, plot
+from training.monitor.progress import (
+    Machine,
+    Progress,
+    append_row,
+    drop_rows_after,
+    format_row,
+    make_display,
+    read_rows,
+)
+from training.monitor.run_monitor import Profiler, TelemetryRecorder, loop_lengths
 
 
-class Shown:
+class RecordingDisplay:
     def __init__(self):
         self.rows = []
 
@@ -32,16 +36,16 @@ class Shown:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that the test alone moves."""
+    """A clock that only the test advances."""
     now = types.SimpleNamespace(seconds=100.0)
     fake = types.SimpleNamespace(perf_counter=lambda: now.seconds)
     monkeypatch.setattr("training.monitor.progress.time", fake)
-    monkeypatch.setattr("training.monitor.display.time", fake)
     return now
 
 
 def loop_output(loss=2.0):
     return {
+        "loss": loss + 0.5,
         "masked_loss": tf.constant(loss),
         "sentence_loss": tf.constant(0.5),
         "learning_rate": np.float32(0.25),
@@ -50,19 +54,17 @@ def loop_output(loss=2.0):
     }
 
 
-def test_a_loop_is_measured_kept_and_given_to_tensorboard(tmp_path, clock):
-    step, shown = tf.Variable(0, dtype=tf.int64), Shown()
+def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
+    step, display = tf.Variable(0, dtype=tf.int64), RecordingDisplay()
     progress = Progress(
         step,
         100,
-        32,
         str(tmp_path),
-        shown,
-        phase=2,
+        display,
         machine=Machine(replicas=4, peak_flops=1e6),
         flops_per_step=lambda: 5e5,
     )
-    progress.begin()
+    progress.begin_phase(2, 32)
     for seconds in (10.0, 4.0, 4.0):
         clock.seconds += seconds
         step.assign_add(20)
@@ -87,13 +89,13 @@ def test_a_loop_is_measured_kept_and_given_to_tensorboard(tmp_path, clock):
     assert {"loss", "mfu", "examples_per_second", "input_wait_share"} <= set(output)
     # The first loop compiles: it counts for neither the mean speed nor the time left.
     assert progress.examples_per_second == 160.0
-    assert shown.rows[-1] == (60, expected, 40 * 32 / 160)
+    assert display.rows[-1] == (60, expected, 40 * 32 / 160)
 
 
 def test_evaluations_have_a_file_of_their_own_and_take_no_training_time(tmp_path, clock):
     step = tf.Variable(10, dtype=tf.int64)
-    progress = Progress(step, 100, 32, str(tmp_path), Shown())
-    progress.begin()
+    progress = Progress(step, 100, str(tmp_path), RecordingDisplay())
+    progress.begin_phase(1, 32)
     clock.seconds += 50
     progress.evaluated({"masked_loss": tf.constant(1.5)})
     clock.seconds += 1
@@ -105,10 +107,10 @@ def test_evaluations_have_a_file_of_their_own_and_take_no_training_time(tmp_path
     assert read_rows(tmp_path / "history.jsonl")[0]["examples_per_second"] == 320.0
 
 
-def test_no_peak_no_mfu_and_where_all_steps_were_skipped_no_loss(tmp_path, clock):
+def test_unknown_peak_gives_no_mfu_and_skipped_steps_give_no_loss(tmp_path, clock):
     step = tf.Variable(0, dtype=tf.int64)
-    progress = Progress(step, 100, 32, str(tmp_path), Shown(), flops_per_step=lambda: 1 / 0)
-    progress.begin()
+    progress = Progress(step, 100, str(tmp_path), RecordingDisplay(), flops_per_step=lambda: 1 / 0)
+    progress.begin_phase(1, 32)
     clock.seconds += 1
     step.assign(1)
     progress(loop_output(float("nan")))
@@ -116,7 +118,7 @@ def test_no_peak_no_mfu_and_where_all_steps_were_skipped_no_loss(tmp_path, clock
     assert "mfu" not in row and row["loss"] is None
 
 
-def test_history_is_strict_json_and_forgets_what_comes_again(tmp_path):
+def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
     path = tmp_path / "history.jsonl"
     append_row(path, {"step": 1, "loss": float("nan")})
     append_row(path, {"step": 2, "loss": 1.0})
@@ -138,19 +140,19 @@ ROW = {
     "input_wait_share": 0.02,
     "skipped_steps": 3,
 }
-SAID = "loss 2.5000  rate 2.500e-01  1,600 examples/s (400 per replica)  MFU 41.3%  "
-SAID += "input wait 2.0%  skipped 3"
+LINE = "loss 2.5000  lr 2.500e-01  1,600 examples/s (400 per replica)  MFU 41.3%  "
+LINE += "input wait 2.0%  skipped 3"
 
 
-def test_a_file_gets_lines_now_and_then_and_the_last_one(clock):
+def test_a_file_gets_a_line_every_few_seconds_and_the_last_one(clock):
     lines = []
-    with display.display(30, lines.append, io.StringIO()) as shown:
+    with make_display(30, lines.append, io.StringIO()) as shown:
         for step in (10, 20, 30):
             shown.show(step, ROW, 3661.0)
             clock.seconds += 1
-    assert lines == [f"step 10/30  {SAID}  left 1:01:01", f"step 30/30  {SAID}  left 1:01:01"]
+    assert lines == [f"step 10/30  {LINE}  left 1:01:01", f"step 30/30  {LINE}  left 1:01:01"]
     shortest = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
-    assert display.in_words(shortest) == "loss 1.0000  rate 5.000e-01  7 examples/s"
+    assert format_row(shortest) == "loss 1.0000  lr 5.000e-01  7 examples/s"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
@@ -161,7 +163,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with display.display(30, pytest.fail, stream) as shown:
+    with make_display(30, pytest.fail, stream) as shown:
         shown.show(15, ROW, 3661.0)
     printed = stream.getvalue()
     assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
@@ -199,7 +201,7 @@ def test_flops_of_bert_are_close_to_the_usual_formula():
     assert counted == pytest.approx(encoder + heads, rel=0.01)
 
 
-def test_waiting_for_input_is_noticed(two_cpus):
+def test_waiting_for_input_is_measured(two_cpus, tmp_path):
     """A batch that takes 50 ms to make, and a step that takes next to nothing."""
 
     def slow(number):
@@ -210,34 +212,16 @@ def test_waiting_for_input_is_noticed(two_cpus):
         return {"x": tf.ensure_shape(tf.numpy_function(slow, [number], tf.float32), [])}
 
     where = tf.distribute.OneDeviceStrategy("/cpu:0")
-    with where.scope():
-        model = tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=[1])])
-        state = RunState()
-        optimizer = LAMB(0.1, telemetry=True)
-        optimizer.build(model.trainable_variables)
-    replica_step = ReplicaStep(
-        model,
-        optimizer,
-        lambda model, batch, training: {"made_loss": tf.reduce_sum(model(batch["x"][None, None]))},
-        lambda batch: {"made": tf.constant(1.0)},
-        seed=1,
-        accumulation=1,
-        jit_compile=True,
+    task = SmallTask(
+        small_recipe(jit_compile=True),
+        lambda: tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=[1])]),
+        lambda model, batch, training: tf.reduce_sum(model(batch["x"][None, None])),
+        tf.data.Dataset.range(10**6, output_type=tf.float32).map(made),
     )
-    batches = tf.data.Dataset.range(10**6, output_type=tf.float32).map(made)
-    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
-    trainer = Trainer(
-        where,
-        replica_step,
-        lambda step: where.experimental_distribute_dataset(batches),
-        None,
-        state=state,
-        watch=watch,
-        stop=None,
-    )
-    trainer.train(tf.constant(1))
+    run = begin(small_run(task, where, tmp_path))
+    run.train(tf.constant(1))
     begun = time.perf_counter()
-    waited = float(trainer.train(tf.constant(20))["input_wait_seconds"])
+    waited = float(run.train(tf.constant(20))["input_wait_seconds"])
     assert 0.5 < waited < time.perf_counter() - begun  # a few batches may lie ready
 
 
@@ -261,15 +245,15 @@ def test_peaks(peak, teraflops):
 
 def test_a_profile_window_cuts_the_loops_and_leaves_a_trace(tmp_path):
     window = profile_window("100:110")
-    length = profile.loop_lengths(50, window)
+    length = loop_lengths(50, window)
     step, ends = 0, []
     while step < 200:
         step += length(step)
         ends.append(step)
     assert ends == [50, 100, 110, 160, 210]
     variable = tf.Variable(99, dtype=tf.int64)
-    profiler = profile.Profiler(variable, window, str(tmp_path))
-    profiler.begin()
+    profiler = Profiler(variable, window, str(tmp_path))
+    profiler.begin_phase()
     assert not list(tmp_path.iterdir())
     for step in (100, 105, 110):
         variable.assign(step)
@@ -289,7 +273,7 @@ def test_trust_ratios_and_weights_are_kept_and_drawn(tmp_path):
     model = tf_keras.Sequential([tf_keras.layers.Dense(3, name="only", input_shape=[4])])
     optimizer = LAMB(0.1, telemetry=True)
     optimizer.build(model.trainable_variables)
-    ratios = TrustRatios(
+    ratios = TelemetryRecorder(
         optimizer.iterations, optimizer, model.trainable_variables, str(tmp_path), 3
     )
     for step in range(1, 5):

@@ -13,9 +13,16 @@ import pytest
 import tensorflow as tf
 
 from inputs.errors import InputError
+from tasks.task import Metric
 from training.checkpoint import lock, manager
-from training.checkpoint.best import Best
-from training.checkpoint.manager import Manager, SaveFailed, saved_step, saved_steps, settle
+from training.checkpoint.manager import (
+    BestCheckpoint,
+    CheckpointManager,
+    SaveFailed,
+    recover,
+    saved_step,
+    saved_steps,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,7 +35,7 @@ class Small:
         self.step = tf.Variable(0, dtype=tf.int64)
         self.values = tf.Variable(tf.random.stateless_normal([100_000], [1, 2]))
         checkpoint = tf.train.Checkpoint(step=self.step, values=self.values, **more)
-        self.manager = Manager(
+        self.manager = CheckpointManager(
             checkpoint, self.folder, step=self.step, save_every_steps=every, keep=keep
         )
 
@@ -74,7 +81,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     Small(tmp_path).save_at(10, 20, 30)
     damage(tmp_path / f"ckpt-30.{part}")
     said = []
-    settle(str(tmp_path), said.append)
+    recover(str(tmp_path), said.append)
     small = Small(tmp_path)
     small.manager.restore_or_initialize()
     assert small.step.numpy() == small.values.numpy()[-1] == 20
@@ -86,7 +93,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     small.save_at(30)
     assert (
         saved_steps(str(tmp_path)) == [10, 20, 30]
-        and manager.flaw(str(tmp_path / "ckpt-30")) is None
+        and manager.read_error(str(tmp_path / "ckpt-30")) is None
     )
 
 
@@ -96,7 +103,7 @@ def test_where_nothing_can_be_read_nothing_is_begun_anew(tmp_path):
         truncated(path)
     before = files(tmp_path)
     with pytest.raises(InputError, match="none of the checkpoints .* can be read.*ckpt-20"):
-        settle(str(tmp_path), print)
+        recover(str(tmp_path), print)
     assert files(tmp_path) == before
 
 
@@ -106,7 +113,7 @@ def test_what_a_dead_run_left_is_cleared(tmp_path):
     (tmp_path / ".saving/ckpt-20.index").write_text("half")
     (tmp_path / "ckpt-20.data-00000-of-00001").write_text("half")
     (tmp_path / "ckpt-20.index.new").write_text("half")
-    settle(str(tmp_path), pytest.fail)
+    recover(str(tmp_path), pytest.fail)
     assert files(tmp_path) == ["ckpt-10.data-00000-of-00001", "ckpt-10.index"]
 
 
@@ -157,16 +164,20 @@ def test_a_quota_on_files_is_such_an_error_too(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_best_stays(tmp_path):
+ACCURACY = Metric("accuracy", "count", higher_is_better=True)
+LOSS = Metric("the_loss", "count", higher_is_better=False)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
     small = Small(tmp_path, keep=2)
     for step, accuracy in ((10, 0.2), (20, 0.5), (30, 0.4), (40, 0.4), (50, float("nan"))):
         small.save_at(step)
-        Best(small.manager, "accuracy")({"accuracy": accuracy})  # as after a resume
+        BestCheckpoint(small.manager, ACCURACY)({"accuracy": accuracy})  # as after a resume
     assert saved_steps(str(tmp_path)) == [40, 50] and saved_steps(str(tmp_path / "best")) == [20]
     assert json.loads((tmp_path / "best/metrics.json").read_text()) == {"step": 20, "accuracy": 0.5}
-    assert manager.flaw(tf.train.latest_checkpoint(tmp_path / "best")) is None
-    Best(small.manager, "the_loss")({"the_loss": 2.0})  # of another metric, nothing is known
-    Best(small.manager, "the_loss")({"the_loss": 3.0})
+    assert manager.read_error(tf.train.latest_checkpoint(tmp_path / "best")) is None
+    BestCheckpoint(small.manager, LOSS)({"the_loss": 2.0})  # nothing is recorded of this metric
+    BestCheckpoint(small.manager, LOSS)({"the_loss": 3.0})
     assert saved_steps(str(tmp_path / "best")) == [50]
 
 
@@ -192,30 +203,30 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
         assert re.match(f"process {os.getpid()} on ", (tmp_path / ".lock").read_text())
 
 
-# One call into C that knows nothing of Python's signals, as a loop of steps on a device is.
+# One long call into C, during which Python handles no signals, like a loop of steps on a device.
 LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', int(sys.argv[1]))"
 WAITING = f"""
 import hashlib, sys
-from training.checkpoint import signals
+from training.checkpoint.interruption import Interrupted, handle_signals
 try:
-    with signals.caught(lambda line: print(line, flush=True)) as stop, stop.deferred():
+    with handle_signals(lambda line: print(line, flush=True)) as stop, stop.deferred():
         print('ready', flush=True)
         {LONG_CALL}
         print('done', flush=True)
-except signals.Interrupted as signal:
+except Interrupted as signal:
     sys.exit(signal.exit_status)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_answered_at_once_and_obeyed_after_the_call(number):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_acknowledged_at_once_and_obeyed_after_the_call(signum):
     with python(WAITING, "3000000") as process:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
+        process.send_signal(signum)
         output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signum
     first, second = output.splitlines()
-    assert first.startswith(f"{number.name}: stopping.") and second == "done"
+    assert first.startswith(f"{signum.name}: stopping.") and second == "done"
 
 
 def test_a_second_signal_does_not_wait():

@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from runs import SmallTask, begin, small_recipe, small_run
 
-from tf_lamb.tf_keras import LARS
-from training.checkpoint.state import RunState
 from training.dropout import StepSeed, replica_seed
-from training.monitor.divergence import Watch
-from training.step import ReplicaStep
-from training.trainer import Trainer
 
 REPLICA_BATCH, STEPS = 8, 3
 
@@ -96,42 +92,24 @@ def image_model():
     )
 
 
-def sums(model, batch, training):
+def summed_loss(model, batch, training):
     logits = model(batch["image"], training=training)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
-    return {"image_loss": tf.reduce_sum(losses)}
-
-
-def counts(batch):
-    return {"image": tf.cast(tf.shape(batch["label"])[0], tf.float32)}
+    return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_batch_norms_averages_are_those_of_all_replicas(mirrored, accumulation, tmp_path):
-    """The first layer sees the images themselves, so NumPy knows its averages."""
+def test_batch_norm_averages_are_those_of_all_replicas(mirrored, accumulation, tmp_path):
+    """The first layer sees the images themselves, so NumPy can compute its averages."""
     rng = np.random.default_rng(0)
     images = rng.normal(1, 2, [2 * STEPS, REPLICA_BATCH, 4, 4, 3]).astype(np.float32)
-    images[1::2] += 3  # the second replica's
+    images[1::2] += 3  # those of the second replica
     labels = rng.integers(0, 2, [2 * STEPS, REPLICA_BATCH]).astype(np.int32)
-    data = {"image": images, "label": labels}
-    with mirrored.scope():
-        model = image_model()
-        optimizer = LARS(0.1, telemetry=True)
-        state = RunState()
-        optimizer.build(model.trainable_variables)
-        step = ReplicaStep(
-            model, optimizer, sums, counts, seed=1, accumulation=accumulation, jit_compile=True
-        )
-
-    def batches(first_step):
-        dataset = tf.data.Dataset.from_tensor_slices(data).repeat()
-        return mirrored.distribute_datasets_from_function(lambda context: dataset)
-
-    watch = Watch(optimizer, state.skipped_in_row, max_skipped_in_row=0, max_loss=None)
-    trainer = Trainer(
-        mirrored, step, batches, batches(0), state=state, watch=watch, stop=lambda: None
-    )
-    assert np.isfinite(trainer.train(tf.constant(STEPS))["image_loss"].numpy())
+    data = tf.data.Dataset.from_tensor_slices({"image": images, "label": labels})
+    recipe = small_recipe(optimizer="lars", accumulation=accumulation, jit_compile=True)
+    task = SmallTask(recipe, image_model, summed_loss, data)
+    run = begin(small_run(task, mirrored, tmp_path))
+    model = run.model
+    assert np.isfinite(run.train(tf.constant(STEPS))["small_loss"].numpy())
     expected = np.zeros([2, 3])
     for number, image in enumerate(images):
         for part in np.split(image, accumulation):

@@ -75,7 +75,7 @@ def test_without_a_cluster_it_is_this_machine(monkeypatch):
     where = strategy.connect("")
     assert where.num_replicas_in_sync == 1 and strategy.is_chief(where)
     assert not strategy.is_multi_worker(where)
-    strategy.check_same_everywhere(where, seed=1)
+    strategy.check_workers_agree(where, seed=1)
     with strategy.own_folder(where, "runs/mine") as folder:
         assert folder == "runs/mine"
 
@@ -111,5 +111,5 @@ def test_a_tpu_computes_in_bfloat16_unless_told_otherwise(flags, dtype, in_proce
         asked_for.append(recipe.compute_dtype)
         raise InputError("far enough")
 
-    monkeypatch.setattr("training.checkpoint.compatibility.check", check)
+    monkeypatch.setattr("training.checkpoint.compatibility.check_compatible", check)
     assert in_process(["--synthetic", *flags]) == 1 and asked_for == [dtype]

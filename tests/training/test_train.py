@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from inputs.text.vocabulary import SPECIAL_TOKENS
 from training.checkpoint.manager import saved_step
-from training.monitor.history import read_rows
+from training.monitor.progress import read_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 60
@@ -134,7 +134,7 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["stray"], "'stray' is no flag"),
+        (["stray"], "'stray' is not a flag"),
         (["--seed=-1"], "--seed must lie in"),
         (["--set", "task=foo"], "no field is called 'task'"),
         (["--synthetic", "--set", "vocabulary_size=3"], "vocabulary_size must be at least 6"),
@@ -230,12 +230,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(in_process, capfd, tmp_path):
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest(in_process, capfd, monkeypatch, mirrored):
+def test_a_batch_that_is_not_divisible_names_the_nearest(
+    in_process, capfd, monkeypatch, mirrored, tmp_path
+):
     from training import strategy
 
     monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
-    assert in_process(["--global_batch_size=15", "--synthetic"]) == 1
-    assert "does not divide by the 2 replicas of this run. Take 14" in capfd.readouterr().err
+    arguments = ["--global_batch_size=15", "--synthetic", f"--model_dir={tmp_path}/run"]
+    assert in_process(arguments) == 1
+    assert "not divisible by the 2 replicas of this run. Use 14" in capfd.readouterr().err
 
 
 def test_adamw_with_the_recipe_scaled(in_process, capfd, tmp_path):

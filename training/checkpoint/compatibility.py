@@ -1,4 +1,4 @@
-"""Whether the checkpoints in a model_dir belong to the recipe that is asked for."""
+"""Whether the checkpoints in a model_dir belong to the recipe that is to be run."""
 
 import bisect
 import dataclasses
@@ -10,8 +10,10 @@ import tempfile
 from inputs.errors import InputError
 from training.checkpoint.manager import saved_steps
 
-# A run may be made longer or shorter on the way, and be watched in another way; everything else
-# decides what its state means.
+RUN_CONFIG = "recipe.json"
+
+# Fields that may differ when a run is resumed: its length and how it is observed. All others decide
+# what its state means.
 MAY_CHANGE = (
     "steps",
     "warmup_steps",
@@ -38,7 +40,7 @@ MAY_CHANGE = (
 
 
 def check_writable(folder: str, flag: str) -> None:
-    """Makes the folder if it is missing; `InputError` if nothing can be written there."""
+    """Creates the folder if it is missing. Raises `InputError` if it cannot be written."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -49,17 +51,17 @@ def check_writable(folder: str, flag: str) -> None:
         ) from None
 
 
-def check(model_dir: str, recipe, **facts) -> None:
-    """Compares the run in `model_dir`, if there is one, with what is asked for now.
+def check_compatible(model_dir: str, recipe, **facts) -> None:
+    """Compares the run in `model_dir`, if there is one, with the run that is to be started.
 
     Args:
-        model_dir: folder, may be missing.
+        model_dir: a folder, may be missing.
         recipe: a `recipes.types.Recipe`.
-        **facts: what else the checkpoints depend on, as JSON values; those that are known yet.
+        **facts: what else the checkpoints depend on, as JSON values, as far as it is known.
 
     Raises:
-        InputError: the folder cannot be written, or holds a run of another recipe, or one that
-            is already longer, or in a phase that would be another now.
+        InputError: the folder cannot be written, or holds a run of another recipe, one that is
+            already longer, or one in a phase that would be another one now.
     """
     check_writable(model_dir, "--model_dir")
     steps = saved_steps(model_dir)
@@ -68,11 +70,11 @@ def check(model_dir: str, recipe, **facts) -> None:
     if steps[-1] > recipe.steps:
         raise InputError(
             f"--model_dir: {model_dir} holds a run at step {steps[-1]}, beyond the {recipe.steps} "
-            "steps asked for. Ask for more --steps, or choose another folder."
+            "steps asked for. Give more --steps, or choose another folder."
         )
-    ours = json.loads(settings(recipe, facts))
-    theirs = _check_same(model_dir, os.path.join(model_dir, "recipe.json"), ours)
-    then = [theirs[f"phase{number}.steps"] for number in range(1, len(recipe.phases) + 1)]
+    new = json.loads(run_config(recipe, facts))
+    old = _check_same_settings(model_dir, os.path.join(model_dir, RUN_CONFIG), new)
+    then = [old[f"phase{i}.steps"] for i in range(1, len(recipe.phases) + 1)]
     now = [phase.steps for phase in recipe.phases]
     if not _phases_at(steps[-1], then) & _phases_at(steps[-1], now):
         raise InputError(
@@ -83,55 +85,58 @@ def check(model_dir: str, recipe, **facts) -> None:
 
 
 def _phases_at(step: int, lengths: list[int]) -> set[int]:
-    """The phase that a step is in, or between which two it is."""
+    """The index of the phase that a step is in; both indices if it is between two phases."""
     borders = list(itertools.accumulate(lengths[:-1]))
     return {bisect.bisect_left(borders, step), bisect.bisect_right(borders, step)}
 
 
-def settings(recipe, facts: dict) -> str:
-    """The recipe as run and what else the weights' meaning depends on, as JSON."""
+def run_config(recipe, facts: dict) -> str:
+    """The recipe as run, and what else the checkpoints depend on, as JSON."""
     return json.dumps(dataclasses.asdict(recipe) | facts, indent=2)
 
 
-def claim(model_dir: str, recipe, **facts) -> None:
-    """Writes the recipe as run beside the checkpoints.
+def write_run_config(model_dir: str, recipe, **facts) -> None:
+    """Writes `run_config` to recipe.json beside the checkpoints, after `check_compatible`.
 
-    Args: as `check`'s, all facts.
+    Args:
+        model_dir: folder of the checkpoints.
+        recipe: a `recipes.types.Recipe`.
+        **facts: all that the checkpoints depend on besides the recipe, as JSON values.
 
     Raises:
-        InputError: as `check`.
+        InputError: see `check_compatible`.
     """
-    check(model_dir, recipe, **facts)
-    path = os.path.join(model_dir, "recipe.json")
+    check_compatible(model_dir, recipe, **facts)
+    path = os.path.join(model_dir, RUN_CONFIG)
     with open(f"{path}.new", "w", encoding="utf-8") as file:
-        file.write(settings(recipe, facts))
+        file.write(run_config(recipe, facts))
     os.replace(f"{path}.new", path)
 
 
-def _check_same(model_dir: str, path: str, ours: dict) -> dict:
-    """The settings of the run that is there, which are the same but for `MAY_CHANGE`."""
+def _check_same_settings(model_dir: str, path: str, new: dict) -> dict:
+    """The settings of the run in `model_dir`, which may differ from `new` in `MAY_CHANGE` only."""
     try:
         with open(path, encoding="utf-8") as file:
-            theirs = _flat(json.load(file))
+            old = _flatten(json.load(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model_dir: {model_dir} holds checkpoints but no readable recipe.json ({error}). "
             "Choose another folder."
         ) from None
-    wanted = _flat(ours)
-    differing = [key for key in wanted if theirs.get(key) != wanted[key]]
+    new = _flatten(new)
+    differing = [key for key in new if old.get(key) != new[key]]
     differing = [key for key in differing if key.rpartition(".")[2] not in MAY_CHANGE]
     if differing:
-        pairs = ", ".join(f"{k} {theirs.get(k)!r} (now {wanted.get(k)!r})" for k in differing)
+        pairs = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in differing)
         raise InputError(
             f"--model_dir: {model_dir} holds a run with other settings: {pairs}. "
             "Give that run's settings, or another --model_dir."
         )
-    return theirs
+    return old
 
 
-def _flat(settings: dict) -> dict:
+def _flatten(settings: dict) -> dict:
     flat = {key: value for key, value in settings.items() if key != "phases"}
-    for number, phase in enumerate(settings["phases"], start=1):
-        flat |= {f"phase{number}.{key}": value for key, value in phase.items()}
+    for i, phase in enumerate(settings["phases"], start=1):
+        flat |= {f"phase{i}.{key}": value for key, value in phase.items()}
     return flat

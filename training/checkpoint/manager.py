@@ -1,13 +1,16 @@
-"""Checkpoints on disk: written aside, read back, then made visible; the newest and the best kept.
+"""Checkpoints on disk. Each is written to a hidden folder, read back, and then made visible.
 
-MODEL_DIR/ckpt-STEP.index and .data-*   checkpoints, every one of them read back once
-MODEL_DIR/best/                         the one with the best evaluation, and its metrics
-MODEL_DIR/damaged/                      what could no longer be read
-MODEL_DIR/.saving/                      one being written
+MODEL_DIR/ckpt-STEP.index and .data-*   the newest checkpoints
+MODEL_DIR/best/                         the checkpoint with the best evaluation, and its metrics
+MODEL_DIR/damaged/                      checkpoints that could no longer be read
+MODEL_DIR/.saving/                      the checkpoint that is being written
 """
 
+import contextlib
 import errno
 import glob
+import json
+import math
 import os
 import re
 import shutil
@@ -16,25 +19,27 @@ import tensorflow as tf
 
 from inputs.errors import InputError
 
-ASIDE, DAMAGED = ".saving", "damaged"
+SAVING = ".saving"
+DAMAGED = "damaged"
+BEST = "best"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; the earlier ones are unchanged."""
 
 
-def disk_trouble(error: Exception) -> str | None:
-    """What is wrong with the disk, in words, if that is what an `OSError` or TensorFlow says."""
-    said = str(error)
-    return next((text for text in map(os.strerror, DISK_ERRORS) if text in said), None)
+def describe_disk_error(error: Exception) -> str | None:
+    """The system's message if the error, an `OSError` or TensorFlow's, is one of the disk."""
+    message = str(error)
+    return next((text for text in map(os.strerror, DISK_ERRORS) if text in message), None)
 
 
 def saved_steps(model_dir: str) -> list[int]:
-    """The steps of the visible checkpoints, ascending. The files tell, not the `checkpoint` file.
+    """The steps of the visible checkpoints, ascending, by the names of their files.
 
     Raises:
-        InputError: a checkpoint that no run of ours has named.
+        InputError: the folder has a checkpoint of another program.
     """
     newest = tf.train.latest_checkpoint(model_dir)
     if newest and not re.fullmatch(r"ckpt-\d+", os.path.basename(newest)):
@@ -47,12 +52,12 @@ def saved_steps(model_dir: str) -> list[int]:
 
 
 def saved_step(model_dir: str) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     return max(saved_steps(model_dir), default=0)
 
 
-def flaw(prefix: str) -> str | None:
-    """Reads every tensor, against its CRC-32C; says what is wrong, or None."""
+def read_error(prefix: str) -> str | None:
+    """Reads every tensor, which checks its CRC-32C. Returns the error's message, or None."""
     try:
         reader = tf.train.load_checkpoint(prefix)
         for name in reader.get_variable_to_shape_map():
@@ -62,8 +67,13 @@ def flaw(prefix: str) -> str | None:
     return None
 
 
-def name_newest(folder: str, names: list[str]) -> None:
-    """Writes the file that `tf.train.latest_checkpoint` reads: a `CheckpointState` as text."""
+def write_checkpoint_state(folder: str, names: list[str]) -> None:
+    """Writes the file that `tf.train.latest_checkpoint` reads: a `CheckpointState` as text.
+
+    Args:
+        folder: of the checkpoints.
+        names: of the checkpoints, oldest first.
+    """
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     path = os.path.join(folder, "checkpoint")
@@ -72,37 +82,41 @@ def name_newest(folder: str, names: list[str]) -> None:
     os.replace(f"{path}.new", path)
 
 
-def settle(model_dir: str, say) -> None:
-    """Clears up after a run that died, and sets damaged newest checkpoints aside.
+def recover(model_dir: str, log) -> None:
+    """Removes what a killed run left unfinished, and moves damaged newest checkpoints away.
 
-    For the one process that holds the folder's lock.
+    For the process that holds the folder's lock.
+
+    Args:
+        model_dir: folder of the checkpoints.
+        log: takes a line about each damaged checkpoint.
 
     Raises:
         InputError: there are checkpoints, and none of them can be read.
     """
-    shutil.rmtree(os.path.join(model_dir, ASIDE), ignore_errors=True)
+    shutil.rmtree(os.path.join(model_dir, SAVING), ignore_errors=True)
     steps = saved_steps(model_dir)
     for path in glob.glob(os.path.join(glob.escape(model_dir), "ckpt-*")):
-        # The index comes last and goes first: what has none was not visible any more, or yet.
+        # The index is made visible last and removed first. Files without one are unfinished.
         if not os.path.exists(re.sub(r"\.(data-|index\.new).*$", ".index", path)):
             os.remove(path)
-    flaws = {}
+    errors = {}
     for step in reversed(steps):
-        reason = flaw(_prefix(model_dir, step))
+        reason = read_error(_prefix(model_dir, step))
         if reason is None:
             break
-        flaws[step] = reason
-    if flaws and len(flaws) == len(steps):
+        errors[step] = reason
+    if errors and len(errors) == len(steps):
         raise InputError(
-            f"--model_dir: none of the checkpoints in {model_dir} can be read; of the newest, "
-            f"ckpt-{steps[-1]}: {flaws[steps[-1]]}. Restore the folder from a copy, or choose "
+            f"--model_dir: none of the checkpoints in {model_dir} can be read; the newest, "
+            f"ckpt-{steps[-1]}: {errors[steps[-1]]}. Restore the folder from a copy, or choose "
             "another one."
         )
-    for step, reason in flaws.items():
+    for step, reason in errors.items():
         folder = os.path.join(model_dir, DAMAGED)
         os.makedirs(folder, exist_ok=True)
         _move(_prefix(model_dir, step), folder)
-        say(f"Checkpoint ckpt-{step} is damaged ({reason}); it was moved to {folder}")
+        log(f"Checkpoint ckpt-{step} is damaged ({reason}); it was moved to {folder}")
 
 
 def _prefix(folder: str, step: int) -> str:
@@ -110,12 +124,12 @@ def _prefix(folder: str, step: int) -> str:
 
 
 def _files(prefix: str) -> list[str]:
-    """A checkpoint's files, the index last."""
+    """The files of a checkpoint, the index last."""
     return [*sorted(glob.glob(glob.escape(prefix) + ".data-*")), f"{prefix}.index"]
 
 
 def _move(prefix: str, folder: str) -> None:
-    """Moves a checkpoint so that neither place ever shows half of one."""
+    """Moves a checkpoint. At no moment is half of one visible in either folder."""
     target = os.path.join(folder, os.path.basename(prefix))
     files = _files(prefix)
     if os.path.exists(f"{target}.index"):
@@ -142,17 +156,17 @@ def _sync(path: str) -> None:
         os.close(descriptor)
 
 
-class Manager(tf.train.CheckpointManager):
-    """Saves and restores for Orbit's Controller, which calls nothing else of a manager.
+class CheckpointManager(tf.train.CheckpointManager):
+    """Saves and restores for Orbit's `Controller`, with the methods that it calls.
 
     Args:
-        checkpoint: a `tf.train.Checkpoint` of all that a run needs to go on.
+        checkpoint: a `tf.train.Checkpoint` of everything that a run needs to resume.
         model_dir: folder of the checkpoints.
-        step: int64 `tf.Variable`, the batches that were used; it names the checkpoints.
-        save_every_steps: a checkpoint is due at its multiples, at the end of a loop of steps.
-        keep: how many of the newest stay.
-        scratch: for a worker that is not the chief: a folder of its own, in which what it must
-            write along with the others is written and dropped.
+        step: int64 `tf.Variable`, batches used so far; it names the checkpoints.
+        save_every_steps: a checkpoint is due at the multiples, at the end of a loop of steps.
+        keep: how many of the newest checkpoints are kept.
+        scratch: None in the chief. In another worker, a folder of its own: saving is collective,
+            so it writes there and deletes what it wrote.
     """
 
     def __init__(self, checkpoint, model_dir, *, step, save_every_steps, keep, scratch=None):
@@ -163,77 +177,77 @@ class Manager(tf.train.CheckpointManager):
             step_counter=step,
             checkpoint_interval=save_every_steps,
         )
-        self._keep, self._scratch = keep, scratch
-        self._saved: int | None = None  # the step of the checkpoint last written or read
+        self._keep = keep
+        self._scratch = scratch
+        self._saved: int | None = None  # the step of the last checkpoint written or read
 
     @property
     def checkpoints(self):
-        """Prefixes of the visible checkpoints, oldest first."""
+        """The prefixes of the visible checkpoints, oldest first."""
         return [_prefix(self.directory, step) for step in saved_steps(self.directory)]
 
     @property
     def latest_checkpoint(self):
-        """Prefix of the newest, or None."""
+        """The prefix of the newest checkpoint, or None."""
         return next(reversed(self.checkpoints), None)
 
     def save(self, checkpoint_number=None, check_interval=True, options=None):
-        """Saves the state of now, unless that is done or, with `check_interval`, not yet due.
+        """Saves the present state unless it is saved already or, with `check_interval`, not due.
 
         Returns:
             The checkpoint's prefix, or None.
 
         Raises:
-            SaveFailed: it could not be written or not be read back.
+            SaveFailed: the checkpoint could not be written or not be read back.
         """
-        del checkpoint_number  # it is the step
+        del checkpoint_number  # the step is used instead
         step, every = int(self._step_counter.numpy()), self.checkpoint_interval
         due = step // every > (self._saved or 0) // every
         if step == self._saved or (check_interval and not due):
             return None
-        aside = self._scratch or os.path.join(self.directory, ASIDE)
+        folder = self._scratch or os.path.join(self.directory, SAVING)
         try:
-            self._write(_prefix(aside, step), options)
+            self._write(_prefix(folder, step), options)
         except (OSError, tf.errors.OpError) as error:
             kept = saved_steps(self.directory)
-            last = f"the last good one is of step {kept[-1]}" if kept else "there is none before it"
+            last = f"the last good one is of step {kept[-1]}" if kept else "there is no earlier one"
             raise SaveFailed(
                 f"{self.directory}: the checkpoint of step {step} could not be written "
-                f"({disk_trouble(error) or error}); {last}. Make room, or mend the disk; the same "
-                "command goes on from there."
+                f"({describe_disk_error(error) or error}); {last}. Free some space or repair the "
+                "disk; the same command resumes from there."
             ) from None
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         self._saved = step
         return _prefix(self.directory, step)
 
-    def _write(self, aside: str, options) -> None:
-        self.checkpoint.write(aside, options)
+    def _write(self, prefix: str, options) -> None:
+        self.checkpoint.write(prefix, options)
         if self._scratch:
             return
-        wrong = flaw(aside)
-        if wrong:
-            raise OSError(wrong)
-        for path in _files(aside):
+        error = read_error(prefix)
+        if error:
+            raise OSError(error)
+        for path in _files(prefix):
             _sync(path)
-        _move(aside, self.directory)
+        _move(prefix, self.directory)
         prefixes = self.checkpoints
-        name_newest(self.directory, list(map(os.path.basename, prefixes[-self._keep :])))
+        names = [os.path.basename(prefix) for prefix in prefixes[-self._keep :]]
+        write_checkpoint_state(self.directory, names)
         for prefix in prefixes[: -self._keep]:
             _delete(prefix)
 
     def restore_or_initialize(self):
-        """Reads the newest checkpoint, unless the state is that one; its prefix, or None.
+        """Reads the newest checkpoint. Returns its prefix, or None if there is none.
 
         Raises:
             InputError: it does not hold what this run needs, name by name and shape by shape.
         """
         newest = self.latest_checkpoint
-        if newest is None or self._saved == int(self._step_counter.numpy()):
-            return newest
-        return self.restore(newest)
+        return newest and self.restore(newest)
 
     def restore(self, prefix: str) -> str:
-        """Reads that checkpoint, whatever the state is; otherwise as `restore_or_initialize`."""
+        """Reads the checkpoint with this prefix, otherwise like `restore_or_initialize`."""
         try:
             self.checkpoint.read(prefix).assert_consumed()
         except (AssertionError, ValueError, IndexError, tf.errors.OpError) as error:
@@ -243,3 +257,63 @@ class Manager(tf.train.CheckpointManager):
             ) from None
         self._saved = int(self._step_counter.numpy())
         return prefix
+
+
+class BestCheckpoint:
+    """An action of Orbit's after an evaluation: keeps the checkpoint of the best one in best/.
+
+    Its files are hard links to those of the checkpoint of that step, where the file system has
+    them, else copies. `metrics.json` beside them holds the evaluation. (Orbit's `NewBestMetric`
+    records a best value before its checkpoint exists; here the value is written after it.)
+
+    Args:
+        manager: a `CheckpointManager`.
+        metric: the `tasks.task.Metric` that is compared.
+        is_chief: whether this process writes; the others only take part in saving.
+    """
+
+    def __init__(self, manager: CheckpointManager, metric, is_chief: bool = True):
+        self._manager = manager
+        self._metric = metric
+        self._is_chief = is_chief
+        self._folder = os.path.join(manager.directory, BEST)
+        self._best = -math.inf
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            with open(os.path.join(self._folder, "metrics.json"), encoding="utf-8") as file:
+                self._best = self._score(json.load(file))
+
+    def _score(self, values) -> float:
+        value = float(values[self._metric.name])
+        return value if self._metric.higher_is_better else -value
+
+    def __call__(self, output):
+        """Takes the means of an evaluation."""
+        values = {name: float(value) for name, value in output.items()}
+        if not self._score(values) > self._best:
+            return
+        self._best = self._score(values)
+        self._manager.save(check_interval=False)
+        if self._is_chief:
+            self._keep(self._manager.latest_checkpoint, values)
+
+    def _keep(self, prefix: str, values) -> None:
+        os.makedirs(self._folder, exist_ok=True)
+        name = os.path.basename(prefix)
+        old = set(glob.glob(os.path.join(glob.escape(self._folder), "ckpt-*")))
+        new = set()
+        for path in sorted(glob.glob(glob.escape(prefix) + ".*")):
+            copy = os.path.join(self._folder, os.path.basename(path))
+            new.add(copy)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(copy)
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copyfile(path, copy)
+        write_checkpoint_state(self._folder, [name])
+        metrics = os.path.join(self._folder, "metrics.json")
+        with open(f"{metrics}.new", "w", encoding="utf-8") as file:
+            json.dump({"step": int(name.rpartition("-")[2])} | values, file)
+        os.replace(f"{metrics}.new", metrics)
+        for path in old - new:
+            os.remove(path)

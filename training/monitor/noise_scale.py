@@ -1,8 +1,8 @@
-"""The gradient noise scale: up to which batch size more examples a step pay.
+"""The gradient noise scale: the batch size beyond which larger batches save few steps.
 
-McCandlish et al., arXiv:1812.06162, appendix A.1: the squared norm of a gradient over B examples is
-|G|^2 + tr(S)/B on average, so two batch sizes give both unknowns: here what one replica sees at a
-time, and the whole global batch. The noise scale, tr(S)/|G|^2, is a number of examples.
+McCandlish et al., arXiv:1812.06162, appendix A.1: the expected squared norm of a gradient over B
+examples is |G|^2 + tr(S)/B, so two batch sizes give both unknowns: here a micro-batch of one
+replica and the global batch. The noise scale, tr(S)/|G|^2, is a number of examples.
 """
 
 import os
@@ -10,11 +10,17 @@ import os
 import tensorflow as tf
 
 from inputs.errors import InputError
-from training.monitor.history import HISTORY, read_rows
+from tasks.task import Metric
+from training.monitor.progress import HISTORY, read_rows
 
-# Estimates of |G|^2 and tr(S), means over the steps of a loop.
-SIGNAL, NOISE = "gradient_signal", "gradient_noise"
-PARTS = "gradient_parts"  # of a replica: squared norms of its micro-batches' gradients, summed
+SIGNAL = "gradient_signal"  # the estimate of |G|^2
+NOISE = "gradient_noise"  # the estimate of tr(S)
+COUNT = "gradient"  # steps with a finite gradient
+METRICS = (
+    Metric(SIGNAL, COUNT, higher_is_better=True),
+    Metric(NOISE, COUNT, higher_is_better=False),
+)
+PARTS = "gradient_parts"  # the sum of the squared norms of a replica's micro-batch gradients
 
 
 def squared_norm(gradients) -> tf.Tensor:
@@ -22,31 +28,32 @@ def squared_norm(gradients) -> tf.Tensor:
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float32))) for g in gradients])
 
 
-def noise_sums(own_parts, gradients, replica_batch: int, replicas: int, accumulation: int):
-    """One replica's shares of the two estimates and of their count, as sums and counts.
+def noise_sums(parts_sum, gradients, replica_batch: int, replicas: int, accumulation: int):
+    """One replica's share of the sums and counts of `METRICS`.
 
     Args:
-        own_parts: float32 scalar, as `PARTS`; each micro-batch's gradient is its share of the
-            global batch's.
-        gradients: of the global batch, the mean over its examples.
-        replica_batch: examples of each replica and step.
-        replicas, accumulation: how many there are; together at least 2 micro-batches.
+        parts_sum: float32 scalar, `PARTS`; each micro-batch's gradient is its share of the global
+            batch's gradient.
+        gradients: the gradients of the global batch, means over its examples.
+        replica_batch: examples of each replica in a step.
+        replicas: number of replicas.
+        accumulation: micro-batches of each replica; there are at least 2 micro-batches in all.
     """
     parts = replicas * accumulation
     large, small = replica_batch * replicas, replica_batch // accumulation
-    of_large = squared_norm(gradients) / replicas
-    of_small = own_parts * parts  # (parts x gradient)^2, its mean over all parts
-    # A step whose gradient is not finite, on any replica, tells nothing, and spoils no other's.
-    finite = tf.math.is_finite(of_large)
+    large_norm = squared_norm(gradients) / replicas
+    small_norm = parts_sum * parts  # the mean over all parts of (parts x gradient)^2
+    # A step whose gradient is not finite, on any replica, is left out of the mean.
+    finite = tf.math.is_finite(large_norm)
     return {
-        SIGNAL: tf.where(finite, (large * of_large - small * of_small) / (large - small), 0.0),
-        NOISE: tf.where(finite, (of_small - of_large) / (1 / small - 1 / large), 0.0),
-    }, {NOISE.split("_")[0]: tf.where(finite, 1 / replicas, 0.0)}
+        SIGNAL: tf.where(finite, (large * large_norm - small * small_norm) / (large - small), 0.0),
+        NOISE: tf.where(finite, (small_norm - large_norm) / (1 / small - 1 / large), 0.0),
+    }, {COUNT: tf.where(finite, 1 / replicas, 0.0)}
 
 
 def noise_scale(means: dict) -> dict:
-    """`noise_scale` from a loop's means; nothing where it was not measured or is lost in noise."""
-    if SIGNAL not in means or not means[SIGNAL] > 0:  # or NaN: all steps were skipped
+    """{"noise_scale": ...} from a loop's means, or {} if it was not measured or is not positive."""
+    if SIGNAL not in means or not means[SIGNAL] > 0:  # NaN: all steps were skipped
         return {}
     return {"noise_scale": means[NOISE] / means[SIGNAL]}
 

@@ -1,7 +1,7 @@
-"""Draws one or several runs: python -m training.monitor.plot MODEL_DIR...
+"""Plots one or several runs: python -m training.monitor.plot MODEL_DIR...
 
-Writes `history.png` into the first folder, loss, rate and throughput of all of them, from the
-`history.jsonl` in each; and beside each one's trust ratios, if it kept some, their heat map.
+Writes `history.png` into the first folder: loss, learning rate and throughput of all runs, from the
+`history.jsonl` of each. Draws the heat map of the trust ratios of each run that recorded them.
 """
 
 import os
@@ -17,8 +17,8 @@ import numpy as np
 
 from tf_lamb.heat_map import draw_heat_map
 from tf_lamb.telemetry import PICTURE, RECORDS
-from training.monitor.history import EVALUATIONS, HISTORY, read_rows
-from training.monitor.trust_ratios import FOLDER
+from training.monitor.progress import EVALUATIONS, HISTORY, read_rows
+from training.monitor.run_monitor import TELEMETRY
 
 CURVES = (
     ("loss", "loss (nats)"),
@@ -30,7 +30,7 @@ CURVES = (
 def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
-    Where a run was evaluated on the way its held-out loss is drawn, too, as points.
+    Points show the held-out loss of a run at its evaluations.
 
     Raises:
         ValueError: a folder without a history.
@@ -45,7 +45,9 @@ def draw(model_dirs: list[str], path: str) -> None:
         label = os.path.basename(os.path.normpath(model_dir))
         for panel, (name, _) in zip(panels, CURVES, strict=True):
             (line,) = panel.plot(*_curve(rows, name), label=label)
-        evaluations = [row | {"loss": _loss(row)} for row in _evaluations(model_dir)]
+        evaluations = [
+            row | {"loss": _loss(row)} for row in read_rows(os.path.join(model_dir, EVALUATIONS))
+        ]
         if evaluations:
             style = {"marker": "o", "markersize": 4, "linestyle": ":"}
             held_out = _curve(evaluations, "loss")
@@ -60,17 +62,15 @@ def draw(model_dirs: list[str], path: str) -> None:
     plt.close(figure)
 
 
-def _evaluations(model_dir):
-    return read_rows(os.path.join(model_dir, EVALUATIONS))
-
-
 def _loss(row):
-    """The sum of an evaluation's losses, as in training."""
+    """The loss of an evaluation. Older runs recorded only its terms, such as masked_loss."""
+    if "loss" in row:
+        return row["loss"]
     return sum(value for name, value in row.items() if name.endswith("_loss"))
 
 
 def _curve(rows, name):
-    """(steps, values); a value that was not finite, null in the file, leaves a gap."""
+    """(steps, values). A value that is null in the file, because it was not finite, is a gap."""
     values = [row.get(name) for row in rows]
     return [row["step"] for row in rows], np.array(values, np.float64)
 
@@ -85,9 +85,9 @@ def main(model_dirs: list[str]) -> int:
         draw(model_dirs, path)
         print(path)
         for model_dir in model_dirs:
-            records = os.path.join(model_dir, FOLDER, RECORDS)
+            records = os.path.join(model_dir, TELEMETRY, RECORDS)
             if os.path.exists(records):
-                picture = os.path.join(model_dir, FOLDER, PICTURE)
+                picture = os.path.join(model_dir, TELEMETRY, PICTURE)
                 draw_heat_map(records, picture)
                 print(picture)
     except (OSError, ValueError) as error:

@@ -1,21 +1,60 @@
-"""What a run measures while it runs: for the display, for TensorBoard and for its history."""
+"""Speed and losses of a run: measured per loop of steps, shown, and kept as JSON lines."""
 
+import contextlib
 import dataclasses
+import datetime
 import functools
+import json
+import math
 import os
 import time
 
 import numpy as np
+import rich.console
+import rich.progress
+import rich.text
 
-from training.monitor.history import EVALUATIONS, HISTORY, append_row, drop_rows_after
+HISTORY = "history.jsonl"  # one object per loop of steps
+EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a JSON-lines file; [] if there is no such file. Skips a torn last line."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+    return rows
+
+
+def append_row(path, row: dict) -> None:
+    """Appends a row. JSON has no NaN and no infinity; they become null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def drop_rows_after(path, step: int) -> None:
+    """Removes the rows after `step`, which will be repeated because the run resumes there."""
+    if not os.path.exists(path):
+        return
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    os.replace(f"{path}.new", path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a run's speed is compared with.
+    """What the speed of a run is compared with.
 
-    replicas: how many share each batch.
-    peak_flops: of all devices together; None where it is not known.
+    replicas: how many replicas share a global batch.
+    peak_flops: floating-point operations per second of all devices together, or None if unknown.
     """
 
     replicas: int = 1
@@ -23,103 +62,213 @@ class Machine:
 
 
 class Progress:
-    """Measures each inner loop of steps, shows it and keeps it.
+    """Measures each loop of steps, shows it and appends it to the history.
 
-    It is a train action: Orbit calls it once per inner loop, and writes what it adds to the
-    loop's output to TensorBoard, too. `evaluated` is the eval action. Call `begin` before, when
-    the step that the run goes on from is restored.
+    An action of Orbit's: the controller calls it after each loop of steps and writes what it adds
+    to the loop's output to TensorBoard. `evaluated` is the action after an evaluation.
 
     Args:
         step: int `tf.Variable`, steps done so far.
-        total_steps: where the run ends.
-        batch_size: examples per step.
+        total_steps: the run's last step.
         model_dir: folder of `history.jsonl` and `evaluations.jsonl`.
-        display: see `training.monitor.display`.
-        phase: which one of the recipe's, from 1.
+        display: from `make_display`.
         machine: see `Machine`.
-        flops_per_step: function without arguments, of the model; asked once, after the first
-            loop, if `machine.peak_flops` is known.
+        flops_per_step: function without arguments: the model's operations in one step. It is
+            called once a phase, after the first loop, if `machine.peak_flops` is known.
     """
 
     def __init__(
         self,
         step,
         total_steps,
-        batch_size,
         model_dir,
         display,
         *,
-        phase=1,
         machine=Machine(),  # noqa: B008, frozen
         flops_per_step=lambda: None,
     ):
-        self._step, self._total, self._batch_size = step, total_steps, batch_size
+        self._step = step
+        self._total_steps = total_steps
         self._history = os.path.join(model_dir, HISTORY)
         self._evaluations = os.path.join(model_dir, EVALUATIONS)
-        self._display, self._phase, self._machine = display, phase, machine
-        self._flops_per_step = functools.cache(flops_per_step)
-        self._warm = False
-        self.examples, self.seconds = 0, 0.0  # without the first loop, which compiles
+        self._display = display
+        self._machine = machine
+        self._measure_flops = flops_per_step
 
-    def begin(self):
-        """Starts the clock, and drops the history of steps that come again."""
-        self._last_step, self._last_time = int(self._step.numpy()), time.perf_counter()
+    def begin_phase(self, phase: int, batch_size: int) -> None:
+        """Starts the clock and removes the history of steps that are repeated.
+
+        Args:
+            phase: number of the phase, from 1.
+            batch_size: examples per step.
+        """
+        self._phase = phase
+        self._batch_size = batch_size
+        self._flops_per_step = functools.cache(self._measure_flops)
+        self._warm = False
+        self._examples = 0  # both without the first loop, which compiles
+        self._seconds = 0.0
+        self._last_step = int(self._step.numpy())
+        self._last_time = time.perf_counter()
         for path in (self._history, self._evaluations):
             drop_rows_after(path, self._last_step)
 
     def __call__(self, output):
-        """Takes the output of an inner loop; a mean is NaN where every step was skipped."""
+        """Adds the speed to the output of a loop of steps. A mean is NaN if all were skipped."""
         step, now = int(self._step.numpy()), time.perf_counter()
-        taken, steps = now - self._last_time, step - self._last_step
+        seconds, steps = now - self._last_time, step - self._last_step
         waited = float(output.pop("input_wait_seconds"))
-        values = {name: value.item() for name, value in _arrays(output)}
-        loss = sum(value for name, value in values.items() if name.endswith("_loss"))
-        measured = {"loss": loss} | self._speed_of(steps, taken)
+        values = {name: np.asarray(value).item() for name, value in output.items()}
+        measured = {"loss": values.pop("loss")} | self._measure_speed(steps, seconds)
         if self._warm:
-            self.examples += steps * self._batch_size
-            self.seconds += taken
-            measured["input_wait_share"] = waited / taken
+            self._examples += steps * self._batch_size
+            self._seconds += seconds
+            measured["input_wait_share"] = waited / seconds
         self._warm = True
         output |= measured
         row = {"step": step, "phase": self._phase} | measured | values
         append_row(self._history, row)
         per_second = self.examples_per_second or row["examples_per_second"]
-        self._display.show(step, row, (self._total - step) * self._batch_size / per_second)
-        # Showing and writing is part of the next loop, so that no time goes uncounted.
+        seconds_left = (self._total_steps - step) * self._batch_size / per_second
+        self._display.show(step, row, seconds_left)
+        # The time for display and files belongs to the next loop, so that none is left out.
         self._last_step, self._last_time = step, now
 
     def evaluated(self, output):
-        """Keeps what an evaluation measured; its time is not the next loop's."""
-        values = {name: value.item() for name, value in _arrays(output)}
+        """Appends an evaluation's means; its time is not part of the next loop."""
+        values = {name: np.asarray(value).item() for name, value in output.items()}
         step = int(self._step.numpy())
         drop_rows_after(self._evaluations, step - 1)  # a finished run is evaluated again
         append_row(self._evaluations, {"step": step, "phase": self._phase} | values)
         self._last_time = time.perf_counter()
 
-    def _speed_of(self, steps, seconds):
+    def _measure_speed(self, steps, seconds):
         speed = self._batch_size * steps / seconds
         measured = {"examples_per_second": speed}
         if self._machine.replicas > 1:
             measured["examples_per_second_per_replica"] = speed / self._machine.replicas
         if self._machine.peak_flops:
-            per_second = self._flops_per_step() * steps / seconds
-            measured["mfu"] = per_second / self._machine.peak_flops
+            flops_per_second = self._flops_per_step() * steps / seconds
+            measured["mfu"] = flops_per_second / self._machine.peak_flops
         return measured
 
     @property
     def examples_per_second(self) -> float | None:
-        """Over all loops but the first; None before the second has run."""
-        return self.examples / self.seconds if self.seconds else None
+        """The mean over all loops of the phase but the first; None before the second has run."""
+        return self._examples / self._seconds if self._seconds else None
 
-    @property
-    def speed(self) -> str:
-        """The same in words."""
+    def describe_speed(self) -> str:
+        """The same, for the report."""
         if not self._warm:
             return "not measured: nothing was left to train"
-        if not self.seconds:
-            return "not measured: there was one loop of steps, which compiles"
+        if not self._seconds:
+            return "not measured: there was only one loop of steps, which includes compilation"
         return f"{self.examples_per_second:,.0f} examples/s"
 
 
-def _arrays(output):
-    return [(name, np.asarray(value)) for name, value in output.items()]
+def format_row(row: dict) -> str:
+    """A row of the history as one line, without what is unknown.
+
+    Args:
+        row: has `loss`, `learning_rate` and `examples_per_second`; may have
+            `examples_per_second_per_replica`, `mfu`, `input_wait_share` and `skipped_steps`.
+    """
+    speed = f"{row['examples_per_second']:,.0f} examples/s"
+    if "examples_per_second_per_replica" in row:
+        speed += f" ({row['examples_per_second_per_replica']:,.0f} per replica)"
+    parts = [f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.3e}", speed]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if "input_wait_share" in row:
+        parts.append(f"input wait {row['input_wait_share']:.1%}")
+    if row.get("skipped_steps"):
+        parts.append(f"skipped {row['skipped_steps']}")
+    return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """As "1 day, 2:03:04"."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class LineDisplay:
+    """Plain lines, for a file or a pipe.
+
+    Args:
+        total_steps: the run's last step.
+        log: takes each line.
+        min_seconds: least time between two lines; the last step always gets one.
+    """
+
+    def __init__(self, total_steps: int, log, min_seconds: float = 5.0):
+        self._total_steps = total_steps
+        self._log = log
+        self._min_seconds = min_seconds
+        self._last_time = -float("inf")
+
+    def show(self, step: int, row: dict, seconds_left: float) -> None:
+        """Shows a row of the history and the time left."""
+        now = time.perf_counter()
+        if now - self._last_time >= self._min_seconds or step >= self._total_steps:
+            self._last_time = now
+            left = format_duration(seconds_left)
+            self._log(f"step {step}/{self._total_steps}  {format_row(row)}  left {left}")
+
+
+class BarDisplay:
+    """A progress bar with the newest row under it, redrawn in place.
+
+    Args:
+        total_steps: the run's last step.
+        live: a started `_BarAndLine`.
+    """
+
+    def __init__(self, total_steps: int, live: "_BarAndLine"):
+        self._live = live
+        self._task = live.add_task("", total=total_steps, left="compiling")
+
+    def show(self, step: int, row: dict, seconds_left: float) -> None:
+        """Shows a row of the history and the time left."""
+        self._live.line = format_row(row)
+        self._live.update(self._task, completed=step, left=f"left {format_duration(seconds_left)}")
+        self._live.refresh()
+
+
+class _BarAndLine(rich.progress.Progress):
+    line = ""
+
+    def get_renderables(self):
+        yield self.make_tasks_table(self.tasks)
+        yield rich.text.Text(self.line, overflow="ellipsis")
+
+
+@contextlib.contextmanager
+def make_display(total_steps: int, log, stream=None):
+    """Yields a `BarDisplay` if `stream` is a terminal, else a `LineDisplay` that calls `log`.
+
+    Other lines written to standard error while the bar is shown appear above it.
+
+    Args:
+        total_steps: the run's last step.
+        log: takes lines.
+        stream: standard error, or None.
+    """
+    if stream is None or not stream.isatty():
+        yield LineDisplay(total_steps, log)
+        return
+    columns = (
+        rich.progress.TextColumn("step {task.completed:,}/{task.total:,}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn("{task.fields[left]}"),
+    )
+    # Redrawn by `show`, without a thread. Standard output is kept for the report.
+    live = _BarAndLine(
+        *columns,
+        console=rich.console.Console(file=stream),
+        auto_refresh=False,
+        redirect_stdout=False,
+        expand=True,
+    )
+    with live:
+        yield BarDisplay(total_steps, live)

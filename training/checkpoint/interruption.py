@@ -1,0 +1,135 @@
+"""SIGINT and SIGTERM: the first one saves a checkpoint and stops the run, the second kills it."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
+
+from training.strategy import is_multi_worker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal arrived. Not an `Exception`, so that handlers of those in libraries let it pass."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum  # the shells' convention
+
+
+class StopRequest:
+    """Whether a signal has arrived; yielded by `handle_signals`.
+
+    An instance is an action of Orbit's: called with its output, it raises `Interrupted` if a
+    signal has arrived. Outside of `deferred` the signal handler itself raises it, at whatever
+    point the program is.
+
+    signum: the number of the first signal, or None.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._deferred = False
+
+    def __call__(self, output=None):
+        """Raises `Interrupted` if a signal has arrived."""
+        del output
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def handler(self, signum, frame):
+        """The signal handler, which Python calls in its main thread between two instructions."""
+        del frame
+        self.signum = self.signum or signum
+        if not self._deferred:
+            self()
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal only sets `signum`; `Interrupted` is raised by a call or at the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self()
+
+
+@contextlib.contextmanager
+def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
+    """Yields a `StopRequest` for the signals that arrive inside. For the main thread.
+
+    Python runs signal handlers only between its own instructions, and a loop of steps on the
+    device is one instruction. Therefore a thread listens too: it acknowledges the first signal at
+    once and ends the process at the second.
+
+    Args:
+        log: takes the line that acknowledges the first signal.
+    """
+    request = StopRequest()
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    previous = {signum: signal.signal(signum, request.handler) for signum in SIGNALS}
+    listener = threading.Thread(target=_listen, args=(read_end, log), daemon=True)
+    listener.start()
+    try:
+        yield request
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(previous_wakeup)
+        os.close(write_end)
+        listener.join()
+        os.close(read_end)
+
+
+def _listen(read_end: int, log):
+    """Reads signal numbers, one byte each."""
+    first = True
+    while received := os.read(read_end, 1):
+        signum = received[0]
+        if signum not in SIGNALS:
+            continue
+        if not first:
+            os._exit(128 + signum)
+        first = False
+        log(f"{signal.Signals(signum).name}: stopping. A second signal does not wait for it.")
+
+
+def stop_together(strategy, request: StopRequest, save: Callable, folder: str) -> Callable:
+    """An action of Orbit's that raises `Interrupted` in all workers after the same step.
+
+    Args:
+        strategy: a `tf.distribute.Strategy`. With one worker the action is `request` itself.
+        request: this process's request.
+        save: function without arguments that all workers call before they stop.
+        folder: a folder of this process's own, for TensorFlow's handler.
+    """
+    if not is_multi_worker(strategy):
+        return request
+
+    def leave():
+        raise Interrupted(request.signum or signal.SIGTERM)
+
+    handler = tf.distribute.experimental.PreemptionCheckpointHandler(
+        strategy.cluster_resolver,
+        # An empty checkpoint: the handler agrees on the step, and `save` writes the run's state.
+        tf.train.Checkpoint(),
+        os.path.join(folder, "preemption"),
+        tf.distribute.experimental.TerminationConfig(
+            termination_watcher_fn=lambda: request.signum is not None,
+            exit_fn=leave,
+            save_fn=save,
+        ),
+    )
+
+    def action(output=None):
+        del output
+        handler.save_checkpoint_if_preempted()
+
+    return action

@@ -1,0 +1,206 @@
+"""What observes a run: progress, trust ratios, weight histograms and the profiler."""
+
+import contextlib
+import os
+import sys
+import time
+
+import tensorflow as tf
+
+from recipes.types import profile_window
+from tf_lamb.layerwise import Layerwise
+from tf_lamb.telemetry import TelemetryWriter
+from training.monitor.mfu import peak_flops, training_flops
+from training.monitor.progress import Machine, Progress, make_display
+from training.strategy import is_chief
+
+TELEMETRY = "telemetry"  # folder of the trust ratios in a model_dir
+HISTOGRAM_VALUES = 10_000  # the most values of one variable in its histogram
+
+
+class RunMonitor:
+    """All observers of one run, as actions of Orbit's. A context manager, which closes their files.
+
+    Args:
+        task: a `tasks.task.Task`.
+        recipe: a `recipes.types.Recipe`.
+        replica_step: the run's `ReplicaStep`.
+        step: int `tf.Variable`, steps done so far.
+        strategy: a `tf.distribute.Strategy`.
+        model_dir: folder of the logs.
+        log: takes lines of progress.
+        started: `time.perf_counter()` at the start of the program, or None. The time from there to
+            the end of the first loop of steps is logged.
+    """
+
+    def __init__(self, task, recipe, replica_step, step, strategy, *, model_dir, log, started=None):
+        self._recipe = recipe
+        self._replica_step = replica_step
+        self._step = step
+        self._model_dir = model_dir
+        self._log = log
+        self._started = started
+        # A bar is drawn by one process at most, on its terminal.
+        self._stream = sys.stderr if is_chief(strategy) else None
+        self._machine = Machine(
+            strategy.num_replicas_in_sync, peak_flops(strategy, recipe.compute_dtype)
+        )
+        self._window = recipe.profile and profile_window(recipe.profile)
+        self._observers = []
+        self._stack = contextlib.ExitStack()
+
+        def flops_per_step():
+            return strategy.num_replicas_in_sync * training_flops(
+                lambda batch: task.sums(replica_step.model, batch, training=False),
+                replica_step.batch_spec,
+            )
+
+        self._flops_per_step = flops_per_step
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            recipe = self._recipe
+            optimizer = self._replica_step.optimizer
+            if recipe.telemetry and isinstance(optimizer, Layerwise):
+                recorder = TelemetryRecorder(
+                    self._step,
+                    optimizer,
+                    self._replica_step.model.trainable_variables,
+                    self._model_dir,
+                    recipe.save_every_steps,
+                )
+                self._observers.append(stack.enter_context(contextlib.closing(recorder)))
+            if self._window:
+                folder = os.path.join(self._model_dir, "train")
+                profiler = Profiler(self._step, self._window, folder)
+                self._observers.append(stack.enter_context(contextlib.closing(profiler)))
+            self.progress = Progress(
+                self._step,
+                recipe.steps,
+                self._model_dir,
+                stack.enter_context(make_display(recipe.steps, self._log, self._stream)),
+                machine=self._machine,
+                flops_per_step=self._flops_per_step,
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
+
+    def begin_phase(self, phase_index: int) -> None:
+        """To be called when a phase starts or resumes, after the step was restored."""
+        batch_size = self._recipe.phases[phase_index].global_batch_size
+        self.progress.begin_phase(phase_index + 1, batch_size)
+        for observer in self._observers:
+            observer.begin_phase()
+
+    def __call__(self, output):
+        """The action after each loop of steps."""
+        if self._started is not None:
+            seconds, self._started = time.perf_counter() - self._started, None
+            self._log(f"The first steps were done {seconds:.1f} s after the start")
+        for observer in (self.progress, *self._observers):
+            observer(output)
+
+    def evaluated(self, output):
+        """The action after each evaluation."""
+        self.progress.evaluated(output)
+
+    def steps_per_loop(self, steps: int):
+        """Steps of a loop for Orbit: `steps`, or a function that also ends loops at a profile."""
+        return loop_lengths(steps, self._window) if self._window else steps
+
+
+class TelemetryRecorder:
+    """Records trust ratios after each loop of steps, and histograms of the weights less often.
+
+    On the host a histogram of all weights costs about as much as a checkpoint.
+
+    Args:
+        step: int `tf.Variable`, steps done so far.
+        optimizer: made with `telemetry=True`.
+        variables: the model's trainable variables.
+        model_dir: gets the folders `telemetry` and `weights`.
+        histogram_every_steps: least number of steps between two histograms of the weights.
+    """
+
+    def __init__(self, step, optimizer, variables, model_dir, histogram_every_steps):
+        self._step = step
+        self._variables = variables
+        self._every = histogram_every_steps
+        self._writer = TelemetryWriter(os.path.join(model_dir, TELEMETRY), optimizer)
+        self._events = tf.summary.create_file_writer(os.path.join(model_dir, "weights"))
+        self._last = None
+
+    def __call__(self, output):
+        """Records the last update of the loop."""
+        del output
+        step = int(self._step.numpy())
+        self._writer.record(step)
+        if self._last is None or step // self._every != self._last // self._every:
+            self._write_histograms(tf.constant(step, tf.int64))
+        self._last = step
+
+    def begin_phase(self):
+        """Does nothing: the heat map ignores what a resumed run records twice."""
+
+    @tf.function
+    def _write_histograms(self, step):
+        with self._events.as_default(step=step):
+            for variable in self._variables:
+                values = tf.reshape(variable.read_value(), [-1])
+                stride = -(-variable.shape.num_elements() // HISTOGRAM_VALUES)
+                tf.summary.histogram(variable.name.split(":")[0], values[::stride])
+
+    def close(self):
+        """Closes the files."""
+        self._writer.close()
+        self._events.close()
+
+
+class Profiler:
+    """Writes a profiler trace of the steps after `first` up to `last`.
+
+    Args:
+        step: int `tf.Variable`, steps done so far.
+        window: (first, last), from `recipes.types.profile_window`.
+        log_dir: TensorBoard's folder.
+    """
+
+    def __init__(self, step, window: tuple[int, int], log_dir: str):
+        self._step = step
+        self._window = window
+        self._log_dir = log_dir
+        self._running = False
+
+    def begin_phase(self):
+        """Starts the trace if the run resumes inside the window."""
+        self(None)
+
+    def __call__(self, output):
+        """Starts or ends the trace at the edges of the window."""
+        del output
+        first, last = self._window
+        inside = first <= int(self._step.numpy()) < last
+        if inside and not self._running:
+            tf.profiler.experimental.start(self._log_dir)
+        elif self._running and not inside:
+            tf.profiler.experimental.stop()
+        self._running = inside
+
+    def close(self):
+        """Ends the trace if the run ends inside the window."""
+        if self._running:
+            tf.profiler.experimental.stop()
+            self._running = False
+
+
+def loop_lengths(steps_per_loop: int, window: tuple[int, int]):
+    """`step -> steps of the loop that starts there`, so that a loop ends at each window edge."""
+
+    def length(step):
+        ahead = [edge - int(step) for edge in window if edge > step]
+        return min([steps_per_loop, *ahead])
+
+    return length
