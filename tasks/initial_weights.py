@@ -1,7 +1,7 @@
-"""Encoder weights to fine-tune from: a pre-training run's, or a checkpoint in tf-models' layout.
+"""Encoder weights for fine-tuning, from a pre-training run or a checkpoint in tf-models' layout.
 
-The optimizer's moments stay behind, as in google-research/bert. tf-models' layout is that of the
-published BERT TF2 checkpoints and of tf-models' `tf2_bert_encoder_checkpoint_converter`.
+The optimizer's slots are not read, as in google-research/bert. The published BERT TF2 checkpoints
+have tf-models' layout, as have those that its `tf2_bert_encoder_checkpoint_converter` writes.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from inputs.errors import InputError
 from models import bert
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
-# Where the tables stand in `BertEncoderV2`, which is ours, and in `BertEncoder`, a functional
-# model. Where a masked-LM head shares the word embeddings they may stand under its name.
+# The ends of the tables' names in `BertEncoderV2`, which the pre-training runs have, and in the
+# functional `BertEncoder`. Word embeddings that a masked-LM head shares may have the head's name.
 TABLES = {
     "vocabulary_size": ("/_embedding_layer/embeddings", "-0/embeddings", "/embedding_table"),
     "max_sequence_length": ("/_position_embedding_layer/embeddings", "-1/embeddings"),
@@ -28,7 +28,7 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A saved encoder: its checkpoint, the object path to it in there, and its sizes."""
+    """A saved encoder: its checkpoint, its object path in the checkpoint, and its sizes."""
 
     checkpoint: str
     path: str
@@ -40,15 +40,15 @@ class Encoder:
 
     @property
     def vocabulary_file(self) -> str:
-        """The vocab.txt that stands beside it, if there is one."""
+        """The path of vocab.txt beside the checkpoint; the file may be missing."""
         return os.path.join(os.path.dirname(self.checkpoint), "vocab.txt")
 
 
 def find_encoder(init_from: str) -> Encoder:
-    """The encoder that `init_from` names: a folder with a checkpoint, or a checkpoint's path.
+    """The encoder in a folder with a checkpoint, or in the checkpoint with this prefix.
 
     Raises:
-        InputError: no checkpoint is there, it cannot be read, or holds no BERT encoder.
+        InputError: there is no checkpoint, it cannot be read, or it has no BERT encoder.
     """
     checkpoint = _checkpoint(init_from)
     try:
@@ -68,8 +68,8 @@ def find_encoder(init_from: str) -> Encoder:
     }
     if not queries or None in tables.values():
         raise InputError(
-            f"--set init_from={init_from}: {checkpoint} holds no BERT encoder in our or tf-models' "
-            "layout. Checkpoints of TensorFlow 1 are converted by "
+            f"--set init_from={init_from}: {checkpoint} has no BERT encoder in the layout of "
+            "train.py or tf-models. Convert a TensorFlow 1 checkpoint with "
             "`python -m official.nlp.tools.tf2_bert_encoder_checkpoint_converter`."
         )
     functional = "/_transformer_layers/" not in queries[0]
@@ -81,7 +81,7 @@ def find_encoder(init_from: str) -> Encoder:
 def _checkpoint(init_from: str) -> str:
     if os.path.isdir(init_from):
         found = tf.train.latest_checkpoint(init_from)
-        # The published archives have no record of the latest one.
+        # The published archives have no `checkpoint` file.
         files = sorted(glob.glob(os.path.join(glob.escape(init_from), "*.index")))
         if not found and len(files) == 1:
             found = files[0].removesuffix(".index")
@@ -90,16 +90,16 @@ def _checkpoint(init_from: str) -> str:
     elif os.path.exists(f"{init_from}.index"):
         return init_from
     raise InputError(
-        f"--set init_from={init_from}: no checkpoint is there. Give a pre-training run's "
+        f"--set init_from={init_from}: there is no checkpoint. Give a pre-training run's "
         "--model_dir, or the folder of a published BERT TF2 checkpoint."
     )
 
 
 def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
-    """Its weights, named as `models.bert.encoder_variables` names them.
+    """The encoder's weights by the names of `models.bert.encoder_variables`.
 
     Raises:
-        InputError: the checkpoint lacks some of them, or has them in other shapes.
+        InputError: the checkpoint lacks some weights, or has other shapes.
     """
     settings = {
         "vocab_size": saved.vocabulary_size,
@@ -114,37 +114,37 @@ def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
         encoder = networks.BertEncoder(**settings)
     else:
         encoder = networks.BertEncoderV2(**settings)
-        tf_keras.Model(dict(encoder.inputs), encoder(dict(encoder.inputs)))  # makes its variables
+        tf_keras.Model(dict(encoder.inputs), encoder(dict(encoder.inputs)))  # creates its variables
     holder = encoder
     for name in reversed(saved.path.split("/")):
         holder = tf.train.Checkpoint(**{name: holder})
     try:
         status = holder.read(saved.checkpoint).expect_partial()
         status.assert_existing_objects_matched()
-    # IndexError: TensorFlow's reader, of a file that is cut off
+    # TensorFlow's reader raises IndexError for a truncated file.
     except (AssertionError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--set init_from: {saved.checkpoint} does not hold a whole BERT ({reason})."
+            f"--set init_from: {saved.checkpoint} is not a complete BERT ({reason})."
         ) from None
     return {name: v.numpy() for name, v in bert.encoder_variables(encoder).items()}
 
 
 def check_size(saved: Encoder, model: str, sequence_length: int) -> None:
-    """Raises `InputError` unless the encoder is of the recipe's size and takes its sequences."""
+    """Raises `InputError` unless the encoder has the model's size and enough positions."""
     if saved.size != bert.SIZES[model]:
         name = next((name for name, size in bert.SIZES.items() if size == saved.size), None)
-        cure = f"Take --set model={name}, or another checkpoint" if name else "Take another one"
+        fix = f"Give --set model={name} or" if name else "Give"
         raise InputError(
-            f"--set init_from: {saved.checkpoint} holds a BERT of {_in_words(saved.size)}, but "
-            f"model={model} is one of {_in_words(bert.SIZES[model])}. {cure}."
+            f"--set init_from: {saved.checkpoint} is a BERT of {_describe(saved.size)}, but "
+            f"model={model} has {_describe(bert.SIZES[model])}. {fix} another checkpoint."
         )
     if sequence_length > saved.max_sequence_length:
         raise InputError(
-            f"--set sequence_length={sequence_length} is beyond the position table of "
-            f"{saved.checkpoint}, which has {saved.max_sequence_length} rows. Take at most so many."
+            f"--set sequence_length={sequence_length}: the position table of {saved.checkpoint} "
+            f"has only {saved.max_sequence_length} rows. Set at most {saved.max_sequence_length}."
         )
 
 
-def _in_words(size: bert.Size) -> str:
+def _describe(size: bert.Size) -> str:
     return f"{size.layers} layers, width {size.width} and {size.heads} heads"

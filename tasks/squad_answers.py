@@ -1,4 +1,4 @@
-"""A model's answers to every question of a SQuAD file, and what the official metric says."""
+"""A model's answers to every question of a SQuAD file, and their official metrics."""
 
 import itertools
 import json
@@ -15,17 +15,17 @@ def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> 
     """The best spans of every window, computed on the strategy's replicas.
 
     Returns:
-        `feature`: [F] which window of `features`; `begin`, `end`: [F, n] word pieces of its
-        context; `score`: [F, n], below 0.5 * `IMPOSSIBLE` where there is no span. NumPy arrays,
-        in the order of `feature`.
+        NumPy arrays, in the order of `feature`. `feature`: [F], indices of windows in `features`;
+        `begin`, `end`: [F, n], word pieces of the window's context; `score`: [F, n], below
+        0.5 * `IMPOSSIBLE` where there is no span.
     """
-    # A TPU's whole program is XLA already.
+    # On a TPU the whole replica function is compiled already.
     on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
     compiled = _best_of_rows if on_tpu else tf.function(_best_of_rows, jit_compile=True)
 
     @tf.function
     def step(batch):
-        # `strategy.run` would trace a `tf.function` once, for the first replica.
+        # `strategy.run` traces a `tf.function` once, for the first replica only.
         spans = strategy.run(lambda batch: compiled(model, recipe, batch), args=(batch,))
         return {key: strategy.gather(value, axis=0) for key, value in spans.items()}
 
@@ -35,7 +35,7 @@ def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> 
     parts = [{key: value.numpy() for key, value in step(batch).items()} for batch in batches]
     spans = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = np.argsort(spans["feature"], kind="stable")
-    order = order[spans["feature"][order] >= 0]  # the filling of the last batch
+    order = order[spans["feature"][order] >= 0]  # the padding of the last batch
     return {key: value[order] for key, value in spans.items()}
 
 
@@ -59,19 +59,19 @@ def _best_of_rows(model, recipe, batch):
 
 
 def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
-    """The best answers to each question, the likeliest first.
+    """The best answers to each question, best first.
 
-    Spans of all windows compete; of those with the same text the likeliest counts.
+    The spans of all windows of a question are compared; of equal texts the best one is kept.
 
     Args:
         features: a `inputs.squad.features.Features`.
         spans: from `predict_spans`.
-        n_best: answers that are kept.
+        n_best: the most answers to a question.
 
     Returns:
         question id -> list of {"text", "score", "probability"}: the score is the sum of the start
-        and end logits, the probability their softmax over the list. A question for which no span
-        is possible has one answer, "".
+        and end logits, the probability its softmax over the list. A question without a possible
+        span has one answer, "".
     """
     answers = {}
     windows = zip(
@@ -79,17 +79,17 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
         *(spans[key] for key in ("begin", "end", "score")),
         strict=True,
     )
-    for number, group in itertools.groupby(windows, key=lambda window: int(window[0])):
+    for question, group in itertools.groupby(windows, key=lambda window: int(window[0])):
         begins, ends, scores = (np.concatenate(c) for c in list(zip(*group, strict=True))[1:])
         best = {}  # text -> score
         for i in np.argsort(-scores, kind="stable"):
             if len(best) == n_best or scores[i] < 0.5 * span_model.IMPOSSIBLE:
                 break
-            text = features.text_of(number, int(begins[i]), int(ends[i]))
+            text = features.text_of(question, int(begins[i]), int(ends[i]))
             best.setdefault(text, float(scores[i]))
         best = best or {"": 0.0}
         shares = np.exp(np.array(list(best.values())) - max(best.values()))
-        answers[features.squad.questions[number].id] = [
+        answers[features.squad.questions[question].id] = [
             {"text": text, "score": score, "probability": float(share)}
             for (text, score), share in zip(best.items(), shares / shares.sum(), strict=True)
         ]
@@ -97,23 +97,23 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
 
 
 def metrics(squad, answered: dict[str, str]) -> dict[str, float]:
-    """Exact match and F1 in per cent over all questions of the file, by the official rules.
+    """Exact match and F1 in per cent over all questions of the file, by the official script.
 
     Args:
         squad: an `inputs.squad.files.Squad`.
-        answered: question id -> answer; a question that is missing counts 0.
+        answered: question id -> answer. A missing question counts 0.
     """
     found = squad_evaluate_v1_1.evaluate(squad.evaluated_as(), answered)
     return {"exact_match": 100 * found["exact_match"], "f1": 100 * found["final_f1"]}
 
 
 def predictions(answers: dict[str, list[dict]]) -> dict[str, str]:
-    """question id -> the likeliest answer of `n_best_answers`."""
+    """question id -> its best answer, from `n_best_answers`."""
     return {key: best[0]["text"] for key, best in answers.items()}
 
 
 def write_answers(model_dir: str, answers: dict[str, list[dict]]) -> None:
-    """Writes predictions.json (id -> text, what the official script reads) and nbest.json."""
+    """Writes predictions.json (id -> text, the official script's format) and nbest.json."""
     for name, content in (("nbest.json", answers), ("predictions.json", predictions(answers))):
         path = os.path.join(model_dir, name)
         with open(f"{path}.new", "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Dropout whose masks follow from (seed, step, replica, micro-batch), so nothing of it is saved."""
+"""Dropout masks as a function of (seed, step, replica, micro-batch, layer), without saved state."""
 
 import contextlib
 
@@ -8,68 +8,73 @@ from tf_keras.src.backend import RandomGenerator
 
 
 class StepSeed:
-    """Gives every random layer of a model, such as dropout, its seed of the step at hand.
+    """Gives every random layer of a model, such as dropout, a seed that depends on the step.
 
-    Keras's layers draw from a state that XLA keeps to itself and no checkpoint holds. Here each
-    layer's `_random_generator` is exchanged for one that derives a seed from the step's. A layer
-    that one step calls twice draws the same mask twice, which a recomputed forward pass needs.
+    Keras's random layers draw from a state inside the XLA program, which no checkpoint holds. This
+    class replaces each layer's `_random_generator` by one that derives its seed from the step's. A
+    layer that is called twice in a step draws the same mask twice, as rematerialization requires.
 
     Args:
-        model: a built tf_keras model; its layers are changed.
+        model: a built tf_keras model; its layers are modified.
     """
 
     def __init__(self, model: tf_keras.Model):
         self._current = None
         layer_class = tf_keras.__internal__.layers.BaseRandomLayer
         layers = [layer for layer in model.submodules if isinstance(layer, layer_class)]
-        for number, layer in enumerate(layers):
-            layer._random_generator = LayerGenerator(self, number)
+        for index, layer in enumerate(layers):
+            layer._random_generator = LayerGenerator(self, index)
 
     @contextlib.contextmanager
     def set_to(self, seed):
-        """While inside, layers draw from `seed`, [2] int32, as `stateless_fold_in` gives it."""
+        """Inside, layers draw from `seed`: [2] int32, from `replica_seed` or `stateless_fold_in`."""
         self._current = seed
         try:
             yield
         finally:
             self._current = None
 
-    def of_layer(self, number: int):
-        """[2] int32, the seed of the layer of that number."""
+    def of_layer(self, index: int):
+        """The seed of the layer with this index: [2] int32."""
         if self._current is None:
             raise RuntimeError("A random layer was called in training mode outside of a step.")
-        return tf.random.experimental.stateless_fold_in(self._current, number)
+        return tf.random.experimental.stateless_fold_in(self._current, index)
 
 
 class LayerGenerator(RandomGenerator):
-    """Draws the numbers of the layer of that number; all but dropout's by Keras's own methods."""
+    """The random generator of one layer. Only dropout differs from Keras's own methods.
 
-    def __init__(self, step_seed: StepSeed, number: int):
+    Args:
+        step_seed: the model's.
+        index: of the layer.
+    """
+
+    def __init__(self, step_seed: StepSeed, index: int):
         super().__init__(seed=0, rng_type=RandomGenerator.RNG_STATELESS)
-        self._of_layer = lambda: step_seed.of_layer(number)
+        self._of_layer = lambda: step_seed.of_layer(index)
 
     def make_seed_for_stateless_op(self):
-        """[2] int32, where Keras asks for it."""
+        """The seed that Keras's methods use: [2] int32."""
         return self._of_layer()
 
     def dropout(self, inputs, rate, noise_shape=None):
-        """`inputs` with each number 0 by the chance `rate`, to the nearest 1/65,536.
+        """`inputs` with each element set to 0 with probability `rate`, rounded to 1/65,536.
 
-        A random word serves two numbers, and is compared as the integer it is: on a TPU
-        dropout's random bits are a tenth of a BERT-Large layer's time, and these half of that.
+        Each 32-bit random word decides two elements, by integer comparison. On a TPU the random
+        bits of dropout take a tenth of the time of a BERT-Large layer; this halves them.
         """
         if noise_shape is not None or not inputs.shape.is_fully_defined():
             return super().dropout(inputs, rate, noise_shape)
         dropped = min(round(rate * 2**16), 2**16 - 1)
-        kept = _by_chance(self.make_seed_for_stateless_op(), inputs.shape, dropped)
+        kept = _random_mask(self.make_seed_for_stateless_op(), inputs.shape, dropped)
         scaled = inputs * tf.cast(2**16 / (2**16 - dropped), inputs.dtype)
         return tf.where(kept, scaled, tf.zeros_like(inputs))
 
 
-def _by_chance(seed, shape, dropped: int):
-    """bool of that static shape, False by the chance `dropped` in 65,536."""
-    # Attention's scores, [B, heads, to, from], are made of keys times queries, so that they lie in
-    # memory as [B, heads, from, to]. What is drawn in another order, a TPU copies.
+def _random_mask(seed, shape, dropped: int):
+    """bool of a static shape; each element is False with probability `dropped` / 65,536."""
+    # Attention scores, [B, heads, to, from], are the product of keys and queries, and their memory
+    # layout is [B, heads, from, to]. A TPU would copy a mask in another layout.
     transposed = len(shape) == 4
     rows, *others = [*shape[:2], shape[3], shape[2]] if transposed else shape
     words = tf.random.stateless_uniform([(rows + 1) // 2, *others], seed, None, None, tf.uint32)
@@ -79,12 +84,12 @@ def _by_chance(seed, shape, dropped: int):
 
 
 def replica_seed(seed: int, step, replica):
-    """[2] int32, other for each replica and step.
+    """A seed for each replica and step: [2] int32.
 
     Args:
         seed: int in [0, 2**32), the run's.
         step: integer scalar, steps made so far.
-        replica: integer scalar, this replica's number in the whole run.
+        replica: integer scalar, the replica's index among all replicas.
     """
     fold = tf.random.experimental.stateless_fold_in
     start = tf.bitcast(tf.constant([seed, 0], tf.uint32), tf.int32)

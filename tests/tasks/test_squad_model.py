@@ -146,15 +146,15 @@ def test_tf_models_read_what_an_export_writes(tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path):
     tf.train.Checkpoint(encoder=tfm_encoder()).write(str(tmp_path / "bert_model.ckpt"))
     saved = initial_weights.find_encoder(str(tmp_path))
-    both = "2 layers, width 128 and 2 heads, but model=base is one of 12 layers, width 768 and 12"
-    with pytest.raises(InputError, match=f"{both} heads. Take --set model=tiny"):
+    both = "2 layers, width 128 and 2 heads, but model=base has 12 layers, width 768 and 12"
+    with pytest.raises(InputError, match=f"{both} heads. Give --set model=tiny"):
         initial_weights.check_size(saved, "base", 16)
-    with pytest.raises(InputError, match="sequence_length=41 is beyond .* which has 40 rows"):
+    with pytest.raises(InputError, match="sequence_length=41: .* has only 40 rows"):
         initial_weights.check_size(saved, "tiny", 41)
-    with pytest.raises(InputError, match="no checkpoint is there"):
+    with pytest.raises(InputError, match="there is no checkpoint"):
         initial_weights.find_encoder(str(tmp_path / "nothing"))
     tf.train.Checkpoint(model=tf_keras.layers.Dense(1)).write(str(tmp_path / "other/ckpt"))
-    with pytest.raises(InputError, match="holds no BERT encoder"):
+    with pytest.raises(InputError, match="has no BERT encoder"):
         initial_weights.find_encoder(str(tmp_path / "other"))
     (tmp_path / "bert_model.ckpt.index").write_bytes(b"garbage")
     with pytest.raises(InputError, match="bert_model.ckpt cannot be read"):
@@ -238,18 +238,18 @@ def test_fine_tuning_goes_from_our_pre_training_to_right_answers(data, in_proces
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "name its folder with --set init_from=DIR"),
-        (["--set", "init_from=@DATA"], "no checkpoint is there"),
+        ([], "Give its folder with --set init_from=DIR"),
+        (["--set", "init_from=@DATA"], "there is no checkpoint"),
         (["--set", "init_from=random"], "--vocab is needed with --set init_from=random"),
         (["--set", "init_from=random", "--vocab=@DATA/train.json"], "lacks [PAD], [UNK]"),
         (["--set", "init_from=@CKPT", "--set", "model=mini"], "width 128 and 2 heads, but model="),
-        (["--set", "init_from=@CKPT", "--set", "sequence_length=41"], "which has 40 rows"),
-        (["--set", "init_from=@CKPT"], "--vocab is needed: no vocab.txt stands beside"),
+        (["--set", "init_from=@CKPT", "--set", "sequence_length=41"], "has only 40 rows"),
+        (["--set", "init_from=@CKPT"], "--vocab is needed: there is no vocab.txt beside"),
         (["--set", "init_from=@CKPT", "--vocab=@SHORT"], "has 6 word pieces, but"),
         (["--set", "init_from=@CKPT", "--vocab=@VOCAB", "--data_dir="], "SQuAD needs a folder"),
         (
             ["--set", "init_from=random", "--vocab=@VOCAB", "--set", "sequence_length=513"],
-            "beyond the position table, which has 512 rows",
+            "the position table has only 512 rows",
         ),
         (["--set", "max_query_length=29"], "must leave room for the context"),
         (["--set", "doc_stride=0"], "doc_stride must be at least 1"),

@@ -154,7 +154,7 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
         (["--set", "peak_learning_rate=0", "--synthetic"], "`peak_learning_rate` must be"),
         (["--set", "sequence_length=128"], "beyond the position table"),
         (["--set", "packing=loose"], "packing must be one of pairs, full-sentences"),
-        (["--set", "model=huge"], "no such size. There are: tiny"),
+        (["--set", "model=huge"], "no such size. Sizes: tiny"),
         (["--set", "compute_dtype=int8"], "compute_dtype must be one of float32, bfloat16"),
         (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
         (["--steps=0"], "--steps must be at least 1"),

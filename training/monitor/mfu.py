@@ -1,7 +1,7 @@
-"""Model FLOPs utilisation: the model's own operations per second over the devices' peak.
+"""Model FLOPs utilization: the model's operations per second, divided by the devices' peak.
 
-As in PaLM, arXiv:2204.02311, appendix B: what is counted is the forward pass and twice as much
-for the backward pass, without what is computed again and without the optimizer.
+Counted as in PaLM, arXiv:2204.02311, appendix B: the forward pass, and twice as much for the
+backward pass, without rematerialization and without the optimizer.
 """
 
 import math
@@ -11,7 +11,7 @@ import urllib.request
 
 import tensorflow as tf
 
-BACKWARD = 2  # times the forward pass: the gradients of both factors of each product
+BACKWARD = 2  # times the forward pass: a product has a gradient for each of its two factors
 
 # Teraflop/s of a chip in bfloat16, what its matrix unit multiplies float32 in, too: Jouppi et al.,
 # arXiv:2304.01433 (v2 to v4), cloud.google.com/tpu/docs/system-architecture-tpu-vm (the others).
@@ -36,7 +36,7 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 
 
 def peak_flops(strategy: tf.distribute.Strategy, compute_dtype: str) -> float | None:
-    """Floating-point operations per second of all devices together; None where it is not known."""
+    """Floating-point operations per second of all devices together, or None if unknown."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return tpu_peak(accelerator_type())
     if not tf.config.list_physical_devices("GPU"):
@@ -47,7 +47,7 @@ def peak_flops(strategy: tf.distribute.Strategy, compute_dtype: str) -> float | 
 
 
 def gpu_peak(name: str, compute_dtype: str) -> float | None:
-    """Of one GPU by the name that its driver gives it, such as "NVIDIA H200"."""
+    """The peak of one GPU by its driver's name, such as "NVIDIA H200", or None if unknown."""
     for words, teraflops in GPU_TERAFLOPS:
         if all(word.lower() in name.lower() for word in words):
             return teraflops[compute_dtype] * 1e12 if compute_dtype in teraflops else None
@@ -55,7 +55,7 @@ def gpu_peak(name: str, compute_dtype: str) -> float | None:
 
 
 def tpu_peak(accelerator: str) -> float | None:
-    """Of a whole slice by its type, such as "v3-8"."""
+    """The peak of a whole slice by its accelerator type, such as "v3-8", or None if unknown."""
     generation, _, size = accelerator.partition("-")
     if generation not in TPU_TERAFLOPS or not size.isdigit():
         return None
@@ -64,7 +64,7 @@ def tpu_peak(accelerator: str) -> float | None:
 
 
 def accelerator_type() -> str:
-    """The TPU's type, from TPU_ACCELERATOR_TYPE or a TPU VM's metadata; "" if neither tells."""
+    """The accelerator type, from TPU_ACCELERATOR_TYPE or the TPU VM's metadata, or ""."""
     if os.environ.get("TPU_ACCELERATOR_TYPE"):
         return os.environ["TPU_ACCELERATOR_TYPE"]
     request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
@@ -76,15 +76,15 @@ def accelerator_type() -> str:
 
 
 def training_flops(forward, batch_spec) -> float:
-    """Operations of one training step, a multiplication and an addition counted as two.
+    """Operations of one training step; a multiplication with an addition counts as two.
 
     Args:
-        forward: `batch -> tensors`, the model's forward pass; it is traced once, not run.
+        forward: `batch -> tensors`, the model's forward pass. It is traced, not run.
         batch_spec: nested `tf.TensorSpec`s with static shapes.
 
     Returns:
-        What the matrix products, einsums and convolutions take: all but a percent or so of a
-        Transformer or a ResNet. Loops, and functions called from the graph, count as nothing.
+        The operations of matrix products, einsums and convolutions: about 99 % of a Transformer or
+        a ResNet. Loops and functions called from the graph are not counted.
     """
     graph = tf.function(forward).get_concrete_function(batch_spec).graph
     counted = [op for op in graph.get_operations() if op.type in _FLOPS]
