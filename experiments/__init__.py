@@ -1,1 +1,3 @@
-"""Comparisons that train through train.py, run by run."""
+"""Comparisons of optimizers, run by run, through train.py."""
+
+DIVERGED = 3  # exit status of train.py for a run that diverged

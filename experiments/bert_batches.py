@@ -31,6 +31,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments import DIVERGED
 from recipes import find_recipe, scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -104,11 +105,10 @@ def run(trial: Trial, options) -> dict:
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         start = time.perf_counter()
-        with open(os.path.join(folder, "train.log"), "a+", encoding="utf-8") as log:
+        with open(os.path.join(folder, "train.log"), "a", encoding="utf-8") as log:
             arguments = command(trial, options, folder)
             status = subprocess.run(arguments, stdout=log, stderr=log, check=False).returncode
-            log.seek(0)
-            diverged = "the newest checkpoint is from step" in log.read()
+        diverged = status == DIVERGED
         if status and not diverged:
             raise RuntimeError(f"train.py ended with status {status}; see {folder}/train.log")
         outcome = dataclasses.asdict(trial) | settings

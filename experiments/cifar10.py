@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot, which would look for a screen
 from matplotlib import pyplot
 
+from experiments import DIVERGED
 from recipes import find_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,15 +64,10 @@ def run(folder: pathlib.Path, row: dict, flags) -> dict:
         row["minutes"] = (time.monotonic() - start) / 60  # of the last start
         if status == 0:
             row |= json.loads((folder / "results.json").read_text())
-        elif not _diverged(folder / "log.txt"):
+        elif status != DIVERGED:
             raise SystemExit(f"{' '.join(command)} failed; see {folder / 'log.txt'}")
         result.write_text(json.dumps(row, indent=1))
     return json.loads(result.read_text())
-
-
-def _diverged(log: pathlib.Path) -> bool:
-    last = log.read_text().strip().splitlines()[-1]
-    return "the newest checkpoint is from step" in last
 
 
 def accuracy(row: dict) -> float:
