@@ -27,7 +27,7 @@ class StepSeed:
 
     @contextlib.contextmanager
     def set_to(self, seed):
-        """Inside, layers draw from `seed`: [2] int32, from `replica_seed` or `stateless_fold_in`."""
+        """Inside, layers draw from `seed`: [2] int32, such as that of `replica_seed`."""
         self._current = seed
         try:
             yield
