@@ -5,6 +5,7 @@ exact, also in bfloat16, and every difference from the oracle is the optimizer's
 """
 
 import contextlib
+import warnings
 
 import numpy as np
 import oracle
@@ -32,7 +33,9 @@ def run_eagerly():
     """Runs every `tf.function` operation by operation, without tracing and compiling it."""
     tf.config.run_functions_eagerly(True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Even though the `tf.config.experimental_run_func")
+            yield
     finally:
         tf.config.run_functions_eagerly(False)
 
@@ -100,14 +103,24 @@ class Run:
         weights: list of arrays.
         strategy: a `tf.distribute` strategy or None.
         graph: whether a step is a `tf.function`.
+        compiled: whether the update is traced and compiled; otherwise it runs eagerly.
         names: full paths of the variables; `LAYERS` by default.
         dtype: dtype of the variables.
     """
 
     def __init__(
-        self, flavour, make, weights, strategy=None, graph=True, names=None, dtype="float32"
+        self,
+        flavour,
+        make,
+        weights,
+        strategy=None,
+        graph=True,
+        names=None,
+        dtype="float32",
+        compiled=True,
     ):
         self.strategy = strategy
+        self._mode = contextlib.nullcontext if compiled else run_eagerly
         with strategy.scope() if strategy else contextlib.nullcontext():
             self.variables = make_variables(flavour, weights, names or tuple(LAYERS), dtype)
             self.optimizer = make()
@@ -125,7 +138,8 @@ class Run:
     def step(self, replicas, dtype="float32"):
         """Applies one update with the gradients `[replica][layer]`, cast to `dtype`."""
         shares = zip(*replicas, strict=True)
-        self.apply([None if s[0] is None else tf.cast(np.stack(s), dtype) for s in shares])
+        with self._mode():
+            self.apply([None if s[0] is None else tf.cast(np.stack(s), dtype) for s in shares])
 
     def weights(self):
         """The weights as float64 arrays; asserts that all replicas hold the same bits."""

@@ -1,5 +1,6 @@
 """A learning rate is a number, a schedule, a callable or a variable; each is saved and loaded."""
 
+import contextlib
 import functools
 import json
 
@@ -8,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from drive import Run, assert_agrees, random_gradients, random_weights
+from drive import Run, assert_agrees, random_gradients, random_weights, run_eagerly
 
 FEW = ("embed/table", "still/kernel", "conv/bias")
 FIRST, THEN = 0.0625, 0.25  # exact in float32
@@ -197,7 +198,7 @@ def test_repr_shows_every_kind_of_rate(flavour):
         assert shown in repr(flavour.lamb.LAMB(rate))
 
 
-def fitted(flavour, rate, **fit):
+def fitted(flavour, rate, compiled=True, **fit):
     """A small model after two epochs, and its training data."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 4)).astype("float32")
@@ -205,7 +206,8 @@ def fitted(flavour, rate, **fit):
     layers = flavour.keras.layers
     model = flavour.keras.Sequential([layers.Input((4,)), layers.Dense(3), layers.Dense(1)])
     model.compile(flavour.lamb.LAMB(rate), loss="mse")
-    model.fit(x, x[:, :1], batch_size=16, epochs=2, shuffle=False, verbose=0, **fit)
+    with contextlib.nullcontext() if compiled else run_eagerly():
+        model.fit(x, x[:, :1], batch_size=16, epochs=2, shuffle=False, verbose=0, **fit)
     return model, (x, x[:, :1])
 
 
@@ -243,10 +245,10 @@ def test_callbacks_set_the_rate(flavour, make):
     callbacks = flavour.keras.callbacks
     rate = make(FIRST)
     schedule = callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
-    model, _ = fitted(flavour, rate, callbacks=[schedule])
+    model, _ = fitted(flavour, rate, compiled=False, callbacks=[schedule])
     assert float(model.optimizer.learning_rate) == FIRST / 4
     plateau = callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9)
-    model, _ = fitted(flavour, make(FIRST), callbacks=[plateau])
+    model, _ = fitted(flavour, make(FIRST), compiled=False, callbacks=[plateau])
     assert float(model.optimizer.learning_rate) == FIRST / 2
 
 
