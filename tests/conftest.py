@@ -101,7 +101,7 @@ FLAVOURS = {"keras3": _keras3, "tf_keras": _tf_keras}
 
 @pytest.fixture(scope="session", params=FLAVOURS)
 def flavour(request, two_cpus):
-    """A flavour of Keras: its `keras`, its `Variable`, its `name_scope`, and our classes in `lamb`."""
+    """A flavour of Keras: its `keras`, `Variable` and `name_scope`, and our classes in `lamb`."""
     return FLAVOURS[request.param]()
 
 
