@@ -28,6 +28,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 REPLICAS = ["CPU:0", "CPU:1"]
 
 
+# pytest-xdist gives each process one file after the other, and these take the longest.
+LONG_FILES = (
+    "training/test_distribution.py",
+    "training/test_train.py",
+    "tf_lamb/test_golden.py",
+    "tf_lamb/test_corners.py",
+    "tf_lamb/test_xla_cpu.py",
+    "tf_lamb/test_updates.py",
+    "tf_lamb/test_slices.py",
+    "tf_lamb/test_options.py",
+    "test_imports.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Runs the longest files first, so that all processes end at about the same time."""
+
+    def place(item):
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONG_FILES.index(path) if path in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=place)
+
+
 def pytest_unconfigure():
     """Deletes the home folder of the tests."""
     if OWNS_HOME:

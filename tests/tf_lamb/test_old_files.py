@@ -12,7 +12,7 @@ from drive import run_eagerly
 
 FOLDER = pathlib.Path(__file__).parents[1] / "data" / "v0_1_0"
 spec = importlib.util.spec_from_file_location("make_v0_1_0", FOLDER / "make.py")
-# (flavour, case): `make.CASES` without importing both flavours at collection.
+# (flavour, case) of `make.CASES`, which is not imported while tests are collected.
 BOTH = ["lamb", "lamb_telemetry", "lars", "lars_telemetry"]
 CASES = [("keras3", case) for case in [*BOTH, "lamb_ema", "lamb_accumulation"]]
 CASES += [("tf_keras", case) for case in BOTH]
