@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 TPU_VENV := .venv-tpu
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .PHONY: demo test lint soak tpu preflight preflight-tpu bench clean
@@ -20,10 +21,10 @@ demo: $(VENV)/train
 	$(BIN)/python train.py
 
 test: $(VENV)/test lint
-	@# In four processes, two at a time: each program that XLA compiles takes memory maps, of which
-	@# Linux gives a process 65,530 (vm.max_map_count), and memory, which it keeps: 23 GB by two.
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tf_lamb tests/test_*.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes tests/inputs tests/models tests/tasks tests/training tests/export tests/preflight
+	@# Two calls of two processes each. A process keeps the programs that XLA compiles: their memory,
+	@# and their memory maps, of which Linux allows 65,530 for each process (vm.max_map_count).
+	$(PYTEST) tests/tf_lamb tests/test_*.py
+	$(PYTEST) tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
 
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)

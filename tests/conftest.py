@@ -1,9 +1,11 @@
-"""Two CPU devices for every test, and the two flavours of Keras as a fixture."""
+"""Fixtures of all tests: a current folder for each, two CPU devices, two flavours of Keras."""
 
 import os
 import pathlib
 import random
+import shutil
 import sys
+import tempfile
 import types
 
 import pytest
@@ -11,14 +13,69 @@ import pytest
 # Before anything imports TensorFlow or Keras.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+# Settings and caches of Keras, matplotlib and the pre-flight are in the home folder. The tests have
+# an empty one; the processes of pytest-xdist share the one that the first process makes.
+HOME = os.environ.get("TF_LAMB_TESTS_HOME")
+OWNS_HOME = HOME is None
+if OWNS_HOME:
+    HOME = tempfile.mkdtemp(prefix="tf_lamb-tests-")
+    os.environ["TF_LAMB_TESTS_HOME"] = HOME
+os.environ["HOME"] = HOME
+for name in ("KERAS_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+    os.environ.pop(name, None)
 
 ROOT = pathlib.Path(__file__).parents[1]
 REPLICAS = ["CPU:0", "CPU:1"]
 
 
+# pytest-xdist gives each process one file after the other, and these take the longest.
+LONG_FILES = (
+    "training/test_distribution.py",
+    "training/test_train.py",
+    "tf_lamb/test_golden.py",
+    "tf_lamb/test_corners.py",
+    "tf_lamb/test_xla_cpu.py",
+    "tf_lamb/test_updates.py",
+    "tf_lamb/test_slices.py",
+    "tf_lamb/test_options.py",
+    "test_imports.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Runs the longest files first, so that all processes end at about the same time."""
+
+    def place(item):
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONG_FILES.index(path) if path in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=place)
+
+
+def pytest_unconfigure():
+    """Deletes the home folder of the tests."""
+    if OWNS_HOME:
+        shutil.rmtree(HOME, ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def two_cpus():
-    """Splits the CPU in two, which TensorFlow allows only before its first operation."""
+def session_folder(tmp_path_factory):
+    """A temporary current folder for the fixtures that are shared by several tests."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("session"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def current_folder(tmp_path, monkeypatch):
+    """An empty current folder, so that no test finds or leaves a file in the project."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_cpus(session_folder):
+    """Makes two CPU devices, which TensorFlow allows only before its first operation."""
     import tensorflow as tf
 
     tf.config.set_logical_device_configuration(
@@ -68,29 +125,29 @@ FLAVOURS = {"keras3": _keras3, "tf_keras": _tf_keras}
 
 @pytest.fixture(scope="session", params=FLAVOURS)
 def flavour(request, two_cpus):
-    """One flavour: its `keras`, its `lamb` (our classes), its `Variable` and `name_scope`."""
+    """A flavour of Keras: its `keras`, `Variable` and `name_scope`, and our classes in `lamb`."""
     return FLAVOURS[request.param]()
 
 
 @pytest.fixture(scope="session")
 def keras3(two_cpus):
-    """For what tf_keras does not have."""
+    """The flavour `keras3`, for what tf_keras does not have."""
     return _keras3()
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """80 documents, 10 kB, of sentences that a small model can learn something from."""
+    """80 documents, 10 kB, with sentences that a small model can learn."""
     rng = random.Random(0)
     animals, places = ("cat", "dog", "bird", "fish"), ("mat", "log", "tree", "sea")
     verbs = ("sat on", "went to", "looked at", "slept near")
     path = tmp_path_factory.mktemp("text") / "animals.txt"
     with open(path, "w") as file:
-        for number in range(80):
+        for document in range(80):
             for _ in range(4):
                 i = rng.randrange(4)
                 file.write(
-                    f"The {animals[i]} number {number} {rng.choice(verbs)} the {places[i]}.\n"
+                    f"The {animals[i]} number {document} {rng.choice(verbs)} the {places[i]}.\n"
                 )
             file.write("\n")
     return path
@@ -98,7 +155,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_process():
-    """Runs train.py's `run` in this process: no import to wait for."""
+    """Runs `train.run` in this process, which saves the imports of a new one."""
     import tf_keras
     from absl import flags, logging
 

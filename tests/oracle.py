@@ -1,8 +1,8 @@
-"""LAMB and LARS in float64 NumPy, written from the formulas: what the optimizers must agree with.
+"""LAMB and LARS in float64 NumPy, written from the formulas. The optimizers must agree with it.
 
-It imports nothing of tf_lamb and shares no structure with it: here a layer is an object that
-updates itself, one layer after the other. `MUTANTS` are mistakes that were made elsewhere, each
-one line away from the right answer; a comparison that does not reject them proves nothing.
+It imports nothing from tf_lamb and has another structure: a layer is an object that updates itself.
+`MUTANTS` are known mistakes, each in a single line. Every comparison with the oracle must reject
+them.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ MUTANTS = (
     "decay_outside_ratio",  # as in keras.optimizers.Lamb
     "wrong_beta_2",  # 0.99
     "no_bias_correction",
-    "clip_per_replica",  # as Keras 3 does it: every replica's gradient before the sum
+    "clip_per_replica",  # before the sum, as in Keras 3
 )
 
 
@@ -23,7 +23,7 @@ def length(values):
 
 
 def size(values, norm):
-    """The norm of one array: "l2", "l1" (sum of sizes) or "linf" (largest size)."""
+    """The norm of one array: "l2", "l1" (sum of magnitudes) or "linf" (largest magnitude)."""
     if norm == "l2":
         return length(values)
     sizes = np.abs(values)
@@ -31,11 +31,11 @@ def size(values, norm):
 
 
 class Layer:
-    """One layer: its weights `x` and what is done to it. Its ratio is the same for all of x.
+    """One layer: weights `x` that have one trust ratio, and the options of their update.
 
-    A slice of a variable is a `Layer` of its own; variables that share a ratio are one, end to
-    end, and `weight_decay` may then be an array like x. `seen` is the last update's |x|, divisor
-    and ratio, as the optimizers' telemetry has it.
+    A slice of a variable is a `Layer` of its own. Variables that share a ratio are concatenated to
+    one layer, and `weight_decay` may then be an array like x. `seen` has |x|, divisor and ratio of
+    the last update, as in the telemetry of the optimizers.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Layer:
         self.seen = (0.0, 0.0, 0.0)
 
     def ratio(self, upper, lower):
-        """upper / lower for a layer that is adapted, unless one is nothing."""
+        """upper / lower within the bounds; 1 without adaptation, or if one of them is 0."""
         if not self.adapted or upper <= 0 or lower <= 0:
             return 1.0
         low, high = self.ratio_bounds or (0.0, np.inf)
@@ -57,7 +57,7 @@ class Layer:
 class Lamb(Layer):
     """x -= rate * phi(|x|) / |u| * u, with u = Adam's direction + decay * x.
 
-    With `bias_correction="rate"` Adam's correction is in the rate, outside of |u|.
+    With `bias_correction="rate"` Adam's correction multiplies the rate, outside of |u|.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Lamb(Layer):
         self.m, self.v, self.t = np.zeros_like(self.x), np.zeros_like(self.x), 0
 
     def estimate(self, moment, new, beta, ahead):
-        """The moment without its bias towards the start; or what the next step would make of it.
+        """The moment after bias correction.
 
-        Nadam's: the old term is corrected as of the next step, the new one as of this step.
+        With `ahead`, Nadam's estimate of the next step: the old term is corrected for the next
+        step, the new one for this step.
         """
 
         def unbiased(value, steps):
@@ -101,7 +102,7 @@ class Lamb(Layer):
         m = self.estimate(self.m, g, self.b1, self.nesterov is not None)
         v = self.estimate(self.v, g * g, self.b2, self.nesterov == "both")
         if self.nesterov == "first":
-            v = self.b2 * v  # Dozat's, 2016
+            v = self.b2 * v  # Dozat (2016)
         direction = m / (np.sqrt(v) + self.epsilon)
         if self.mutant == "decay_outside_ratio":
             self.x = self.x - rate * self.weight_decay * self.x
@@ -117,10 +118,10 @@ class Lamb(Layer):
 
 
 class Lars(Layer):
-    """m = mu * m + rate * ratio * (g + decay * x); x -= m, or one momentum step ahead of it.
+    """m = mu * m + rate * ratio * (g + decay * x); x -= m, or with Nesterov momentum.
 
-    That is "mlperf"; the other forms take other norms, and "paper", "tf-models-scaled" and
-    "tf-contrib" have rate and ratio outside of m.
+    This is the form "mlperf". The other forms have other norms, and "paper", "tf-models-scaled" and
+    "tf-contrib" multiply m by rate and ratio.
     """
 
     def __init__(
@@ -141,40 +142,40 @@ class Lars(Layer):
         self.m = np.zeros_like(self.x)
 
     def move(self, term):
-        """Lets the momentum take the term in, and returns the way to go."""
+        """Adds the term to the momentum, and returns the step."""
         self.m = self.mu * self.m + term
         return self.mu * self.m + term if self.nesterov else self.m
 
     def local(self, measured, raw):
-        """The layer's own rate: kappa |x| over the size of what is measured, decay included."""
+        """The trust ratio kappa |x| / |measured|; `raw` adds |decay * x| to the divisor."""
         x_size, below = size(self.x, self.norm), size(measured, self.norm)
-        something = below > 0
+        positive = below > 0
         below += self.epsilon
         if raw:
             below += size(self.weight_decay * self.x, self.norm)
-        ratio = self.ratio(self.kappa * x_size, below) if something else 1.0
+        ratio = self.ratio(self.kappa * x_size, below) if positive else 1.0
         self.seen = (x_size, below, ratio)
         return ratio
 
     def descend(self, g, rate):
         decayed = g + self.weight_decay * self.x
         if self.form == "mlperf":
-            way = self.move(rate * self.local(g, raw=True) * decayed)
+            step = self.move(rate * self.local(g, raw=True) * decayed)
         elif self.form == "tf-models":
-            way = self.move(rate * self.local(decayed, raw=False) * decayed)
+            step = self.move(rate * self.local(decayed, raw=False) * decayed)
         elif self.form == "tf-contrib":
-            way = self.move(g)
-            way = rate * self.local(g, raw=True) * way
+            step = self.move(g)
+            step = rate * self.local(g, raw=True) * step
         else:
-            way = self.move((1 - self.mu) * decayed if self.form == "paper" else decayed)
-            way = rate * self.local(way, raw=False) * way
-        self.x = self.x - way
+            step = self.move((1 - self.mu) * decayed if self.form == "paper" else decayed)
+            step = rate * self.local(step, raw=False) * step
+        self.x = self.x - step
 
 
 def clipped(grads, clipvalue=None, clipnorm=None, global_clipnorm=None, unit_gradient=False):
-    """A list of gradients, each element, each array, or all arrays together held to a bound.
+    """A list of gradients after clipping: of each element, each array, or the global norm.
 
-    `unit_gradient` brings all arrays together to length 1, from above and from below.
+    `unit_gradient` scales the gradients to a global norm of 1.
     """
     if unit_gradient:
         return [g / (length(grads) or 1.0) for g in grads]
@@ -192,9 +193,9 @@ def history(layers, gradients, rates, mutant=None, **clip):
 
     Args:
         layers: list of `Lamb` or `Lars`.
-        gradients: arrays `[step][replica][layer]`; they are summed over the replicas.
+        gradients: arrays `[step][replica][layer]`, which are summed over the replicas.
         rates: the learning rate of each step.
-        mutant: `"clip_per_replica"`, or what the layers have been given themselves.
+        mutant: only `"clip_per_replica"` has an effect here; the layers have the others.
         **clip: at most one of `clipvalue`, `clipnorm`, `global_clipnorm`, `unit_gradient`.
     """
     weights = [[layer.x for layer in layers]]

@@ -1,6 +1,6 @@
-"""Both rules against the oracle, corners, fit, save, load, on the backend KERAS_BACKEND names.
+"""Both rules on the backend that KERAS_BACKEND names: against the oracle, and in `fit`.
 
-test_layers_boundaries.py runs it in a fresh interpreter, once per backend that is installed.
+test_imports.py runs it, on another backend than TensorFlow in a new interpreter.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ EXCLUDED = 1
 
 
 def apply(optimizer, grads, variables):
-    """One update, on JAX the compiled one that Keras's own trainer makes."""
+    """Applies one update; on JAX it is compiled, as in Keras's trainer."""
     if keras.backend.backend() != "jax":
         optimizer.apply([keras.ops.convert_to_tensor(g) for g in grads], variables)
         return
@@ -50,11 +50,13 @@ def check(rule, layer_class, rate):
         x = keras.ops.convert_to_numpy(variable.value)
         size = max(np.abs(e).max(), np.abs(before).max())
         np.testing.assert_allclose(x, e, rtol=0, atol=5e-7 * size)
-        assert np.abs(e - before).max() > 1e-3 * size  # they have moved, a thousand times that
+        assert (
+            np.abs(e - before).max() > 1e-3 * size
+        )  # the change is 1000 times as large as the error
 
 
 def moved(rule, *calls, twice=False, **arguments):
-    """The optimizer and the variables, after an `apply` of each list of two gradients."""
+    """The optimizer and the weights after an `apply` of each list of two gradients."""
     variables = [keras.Variable(np.float32([[3, -4], [1, 2]]), name=name) for name in "ab"]
     optimizer = rule(0.5, weight_decay=0.01, **arguments)
     optimizer.build(variables)
@@ -73,7 +75,7 @@ def is_sparse(g):
 
 
 def sparse(g):
-    """The gradient as the backend's trainers may give that of an embedding."""
+    """The gradient in the sparse form that the backend has for an embedding."""
     if keras.backend.backend() == "jax":
         from jax.experimental.sparse import BCOO
 
@@ -98,7 +100,7 @@ def check_corners(rule):
     same(moved(rule, [sparse(g), h]), dense)
     two = moved(rule, [g + h, h], [g - h, h], gradient_accumulation_steps=2)
     same(two, dense)
-    # A variable that is there twice moves by the sum; the other does not move.
+    # A variable that is passed twice moves by the sum; the other does not move.
     (a, b), twice = dense[1], moved(rule, [g - h, h], twice=True)[1]
     np.testing.assert_allclose(twice[0], a, rtol=1e-6)
     assert (twice[1] == start[1][1]).all() and (twice[1] != b).any()
@@ -115,7 +117,7 @@ def check_corners(rule):
 
 
 def check_fit(rule, rate):
-    """A loaded model goes on as the saved one does; the rate is a variable of the user's."""
+    """A loaded model trains exactly as the saved one; the rate is a `keras.Variable`."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1, use_bias=False)])
     optimizer = rule(keras.Variable(rate), telemetry=True)
@@ -138,7 +140,8 @@ def check_fit(rule, rate):
         assert np.array_equal(*(keras.ops.convert_to_numpy(v.value) for v in (a, b)))
 
 
-if __name__ == "__main__":
+def main():
+    """All checks."""
     assert keras.backend.backend() == "tensorflow" or "tensorflow" not in sys.modules
     check(tf_lamb.LAMB, oracle.Lamb, 0.05)
     check(tf_lamb.LARS, oracle.Lars, 50.0)
@@ -147,3 +150,7 @@ if __name__ == "__main__":
     check_fit(tf_lamb.LAMB, 0.05)
     check_fit(tf_lamb.LARS, 5.0)
     print("agrees on", keras.backend.backend())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,6 @@
 """Updates of a model that is sharded over eight devices, on the JAX backend.
 
-test_layers_boundaries.py runs it in a fresh interpreter, where XLA_FLAGS makes eight devices of
-the CPU.
+test_imports.py runs it in a new interpreter, where XLA_FLAGS makes eight devices of the CPU.
 """
 
 import jax
@@ -12,21 +11,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tf_lamb
 
-# name: (shape, norm of the weights, how it lies on the devices)
+# name: (shape, norm of the weights, sharding)
 VARIABLES = {
     "table": ((16, 3), 30.0, ("model",)),
     "kernel": ((5, 8), 0.1, (None, "model")),
     "bias": ((8,), 1e-2, ("model",)),
     "gamma": ((6,), 2.0, ()),
     "temperature": ((), 0.7, ()),
-    "experts": ((8, 2, 3), 4.0, ("model",)),  # each slice a layer, on a device of its own
+    "experts": ((8, 2, 3), 4.0, ("model",)),  # each slice is a layer, on a device of its own
 }
 STEPS = 4
 LAMB, LARS = (tf_lamb.LAMB, oracle.Lamb, 0.05), (tf_lamb.LARS, oracle.Lars, 50.0)
 
 
 def drawn():
-    """float32 weights, and the gradients `[step][variable]`."""
+    """Random float32 weights, and gradients `[step][variable]`."""
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=shape) for shape, _, _ in VARIABLES.values()]
     norms = [norm for _, norm, _ in VARIABLES.values()]
@@ -35,7 +34,7 @@ def drawn():
 
 
 def expected(weights, gradients, layer_class, rate):
-    """The oracle's weights after the last step; a slice of the experts is a layer of its own."""
+    """The oracle's weights after the last step; each slice of the experts is a layer."""
     *whole, experts = weights
     layers = [layer_class(w, decayed=w.ndim > 1, adapted=w.ndim > 1) for w in whole]
     layers += [layer_class(w) for w in experts]
@@ -45,7 +44,7 @@ def expected(weights, gradients, layer_class, rate):
 
 
 def slots_of(optimizer):
-    """For each place in `optimizer.variables`, which of the model's variables it is a slot of."""
+    """For each of `optimizer.variables`, the index of the variable whose slot it is, or None."""
     own = {id(s): i for slot in optimizer._plan.slots for i, s in enumerate(slot)}
     return [own.get(id(v)) for v in optimizer.variables]
 
@@ -57,7 +56,7 @@ def same(arrays, shardings):
 
 
 def check_jit(rule, layer_class, rate):
-    """`stateless_apply` under `jax.jit`: results agree, and lie where their inputs lay."""
+    """`stateless_apply` under `jax.jit`: right results, with the sharding of their inputs."""
     mesh = Mesh(np.array(jax.devices()), ("model",))
     weights, gradients = drawn()
     variables = [keras.Variable(w, name=n) for n, w in zip(VARIABLES, weights, strict=True)]
@@ -83,17 +82,21 @@ def check_jit(rule, layer_class, rate):
         assert same(values, places) and same(state, state_places)
     assert step._cache_size() == 1
     text = step.lower(state, grads, values).compile().as_text()
-    assert "all-reduce" in text and "all-gather" not in text  # norms travel, weights never
+    assert (
+        "all-reduce" in text and "all-gather" not in text
+    )  # norms are communicated, weights are not
     for x, before, e in zip(
         values, weights, expected(weights, gradients, layer_class, rate), strict=True
     ):
         size = max(np.abs(e).max(), np.abs(before).max())
         np.testing.assert_allclose(np.asarray(x), e, rtol=0, atol=5e-7 * size)
-        assert np.abs(e - before).max() > 1e-3 * size  # they have moved, a thousand times that
+        assert (
+            np.abs(e - before).max() > 1e-3 * size
+        )  # the change is 1000 times as large as the error
 
 
 def trained(rule, rate, distribution=None):
-    """A small model after `fit` under a distribution of Keras's own."""
+    """A small model after `fit` with a distribution of Keras."""
     keras.utils.set_random_seed(0)
     keras.distribution.set_distribution(distribution)
     hidden, out = (
@@ -109,7 +112,7 @@ def trained(rule, rate, distribution=None):
 
 
 def distributions():
-    """One that shares out the examples, and one that shares out the weights as well."""
+    """One that shards the examples, and one that also shards the weights."""
     devices = keras.distribution.list_devices()
     mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
     layout = keras.distribution.LayoutMap(mesh)
@@ -120,7 +123,7 @@ def distributions():
 
 
 def check_distribution(rule, layer_class, rate):
-    """The slots lie where their weights lie, and the devices learn together what one learns."""
+    """The slots have the sharding of their weights; the result is that of one device."""
     alone = trained(rule, rate)
     for distribution in distributions():
         model = trained(rule, rate, distribution)
@@ -130,15 +133,20 @@ def check_distribution(rule, layer_class, rate):
         assert split == [parallel, parallel]
         for slot in model.optimizer._plan.slots:
             assert same([s.value for s in slot], [w.sharding for w in weights])
-        # The examples' gradients are summed in another order.
+        # Gradients are summed in another order.
         for w, e in zip(weights, alone.trainable_variables, strict=True):
             e = np.asarray(e.value)
             np.testing.assert_allclose(np.asarray(w), e, rtol=0, atol=2e-6 * np.abs(e).max())
 
 
-if __name__ == "__main__":
+def main():
+    """All checks."""
     assert keras.backend.backend() == "jax" and len(jax.devices()) == 8
     for kind in (LAMB, LARS):
         check_jit(*kind)
         check_distribution(*kind)
     print("agrees on jax")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The wheel holds the library alone, and the metadata says what it needs."""
+"""The wheel contains only the library, and its metadata lists the requirements."""
 
 import configparser
 import pathlib
@@ -9,8 +9,8 @@ import zipfile
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_the_wheel_holds_tf_lamb_alone(tmp_path):
-    # From a copy, so that no build folder is left in the project.
+def test_the_wheel_contains_only_tf_lamb(tmp_path):
+    # Building from a copy leaves no build folder in the project.
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -36,7 +36,7 @@ def test_the_wheel_holds_tf_lamb_alone(tmp_path):
 
 
 def test_each_extra_is_pinned_in_the_constraints():
-    """What `make` installs is what was tested, to the version."""
+    """`make` installs the versions that were tested."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]

@@ -1,4 +1,4 @@
-"""`scale_batch` holds the published tables, and agrees with the rule that recipes are scaled by."""
+"""`scale_batch` reproduces the published tables, and agrees with how recipes are scaled."""
 
 import dataclasses
 import doctest
@@ -19,7 +19,7 @@ IMAGES = 1_281_167
 
 
 def scale(batch_size_from=512, batch_size_to=1_024, **changes):
-    """`scale_batch` from the first column of Table 5."""
+    """`scale_batch`, by default from the first column of Table 5."""
     schedule = {"learning_rate": 6.25e-4, "warmup_steps": 3_125, "total_steps": 1_000_000}
     return tf_lamb.scale_batch(batch_size_from, batch_size_to, **schedule | changes)
 
@@ -69,20 +69,20 @@ def test_half_a_step_is_rounded_up():
     assert scale(1, 3, warmup_steps=0, total_steps=10).total_steps == 3
 
 
-def test_the_result_holds_python_numbers():
+def test_the_result_consists_of_python_numbers():
     scaled = scale(
         np.int64(512),
         np.int32(2_048),
         learning_rate=np.float32(0.5),
         warmup_steps=np.int64(10),
-        total_steps=np.int32(2**30),  # twice that is beyond int32
+        total_steps=np.int32(2**30),  # twice that overflows int32
     )
     assert scaled == (1.0, 10, 2**28)
     assert [type(value) for value in scaled] == [float, int, int]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"rule": "cubic"}, "`rule` must be one of 'sqrt', 'linear'. Received: rule='cubic'"),
         ({"batch_size_from": 0}, "`batch_size_from` must be an integer >= 1. Received: .*=0"),
@@ -99,17 +99,17 @@ def test_the_result_holds_python_numbers():
         ),
     ],
 )
-def test_what_cannot_be_scaled_is_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_arguments_that_cannot_be_scaled_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         scale(**changes)
 
 
 @pytest.mark.parametrize("rule", batch_scaling.RULES)
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_are_scaled_by_the_same_rule(name, rule):
-    """`recipes` imports nothing of the library, so it has the two factors a second time."""
+    """`recipes` does not import the library, so it computes the two factors again."""
     recipe = recipes.find_recipe(name)
-    # A published phase keeps the number of examples that its steps were rounded from.
+    # A published phase has a number of examples, from which its steps are computed.
     first = dataclasses.replace(recipe.phases[0], examples=None)
     recipe = dataclasses.replace(recipe, phases=(first,))
     compared = 0

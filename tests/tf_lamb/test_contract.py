@@ -1,7 +1,6 @@
-"""What the optimizers rely on in Keras and TensorFlow, and what they promise about the program.
+"""The private hooks of Keras that the optimizers override, and the programs that they compile.
 
-The hooks are private: when a new Keras moves one, the first test here fails before any number
-is wrong.
+When a new Keras renames a hook, the first test here fails.
 """
 
 import inspect
@@ -36,7 +35,7 @@ def staged(optimizer):
 
 
 def operations(flavour, **arguments):
-    """Operations of one LAMB step as a graph: those outside XLA, and a Counter for each cluster."""
+    """Operations in the graph of one LAMB step: outside XLA, and a Counter for each cluster."""
     variables = make_variables(flavour, random_weights())
     optimizer = flavour.lamb.LAMB(0.1, **arguments)
     optimizer.build(variables)
@@ -52,7 +51,7 @@ def operations(flavour, **arguments):
 
     def walk(nodes):
         for node in nodes:
-            # A call has its function as "f"; an update that may be skipped stands in a branch.
+            # A call names its function "f"; an update that may be skipped is in a branch.
             names = ("f", "then_branch", "else_branch")
             called = [functions[node.attr[name].func.name] for name in names if name in node.attr]
             if not called:
@@ -68,7 +67,7 @@ def operations(flavour, **arguments):
     return outside, clusters
 
 
-def test_the_private_hooks_are_where_we_override_them(flavour):
+def test_the_private_hooks_have_the_expected_parameters(flavour):
     base = flavour.keras.optimizers.Optimizer
     for name, parameters in HOOKS[flavour.name].items():
         found = [p for p in inspect.signature(getattr(base, name)).parameters if p != "self"]
@@ -76,8 +75,8 @@ def test_the_private_hooks_are_where_we_override_them(flavour):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_base_neither_clips_nor_decays(flavour, rule):
-    """Both would happen before the sum over the replicas, or outside the ratio."""
+def test_the_base_class_neither_clips_nor_decays(flavour, rule):
+    """It would clip before the sum over the replicas, and decay outside the trust ratio."""
     variables = make_variables(flavour, random_weights())
     optimizer = getattr(flavour.lamb, rule)(0.1, weight_decay=0.5, clipnorm=1e-3)
     optimizer.build(variables)
@@ -104,18 +103,18 @@ def test_each_layer_is_an_xla_cluster(flavour):
     outside, clusters = operations(flavour, global_clipnorm=1.0)
     assert len(clusters) == len(LAYERS)
     assert all({"Sqrt", "Mul", "AssignVariableOp"} <= set(ops) for _, ops in clusters)
-    # One reading of each gradient, the counters, the rate; nothing else for each layer.
+    # Each gradient is read once, for its sum of squares; nothing else outside depends on a layer.
     assert outside.count("L2Loss") == len(LAYERS)
-    assert outside.count("AssignVariableOp") <= 1  # Keras 3 counts with one
+    assert outside.count("AssignVariableOp") <= 1  # Keras 3 counts the steps with one
 
 
-def test_layers_that_are_alike_share_a_program(flavour):
+def test_similar_layers_share_a_program(flavour):
     names = [f"layer_{i}/kernel" for i in range(6)]
     beta_1 = {"keras3": 0.77, "tf_keras": 0.78}[flavour.name]
     weights = [np.ones((4, 3), np.float32)] * 5 + [np.ones((3, 4), np.float32)]
     run = Run(
         flavour,
-        # Arguments that no other test has: programs are shared among optimizers.
+        # Arguments that no other test has, because optimizers share their programs.
         lambda: flavour.lamb.LAMB(0.1, beta_1=beta_1, exclude_from_weight_decay=["layer_[01]"]),
         weights,
         names=names,
@@ -138,7 +137,7 @@ def test_an_excluded_layer_adds_no_ops(flavour):
     every_layer = count()
     no_bias = count(exclude_from_weight_decay=["bias"])
     no_layer = count(exclude_from_weight_decay=["."])
-    # A ratio is two norms, each one sum and one root, and a quotient; the decay is one product.
+    # A ratio is a quotient of two norms, each a sum and a square root; the decay is one product.
     for op, each in {"Sum": 2, "Sqrt": 2, "DivNoNan": 1, "SelectV2": 2}.items():
         assert every_layer[op] - no_bias[op] == each, op
         assert every_layer[op] - no_layer[op] == each * len(LAYERS), op
@@ -146,8 +145,8 @@ def test_an_excluded_layer_adds_no_ops(flavour):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras 3's own, and right
-def test_a_variable_without_a_gradient_is_left_alone(flavour, rule):
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras 3's warning is correct
+def test_a_variable_without_a_gradient_does_not_change(flavour, rule):
     run = Run(flavour, lambda: getattr(flavour.lamb, rule)(0.1), random_weights())
     first, second, *_ = random_gradients(1)
     run.step(first)
@@ -175,7 +174,7 @@ def test_a_variable_without_a_gradient_is_left_alone(flavour, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_what_would_bypass_the_whole_model_is_refused(flavour, rule):
+def test_methods_that_update_single_variables_are_refused(flavour, rule):
     optimizer = getattr(flavour.lamb, rule)(0.1)
     with pytest.raises(RuntimeError, match="exclude_from_weight_decay=\\[patterns\\]"):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -185,16 +184,16 @@ def test_what_would_bypass_the_whole_model_is_refused(flavour, rule):
 
 def test_a_parameter_server_is_refused(flavour, monkeypatch):
     optimizer = flavour.lamb.LAMB(0.1)
-    # Without a cluster there is no way to make a whole one.
+    # The constructor of the strategy needs a cluster.
     server = object.__new__(tf.distribute.experimental.ParameterServerStrategy)
     monkeypatch.setattr(optimizer, "_distribution_strategy", server)
     with pytest.raises(ValueError, match="MirroredStrategy"):
         optimizer.build(make_variables(flavour, [np.ones(2, np.float32)], ["w"]))
 
 
-def run_beside(flavour, optimizer, weights, gradients):
+def weights_of(flavour, optimizer, weights, gradients):
     """float64 weights `[step][layer]` of any optimizer of the flavour."""
-    return Run(flavour, lambda: optimizer, weights).history(gradients)
+    return Run(flavour, lambda: optimizer, weights, graph=False).history(gradients)
 
 
 def test_lamb_without_ratio_and_decay_is_adam(flavour):
@@ -202,10 +201,10 @@ def test_lamb_without_ratio_and_decay_is_adam(flavour):
     bare = flavour.lamb.LAMB(
         0.01, weight_decay=0.0, epsilon=1e-30, exclude_from_layer_adaptation=["."]
     )
-    ours = run_beside(flavour, bare, weights, gradients)
-    # Its epsilon stands elsewhere, so both are tiny; its own bias correction is off by 1e-5.
+    ours = weights_of(flavour, bare, weights, gradients)
+    # Adam adds epsilon elsewhere, so both are tiny; its bias correction has an error of 1e-5.
     adam = flavour.keras.optimizers.Adam(0.01, epsilon=1e-30)
-    for x, e in zip(ours[-1], run_beside(flavour, adam, weights, gradients)[-1], strict=True):
+    for x, e in zip(ours[-1], weights_of(flavour, adam, weights, gradients)[-1], strict=True):
         np.testing.assert_allclose(x, e, rtol=0, atol=1e-6 + 3e-7 * np.abs(e).max())
     layers = [oracle.Lamb(x, weight_decay=0.0, epsilon=1e-30, adapted=False) for x in weights]
     assert_agrees(ours, oracle.history(layers, gradients, [0.01] * len(gradients)))
@@ -218,20 +217,22 @@ def test_lars_without_ratio_and_decay_is_momentum_sgd(flavour, nesterov):
         0.01, weight_decay=0.0, nesterov=nesterov, exclude_from_layer_adaptation=["."]
     )
     sgd = flavour.keras.optimizers.SGD(0.01, momentum=0.9, nesterov=nesterov)
-    theirs = run_beside(flavour, sgd, weights, gradients)
-    assert_agrees(run_beside(flavour, bare, weights, gradients), theirs)
+    theirs = weights_of(flavour, sgd, weights, gradients)
+    assert_agrees(weights_of(flavour, bare, weights, gradients), theirs)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_size_of_the_gradients_does_not_matter(flavour, rule):
-    """Every layer takes a step of its weights' size. A power of two, so that no bit changes."""
+def test_scaling_the_gradients_changes_nothing(flavour, rule):
+    """The scale is a power of two, so that not a single bit changes."""
     arguments = {"LAMB": {"epsilon": 1e-30}, "LARS": {"weight_decay": 0.0}}[rule]
     weights, gradients = random_weights(), random_gradients(1)
-    zero = list(LAYERS).index("zero/kernel")  # there the ratio is 1, and LARS sees the size
+    zero = list(LAYERS).index(
+        "zero/kernel"
+    )  # with weights of 0 the ratio is 1, and LARS depends on the scale
     weights[zero] = np.ones_like(weights[zero])
     scaled = [[[g * 1024 for g in grads] for grads in replicas] for replicas in gradients]
     make = getattr(flavour.lamb, rule)
-    small = run_beside(flavour, make(0.1, **arguments), weights, gradients)
-    large = run_beside(flavour, make(0.1, **arguments), weights, scaled)
+    small = weights_of(flavour, make(0.1, **arguments), weights, gradients)
+    large = weights_of(flavour, make(0.1, **arguments), weights, scaled)
     assert all(np.array_equal(a, b) for a, b in zip(small[-1], large[-1], strict=True))
     assert not np.array_equal(small[-1][0], small[0][0])

@@ -1,7 +1,10 @@
-"""No argument is silently ignored: each one, off its default, changes what an optimizer does.
+"""No argument is silently ignored: a value other than the default changes what an optimizer does.
 
-What it does: weights after each of a few steps, the last with a NaN in it; the dtypes and number
-of its variables; telemetry; the program; its name and what it prints.
+That is: the weights after each of a few steps, the last with a NaN in it; the dtypes and number of
+its variables; the telemetry; whether it compiles; its name and its `repr`.
+
+The updates run eagerly. A program is looked up by its arguments there, too, so an argument that is
+missing in the key of the cache is found, and nothing is traced or compiled.
 """
 
 import contextlib
@@ -57,7 +60,7 @@ VALUES = {
     "LARS": SHARED
     | {"momentum": 0.5, "trust_coefficient": 0.1, "nesterov": True, "form": "tf-models"},
 }
-# An argument that only counts beside another one.
+# Arguments that have an effect only together with others.
 BESIDE = {
     "ema_momentum": {"use_ema": True},
     "ema_overwrite_frequency": {"use_ema": True},
@@ -67,20 +70,19 @@ CASES = [(rule, argument) for rule, values in VALUES.items() for argument in val
 
 
 def arguments_of(optimizer_class):
-    """Names of the constructor's arguments, Keras's own in this flavour included."""
+    """Names of the constructor's arguments, including those of Keras in this flavour."""
     own = inspect.signature(optimizer_class.__init__).parameters
     named = {name for name, p in own.items() if p.kind != p.VAR_KEYWORD and name != "self"}
     return named | set(optimizer_class._base_parameters())
 
 
 def behaviour(flavour, rule, arguments):
-    """All that one can see of an optimizer, as named bytes and strings."""
+    """Everything a user can see of an optimizer, as named bytes and strings."""
     rng = np.random.default_rng(7)
     weights = [np.float32(rng.normal(size=s) * z) for s, z in zip(SHAPES, SIZES, strict=True)]
     arguments = {"learning_rate": 0.05} | arguments
-    run = Run(
-        flavour, lambda: getattr(flavour.lamb, rule)(**arguments), weights, graph=False, names=NAMES
-    )
+    make = lambda: getattr(flavour.lamb, rule)(**arguments)  # noqa: E731
+    run = Run(flavour, make, weights, graph=False, names=NAMES, compiled=False)
     seen = {}
     for step in range(5):
         grads = [np.float32(rng.normal(size=shape) * 2.0**step) for shape in SHAPES]
@@ -89,7 +91,7 @@ def behaviour(flavour, rule, arguments):
         run.step([grads])
         seen[f"weights after {step + 1}"] = [x.tobytes() for x in run.weights()]
     optimizer = run.optimizer
-    # With EMA, Keras gives the averages to the model when training ends.
+    # With EMA, Keras assigns the averages to the model at the end of training.
     if optimizer.use_ema:
         optimizer.finalize_variable_values(run.variables)
         seen["averages"] = [x.tobytes() for x in run.weights()]
@@ -102,8 +104,8 @@ def behaviour(flavour, rule, arguments):
 
 
 @pytest.fixture(scope="module")
-def usual(flavour):
-    """Behaviour by (rule, arguments beside it), each run once."""
+def default_behaviour(flavour):
+    """A function of (rule, other arguments) that returns the behaviour, computed once."""
     known = {}
 
     def look_up(rule, beside):
@@ -115,7 +117,7 @@ def usual(flavour):
     return look_up
 
 
-def test_every_argument_is_here(flavour):
+def test_every_argument_is_tested(flavour):
     for rule, values in VALUES.items():
         assert arguments_of(getattr(flavour.lamb, rule)) == set(values)
 
@@ -129,14 +131,14 @@ def test_arguments_that_tf_keras_lacks_are_refused():
 
 
 @pytest.mark.parametrize(("rule", "argument"), CASES, ids=["-".join(case) for case in CASES])
-def test_no_argument_is_silently_ignored(flavour, usual, rule, argument):
+def test_no_argument_is_silently_ignored(flavour, default_behaviour, rule, argument):
     if flavour.name == "tf_keras" and argument in layerwise.KERAS_3_ONLY:
-        return  # refused, see above
+        return  # refused, see test_arguments_that_tf_keras_lacks_are_refused
     beside = BESIDE.get(argument, {})
-    plain, (plain_name, plain_text) = usual(rule, beside)
+    plain, (plain_name, plain_text) = default_behaviour(rule, beside)
     value = VALUES[rule][argument]
     seen, (name, text) = behaviour(flavour, rule, beside | {argument: value})
-    if argument in ("name", "based_on"):  # they only say what it is
+    if argument in ("name", "based_on"):  # these only name it
         assert seen == plain and (name, text) != (plain_name, plain_text)
     else:
         assert seen != plain

@@ -1,6 +1,6 @@
-"""The ready exclusion lists, beside what every recorded model's variables are.
+"""The default exclusions, compared with the kinds of the variables of many models.
 
-`benchmarks.exclusions` wrote data/exclusions.json.gz, and says what the kinds are.
+`benchmarks.exclusions` wrote data/exclusions.json.gz and describes the kinds.
 """
 
 import gzip
@@ -28,13 +28,13 @@ PUBLISHED = {
 }
 
 
-def decided(patterns, path):
+def is_excluded(patterns, path):
     return exclusions.left_alone(patterns, path)
 
 
 @LISTS
 @pytest.mark.parametrize("library", sorted({name.split("/")[0] for name in MODELS}))
-def test_norms_and_biases_and_nothing_else(library, patterns):
+def test_only_norms_and_biases_are_excluded(library, patterns):
     of = [(name, kinds) for name, kinds in MODELS.items() if name.split("/")[0] == library]
     wrong = [
         (name, kind, path)
@@ -47,17 +47,17 @@ def test_norms_and_biases_and_nothing_else(library, patterns):
 
 
 @LISTS
-def test_gains_are_left_alone(patterns):
+def test_gains_are_excluded(patterns):
     gains = [path for kinds in MODELS.values() for path in kinds["gain"]]
-    assert len(gains) > 10 and all(decided(patterns, path) for path in gains)
+    assert len(gains) > 10 and all(is_excluded(patterns, path) for path in gains)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_models_are_decided_as_published(name):
+def test_published_models_have_their_published_exclusions(name):
     paths = [path for of_kind in MODELS[name].values() for path in of_kind]
     for patterns in (BERT_EXCLUSIONS, RESNET_EXCLUSIONS):
         for path in paths:
-            assert decided(patterns, path) == bool(re.search(PUBLISHED[name], path)), path
+            assert is_excluded(patterns, path) == bool(re.search(PUBLISHED[name], path)), path
 
 
 @LISTS
@@ -98,12 +98,12 @@ def test_the_published_models_are_decided_as_published(name):
         ("relative_attention_bias/embeddings", False),
     ],
 )
-def test_names_of_ones_own(path, expected, patterns):
-    assert decided(patterns, path) == expected
+def test_paths_of_other_models(path, expected, patterns):
+    assert is_excluded(patterns, path) == expected
 
 
-def test_one_pattern_each_so_that_it_is_found_in_every_model():
-    """A pattern that matches no variable is an error: a model without biases has norms."""
+def test_each_list_is_one_pattern_that_matches_in_every_model():
+    """A pattern without a match warns, so biases and norms are one pattern."""
     assert len(BERT_EXCLUSIONS) == len(RESNET_EXCLUSIONS) == 1
     without_norms = keras.Sequential([keras.layers.Input([2]), keras.layers.Dense(2)])
     without_biases = keras.Sequential(

@@ -1,4 +1,4 @@
-"""Five steps with the original, migrate, five with ours: as if the original had gone on."""
+"""Five steps with another optimizer, `migrate`, five with ours: as ten with the other optimizer."""
 
 import collections
 import contextlib
@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from drive import LAYERS, largest, make_variables, random_gradients, random_weights
+from drive import (
+    LAYERS,
+    largest,
+    make_variables,
+    random_gradients,
+    random_weights,
+    run_eagerly,
+)
 from official.modeling.optimization import lamb as official_lamb
 from official.modeling.optimization import lars as official_lars
 
@@ -57,7 +64,7 @@ CASES = {
 
 
 class Original:
-    """A case's original on the layers of drive.py, after five steps."""
+    """The original optimizer of a case on the layers of drive.py, after five steps."""
 
     def __init__(self, case, wrap=lambda optimizer: optimizer, strategy=None):
         make, self.rule, self.variant, self.rate, self.arguments = CASES[case]
@@ -74,7 +81,7 @@ class Original:
         apply(self.optimizer, self.variables, gradients)
 
     def ours(self, flavour, names=NAMES, **changed):
-        """`(optimizer, variables)`: ours, built, with the original's weights as they are now."""
+        """`(optimizer, variables)`: ours, built for copies of the original's weights."""
         values = [np.array(v.numpy()) for v in self.variables]
         variables = make_variables(flavour, values, names)
         arguments = self.arguments | changed
@@ -85,7 +92,7 @@ class Original:
 
 
 def _namespace(module):
-    """What `make_variables` needs of a flavour."""
+    """The attributes of a flavour that `make_variables` reads."""
     keras3 = module is keras
     return collections.namedtuple("Flavour", ["Variable", "name_scope"])(
         keras.Variable if keras3 else tf.Variable, keras.name_scope if keras3 else tf.name_scope
@@ -98,11 +105,12 @@ def apply(optimizer, variables, gradients):
         optimizer.apply_gradients(list(pairs))
 
 
-def assert_goes_on(original, optimizer, variables):
-    """Both take five steps more, and end at the same weights."""
+def assert_resumes(original, optimizer, variables, compiled=False):
+    """Asserts that both end at the same weights after five more steps."""
     before = [v.numpy() for v in variables]
     original.apply(SECOND)
-    apply(optimizer, variables, SECOND)
+    with contextlib.nullcontext() if compiled else run_eagerly():
+        apply(optimizer, variables, SECOND)
     for v, x, start in zip(original.variables, variables, before, strict=True):
         error, moved = largest(x.numpy() - v.numpy()), largest(v.numpy() - start)
         assert error <= 1e-5 * moved + 2**-21 * max(largest(start), largest(v.numpy()))
@@ -117,7 +125,7 @@ def state(optimizer):
 
 @contextlib.contextmanager
 def refused(optimizer, *parts):
-    """A `ValueError` with these texts in it, and an optimizer as it was."""
+    """Expects a `ValueError` that contains `parts`, and an unchanged optimizer."""
     before = state(optimizer)
     with pytest.raises(ValueError) as error:
         yield
@@ -127,23 +135,23 @@ def refused(optimizer, *parts):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_goes_on(case, flavour):
+def test_training_resumes(case, flavour):
     original = Original(case)
     optimizer, variables = original.ours(flavour)
     migrate(original.optimizer, optimizer)
-    assert_goes_on(original, optimizer, variables)
+    assert_resumes(original, optimizer, variables, compiled=True)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_without_migration_it_does_not(case, keras3):
+def test_without_migration_the_weights_differ(case, keras3):
     original = Original(case)
     with pytest.raises(AssertionError):
-        assert_goes_on(original, *original.ours(keras3))
+        assert_resumes(original, *original.ours(keras3))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "Keras"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_from_a_checkpoint(case, wrapped, flavour, tmp_path):
+def test_training_resumes_from_a_checkpoint(case, wrapped, flavour, tmp_path):
     original = Original(case)
     saved = original.optimizer
     if wrapped:
@@ -153,10 +161,10 @@ def test_from_a_checkpoint(case, wrapped, flavour, tmp_path):
     for place in (path, tmp_path):
         optimizer, variables = original.ours(flavour)
         migrate(place, optimizer)
-    assert_goes_on(original, optimizer, variables)
+    assert_resumes(original, optimizer, variables)
 
 
-def test_loss_scales_and_replicas_on_either_side(flavour, mirrored):
+def test_loss_scale_optimizers_and_two_replicas(flavour, mirrored):
     wrap = tf_keras.mixed_precision.LossScaleOptimizer
     original = Original("tf-models LAMB", wrap, strategy=mirrored)
     with mirrored.scope():
@@ -176,7 +184,7 @@ def test_loss_scales_and_replicas_on_either_side(flavour, mirrored):
             assert layer.after[slot] == pytest.approx(np.linalg.norm(theirs), rel=1e-6)
 
 
-def test_half_the_memory_and_accumulation(keras3):
+def test_a_bfloat16_moment_and_accumulation(keras3):
     original = Original("tf-models LAMB")
     more = {"moment_dtype": "bfloat16", "gradient_accumulation_steps": 4}
     optimizer, _ = original.ours(keras3, **more)
@@ -188,7 +196,7 @@ def test_half_the_memory_and_accumulation(keras3):
     np.testing.assert_array_equal(m.numpy(), tf.cast(theirs, "bfloat16").numpy())
 
 
-def test_the_report(flavour):
+def test_the_report_shows_names_norms_and_steps(flavour):
     original = Original("tf-models LAMB")
     names = [name.replace("embed/", "encoder/") for name in NAMES]
     optimizer, _ = original.ours(flavour, names)
@@ -212,7 +220,7 @@ def test_the_report(flavour):
     assert (again.step_before, again.step_after, int(optimizer.iterations)) == (5, 7, 7)
 
 
-def test_other_names(flavour):
+def test_names_that_differ_are_mapped_or_refused(flavour):
     original = Original("tf-models LAMB")
     names = [f"model/{name}" for name in NAMES]
     optimizer, variables = original.ours(flavour, names)
@@ -226,10 +234,10 @@ def test_other_names(flavour):
         mapping = {"nothing": "nobody"}
         migrate(original.optimizer, optimizer, rename=lambda n: f"model/{n}", mapping=mapping)
     migrate(original.optimizer, optimizer, rename=lambda name: f"model/{name}")
-    assert_goes_on(original, optimizer, variables)
+    assert_resumes(original, optimizer, variables)
 
 
-def test_other_variables_and_shapes(flavour):
+def test_missing_variables_and_other_shapes_are_refused(flavour):
     original = Original("tf-models LAMB")
     values = [v.numpy() for v in original.variables]
     fewer = flavour.lamb.LAMB()
@@ -240,11 +248,11 @@ def test_other_variables_and_shapes(flavour):
         migrate(original.optimizer, fewer, by_order=True)
     other = flavour.lamb.LAMB()
     other.build(make_variables(flavour, [*values[:-1], values[-1].T], NAMES))
-    with refused(other, "still/kernel: (2, 3); the source's m of still/kernel: (3, 2)"):
+    with refused(other, "still/kernel: (7, 13); the source's m of still/kernel: (13, 7)"):
         migrate(original.optimizer, other)
 
 
-def test_another_rule(flavour, tmp_path):
+def test_another_rule_is_refused(flavour, tmp_path):
     lamb, lars = Original("tf-models LAMB"), Original("tf-models LARS")
     scaled = Original("tf-models LARS, rate at the end")
     ours, _ = lamb.ours(flavour)
@@ -269,7 +277,7 @@ def test_another_rule(flavour, tmp_path):
         migrate(lamb.optimizer, flavour.lamb.LAMB())
 
 
-def test_a_checkpoint_without_one_optimizer(keras3, tmp_path):
+def test_a_checkpoint_needs_exactly_one_optimizer(keras3, tmp_path):
     original = Original("tf-models LAMB")
     ours, _ = original.ours(keras3)
     path = tf.train.Checkpoint(v=list(original.variables)).save(str(tmp_path / "none"))
@@ -288,7 +296,7 @@ def test_a_checkpoint_without_one_optimizer(keras3, tmp_path):
         migrate(named, ours)
 
 
-# optax's state is known by the names of its types, so these stand in for it.
+# `migrate` recognises optax's state by the names of its types, so these need no optax.
 ScaleByAdamState = collections.namedtuple("ScaleByAdamState", "count mu nu")
 TraceState = collections.namedtuple("TraceState", "trace")
 ScaleByScheduleState = collections.namedtuple("ScaleByScheduleState", "count")
@@ -327,7 +335,7 @@ def test_a_state_of_optax_lamb(flavour):
     assert int(optimizer.iterations) == 6
 
 
-def test_a_state_of_optax_lars_has_the_other_sign(flavour):
+def test_the_trace_of_optax_lars_changes_its_sign(flavour):
     optimizer, trace = small(flavour, "LARS")
     before = (EmptyState(), MaskedState(EmptyState()))
     constant = (*before, EmptyState(), TraceState(trace))
@@ -344,7 +352,7 @@ def test_a_state_of_optax_lars_has_the_other_sign(flavour):
 
 
 @pytest.mark.parametrize("rule", ["lamb", "lars"])
-def test_training_goes_on_from_optax(rule, flavour):
+def test_training_resumes_from_optax(rule, flavour):
     optax = pytest.importorskip("optax")
     rate = {"lamb": 0.05, "lars": 50.0}[rule]
     original = getattr(optax, rule)(optax.constant_schedule(rate), weight_decay=0.01)

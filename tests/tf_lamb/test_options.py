@@ -1,4 +1,4 @@
-"""What Keras puts around the update works around ours: EMA, accumulation, loss scales, policies."""
+"""Options of Keras around the update: EMA, accumulation, loss scales, mixed precision."""
 
 import contextlib
 
@@ -6,9 +6,23 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from drive import Run, assert_agrees, copies, random_gradients, random_weights
+from drive import FEW_LAYERS, Run, assert_agrees, copies
+from drive import random_gradients as all_gradients
+from drive import random_weights as all_weights
 
 RATE, MOMENTUM = 0.05, 0.75
+
+
+def random_weights():
+    return all_weights(names=FEW_LAYERS)
+
+
+def random_gradients(replicas):
+    return all_gradients(replicas, names=FEW_LAYERS)
+
+
+def run_of(flavour, make, strategy=None):
+    return Run(flavour, make, random_weights(), strategy, names=FEW_LAYERS)
 
 
 def lamb(flavour, **arguments):
@@ -20,12 +34,12 @@ def oracle_layers():
 
 
 def averaged(flavour, gradients, overwrite):
-    """The oracle's weights `[step][layer]`, and their moving average at the end."""
+    """The oracle's weights `[step][layer]`, and their moving averages at the end."""
     layers = oracle_layers()
     weights, averages = [[layer.x for layer in layers]], [layer.x for layer in layers]
     for step, replicas in enumerate(gradients, start=1):
         after = oracle.history(layers, [replicas], [RATE])[-1]
-        # Keras 3 starts from the weights after the first step, tf_keras from those before it.
+        # The average starts at the weights after the first step in Keras 3, before it in tf_keras.
         kept = 0.0 if flavour.name == "keras3" and step == 1 else MOMENTUM
         averages = [kept * a + (1 - kept) * x for a, x in zip(averages, after, strict=True)]
         if overwrite and step % overwrite == 0:
@@ -40,7 +54,7 @@ def averaged(flavour, gradients, overwrite):
 def test_ema(flavour, mirrored, replicas, overwrite):
     gradients = random_gradients(replicas)
     make = lamb(flavour, use_ema=True, ema_momentum=MOMENTUM, ema_overwrite_frequency=overwrite)
-    run = Run(flavour, make, random_weights(), mirrored if replicas == 2 else None)
+    run = run_of(flavour, make, mirrored if replicas == 2 else None)
     weights, averages = averaged(flavour, gradients, overwrite)
     assert_agrees(run.history(gradients), weights)
     run.optimizer.finalize_variable_values(run.variables)
@@ -49,11 +63,11 @@ def test_ema(flavour, mirrored, replicas, overwrite):
 
 
 @pytest.mark.parametrize("overwrite", [None, 2])
-def test_an_update_that_is_skipped_moves_no_average(flavour, overwrite):
-    """Nor does it count for the overwriting."""
+def test_a_skipped_update_leaves_the_averages(flavour, overwrite):
+    """It does not count as an update for `ema_overwrite_frequency`, either."""
     gradients = random_gradients(1)
     make = lamb(flavour, use_ema=True, ema_momentum=MOMENTUM, ema_overwrite_frequency=overwrite)
-    run = Run(flavour, make, random_weights())
+    run = run_of(flavour, make)
     for step, replicas in enumerate(gradients):
         if step in (0, 3):
             run.step([[np.full_like(g, np.nan) for g in replicas[0]]])
@@ -67,7 +81,7 @@ def test_an_update_that_is_skipped_moves_no_average(flavour, overwrite):
 
 
 def means_of(gradients):
-    """The mean of each two steps, of the sum over the replicas: `[step][0][layer]`."""
+    """The mean over each pair of steps of the sum over the replicas: `[step][0][layer]`."""
     summed = [[sum(shares) for shares in zip(*replicas, strict=True)] for replicas in gradients]
     pairs = zip(summed[::2], summed[1::2], strict=True)
     return [[[(a + b) / 2 for a, b in zip(first, second, strict=True)]] for first, second in pairs]
@@ -76,11 +90,11 @@ def means_of(gradients):
 @pytest.mark.parametrize("overwrite", [None, 2])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_averages_count_updates_of_accumulated_gradients(keras3, mirrored, replicas, overwrite):
-    """Unlike Keras's own, which move with each call."""
+    """Keras's own averages count calls."""
     gradients = random_gradients(replicas)[:4] * 2
     ema = {"use_ema": True, "ema_momentum": MOMENTUM, "ema_overwrite_frequency": overwrite}
     make = lamb(keras3, gradient_accumulation_steps=2, **ema)
-    run = Run(keras3, make, random_weights(), mirrored if replicas == 2 else None)
+    run = run_of(keras3, make, mirrored if replicas == 2 else None)
     found = run.history(gradients)
     weights, averages = averaged(keras3, means_of(gradients), overwrite)
     assert_agrees(found[::2], weights)
@@ -92,7 +106,7 @@ def test_averages_count_updates_of_accumulated_gradients(keras3, mirrored, repli
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_gradients_accumulate(keras3, mirrored, replicas):
     strategy = mirrored if replicas == 2 else None
-    run = Run(keras3, lamb(keras3, gradient_accumulation_steps=2), random_weights(), strategy)
+    run = run_of(keras3, lamb(keras3, gradient_accumulation_steps=2), strategy)
     gradients = random_gradients(replicas)[:4]
     weights = run.history(gradients)
     for between, before in ((1, 0), (3, 2)):
@@ -103,8 +117,8 @@ def test_gradients_accumulate(keras3, mirrored, replicas):
     assert_agrees(weights[::2], exact)
 
 
-def test_a_loss_scale_factor_is_undone(keras3):
-    run = Run(keras3, lamb(keras3, loss_scale_factor=512.0), random_weights())
+def test_gradients_are_divided_by_the_loss_scale_factor(keras3):
+    run = run_of(keras3, lamb(keras3, loss_scale_factor=512.0))
     gradients = random_gradients(1)
     scaled = [[[g * 512 for g in grads] for grads in replicas] for replicas in gradients]
     assert float(run.optimizer.scale_loss(tf.constant(2.0))) == 1024.0
@@ -118,10 +132,10 @@ def loss_scaled(flavour, inner):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_dynamic_loss_scale_skips_what_is_not_finite(flavour, mirrored, replicas):
+def test_a_dynamic_loss_scale_skips_gradients_that_are_not_finite(flavour, mirrored, replicas):
     strategy = mirrored if replicas == 2 else None
-    run = Run(flavour, lambda: loss_scaled(flavour, lamb(flavour)()), random_weights(), strategy)
-    # tf_keras leaves the unscaling to the training loop, and counts a skipped step.
+    run = run_of(flavour, lambda: loss_scaled(flavour, lamb(flavour)()), strategy)
+    # In tf_keras the training loop unscales the gradients, and a skipped step is counted.
     scale = 512.0 if flavour.name == "keras3" else 1.0
     gradients = random_gradients(replicas)
     scaled = [[[g * scale for g in grads] for grads in shares] for shares in gradients]
@@ -183,20 +197,20 @@ def test_mixed_precision_learns(flavour, policy, mirrored, rule, replicas):
 
 
 @pytest.mark.parametrize("rule", ["LAMB", "LARS"])
-def test_what_a_first_moment_in_bfloat16_costs(keras3, rule):
-    """After five steps the way gone differs by less than 1/128 of itself, and by something."""
+def test_the_error_of_a_bfloat16_first_moment(keras3, rule):
+    """After five steps the total change of the weights has an error below 1/128, but above 0."""
     rate = {"LAMB": 0.05, "LARS": 10.0}[rule]
-    gone = {}
+    changes = {}
     for dtype in ("float32", "bfloat16"):
         optimizer = getattr(keras3.lamb, rule)
-        run = Run(keras3, lambda o=optimizer, d=dtype: o(rate, moment_dtype=d), random_weights())
+        run = run_of(keras3, lambda o=optimizer, d=dtype: o(rate, moment_dtype=d))
         for gradients in random_gradients(1)[:5]:
             run.step(gradients)
         ends = [copies(run.strategy, variable)[0] for variable in run.variables]
-        gone[dtype] = [
+        changes[dtype] = [
             np.asarray(end, np.float64) - start
             for end, start in zip(ends, random_weights(), strict=True)
         ]
-    for exact, near in zip(gone["float32"], gone["bfloat16"], strict=True):
+    for exact, near in zip(changes["float32"], changes["bfloat16"], strict=True):
         assert np.linalg.norm(near - exact) < 2**-7 * np.linalg.norm(exact)
-    assert any((near != exact).any() for exact, near in zip(*gone.values(), strict=True))
+    assert any((near != exact).any() for exact, near in zip(*changes.values(), strict=True))

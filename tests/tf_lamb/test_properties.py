@@ -1,7 +1,7 @@
-"""What holds for any model: no NaN out of finite input, exclusions, invariances (Hypothesis).
+"""Properties of any model, with Hypothesis: no NaN from finite input, exclusions, invariances.
 
-On the rules themselves, `Layerwise._updated`, without a program around them; shapes from scalar to
-4-D and empty, norms from 1e-30 to 1e30, every dtype of the weights.
+They are tested on `Layerwise._updated`, which is not compiled, with shapes of rank 0 to 4, empty
+ones included, norms from 1e-30 to 1e30, and every dtype of the weights.
 """
 
 import contextlib

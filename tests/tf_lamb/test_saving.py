@@ -1,26 +1,30 @@
-"""`compile`, `fit`, save, load, go on: as if nothing had happened, to the bit.
+"""Training that is saved and loaded gives the same bits as training that was not interrupted.
 
-Wrappers and options of Keras that stand around the update (EMA, accumulation, loss scales,
-mixed precision) are in test_options.py.
+`fit` runs eagerly: saving does not depend on how a step is compiled, and
+test_learning_rates.py resumes a compiled one. test_options.py has the options of Keras around the
+update (EMA, accumulation, loss scales, mixed precision).
 """
+
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from drive import run_eagerly
 
 RULES = ["LAMB", "LARS"]
 EXCLUDED = ["bias", "gamma", "beta"]
 
 
 def data():
-    """Two classes that a line parts, so that a few epochs learn them."""
+    """Two classes that are linearly separable."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(48, 4)).astype("float32")
     return x, (x[:, :1] > 0).astype("float32")
 
 
 def make_optimizer(flavour, rule, rate=None):
-    """With exclusions and a schedule, in the middle of which the training is cut."""
+    """With exclusions, and a schedule that has not ended where the training is interrupted."""
     arguments = {"LAMB": {}, "LARS": {"trust_coefficient": 0.1, "nesterov": True}}[rule]
     schedule = flavour.lamb.WarmupPolynomialDecay(0.1, warmup_steps=4, total_steps=30)
     return getattr(flavour.lamb, rule)(
@@ -47,7 +51,8 @@ def make_model(flavour, optimizer, seed=0):
 
 
 def fit(model, epochs):
-    return model.fit(*data(), batch_size=16, epochs=epochs, shuffle=False, verbose=0).history
+    with run_eagerly():
+        return model.fit(*data(), batch_size=16, epochs=epochs, shuffle=False, verbose=0).history
 
 
 def state(model):
@@ -58,8 +63,11 @@ def state(model):
 
 
 def decisions(optimizer):
-    """By layer and weight alone: Keras 3 renames `sequential/out/bias` to `out/bias` when it
-    loads a Sequential model, so a pattern should not be anchored to the start of a path."""
+    """What is decayed and adapted, by the last two parts of each path.
+
+    Keras 3 renames `sequential/out/bias` to `out/bias` when it loads a Sequential model, so a
+    pattern should not be anchored to the start of a path.
+    """
     return {
         "/".join(layer.name.split("/")[-2:]): (layer.decayed, layer.adapted)
         for layer in optimizer.layers
@@ -71,12 +79,24 @@ def rule(request):
     return request.param
 
 
+def write_checkpoint(model, path):
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(path))
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(flavour, rule):
-    """The state after two epochs, and after two more."""
+def uninterrupted(flavour, rule, tmp_path_factory):
+    """The state after two epochs (`middle`) and after two more (`end`), and the folder of the files
+    that were written in between."""
+    folder = tmp_path_factory.mktemp("saved")
     model = make_model(flavour, make_optimizer(flavour, rule))
     losses = fit(model, 2)["loss"]
     middle = state(model)
+    model.save(folder / "model.keras")
+    if flavour.name == "tf_keras":
+        model.save(folder / "saved_model", save_format="tf")
+    write_checkpoint(model, folder / "checkpoint")
+    assert state(model) == middle
+    config = model.optimizer.get_config()
     losses += fit(model, 2)["loss"]
     assert losses[-1] < losses[0]
     assert decisions(model.optimizer) == {
@@ -88,55 +108,47 @@ def uninterrupted(flavour, rule):
         "out/bias": (False, False),
     }
     assert set(middle).isdisjoint(set(state(model)))
-    return middle, state(model)
+    return types.SimpleNamespace(
+        middle=middle, end=state(model), folder=folder, optimizer=model.optimizer, config=config
+    )
 
 
-def assert_goes_on(model, uninterrupted):
-    middle, end = uninterrupted
-    assert state(model) == middle
+def assert_resumes(model, uninterrupted):
+    assert state(model) == uninterrupted.middle
     fit(model, 2)
-    assert state(model) == end
+    assert state(model) == uninterrupted.end
 
 
-FORMATS = [
-    ("keras3", "model.keras", {}),
-    ("tf_keras", "model.keras", {}),
-    ("tf_keras", "saved_model", {"save_format": "tf"}),
-]
+FORMATS = [("keras3", "model.keras"), ("tf_keras", "model.keras"), ("tf_keras", "saved_model")]
 
 
-@pytest.mark.parametrize(("flavour", "file", "how"), FORMATS, indirect=["flavour"])
-def test_a_saved_model_goes_on(flavour, rule, uninterrupted, tmp_path, file, how):
-    model = make_model(flavour, make_optimizer(flavour, rule))
-    fit(model, 2)
-    model.save(tmp_path / file, **how)
-    loaded = flavour.keras.models.load_model(tmp_path / file)
-    assert type(loaded.optimizer) is type(model.optimizer)
-    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+@pytest.mark.parametrize(("flavour", "file"), FORMATS, indirect=["flavour"])
+def test_a_saved_model_resumes(flavour, rule, uninterrupted, file):
+    path = uninterrupted.folder / file
+    loaded = flavour.keras.models.load_model(path)
+    assert type(loaded.optimizer) is type(uninterrupted.optimizer)
+    assert loaded.optimizer.get_config() == uninterrupted.config
     if file == "saved_model":
-        # tf_keras builds no optimizer here, and restores none's state, but saves it.
+        # tf_keras saves the optimizer, but neither builds nor restores it here.
         loaded.optimizer.build(loaded.trainable_variables)
-        loaded.load_weights(str(tmp_path / file / "variables" / "variables"))
-    assert decisions(loaded.optimizer) == decisions(model.optimizer)
-    assert_goes_on(loaded, uninterrupted)
+        loaded.load_weights(str(path / "variables" / "variables"))
+    assert decisions(loaded.optimizer) == decisions(uninterrupted.optimizer)
+    assert_resumes(loaded, uninterrupted)
 
 
-def test_a_checkpoint_goes_on(flavour, rule, uninterrupted, tmp_path):
-    model = make_model(flavour, make_optimizer(flavour, rule))
-    fit(model, 2)
-    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
-
+def test_a_checkpoint_resumes(flavour, rule, uninterrupted):
     other = make_model(flavour, make_optimizer(flavour, rule), seed=1)
     other.optimizer.build(other.trainable_variables)
-    status = tf.train.Checkpoint(model=other, optimizer=other.optimizer).read(path)
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    status = checkpoint.read(str(uninterrupted.folder / "checkpoint"))
     status.assert_existing_objects_matched()
-    assert_goes_on(other, uninterrupted)
+    assert_resumes(other, uninterrupted)
 
 
 def test_a_checkpoint_holds_each_tensor_once(flavour, rule, tmp_path):
     model = make_model(flavour, make_optimizer(flavour, rule, rate=0.1))
     fit(model, 1)
-    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
+    path = write_checkpoint(model, tmp_path / "c")
     saved = [name for name, _ in tf.train.list_variables(path) if "VARIABLE_VALUE" in name]
     saved = [name for name in saved if "/metrics/" not in name]
     slots = [slot for kind in model.optimizer._plan.slots for slot in kind]
@@ -151,7 +163,7 @@ def test_a_checkpoint_of_two_replicas_fits_one(flavour, rule, mirrored, tmp_path
     with mirrored.scope():
         model = make_model(flavour, make_optimizer(flavour, rule))
     fit(model, 2)
-    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(tmp_path / "c"))
+    path = write_checkpoint(model, tmp_path / "c")
     alone = make_model(flavour, make_optimizer(flavour, rule), seed=1)
     alone.optimizer.build(alone.trainable_variables)
     tf.train.Checkpoint(model=alone, optimizer=alone.optimizer).read(path)

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from drive import Run, random_gradients, random_weights
+from drive import FEW_LAYERS, Run, random_gradients, random_weights
 
 W, T = 100, 1000
 STEPS = [0, 1, W - 1, W, W + 1, (W + T) // 2, T - 1, T, T + 5, 10 * T]
-# Arguments beside the peak 0.02, W and T.
+# Arguments other than the peak 0.02, W and T.
 KINDS = {
     "linear from the peak": {},
     "the paper's": {"decay_from": 0},
@@ -27,7 +27,7 @@ PHASES = [
 
 
 def formula(t, peak_learning_rate, warmup_steps, total_steps, **kind):
-    """The rate at step t: linear from 0 to the peak, then a power of what is left to do."""
+    """The rate at step t: linear from 0 to the peak, then a power of the remaining fraction."""
     end, start = kind.get("end_learning_rate", 0.0), kind.get("decay_from")
     ahead = -kind.get("warmup_from", 0)
     start = warmup_steps - ahead if start is None else start
@@ -45,7 +45,7 @@ def test_warmup_and_decay_follow_the_formula(flavour, kind):
     schedule = flavour.lamb.WarmupPolynomialDecay(**arguments)
     rates = [float(schedule(t)) for t in STEPS]
     exact = [formula(t, **arguments) for t in STEPS]
-    # 1 - done loses digits where little is left: an error of float32's unit of the whole.
+    # 1 - done loses digits near the end: the error is a rounding error of 1 in float32.
     power = arguments.get("power", 1.0)
     np.testing.assert_allclose(rates, exact, rtol=1e-6, atol=0.02 * 1.2e-7 ** min(power, 1))
     at_end = STEPS.index(T)
@@ -53,7 +53,7 @@ def test_warmup_and_decay_follow_the_formula(flavour, kind):
 
 
 def test_the_paper_drops_as_warmup_ends(flavour):
-    """By formula the peak is never reached: that is the difference `decay_from` makes."""
+    """With `decay_from=0` the decay starts at step 0, so the rate never reaches the peak."""
     arguments = {"peak_learning_rate": 0.02, "warmup_steps": W, "total_steps": T}
     peak = flavour.lamb.WarmupPolynomialDecay(**arguments)
     paper = flavour.lamb.WarmupPolynomialDecay(decay_from=0, **arguments)
@@ -69,7 +69,7 @@ def test_phases_follow_one_another(flavour):
     exact += [formula(t, **PHASES[1]) for t in range(20)]
     exact += [formula(t, **PHASES[2]) for t in range(20)]
     np.testing.assert_allclose([float(schedule(t)) for t in steps], exact, rtol=1e-6, atol=1e-9)
-    assert float(schedule(50)) == 0.0  # warms up again
+    assert float(schedule(50)) == 0.0  # the second phase warms up again
 
 
 GOYAL = {"peak_learning_rate": 3.2, "warmup_steps": 10, "total_steps": 90}
@@ -79,8 +79,10 @@ GOYAL |= {"decay_steps": [30, 60, 80]}
 def test_steps_divide_the_rate(flavour):
     """Linear to the peak, a tenth of it from each of the steps on; alone and as a phase."""
     schedule = flavour.lamb.WarmupStepDecay(**GOYAL)
-    exact = [3.2 * t / 10 if t < 10 else 3.2 * 0.1 ** ((t >= 30) + (t >= 60) + (t >= 80))
-             for t in range(100)]  # fmt: skip
+    exact = [
+        3.2 * t / 10 if t < 10 else 3.2 * 0.1 ** ((t >= 30) + (t >= 60) + (t >= 80))
+        for t in range(100)
+    ]
     np.testing.assert_allclose([float(schedule(t)) for t in range(100)], exact, rtol=1e-6)
     phases = flavour.lamb.Phases([PHASES[2], GOYAL])
     np.testing.assert_allclose([float(phases(t + 7)) for t in range(100)], exact, rtol=1e-6)
@@ -91,7 +93,7 @@ def test_steps_divide_the_rate(flavour):
 
 
 def changed(flavour, kind):
-    """A schedule with every argument off its default."""
+    """A schedule in which no argument has its default."""
     if kind == "Phases":
         return flavour.lamb.Phases([*PHASES, GOYAL], name="two")
     if kind == "WarmupStepDecay":
@@ -117,15 +119,16 @@ def test_a_schedule_is_saved_alone_and_with_its_optimizer(flavour, kind):
 
 
 @pytest.mark.parametrize("kind", ["WarmupPolynomialDecay", "WarmupStepDecay", "Phases"])
-def test_the_first_step_takes_the_rate_at_zero(flavour, kind):
-    """Warm-up starts from a rate of 0, so the first update moves nothing, and the second does."""
+def test_the_first_update_has_the_rate_of_step_0(flavour, kind):
+    """Warm-up starts at a rate of 0, so the first update changes nothing, and the second does."""
     arguments = {"peak_learning_rate": 0.5, "warmup_steps": 2, "total_steps": 40}
     arguments |= {"decay_steps": [9]} if kind == "WarmupStepDecay" else {}
     arguments = {"phases": [arguments]} if kind == "Phases" else arguments
     schedule = getattr(flavour.lamb, kind)(**arguments)
-    run = Run(flavour, lambda: flavour.lamb.LAMB(schedule), random_weights())
-    first, second = run.history(random_gradients(1)[:2])[1:]
-    assert all(np.array_equal(x, w) for x, w in zip(first, random_weights(), strict=True))
+    weights = random_weights(names=FEW_LAYERS)
+    run = Run(flavour, lambda: flavour.lamb.LAMB(schedule), weights, names=FEW_LAYERS)
+    first, second = run.history(random_gradients(1, names=FEW_LAYERS)[:2])[1:]
+    assert all(np.array_equal(x, w) for x, w in zip(first, weights, strict=True))
     assert not np.array_equal(first[0], second[0])
 
 

@@ -1,6 +1,7 @@
-"""What counts as a layer: slices of a stacked variable, groups of variables; sparse gradients.
+"""Layers that are not variables: slices of a stacked variable, groups of variables; and sparse
+gradients.
 
-To the oracle a slice is a layer by itself, and a group is one layer, its members end to end.
+In the oracle, each slice is a layer of its own, and a group is one layer: its members concatenated.
 """
 
 import math
@@ -34,7 +35,7 @@ def make(flavour, rule, **arguments):
 
 
 def places(shape, axes):
-    """Where each slice along the axes stands in the array."""
+    """The index of each slice along the axes."""
     axes = [axis % len(shape) for axis in ((axes,) if isinstance(axes, int) else axes)]
     for place in np.ndindex(*(shape[axis] for axis in axes)):
         index = [slice(None)] * len(shape)
@@ -44,7 +45,7 @@ def places(shape, axes):
 
 
 class Sliced:
-    """A variable to the oracle: one layer for each slice."""
+    """A variable of the oracle that holds one layer for each slice."""
 
     def __init__(self, layer_class, x, axes, **arguments):
         self.x = np.array(x, np.float64)
@@ -94,7 +95,7 @@ def test_another_norm_of_each_slice(keras3, norm):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_slices_equal_the_same_slices_as_variables(flavour, rule):
-    """Up to the order of additions within a norm."""
+    """Except for the order of additions within a norm."""
     rng = np.random.default_rng(5)
     stacked = np.float32(rng.normal(size=(3, 4, 5)) * np.array([1e-3, 1, 50])[:, None, None])
     grads = [np.float32(rng.normal(size=stacked.shape)) for _ in range(4)]
@@ -108,8 +109,8 @@ def test_slices_equal_the_same_slices_as_variables(flavour, rule):
         np.testing.assert_allclose(together, apart, rtol=0, atol=5e-7 * largest(apart))
 
 
-def end_to_end(arrays, names):
-    """Group members as one flat array, the others as they are; the groups come first."""
+def concatenated(arrays, names):
+    """One flat array for each group, then the other arrays unchanged."""
     by_name = dict(zip(names, arrays, strict=True))
     flat = [
         np.concatenate([np.ravel(by_name.pop(name)) for name in members])
@@ -118,8 +119,8 @@ def end_to_end(arrays, names):
     return flat + list(by_name.values())
 
 
-def taken_apart(joined):
-    """`end_to_end` undone."""
+def split_groups(joined):
+    """The inverse of `concatenated`."""
     shapes = {name: shape for name, (shape, _, _) in LAYERS.items()}
     flats, others = joined[: len(GROUPS)], list(joined[len(GROUPS) :])
     by_name = {}
@@ -132,9 +133,9 @@ def taken_apart(joined):
 
 def expected_groups(rule, gradients, **arguments):
     layer_class, own = RULES[rule]
-    layers = [layer_class(x, **own | arguments) for x in end_to_end(random_weights(), NAMES)]
-    joined = [[end_to_end(grads, NAMES) for grads in replicas] for replicas in gradients]
-    return [taken_apart(layers) for layers in oracle.history(layers, joined, RATES)]
+    layers = [layer_class(x, **own | arguments) for x in concatenated(random_weights(), NAMES)]
+    joined = [[concatenated(grads, NAMES) for grads in replicas] for replicas in gradients]
+    return [split_groups(layers) for layers in oracle.history(layers, joined, RATES)]
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -159,20 +160,20 @@ def test_another_norm_of_a_group(keras3, norm):
 def test_a_group_equals_one_variable(flavour, rule):
     gradients = random_gradients(1)
     groups = Run(flavour, make(flavour, rule, layer_groups=list(GROUPS)), random_weights())
-    joined = end_to_end(random_weights(), NAMES)
+    joined = concatenated(random_weights(), NAMES)
     names = [f"v{i}" for i in range(len(joined))]
     ones = Run(flavour, make(flavour, rule), joined, names=names)
     for replicas in gradients:
         groups.step(replicas)
-        ones.step([end_to_end(replicas[0], NAMES)])
-    for together, apart in zip(groups.weights(), taken_apart(ones.weights()), strict=True):
+        ones.step([concatenated(replicas[0], NAMES)])
+    for together, apart in zip(groups.weights(), split_groups(ones.weights()), strict=True):
         np.testing.assert_allclose(together, apart, rtol=0, atol=1e-6 * largest(apart))
 
 
 @pytest.mark.parametrize("telemetry", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_an_excluded_variable_is_in_no_group(flavour, rule, telemetry):
-    """Neither its weights nor its gradient enter the ratio of the others, watched or not."""
+    """Its weights and gradient do not affect the ratio of the others, with or without telemetry."""
     gradients = random_gradients(1)
     arguments = {"layer_groups": ["conv/"], "exclude_from_layer_adaptation": ["conv/kernel"]}
     make_it = make(flavour, rule, telemetry=telemetry, **arguments)
@@ -186,7 +187,7 @@ def test_an_excluded_variable_is_in_no_group(flavour, rule, telemetry):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_group_shares_one_ratio_where_some_are_not_decayed(flavour, rule):
+def test_a_group_with_members_without_decay_shares_one_ratio(flavour, rule):
     gradients = random_gradients(1)
     arguments = {"exclude_from_weight_decay": ["bias"], "exclude_from_layer_adaptation": []}
     run = Run(
@@ -200,18 +201,18 @@ def test_a_group_shares_one_ratio_where_some_are_not_decayed(flavour, rule):
     layers = [
         layer_class(x, **own | {"weight_decay": decay})
         for x, decay in zip(
-            end_to_end(random_weights(), NAMES), end_to_end(decays, NAMES), strict=True
+            concatenated(random_weights(), NAMES), concatenated(decays, NAMES), strict=True
         )
     ]
-    joined = [[end_to_end(grads, NAMES) for grads in replicas] for replicas in gradients]
-    exact = [taken_apart(layers) for layers in oracle.history(layers, joined, RATES)]
+    joined = [[concatenated(grads, NAMES) for grads in replicas] for replicas in gradients]
+    exact = [split_groups(layers) for layers in oracle.history(layers, joined, RATES)]
     assert_agrees(run.history(gradients), exact)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_a_sparse_gradient_is_the_dense_one(flavour, rule, graph):
-    """Rows 2 and 5, one of them twice; to the bit, slots included."""
+def test_a_sparse_gradient_equals_the_dense_one(flavour, rule, graph):
+    """Every bit of weights and slots, for rows 2 and 5, one of them twice."""
     rng = np.random.default_rng(6)
     table, bias = np.float32(rng.normal(size=(7, 3))), np.ones(3, np.float32)
     rows = tf.constant(rng.integers(-9, 10, size=(3, 3)), tf.float32)

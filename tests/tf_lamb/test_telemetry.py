@@ -1,5 +1,6 @@
-"""What the writer and the callback put on disk is what the optimizer kept; alarms name layers."""
+"""The writer and the callback write what the optimizer measured; alarms name layers."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from drive import LAYERS, Run, random_gradients, random_weights
+from drive import LAYERS, Run, random_gradients, random_weights, run_eagerly
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,7 +22,7 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")
 
 def make_run(flavour, rule="LAMB", **arguments):
     make = lambda: getattr(flavour.lamb, rule)(0.05, telemetry=True, **arguments)  # noqa: E731
-    return Run(flavour, make, random_weights())
+    return Run(flavour, make, random_weights(), compiled=False)
 
 
 def records(folder):
@@ -34,7 +35,7 @@ def rows_of(record):
 
 
 @pytest.mark.parametrize("rule", ["LAMB", "LARS"])
-def test_records_are_what_the_optimizer_kept(rule, flavour, tmp_path):
+def test_records_equal_the_telemetry_of_the_optimizer(rule, flavour, tmp_path):
     run = make_run(flavour, rule)
     writer = TelemetryWriter(tmp_path / "new" / "folder", run.optimizer)
     kept = []
@@ -60,35 +61,35 @@ def test_records_are_what_the_optimizer_kept(rule, flavour, tmp_path):
     assert histogram[-1, 1] == kept[-1][:, 2].max()
 
 
-def test_only_due_steps_are_read(keras3, tmp_path):
+def test_only_every_nth_step_is_written(keras3, tmp_path):
     run = make_run(keras3)
     writer = TelemetryWriter(tmp_path, run.optimizer, every_steps=10, tensorboard=False)
     for step in range(1, 32):
         writer.write(step)
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30]
     resumed = TelemetryWriter(tmp_path, run.optimizer, every_steps=10, tensorboard=False)
-    for step in range(36, 60, 4):  # four steps in one execution
+    for step in range(36, 60, 4):  # four steps per execution
         resumed.write(step)
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30, 40, 52]
     assert [path.name for path in tmp_path.iterdir()] == ["trust_ratios.jsonl"]
 
 
 def test_alarms_name_step_and_layer(flavour, tmp_path, caplog):
-    heard = []
+    alarms = []
     run = make_run(flavour, weight_decay=0.0, skip_nonfinite=False)
     writer = TelemetryWriter(
-        tmp_path, run.optimizer, max_ratio=30.0, on_alarm=heard.append, tensorboard=False
+        tmp_path, run.optimizer, max_ratio=30.0, on_alarm=alarms.append, tensorboard=False
     )
-    writer.write(0)  # no update yet: every ratio is 0, and that is no alarm
-    assert heard == []
+    writer.write(0)  # before the first update every ratio is 0, without an alarm
+    assert alarms == []
     gradients = random_gradients(1)
     for step in (1, 2):
         run.step(gradients[step])
         writer.write(step)
     table = list(LAYERS)[0]
-    assert [(a.step, a.layer) for a in heard] == [(1, table)]  # once, not at each step
-    assert heard[0].ratio == pytest.approx(run.optimizer.telemetry_rows[0, 2], rel=0.5)
-    assert "above 30" in str(heard[0]) and isinstance(heard[0], TrustRatioAlarm)
+    assert [(a.step, a.layer) for a in alarms] == [(1, table)]  # once, not at each step
+    assert alarms[0].ratio == pytest.approx(run.optimizer.telemetry_rows[0, 2], rel=0.5)
+    assert "above 30" in str(alarms[0]) and isinstance(alarms[0], TrustRatioAlarm)
     gradients[3][0][2] = np.full_like(gradients[3][0][2], np.nan)
     run.step(gradients[3])
     with caplog.at_level(logging.WARNING, "tf_lamb"):
@@ -99,7 +100,7 @@ def test_alarms_name_step_and_layer(flavour, tmp_path, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-def test_a_layer_that_is_never_updated_and_a_hook_that_stops(flavour, tmp_path):
+def test_on_alarm_may_raise_for_a_layer_without_updates(flavour, tmp_path):
     def stop(alarm):
         raise alarm
 
@@ -112,19 +113,19 @@ def test_a_layer_that_is_never_updated_and_a_hook_that_stops(flavour, tmp_path):
 
 
 def test_an_excluded_layer_is_not_above_the_bound(keras3, tmp_path):
-    heard = []
+    alarms = []
     run = make_run(keras3, "LARS", exclude_from_layer_adaptation=["bias"], trust_coefficient=1e-9)
     run.step(random_gradients(1)[0])
     writer = TelemetryWriter(
-        tmp_path, run.optimizer, max_ratio=0.9, on_alarm=heard.append, tensorboard=False
+        tmp_path, run.optimizer, max_ratio=0.9, on_alarm=alarms.append, tensorboard=False
     )
     writer.write(1)
-    # Without weights, or without gradients, LARS's ratio is 1: far above the others'.
-    assert [alarm.layer for alarm in heard] == ["zero/kernel", "still/kernel"]
+    # The ratio of a layer with weights or gradients of 0 is 1, far above the others.
+    assert [alarm.layer for alarm in alarms] == ["zero/kernel", "still/kernel"]
 
 
-def test_what_keras_overwrites_raises_no_alarm(keras3, tmp_path):
-    """The scale of a float8 layer is no layer's: its row stays zero."""
+def test_a_variable_that_keras_overwrites_raises_no_alarm(keras3, tmp_path):
+    """For example the scale of a float8 layer: its row stays 0."""
     variables = [keras.Variable(np.float32([2, 1]), name=name) for name in ("kernel", "scale")]
     variables[1].overwrite_with_gradient = True
     optimizer = keras3.lamb.LAMB(telemetry=True)
@@ -133,25 +134,25 @@ def test_what_keras_overwrites_raises_no_alarm(keras3, tmp_path):
     assert variables[1].numpy().tolist() == [3, 4]
     assert [layer.overwritten for layer in optimizer.layers] == [False, True]
     assert not optimizer.layers[1].decayed and not optimizer.layers[1].adapted
-    heard = []
-    TelemetryWriter(tmp_path, optimizer, on_alarm=heard.append, tensorboard=False).write(1)
-    assert heard == []
+    alarms = []
+    TelemetryWriter(tmp_path, optimizer, on_alarm=alarms.append, tensorboard=False).write(1)
+    assert alarms == []
     assert optimizer.telemetry_rows[0].all() and not optimizer.telemetry_rows[1].any()
 
 
 @pytest.mark.parametrize("arguments", [{"every_steps": 0}, {"max_ratio": 0.0}])
-def test_wrong_arguments(arguments, keras3, tmp_path):
+def test_bad_arguments_are_refused(arguments, keras3, tmp_path):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TelemetryWriter(tmp_path, keras3.lamb.LAMB(telemetry=True), **arguments)
 
 
-def test_wrong_optimizers(keras3, tmp_path):
+def test_an_optimizer_without_telemetry_is_refused(keras3, tmp_path):
     for optimizer in (keras3.lamb.LAMB(), keras.optimizers.Adam()):
         with pytest.raises(ValueError, match="made with `telemetry=True`"):
             TelemetryWriter(tmp_path, optimizer)
 
 
-def test_what_is_missing_is_said_in_a_sentence(keras3, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(keras3, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(RuntimeError, match="`pip install tensorflow`"):
         TelemetryWriter(tmp_path, keras3.lamb.LAMB(telemetry=True))
@@ -163,7 +164,7 @@ def test_what_is_missing_is_said_in_a_sentence(keras3, tmp_path, monkeypatch):
     telemetry.TelemetryCallback(tmp_path, heat_map=False)
 
 
-def test_layers_of_one_name_are_told_apart(keras3, tmp_path):
+def test_layers_with_the_same_name_get_a_number(keras3, tmp_path):
     variables = [keras.Variable(np.float32([i, 1]), name="w") for i in (1, 2)]
     optimizer = keras3.lamb.LAMB(telemetry=True)
     optimizer.build(variables)
@@ -174,7 +175,7 @@ def test_layers_of_one_name_are_told_apart(keras3, tmp_path):
 
 
 def heat_map_records(path, steps, layers):
-    """A file in which log10 of layer i's ratio is i, and layer 0 is not adapted."""
+    """Writes a file in which log10 of layer i's ratio is i, with an incomplete last line."""
     with open(path, "w", encoding="utf-8") as file:
         for step in steps:
             rows = {
@@ -186,7 +187,7 @@ def heat_map_records(path, steps, layers):
         file.write('{"step": 9, "lay')
 
 
-def test_the_heat_map_shows_what_is_written(tmp_path):
+def test_the_heat_map_shows_the_records(tmp_path):
     path, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
     heat_map_records(path, [5, 1, 5, 3], ["bias", "a", "b"])
     labels, steps, values = heat_map._read(path)
@@ -206,7 +207,7 @@ def test_the_heat_map_shows_what_is_written(tmp_path):
         assert image.width == 13 * 120
 
 
-def test_a_long_run_is_averaged_and_a_nan_outlives_it():
+def test_a_long_run_is_averaged_and_keeps_a_nan():
     values = np.full((2, 10 * heat_map.MAX_COLUMNS, 3), 100.0)
     values[0, ::2, 2] = 1.0
     values[1, 4321, 1] = np.nan
@@ -232,24 +233,25 @@ def test_199_layers_have_readable_labels(tmp_path):
 
 
 def make_callback(flavour, *arguments, **keywords):
-    """The callback of the flavour: the same rule before that Keras's own base class."""
+    """The callback with the base class of the flavour's Keras."""
     bases = (telemetry.TelemetryCallbackRule, flavour.keras.callbacks.Callback)
     return type("TelemetryCallback", bases, {})(*arguments, **keywords)
 
 
-def fit(flavour, callback, optimizer=None, **compiling):
+def fit(flavour, callback, optimizer=None, compiled=False, **compiling):
     rng = np.random.default_rng(0)
     layers = flavour.keras.layers
     model = flavour.keras.Sequential([layers.Input((4,)), layers.Dense(3), layers.Dense(1)])
     model.compile(optimizer or flavour.lamb.LAMB(telemetry=True), loss="mse", **compiling)
     x, y = rng.normal(size=(24, 4)), rng.normal(size=(24, 1))
     arguments = {"batch_size": 4, "shuffle": False, "verbose": 0, "callbacks": [callback]}
-    model.fit(x, y, epochs=2, **arguments)
+    with contextlib.nullcontext() if compiled else run_eagerly():
+        model.fit(x, y, epochs=2, **arguments)
     return model, lambda: model.fit(x, y, **arguments)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_the_callback(wrapped, flavour, tmp_path):
+def test_the_callback_writes_records_pictures_and_events(wrapped, flavour, tmp_path):
     optimizer = flavour.lamb.LAMB(telemetry=True)
     if wrapped:
         home = flavour.keras.optimizers
@@ -260,15 +262,16 @@ def test_the_callback(wrapped, flavour, tmp_path):
     assert (tmp_path / "trust_ratios.png").exists()
     names = [layer.name for layer in getattr(optimizer, "inner_optimizer", optimizer).layers]
     assert list(records(tmp_path)[-1]["layers"]) == names
-    again()  # goes on at step 12
+    with run_eagerly():
+        again()  # starts at step 12
     assert [record["step"] for record in records(tmp_path)] == [5, 10, 15]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars(f"ratio/{names[0]}")] == [5, 10, 15]
 
 
-def test_the_callback_sees_ends_of_executions_and_no_step_at_all(flavour, tmp_path):
+def test_the_callback_runs_after_each_execution(flavour, tmp_path):
     callback = make_callback(flavour, tmp_path, every_steps=5, heat_map=False)
-    fit(flavour, callback, steps_per_execution=3)
+    fit(flavour, callback, compiled=True, steps_per_execution=3)
     assert [record["step"] for record in records(tmp_path)] == [6, 12]
     assert not (tmp_path / "trust_ratios.png").exists()
     fit(flavour, make_callback(flavour, tmp_path / "rare", every_steps=100))
@@ -277,6 +280,6 @@ def test_the_callback_sees_ends_of_executions_and_no_step_at_all(flavour, tmp_pa
         fit(flavour, make_callback(flavour, tmp_path), flavour.lamb.LAMB())
 
 
-def test_it_is_the_callback_of_keras_3(keras3, tmp_path):
-    fit(keras3, telemetry.TelemetryCallback(tmp_path))
+def test_telemetry_callback_is_a_keras_3_callback(keras3, tmp_path):
+    fit(keras3, telemetry.TelemetryCallback(tmp_path), compiled=True)
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))

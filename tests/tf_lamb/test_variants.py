@@ -1,14 +1,17 @@
-"""Every form of both rules and every option of their arithmetic, against the float64 oracle.
+"""Every variant of both rules and every arithmetic option, against the float64 oracle.
 
-What has an installed original is in test_golden.py too; layers that are no variables are in
-test_slices.py.
+test_golden.py compares variants with the installed libraries that they come from; test_slices.py
+has layers that are not variables. An update is elementwise apart from its norms, and
+test_updates.py has every shape, so two shapes are enough here.
 """
 
 import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from drive import LAYERS, STEPS, Run, assert_agrees, largest, random_gradients, random_weights
+from drive import FEW_LAYERS, STEPS, Run, assert_agrees, largest
+from drive import random_gradients as all_gradients
+from drive import random_weights as all_weights
 from test_updates import RATES, schedule
 
 OWN = {
@@ -17,7 +20,8 @@ OWN = {
 }
 ORACLE = {"LAMB": oracle.Lamb, "LARS": oracle.Lars}
 NO_DECAY = ("conv/bias", "norm/gamma")
-# (rule, variant): the oracle's arguments, its clipping, and whether what is not decayed is adapted.
+# (rule, variant): the oracle's arguments, its clipping, and whether layers without decay are
+# adapted.
 CLIP = {"global_clipnorm": 1.0}
 VARIANTS = {
     ("LAMB", "paper-v1"): ({}, {}, False),
@@ -58,8 +62,16 @@ OPTIONS = {
 }
 
 
+def random_weights():
+    return all_weights(names=FEW_LAYERS)
+
+
+def random_gradients():
+    return all_gradients(1, names=FEW_LAYERS)
+
+
 def expected(rule, gradients, no_decay=(), no_adaptation=(), clip=None, **arguments):
-    """The oracle's weights `[step][layer]`; `arguments` go before the rule's own."""
+    """The oracle's weights `[step][layer]`; `arguments` replace those of `OWN`."""
     layers = [
         ORACLE[rule](
             x,
@@ -67,7 +79,7 @@ def expected(rule, gradients, no_decay=(), no_adaptation=(), clip=None, **argume
             adapted=name not in no_adaptation,
             **OWN[rule] | arguments,
         )
-        for name, x in zip(LAYERS, random_weights(), strict=True)
+        for name, x in zip(FEW_LAYERS, random_weights(), strict=True)
     ]
     return oracle.history(layers, gradients, RATES, **clip or {})
 
@@ -82,19 +94,19 @@ def history(flavour, rule, gradients, variant=None, **arguments):
             return rule_class(schedule(flavour), **arguments)
         return rule_class.variant(variant, schedule(flavour), **arguments)
 
-    run = Run(flavour, make, random_weights())
+    run = Run(flavour, make, random_weights(), graph=False, names=FEW_LAYERS)
     return run.history(gradients), run
 
 
 def assert_differs(weights, other):
-    """A wrong answer must not pass, or the right one proves nothing."""
+    """Asserts that the comparison rejects a wrong answer."""
     with pytest.raises(AssertionError):
         assert_agrees(weights, other)
 
 
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=[": ".join(case) for case in VARIANTS])
-def test_a_variant_is_what_it_says(flavour, rule, variant):
-    gradients = random_gradients(1)
+def test_a_variant_agrees_with_its_formula(flavour, rule, variant):
+    gradients = random_gradients()
     told, clip, adapts_all = VARIANTS[rule, variant]
     patterns = ["bias$", "norm/"]
     weights, _ = history(flavour, rule, gradients, variant, exclude_from_weight_decay=patterns)
@@ -109,9 +121,9 @@ def test_a_variant_is_what_it_says(flavour, rule, variant):
     assert_differs(weights, expected(rule, gradients, NO_DECAY, other, clip, **told))
 
 
-def test_what_is_not_decayed_is_not_adapted(flavour):
-    """Whatever the list of what is not adapted; without any decay nothing is adapted."""
-    gradients = random_gradients(1)
+def test_adapt_undecayed_false_adapts_no_layer_without_decay(flavour):
+    """Also if the list of layers that are not adapted is empty, or no layer is decayed."""
+    gradients = random_gradients()
     arguments = {"adapt_undecayed": False, "exclude_from_layer_adaptation": []}
     patterns = ["bias$", "norm/"]
     weights, _ = history(
@@ -120,27 +132,27 @@ def test_what_is_not_decayed_is_not_adapted(flavour):
     assert_agrees(weights, expected("LAMB", gradients, NO_DECAY, NO_DECAY))
     assert_differs(weights, expected("LAMB", gradients, NO_DECAY))
     weights, _ = history(flavour, "LAMB", gradients, weight_decay=0.0, **arguments)
-    assert_agrees(weights, expected("LAMB", gradients, (), tuple(LAYERS), weight_decay=0.0))
+    assert_agrees(weights, expected("LAMB", gradients, (), FEW_LAYERS, weight_decay=0.0))
 
 
-def test_no_variant_is_left_out(keras3):
+def test_every_variant_is_tested(keras3):
     named = {(r, v) for r in OWN for v in getattr(keras3.lamb, r).variants}
     assert named == set(VARIANTS)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("form", ["mlperf", "tf-models", "tf-models-scaled", "tf-contrib", "paper"])
-def test_a_form_of_lars(flavour, form, nesterov):
-    gradients = random_gradients(1)
+def test_a_form_of_lars_agrees_with_its_formula(flavour, form, nesterov):
+    gradients = random_gradients()
     weights, _ = history(flavour, "LARS", gradients, form=form, nesterov=nesterov)
     assert_agrees(weights, expected("LARS", gradients, form=form, nesterov=nesterov))
     assert_differs(weights, expected("LARS", gradients, form=form, nesterov=not nesterov))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option(flavour, option):
+def test_an_option_agrees_with_its_formula(flavour, option):
     rule, told = OPTIONS[option]
-    gradients = random_gradients(1)
+    gradients = random_gradients()
     weights, _ = history(flavour, rule, gradients, **told)
     assert_agrees(weights, expected(rule, gradients, **told))
     for dropped in told:
@@ -149,9 +161,9 @@ def test_an_option(flavour, option):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-12], ids=["from above", "from below"])
-def test_the_gradient_is_of_unit_norm(flavour, scale):
-    """From below as well, where clipping leaves it as it is."""
-    gradients = [[[g * scale for g in gs] for gs in replicas] for replicas in random_gradients(1)]
+def test_unit_gradient_scales_the_global_norm_to_1(flavour, scale):
+    """It scales a small gradient up, which clipping does not."""
+    gradients = [[[g * scale for g in gs] for gs in replicas] for replicas in random_gradients()]
     weights, _ = history(flavour, "LAMB", gradients, unit_gradient=True)
     assert_agrees(weights, expected("LAMB", gradients, clip={"unit_gradient": True}))
     assert_differs(weights, expected("LAMB", gradients))
@@ -160,18 +172,18 @@ def test_the_gradient_is_of_unit_norm(flavour, scale):
 
 
 @pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
-def test_the_gradient_is_scaled_one_way_only(flavour, clip):
+def test_unit_gradient_and_clipping_exclude_each_other(flavour, clip):
     with pytest.raises(ValueError, match=f"unit_gradient.*{clip}=2.0"):
         flavour.lamb.LAMB(0.1, unit_gradient=True, **{clip: 2.0})
 
 
 @pytest.mark.parametrize("rule", OWN)
-def test_the_first_moment_in_half_the_memory(flavour, rule):
-    """What it costs: m is right to 2^-9 in each step, so the weights to a few of them."""
-    gradients = random_gradients(1)
+def test_a_bfloat16_first_moment_takes_half_the_memory(flavour, rule):
+    """The rounding error of m is at most 2^-9 a step, and that of the weights a few times that."""
+    gradients = random_gradients()
     full, _ = history(flavour, rule, gradients)
     half, run = history(flavour, rule, gradients, moment_dtype="bfloat16")
-    changes = [0.0] * len(LAYERS)
+    changes = [0.0] * len(FEW_LAYERS)
     for step in range(1, STEPS + 1):
         for i, (h, f) in enumerate(zip(half[step], full[step], strict=True)):
             changes[i] = max(changes[i], largest(f - full[0][i]))
@@ -186,7 +198,7 @@ def test_the_first_moment_in_half_the_memory(flavour, rule):
 
 
 @pytest.mark.parametrize(("rule", "variant"), VARIANTS, ids=[": ".join(case) for case in VARIANTS])
-def test_a_variant_is_seen_and_saved(flavour, rule, variant):
+def test_a_variant_is_shown_and_saved(flavour, rule, variant):
     rule_class = getattr(flavour.lamb, rule)
     optimizer = rule_class.variant(variant, 0.5, exclude_from_weight_decay=["bias"])
     config = optimizer.get_config()
@@ -202,7 +214,7 @@ def test_a_variant_is_seen_and_saved(flavour, rule, variant):
     assert loaded.get_config() == config and repr(loaded) == repr(optimizer)
 
 
-def test_a_variant_gives_way_argument_by_argument(flavour):
+def test_arguments_override_those_of_a_variant(flavour):
     lamb = flavour.lamb.LAMB
 
     def config(optimizer):
@@ -222,8 +234,8 @@ def test_a_variant_gives_way_argument_by_argument(flavour):
     assert config(form) == config(flavour.lamb.LARS())
 
 
-def test_a_variant_that_is_made_another_rule_loses_its_name(flavour):
-    """Its own settings and the formula's arguments make it; rate, decay and momentum do not."""
+def test_based_on_is_none_if_an_argument_changes_the_variants_rule(flavour):
+    """The variant's settings and the formula are the rule; rate, decay and momentum are not."""
     variant = flavour.lamb.LAMB.variant
     for kept in ({"beta_1": 0.5}, {"weight_decay": 0.5}, {"global_clipnorm": 1}, {"norm": "l2"}):
         assert variant("nvlamb", 0.5, **kept).based_on == "nvlamb"
