@@ -8,12 +8,11 @@ import numpy as np
 from export.bert import pretrained_export
 from export.model_card import make_card
 from export.saved_model import run_apart, write_export
-from inputs import shards, synthetic
+from inputs import batching, shards
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.text import chunks, corpus, documents, installed_text, vocabulary
 from inputs.text import examples as text
-from inputs.text import prepared as prepared_text
 from models import bert
 from training.checkpoint.manager import saved_step
 
@@ -61,18 +60,19 @@ class BertPretraining:
             self.data = self.fingerprint = self.amount = "synthetic data"
             return
         records = BadRecords(
-            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", say=log
+            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
         )
         self.data = data_dir or "Python's help topics and installed packages' docstrings"
         log(f"Reading {self.data}")
         if not vocab and saved_step(model_dir):  # a run that goes on keeps what it learned
             vocab = os.path.join(model_dir, "vocab.txt")
         if data_dir and shards.is_prepared(data_dir):
-            prepared = prepared_text.load_prepared(data_dir, vocab, records)
+            prepared = corpus.load_prepared(data_dir, vocab, records)
             self._training, self._held_out, self.vocabulary, self.fingerprint = prepared
         else:
             self._tokenize(data_dir, vocab, records, log)
-        self.amount = f"To train on: {self._training.size}; held out: {self._held_out.size}"
+        training, held_out = self._training.describe(), self._held_out.describe()
+        self.amount = f"To train on: {training}; held out: {held_out}"
         log(self.amount)
 
     def _tokenize(self, data_dir, vocab, records, log):
@@ -155,7 +155,7 @@ class BertPretraining:
             "masked_lm_positions": phase.sequence_length,
             "next_sentence_labels": 2,
         }
-        return synthetic.synthetic_batches(spec, below, self._seed)
+        return batching.synthetic_batches(spec, below, self._seed)
 
     def final_metrics(self, model, strategy, model_dir: str | None) -> dict[str, float]:
         """What is measured once, at the end: nothing beyond the last evaluation."""

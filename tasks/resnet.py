@@ -9,7 +9,7 @@ import tempfile
 from export.model_card import make_card
 from export.resnet import classifier_export
 from export.saved_model import run_apart, write_export
-from inputs import synthetic
+from inputs import batching
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.images import examples
@@ -77,8 +77,8 @@ class ImageClassification:
         hashes = "".join(manifest["hash"] for manifest in manifests)
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
         self.amount = (
-            f"{self._training.number:,} images of {len(self._classes):,} classes to train on, "
-            f"{self._held_out.number:,} held out"
+            f"{self._training.num_examples:,} images of {len(self._classes):,} classes to train "
+            f"on, {self._held_out.num_examples:,} held out"
         )
         log(self.amount)
 
@@ -91,7 +91,7 @@ class ImageClassification:
             augmentation=augmentation,
             mixup_alpha=mixup_alpha,
             # Each process of a cluster reads its own share, and says itself what is wrong with it.
-            bad_records=BadRecords(share, skip=skip, say=lambda line: print(line, file=sys.stderr)),
+            bad_records=BadRecords(share, skip=skip, log=lambda line: print(line, file=sys.stderr)),
         )
 
     @property
@@ -132,7 +132,7 @@ class ImageClassification:
     def _made_up(self, global_batch_size, context):
         size = global_batch_size // (context.num_replicas_in_sync if context else 1)
         spec = examples.element_spec(size, self.recipe.image_size)
-        return synthetic.synthetic_batches(
+        return batching.synthetic_batches(
             spec, {"image": 256, "label": len(self._classes)}, self._seed
         )
 

@@ -5,9 +5,9 @@ import os
 from export.model_card import make_card
 from export.saved_model import run_apart, write_export
 from export.squad import answering_export
-from inputs import synthetic
+from inputs import batching
 from inputs.errors import InputError
-from inputs.squad import features as squad_features
+from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text import vocabulary
 from models import bert
@@ -104,7 +104,7 @@ class SquadFineTuning:
         read = [squad.read_squad(path) for path in files]
         self.fingerprint = "-".join(part.fingerprint for part in read)
         self._training, self._dev = (
-            squad_features.Features(
+            squad_examples.Features(
                 part,
                 self.vocabulary,
                 sequence_length=self.recipe.sequence_length,
@@ -115,8 +115,8 @@ class SquadFineTuning:
             for part in read
         )
         self.amount = "; ".join(
-            f"{len(features.squad.questions):,} questions {use}, in {features.number:,} windows of "
-            f"{self.recipe.sequence_length}"
+            f"{len(features.squad.questions):,} questions {use}, in {features.num_examples:,} "
+            f"windows of {self.recipe.sequence_length}"
             for features, use in ((self._training, "to train on"), (self._dev, "to answer"))
         )
         log(self.amount)
@@ -168,8 +168,8 @@ class SquadFineTuning:
         length = self.recipe.sequence_length
         below = {"input_word_ids": len(self.vocabulary), "input_type_ids": 2}
         below |= {"start_positions": length, "end_positions": length}
-        spec = squad_features.element_spec(size, length)
-        return synthetic.synthetic_batches(spec, below, self._seed)
+        spec = squad_examples.element_spec(size, length)
+        return batching.synthetic_batches(spec, below, self._seed)
 
     def final_metrics(self, model, strategy, model_dir: str | None) -> dict[str, float]:
         """Answers every dev question and measures the answers; kept in `model_dir`, if given."""

@@ -64,7 +64,7 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
     Spans of all windows compete; of those with the same text the likeliest counts.
 
     Args:
-        features: a `inputs.squad.features.Features`.
+        features: a `inputs.squad.examples.Features`.
         spans: from `predict_spans`.
         n_best: answers that are kept.
 

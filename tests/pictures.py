@@ -58,7 +58,7 @@ def prepared(folder, **arguments):
 
 def open_shards(folder):
     """A reader of a prepared folder that bears no damage."""
-    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, say=print))
+    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, log=print))
 
 
 def damage(folder, number):

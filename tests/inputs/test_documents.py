@@ -13,8 +13,8 @@ from inputs.text import documents, installed_text, vocabulary
 LATIN1 = "a line\ncaf\xe9 au lait\n".encode("latin-1")
 
 
-def read(*paths, max_share=0.001, skip=True, say=print):
-    records = BadRecords(max_share, skip=skip, say=say)
+def read(*paths, max_share=0.001, skip=True, log=print):
+    records = BadRecords(max_share, skip=skip, log=log)
     files = documents.find_files(",".join(map(str, paths)))
     return list(documents.read_documents(files, records))
 
@@ -42,7 +42,7 @@ def test_a_file_of_no_use_is_passed_over_up_to_the_limit(tmp_path):
     (tmp_path / "b.txt").write_text(" ")
     (tmp_path / "c.txt.gz").write_bytes(b"plain")
     said = []
-    assert read(tmp_path, max_share=0.2, say=said.append) == [["A line."] * 10]
+    assert read(tmp_path, max_share=0.2, log=said.append) == [["A line."] * 10]
     assert "b.txt holds no text" in said[0] and "c.txt.gz is named .gz" in said[1]
     with pytest.raises(InputError, match="b.txt holds no text. With it 2 of 13 records"):
         read(tmp_path, max_share=0.1)
@@ -73,12 +73,12 @@ TORN_GZIP = gzip.compress(b"words " * 999, mtime=0)[:40]
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.txt", LATIN1, "line 2, byte 10: not UTF-8 (0xe9)"),
-        ("a.txt.gz", b"plain text", "named .gz but is no whole gzip file"),
-        ("a.txt.gz", TORN_GZIP, "named .gz but is no whole gzip file"),
+        ("a.txt.gz", b"plain text", "named .gz but is not a complete gzip file"),
+        ("a.txt.gz", TORN_GZIP, "named .gz but is not a complete gzip file"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
-        ("a.jsonl", b'{"title": "x"}', "line 1: no document"),
-        ("a.jsonl", b'["x"]', "line 1: no document"),
-        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: no document"),
+        ("a.jsonl", b'{"title": "x"}', "line 1: not a document"),
+        ("a.jsonl", b'["x"]', "line 1: not a document"),
+        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: not a document"),
         ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
     ],
 )
@@ -97,14 +97,14 @@ def test_damaged_lines_are_named_and_passed_over(tmp_path):
     whole = gzip.compress(b"".join(b"%d\n\n" % (i * i) for i in range(99_999)))
     (tmp_path / "c.txt.gz").write_bytes(whole[:-1000])
     said = []
-    found = read(tmp_path, say=said.append)
+    found = read(tmp_path, log=said.append)
     assert found[0] == ["One.", "Three."] and found[500] == ["More."]
     assert [["Text 199."], ["Text 201."]] == found[700:702]
     assert len(found) > 1_000 + 90_000
     assert "a.txt, line 2, byte 7: not UTF-8 (0xf0)" in said[0]
     assert "b.jsonl, line 201: not JSON" in said[1]
     assert "c.txt.gz, up to line" in said[2] and "is damaged" in said[2]
-    assert said[3].startswith("3 of ") and "damaged and passed over" in said[3]
+    assert said[3].startswith("3 of ") and "damaged and skipped" in said[3]
 
 
 def test_too_many_damaged_lines_are_an_error_and_so_is_one_if_asked(tmp_path):
@@ -127,7 +127,7 @@ def test_a_gzip_file_with_a_bad_place_in_the_middle(tmp_path):
     content[middle] ^= 1
     (tmp_path / "a.txt.gz").write_bytes(content)
     said = []
-    read(tmp_path / "a.txt.gz", say=said.append)
+    read(tmp_path / "a.txt.gz", log=said.append)
     assert "a.txt.gz, up to line" in said[0] and "CRC check failed" in said[0]
     content[middle : middle + 2**16] = b"1" * 2**16  # over the beginning of a block
     (tmp_path / "a.txt.gz").write_bytes(content)
@@ -145,7 +145,7 @@ def test_nothing_found_names_the_entry(tmp_path, entry):
 
 def test_another_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match="no text file by its name"):
+    with pytest.raises(InputError, match="is not a text file, judging by its name"):
         read(tmp_path / "a.csv")
 
 
@@ -182,5 +182,5 @@ def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path, content, said):
 
 
 def test_no_vocabulary_without_words():
-    with pytest.raises(InputError, match="not one word"):
+    with pytest.raises(InputError, match="has no word to learn"):
         vocabulary.learn_vocabulary([], 100)

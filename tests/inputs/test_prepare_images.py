@@ -201,10 +201,10 @@ def test_a_finished_folder_is_that_of_its_source_alone(tmp_path, capsys):
     assert prepare("--source", source, "--output", tmp_path / "out") == 0
     assert "is finished already" in capsys.readouterr().err
     assert prepare("--source", other, "--output", tmp_path / "out") == 1
-    assert "out/train was made with other source and files" in capsys.readouterr().err
+    assert "out/train was made with different source and files" in capsys.readouterr().err
     (source / "cat/0.jpg").unlink()
     assert prepare("--source", source, "--output", tmp_path / "out") == 1
-    assert "out/train was made with other files" in capsys.readouterr().err
+    assert "out/train was made with different files" in capsys.readouterr().err
     assert manifest(tmp_path / "out/train") == before
 
 
@@ -311,17 +311,20 @@ def _two_validations(folder):
 
 BAD = {
     "a broken archive": (_broken_archive, r"tar.gz cannot be read as a tar"),
-    "half of CIFAR-10": (_cifar_files(b"", ["test_batch"]), "lacks data_batch_1 of CIFAR-10"),
+    "half of CIFAR-10": (
+        _cifar_files(b"", ["test_batch"]),
+        "lacks the file data_batch_1 of",
+    ),
     "a label of -1": (_negative_label, r"data_batch_1, label of image 0: -1 is outside"),
     "a link to nothing": (_unreadable, r"cat/9.jpg cannot be read \(No such file"),
     "two validation splits": (_two_validations, "has two validation splits"),
     "a gap in the labels": (
         lambda folder: write_records(folder, [[demo_example(JPEG, i) for i in (1, 2**40)]]),
-        r"label 1099511627775 \(.*record 1 \(\)\) is among them and label 1 is not",
+        r"label 1099511627775 \(.*record 1 \(\)\), but not label 1",
     ),
-    "nothing there": (lambda folder: folder, "is not there"),
+    "nothing there": (lambda folder: folder, "does not exist"),
     "no images": (lambda folder: folder.mkdir() or folder, "a folder without images"),
-    "an empty class": (_empty_class, "bat holds no image"),
+    "an empty class": (_empty_class, "bat has no image"),
     "a label below": (
         _one_record(demo_example(JPEG, 0)),
         r"train-00000-of-00001, record 0, image/class/label: 0 is outside the labels 1",
@@ -334,7 +337,7 @@ BAD = {
     "mixed bases": (_mixed, "mix label bases|a class has two labels"),
     "a lost file": (_lost_file, "has 1 of the 2 train files"),
     "a cut file": (_cut_record, "record 0: the file is damaged from here on"),
-    "no example": (_one_record(b"\xff\xff"), "record 0 is no tf.train.Example"),
+    "no example": (_one_record(b"\xff\xff"), "record 0 is not a tf.train.Example"),
     "a label beyond": (_bad_csv("0.jpg,n0,3"), r"a.csv, line 2, index: '3' is outside .* 0 to 2"),
     "another class": (_bad_csv("0.jpg,n0,1"), "count their labels differently"),
     "a lost member": (_bad_csv("9.jpg,n0,0"), r"line 2, file: '9.jpg' is not in"),
@@ -346,7 +349,7 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, case):
     make, said = BAD[case]
     assert prepare("--source", make(tmp_path / "source"), "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("prepare_images: ")
+    assert error.startswith("inputs.images.prepare: ")
     with pytest.raises(InputError, match=said):
         raise InputError(error)
     assert not list(tmp_path.glob("out/*/manifest.json"))

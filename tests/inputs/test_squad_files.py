@@ -5,7 +5,7 @@ import json
 import pytest
 
 from inputs.errors import InputError
-from inputs.squad import features
+from inputs.squad import examples
 from inputs.squad import files as squad
 from inputs.text.vocabulary import SPECIAL_TOKENS
 from tasks import squad_answers
@@ -80,23 +80,26 @@ QUESTION = (*PARAGRAPH, "qas", 1)
     [
         (changed("data", to=None), "data is missing"),
         ([1, 2], "data is missing"),
-        (changed("data", to=[]), "holds no question"),
+        (changed("data", to=[]), "has no question"),
         (changed("data", 0, "paragraphs", to=None), "data[0].paragraphs is missing"),
         (changed(*PARAGRAPH, "context", to=None), "data[0].paragraphs[0].context is missing"),
         (changed(*PARAGRAPH, "context", to=" "), "data[0].paragraphs[0]: context is empty"),
         (changed(*PARAGRAPH, "context", to="\ud800"), "context holds half of a surrogate pair"),
-        (changed(*PARAGRAPH, "qas", to={}), "paragraphs[0].qas is '{}', and must be a list"),
-        (changed(*QUESTION, "question", to=7), "qas[1].question is '7', and must be a string"),
-        (changed(*QUESTION, "id", to="q1"), "qas[1]: id 'q1' stands at data[0].paragraphs[0]."),
+        (changed(*PARAGRAPH, "qas", to={}), "paragraphs[0].qas is '{}', but must be a list"),
+        (changed(*QUESTION, "question", to=7), "qas[1].question is '7', but must be a string"),
+        (changed(*QUESTION, "id", to="q1"), "qas[1]: id 'q1' is also at data[0].paragraphs[0]."),
         (changed(*QUESTION, "answers", to=[]), "qas[1]: answers is empty"),
         (
             changed(*QUESTION, "answers", 0, "answer_start", to=900),
-            "answers[0]: the answer '1843' is not what the context has at answer_start=900 ('')",
+            "answers[0]: the answer '1843' differs from the context at answer_start=900 ('')",
         ),
         (changed(*QUESTION, "answers", 0, "answer_start", to=-5), "answer_start=-5 ('')"),
         (changed(*QUESTION, "answers", 0, "answer_start", to="1"), "must be a whole number"),
-        (changed(*QUESTION, "answers", 0, "text", to="1844"), "the answer '1844' is not what"),
-        ("{", "is no JSON in UTF-8"),
+        (
+            changed(*QUESTION, "answers", 0, "text", to="1844"),
+            "the answer '1844' differs from",
+        ),
+        ("{", "is not JSON in UTF-8"),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_file_and_field(tmp_path, content, said):
@@ -120,8 +123,12 @@ def test_files_are_found_or_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.json cannot be read"):
         squad.read_squad("nowhere.json")
     invisible = article("\u200b\u0301", ("q", "?", ["\u0301"]))
-    with pytest.raises(InputError, match="the context of question 'q' holds no word"):
-        features.Features(
-            squad.read_squad(write(tmp_path / "x.json", invisible)), [*SPECIAL_TOKENS, "a"],
-            sequence_length=32, max_query_length=8, doc_stride=9, seed=1,
-        )  # fmt: skip
+    with pytest.raises(InputError, match="the context of question 'q' has no word"):
+        examples.Features(
+            squad.read_squad(write(tmp_path / "x.json", invisible)),
+            [*SPECIAL_TOKENS, "a"],
+            sequence_length=32,
+            max_query_length=8,
+            doc_stride=9,
+            seed=1,
+        )

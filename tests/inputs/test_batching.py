@@ -1,4 +1,4 @@
-"""Made-up batches of each task: what train.py --synthetic trains on."""
+"""Synthetic batches of each task: what train.py --synthetic trains on."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from inputs.synthetic import synthetic_batches
+from inputs.batching import synthetic_batches
 from recipes import find_recipe, resized
 from tasks import TASKS
 from training.monitor.history import read_rows
@@ -38,9 +38,14 @@ def test_values_are_spread_below_their_bounds():
 def test_every_task_has_them(name, tmp_path):
     recipe = resized(find_recipe(name), global_batch_size=8)
     task = TASKS[recipe.task](
-        recipe, data_dir="", vocab="", model_dir=str(tmp_path), seed=1, synthetic_data=True,
+        recipe,
+        data_dir="",
+        vocab="",
+        model_dir=str(tmp_path),
+        seed=1,
+        synthetic_data=True,
         log=lambda line: None,
-    )  # fmt: skip
+    )
     training = task.train_batches(0, 0)(None)
     held_out = task.evaluation_batches(0)(None)
     for batches in (training, held_out):
@@ -53,10 +58,10 @@ def test_every_task_has_them(name, tmp_path):
 def test_one_thread_that_does_everything_does_not_wait(tmp_path):
     """Its batches lie ready, so that nearly all time goes into steps."""
     command = [
-        sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=8",
-        "--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32",
+        *(sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=8"),
+        *("--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32"),
         f"--model_dir={tmp_path}",
-    ]  # fmt: skip
+    ]
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})  # which a child inherits
     try:

@@ -7,9 +7,8 @@ import pytest
 import tensorflow as tf
 from batch_checks import check_statistics, joined, original
 
-from inputs import synthetic
+from inputs.batching import shuffled, synthetic_batches
 from inputs.errors import InputError
-from inputs.order import shuffled
 from inputs.text import corpus, installed_text, vocabulary
 from inputs.text import examples as text
 
@@ -89,16 +88,16 @@ def test_hosts_and_replicas_share_the_global_batch(words):
 
 def test_every_epoch_takes_each_chunk_once_in_another_order(words):
     examples = make(words)
-    numbers = tf.range(2 * examples.number, dtype=tf.int64)
-    order = shuffled(numbers, examples.number, examples.seed).numpy().reshape(2, -1)
+    numbers = tf.range(2 * examples.num_examples, dtype=tf.int64)
+    order = shuffled(numbers, examples.num_examples, examples.seed).numpy().reshape(2, -1)
     for epoch in order:
-        assert sorted(epoch) == list(range(examples.number))
+        assert sorted(epoch) == list(range(examples.num_examples))
     assert (order[0] != order[1]).mean() > 0.9
 
 
 def test_an_evaluation_counts_each_example_once(words):
     examples = make(words, held_out=True)
-    total = examples.number
+    total = examples.num_examples
     assert total % BATCH, "a last batch that is not full"
     batch = joined(examples.evaluation_batches(BATCH, limit=10**9))
     assert batch["example_weights"].sum() == total
@@ -166,7 +165,7 @@ def test_synthetic_batches_have_the_same_spec(words):
     real = make(words).training_batches(BATCH)
     for key, tensor in next(iter(real)).items():
         assert (tensor.shape, tensor.dtype) == (spec[key].shape, spec[key].dtype), key
-    made_up = synthetic.synthetic_batches(spec, {"input_word_ids": 100}, seed=1)
+    made_up = synthetic_batches(spec, {"input_word_ids": 100}, seed=1)
     assert made_up.element_spec == spec
     assert int(tf.reduce_max(next(iter(made_up))["input_word_ids"])) < 100
 
