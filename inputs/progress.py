@@ -44,7 +44,7 @@ class Progress:
         self._bar.update(amount)
 
     def note(self, text: str) -> None:
-        """Shows a short text behind the bar."""
+        """Shows a short text after the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def milestone(self, line: str) -> None:

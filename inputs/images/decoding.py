@@ -143,6 +143,7 @@ def random_flips(*, seed: int, ids):
     return uniform(seed, FLIP_STREAM, ids, 1)[:, 0] < 0.5
 
 
+@tf.autograph.experimental.do_not_convert  # needs no conversion, which takes most of the tracing
 def rand_augment(image, *, seed: int, example_id):
     """Applies two random operations of tf-models to an image (Cubuk et al., arXiv:1909.13719).
 

@@ -142,7 +142,7 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
     """
     folder = os.path.join(output, source.split)
     plan = request | {
-        "files": _hash([part.holds for part in source.parts]),
+        "files": _hash([part.identity for part in source.parts]),
         "classes": _hash(source.classes),
     }
     finished = os.path.join(folder, MANIFEST)

@@ -43,12 +43,12 @@ class Part(NamedTuple):
     Attributes:
         name: of the shard.
         read: yields the images.
-        holds: identifies the images and labels, to recognise the same part again.
+        identity: identifies the images and labels, to recognise the same part again.
     """
 
     name: str
     read: Callable[[], Iterator[Item]]
-    holds: str
+    identity: str
 
 
 class Class(NamedTuple):

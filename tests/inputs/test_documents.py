@@ -1,4 +1,4 @@
-"""Text files become documents, and what is wrong with a file is said in one sentence."""
+"""Reading text files into documents, and the messages about damaged files."""
 
 import gzip
 import json
@@ -24,20 +24,20 @@ def test_blank_lines_end_a_document(tmp_path):
     assert read(tmp_path / "a.txt") == [["One.", "Two."], ["Three."]]
 
 
-def test_a_vocabulary_is_text_only_where_it_is_named(tmp_path):
+def test_a_vocabulary_is_text_only_if_it_is_named(tmp_path):
     (tmp_path / "a[1].txt").write_text("One.")
     (tmp_path / "vocab.txt").write_text("[PAD]")
     assert read(tmp_path) == read(tmp_path / "*.txt") == read(tmp_path / "a[1].txt") == [["One."]]
     assert read(tmp_path / "vocab.txt") == [["[PAD]"]]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\n', encoding="utf-8-sig")
     (tmp_path / "b.txt").write_text("Two.", encoding="utf-8-sig")
     assert read(tmp_path) == [["One."], ["Two."]]
 
 
-def test_a_file_of_no_use_is_passed_over_up_to_the_limit(tmp_path):
+def test_an_unusable_file_is_skipped_up_to_the_limit(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(["A line."] * 10))
     (tmp_path / "b.txt").write_text(" ")
     (tmp_path / "c.txt.gz").write_bytes(b"plain")
@@ -82,15 +82,15 @@ TORN_GZIP = gzip.compress(b"words " * 999, mtime=0)[:40]
         ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, said):
+def test_errors_in_a_file_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         read(tmp_path / name)
     assert said in str(error.value) and name in str(error.value)
 
 
-def test_damaged_lines_are_named_and_passed_over(tmp_path):
-    """Text, JSON lines and a gzip file that breaks off: what is whole is read all the same."""
+def test_damaged_lines_are_named_and_skipped(tmp_path):
+    """In text, JSON lines and a truncated gzip file; all undamaged lines are read."""
     (tmp_path / "a.txt").write_bytes(b"One.\nTw\xf0.\nThree.\n\n" + b"More.\n\n" * 500)
     lines = [json.dumps({"text": f"Text {i}."}) for i in range(500)]
     (tmp_path / "b.jsonl").write_text("\n".join([*lines[:200], lines[200][:9], *lines[201:]]))
@@ -107,20 +107,20 @@ def test_damaged_lines_are_named_and_passed_over(tmp_path):
     assert said[3].startswith("3 of ") and "damaged and skipped" in said[3]
 
 
-def test_too_many_damaged_lines_are_an_error_and_so_is_one_if_asked(tmp_path):
+def test_too_many_damaged_lines_are_an_error(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"A line.\n" * 998 + b"\xff\n\xfe\n")
     with pytest.raises(InputError, match="2 of 1,000 records are damaged, more than"):
         read(tmp_path / "a.txt")
     assert len(read(tmp_path / "a.txt", max_share=0.002)[0]) == 998
     with pytest.raises(InputError, match="line 999, byte 7984: not UTF-8.*on_bad_record=skip"):
         read(tmp_path / "a.txt", skip=False)
-    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 5_000)  # not read to its end
+    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 5_000)  # reading stops early
     with pytest.raises(InputError, match="1,000 of 1,000 records are damaged"):
         read(tmp_path / "a.txt")
 
 
-def test_a_gzip_file_with_a_bad_place_in_the_middle(tmp_path):
-    """Of a byte only the checksum tells; where nothing can be unpacked, what follows is lost."""
+def test_a_gzip_file_that_is_damaged_in_the_middle(tmp_path):
+    """Only the checksum shows a changed byte; after an undecodable block the rest is lost."""
     lines = b"".join(b"%d\n" % (i**3 % 10**9) for i in range(50_000))
     content = bytearray(gzip.compress(lines, 0))  # blocks of at most 64 KiB, not compressed
     middle = len(content) // 2
@@ -129,7 +129,7 @@ def test_a_gzip_file_with_a_bad_place_in_the_middle(tmp_path):
     said = []
     read(tmp_path / "a.txt.gz", log=said.append)
     assert "a.txt.gz, up to line" in said[0] and "CRC check failed" in said[0]
-    content[middle : middle + 2**16] = b"1" * 2**16  # over the beginning of a block
+    content[middle : middle + 2**16] = b"1" * 2**16  # includes the start of a block
     (tmp_path / "a.txt.gz").write_bytes(content)
     with pytest.raises(InputError, match="the gzip file is damaged") as error:
         read(tmp_path / "a.txt.gz")
@@ -149,7 +149,7 @@ def test_another_kind_of_file_is_refused(tmp_path):
         read(tmp_path / "a.csv")
 
 
-def test_installed_text_is_prose_that_comes_once():
+def test_installed_text_is_prose_without_repetitions():
     first = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
     again = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
     paragraphs = [paragraph for document in first for paragraph in document]
@@ -158,7 +158,7 @@ def test_installed_text_is_prose_that_comes_once():
     assert not any(">>>" in paragraph for paragraph in paragraphs)
 
 
-def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
+def test_learning_a_vocabulary_is_deterministic(tmp_path):
     texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
     pieces = vocabulary.learn_vocabulary(texts, 60)
     assert pieces == vocabulary.learn_vocabulary(texts, 60)
@@ -175,7 +175,7 @@ def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
         (b"\xff\xfe", "cannot be read as UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path, content, said):
+def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(InputError, match=said):
         vocabulary.load_vocabulary(tmp_path / "vocab.txt")

@@ -30,7 +30,7 @@ def records(skip=True, log=print, share=0.05):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder with a vocabulary, and with text in which two documents repeat others."""
+    """A folder with a vocabulary, and with text that repeats two documents."""
     folder = tmp_path_factory.mktemp("source")
     rng = random.Random(0)
     pieces = [*vocabulary.SPECIAL_TOKENS, *sorted(WORDS), ".", "##s", *"0123456789"]
@@ -172,7 +172,7 @@ def test_a_damaged_shard_is_written_again(source, whole, folder):
     assert content(folder) == content(whole)
 
 
-def test_a_flipped_byte_costs_one_document_or_the_run(folder):
+def test_a_flipped_byte_loses_one_document_or_stops(folder):
     before = load(shutil.copytree(folder, f"{folder}-2"))[3]
     flip_a_byte(folder / "shard-00001.arrayrecord")
     with pytest.raises(InputError, match=r"shard-00001.arrayrecord, record \d+: damaged"):
@@ -263,7 +263,7 @@ def test_a_folder_with_other_content_is_refused(source, folder, tmp_path):
         (source / "text/c.txt").unlink()
 
 
-def test_shards_inside_their_input_are_not_its_text(source, tmp_path):
+def test_shards_inside_their_input_are_not_read_as_text(source, tmp_path):
     shutil.copytree(source, tmp_path / "all")
     output = tmp_path / "all/text/shards"
     first = prepare(tmp_path / "all", output)

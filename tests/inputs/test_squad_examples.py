@@ -1,4 +1,4 @@
-"""SQuAD: pieces that map back to the text, windows, features."""
+"""SQuAD: offsets of word pieces, windows, batches."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def real(pieces, tmp_path_factory):
     """Three training articles and their features."""
     with gzip.open(SHARED / "squad/train-v1.1.json.gz") as file:
         content = json.load(file)
-    content["data"] = [content["data"][i] for i in (0, 1, 16)]  # the last one has much accented
+    content["data"] = [content["data"][i] for i in (0, 1, 16)]  # the last one has many accents
     path = tmp_path_factory.mktemp("squad") / "train.json"
     path.write_text(json.dumps(content))
     return examples.Features(
@@ -46,8 +46,8 @@ def real(pieces, tmp_path_factory):
     )
 
 
-def test_pieces_stand_where_their_characters_do(pieces):
-    """Accents, compatibility forms, Hangul cut into letters, invisible characters, many bytes."""
+def test_pieces_have_the_offsets_of_their_characters(pieces):
+    """Also with accents, compatibility forms, Hangul, invisible and multi-byte characters."""
     expected = {
         "Beyoncé's café—NAÏVE": ["Beyoncé", "'", "s", "café", "—", "NAÏVE"],
         "e\u0301t e\u0301": ["e\u0301t", "e\u0301"],
@@ -75,8 +75,8 @@ def test_malformed_text_becomes_the_replacement_character():
     assert found == [text.decode("utf-8", "replace") for text in broken]
 
 
-def test_every_answer_comes_back_or_stands_inside_a_piece(real):
-    """encode → decode gives the annotated answer; where it does not, a piece is longer."""
+def test_every_answer_is_found_or_is_part_of_a_piece(real):
+    """Pieces decode to the annotated answer, unless it begins or ends inside a piece."""
     differing = []
     for number, question in enumerate(real.squad.questions):
         first, last = real.first_pieces[number], real.last_pieces[number]
@@ -91,8 +91,8 @@ def test_every_answer_comes_back_or_stands_inside_a_piece(real):
     assert len(differing) <= 0.005 * len(real.squad.questions), differing
 
 
-def test_windows_are_those_of_run_squad():
-    """Against google-research/bert's loops, written out: spans, and the one with most context."""
+def test_windows_equal_those_of_run_squad():
+    """Compared with the loops of google-research/bert: spans, and the one with most context."""
     rng = random.Random(0)
     sizes = [(rng.randrange(0, 25), rng.choice([0, 1, 5, 44, 45, 46, 99, 300])) for _ in range(60)]
     for stride in (1, 7, STRIDE, 200):
@@ -155,7 +155,7 @@ def test_rows_show_question_context_and_answer(real, pieces):
         whole = contexts[real.squad.questions[number].context]
         start, end = batch["start_positions"][row], batch["end_positions"][row]
         answer = whole[real.first_pieces[number] : real.last_pieces[number] + 1]
-        from_context = len(question) + 2 - offsets[row]  # where in it the window begins
+        from_context = len(question) + 2 - offsets[row]  # where the window begins
         assert shown == whole[from_context : from_context + len(shown)]
         first, last = real.first_pieces[number], real.last_pieces[number]
         if from_context <= first and last < from_context + len(shown):
@@ -166,10 +166,10 @@ def test_rows_show_question_context_and_answer(real, pieces):
     assert len(seen) > 100
     every = real.question_of[np.nonzero(batch["start_positions"])[0]]
     short = real.last_pieces - real.first_pieces < STRIDE
-    assert set(np.nonzero(short)[0]) <= set(every)  # each one fits some window
+    assert set(np.nonzero(short)[0]) <= set(every)  # each is in some window
 
 
-def test_order_is_a_function_of_seed_and_number(real):
+def test_order_is_a_function_of_seed_and_step(real):
     def rows(first_step, steps, context=None, size=8):
         batches = real.training_batches(8, context, first_step).take(steps)
         return np.concatenate([batch["input_word_ids"].numpy() for batch in batches])
@@ -201,7 +201,7 @@ def test_an_epoch_has_every_window_once_and_dev_ends_with_weight_0(real):
     assert rows == {row.tobytes() for row in everything["input_word_ids"].numpy()}
 
 
-def test_the_spec_is_what_the_batches_have(real):
+def test_batches_have_the_element_spec(real):
     spec = examples.element_spec(8, LENGTH)
     (batch,) = real.training_batches(8).take(1)
     (made_up,) = synthetic_batches(spec, {}, 1).take(1)

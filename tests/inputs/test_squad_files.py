@@ -12,7 +12,7 @@ from tasks import squad_answers
 
 
 def article(context, *questions):
-    """SQuAD's layout: one paragraph, questions as (id, text, answers), an answer as its text."""
+    """One paragraph in SQuAD's format. Questions are (id, text, answers), answers are strings."""
     qas = [
         {
             "id": key,
@@ -44,7 +44,7 @@ def test_the_metric_by_hand(tmp_path):
     read = squad.read_squad(write(tmp_path / "dev.json", article(context, *questions)))
     answered = {
         "a": "THE Quick brown  fox!",  # equal once normalised: 1, 1
-        "b": "the fox ran",  # beside "fox": 1 of 2 and 1 of 1 words, F1 2/3; beside the other 2/5
+        "b": "the fox ran",  # with "fox": 1 of 2 and 1 of 1 words, F1 2/3; with the other one 2/5
         "c": "lazy lazy dog",  # 2 of 3 and 2 of 2: 4/5
         "d": "andrés",  # 1, 1
         "e": "24 10",  # "2410" is another word: 0, 0
@@ -60,7 +60,7 @@ GOOD = article("Ada wrote it in 1843.", ("q1", "Who?", ["Ada"]), ("q2", "When?",
 
 
 def changed(*path, to):
-    """GOOD with one value changed, or taken out where `to` is None."""
+    """GOOD with one value changed, or removed if `to` is None."""
     content = json.loads(json.dumps(GOOD))
     holder = content
     for key in path[:-1]:
@@ -102,7 +102,7 @@ QUESTION = (*PARAGRAPH, "qas", 1)
         ("{", "is not JSON in UTF-8"),
     ],
 )
-def test_a_bad_file_is_one_sentence_with_file_and_field(tmp_path, content, said):
+def test_errors_name_the_file_and_field(tmp_path, content, said):
     path = tmp_path / "dev.json"
     path.write_text(content if content == "{" else json.dumps(content))
     with pytest.raises(InputError) as error:

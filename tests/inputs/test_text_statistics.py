@@ -1,4 +1,4 @@
-"""Statistics of pre-training batches on real text, prepared and read as at scale."""
+"""Pre-training batches from prepared shards of Wikipedia: statistics, pairs, order."""
 
 import gzip
 import itertools
@@ -61,7 +61,7 @@ def test_statistics(wikipedia, case):
         assert not batch["next_sentence_weights"].any() and not batch["input_type_ids"].any()
 
 
-def test_a_true_pair_is_one_run_of_one_document(wikipedia):
+def test_a_true_pair_is_consecutive_in_one_document(wikipedia):
     training = wikipedia[0]
     bounds = training.sentences[training.documents]
     documents = [training.tokens[i : j - 1].tobytes() for i, j in itertools.pairwise(bounds)]
@@ -76,8 +76,8 @@ def test_a_true_pair_is_one_run_of_one_document(wikipedia):
     assert found == {0: (batch["next_sentence_labels"] == 0).sum(), 1: 0}
 
 
-def test_every_token_of_a_full_sequence_comes_in_its_order(wikipedia):
-    """One epoch of full sequences, laid end to end, is the text itself, but for [SEP]."""
+def test_full_sequences_keep_every_token_in_order(wikipedia):
+    """An epoch of full sequences, concatenated, is the text itself without [SEP]."""
     training, _, pieces = wikipedia
     examples = make(wikipedia, "full-512")
     batch = joined(examples.evaluation_batches(64, limit=examples.num_examples))
@@ -87,7 +87,7 @@ def test_every_token_of_a_full_sequence_comes_in_its_order(wikipedia):
     np.testing.assert_array_equal(ids[~np.isin(ids, special)], expected)
 
 
-def test_resumed_and_divided_streams_are_the_whole_one(wikipedia):
+def test_resumed_and_divided_streams_equal_the_whole(wikipedia):
     examples = make(wikipedia, "pairs-128")
     whole = list(examples.training_batches(8).take(40))
     for step in (1, 17, 39):
@@ -103,7 +103,7 @@ def test_resumed_and_divided_streams_are_the_whole_one(wikipedia):
     tf.nest.map_structure(np.testing.assert_array_equal, together, joined(whole[:2]))
 
 
-def test_a_second_epoch_is_another_order(wikipedia):
+def test_a_second_epoch_has_a_new_order(wikipedia):
     examples = make(wikipedia, "full-512")
     numbers = tf.range(2 * examples.num_examples, dtype=tf.int64)
     chunks = shuffled(numbers, examples.num_examples, examples.seed).numpy()
