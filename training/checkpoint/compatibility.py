@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import json
 import os
-import tempfile
 
 from inputs.errors import InputError
+from inputs.files import atomic_write, check_writable
 from training.checkpoint.manager import saved_steps
 
 # A run may be made longer or shorter on the way, and be watched in another way; everything else
@@ -35,18 +35,6 @@ MAY_CHANGE = (
     "telemetry",
     "profile",
 )
-
-
-def check_writable(folder: str, flag: str) -> None:
-    """Makes the folder if it is missing; `InputError` if nothing can be written there."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
-        ) from None
 
 
 def check(model_dir: str, recipe, **facts) -> None:
@@ -103,9 +91,8 @@ def claim(model_dir: str, recipe, **facts) -> None:
     """
     check(model_dir, recipe, **facts)
     path = os.path.join(model_dir, "recipe.json")
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.write(settings(recipe, facts))
-    os.replace(f"{path}.new", path)
 
 
 def _check_same(model_dir: str, path: str, ours: dict) -> dict:
