@@ -53,7 +53,12 @@ def test_class_folders_with_both_splits(tmp_path, capsys):
     assert (train["count"], validation["count"]) == (9, 6)
     assert train["class_counts"] == [3, 3, 3]
     assert [name for _, name in train["classes"]] == list(NAMES)
-    assert f"hash {train['hash']}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"hash {train['hash']}" in shown.out
+    assert shown.err.splitlines() == [
+        f"{tmp_path}/out/{split}/{split}-00000.arrayrecord: {count} images (100%)"
+        for split, count in (("train", 9), ("validation", 6))
+    ]
     first = (tmp_path / "source/train/cat/0.jpg").read_bytes()
     assert stored(tmp_path / "out/train")[0] == (first, 0)
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import random
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from inputs.text import prepare as prepare_text
 from recipes import find_recipe, resized
 from tasks import TASKS
 
+ROOT = pathlib.Path(__file__).parents[2]
 SHARD_TOKENS = 1500
 WORDS = "cat dog bird fish sat went looked slept mat log tree sea the a on to".split()
 
@@ -158,9 +163,29 @@ def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
     assert content(tmp_path / "run") == content(whole)
 
 
-def test_worker_processes_give_the_same_shards(source, whole, tmp_path):
-    prepare(source, tmp_path / "run", workers=2)
+COMMAND = """
+import sys
+from inputs.text import prepare, tokenizing
+tokenizing.BATCH_CHARACTERS = 3000
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_the_command_with_worker_processes(source, whole, tmp_path):
+    """It writes the same shards, and prints plain lines without messages of TensorFlow."""
+    flags = {"input": source / "text", "vocab": source / "vocab.txt", "output": tmp_path / "run"}
+    flags |= {"workers": 2, "shard_tokens": SHARD_TOKENS}
+    command = [sys.executable, "-c", COMMAND, *(f"--{key}={value}" for key, value in flags.items())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    del environment["TF_CPP_MIN_LOG_LEVEL"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert content(tmp_path / "run") == content(whole)
+    lines = done.stderr.split("\n")
+    assert len(lines) > 4 and lines.pop() == ""
+    for index, line in enumerate(lines):
+        assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
+    assert "tokens in 150 documents, 3 of them held out" in done.stdout
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_damaged_shard_is_written_again(source, whole, folder):
