@@ -6,7 +6,6 @@ evaluates it on held-out text and exports a SavedModel. The same command resumes
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -25,10 +24,11 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import check_export_dir
 from inputs.errors import InputError
+from inputs.files import locked, write_json
 from recipes.types import Recipe
 from tasks import TASKS
 from training import optimizers, strategy
-from training.checkpoint import compatibility, lock, manager
+from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
 from training.monitor.divergence import Diverged
 from training.monitor.progress import HISTORY, read_rows
@@ -183,8 +183,7 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
     task, recipe = run.task, run.recipe
     speed = {"examples_per_second": run.progress.examples_per_second}
-    with open(os.path.join(model_dir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(results | speed, file)
+    write_json(os.path.join(model_dir, "results.json"), results | speed)
     parameters = sum(int(np.prod(v.shape)) for v in run.model.trainable_variables)
     print(
         f"""
@@ -248,7 +247,7 @@ def main(arguments) -> int:
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
         if chief:
-            stack.enter_context(lock.held(model_dir, log))
+            stack.enter_context(locked(model_dir, "--model_dir", log=log))
             manager.recover(model_dir, log)
         # Also waits until the chief has decided which checkpoint is the newest.
         strategy.check_workers_agree(

@@ -27,7 +27,7 @@ IMAGE_SIZE, CLASSES = 224, 1_000
 def write_records(data: examples.Images, path: str) -> None:
     """The images as a TFRecord file in the layout that tf-models reads."""
     with tf.io.TFRecordWriter(path) as writer:
-        for image, label in data.files(data.number):
+        for image, label in data.files(data.num_examples):
             features = {
                 "image/encoded": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
                 "image/class/label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
@@ -53,11 +53,11 @@ def tf_models_batches(path: str, batch_size: int, dtype: str) -> tf.data.Dataset
 
 def decoding_alone(data: examples.Images, batch_size: int) -> tf.data.Dataset:
     """The crops of our pipeline decoded, neither scaled nor put into batches."""
-    files = [image for image, _ in data.files(data.number)]
+    files = [image for image, _ in data.files(data.num_examples)]
     sizes = [tf.image.extract_jpeg_shape(image).numpy() for image in files]
     height, width = (tf.constant([size[axis] for size in sizes], tf.int64) for axis in (0, 1))
     numbers = tf.range(len(files), dtype=tf.int64)
-    windows = decoding.random_windows(height, width, seed=1, number=numbers)
+    windows = decoding.random_windows(height, width, seed=1, ids=numbers)
 
     def decoded(image, window):
         return tf.shape(decoding.decode_crop(image, window, IMAGE_SIZE))

@@ -24,10 +24,10 @@ import tensorflow as tf
 from official.nlp.data import pretrain_text_dataloader
 
 from inputs.bad_records import BadRecords
-from inputs.text import documents, prepared
+from inputs.text import documents
 from inputs.text import examples as text
-from inputs.text.batches import batches
-from inputs.text.tokenizing import Tokenizer
+from inputs.text.corpus import load_prepared
+from inputs.text.tokenizing import Tokenizer, batch_documents
 
 BATCH = 64
 PREDICTIONS = {128: 20, 512: 76}
@@ -41,7 +41,7 @@ AS_FULL = "tf-models, as full"
 
 def read(path):
     """The documents of a text."""
-    records = BadRecords(0.001, skip=True, say=print)
+    records = BadRecords(0.001, skip=True, log=print)
     return documents.read_documents(documents.find_files(path), records)
 
 
@@ -72,10 +72,10 @@ def tokenizing(path, vocab, folder) -> dict:
     )
     with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
         tokens = json.load(file)["tokens"]
-    _, _, vocabulary, _ = prepared.load_prepared(folder, "", BadRecords(0, skip=False, say=print))
+    _, _, vocabulary, _ = load_prepared(folder, "", BadRecords(0, skip=False, log=print))
     tokenizer = Tokenizer(vocabulary)
     alone, both, seen = 0.0, 0.0, 0
-    for batch in batches(read(path)):
+    for batch in batch_documents(read(path)):
         start = time.thread_time()
         seen += len(tokenizer(batch).tokens)
         both += time.thread_time() - start
@@ -121,9 +121,7 @@ def write_records(path, vocabulary, file, line_tokens) -> str:
 
 def contenders(path, folder, records, vocab, length) -> dict:
     """name -> iterator over batches."""
-    training, _, vocabulary, _ = prepared.load_prepared(
-        folder, "", BadRecords(0, skip=False, say=print)
-    )
+    training, _, vocabulary, _ = load_prepared(folder, "", BadRecords(0, skip=False, log=print))
     made = {}
     for name, more in {
         "pairs": {},

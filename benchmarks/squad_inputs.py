@@ -14,7 +14,7 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from inputs.squad import features as squad_features
+from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text import vocabulary
 from tasks import squad_answers
@@ -59,17 +59,17 @@ def main():
     begin = time.perf_counter()
     read = squad.read_squad(arguments.squad)
     parsed = time.perf_counter()
-    features = squad_features.Features(read, pieces, **SETTINGS, seed=1)
+    features = squad_examples.Features(read, pieces, **SETTINGS, seed=1)
     ready = time.perf_counter()
     for _ in features.training_batches(64).take(arguments.batches):
         pass
     per_second = 64 * arguments.batches / (time.perf_counter() - ready)
-    whole = ready - begin + features.number / per_second
+    whole = ready - begin + features.num_examples / per_second
     print(
-        f"{len(read.questions):,} questions, {features.number:,} windows of 384\n"
+        f"{len(read.questions):,} questions, {features.num_examples:,} windows of 384\n"
         f"read and checked in {parsed - begin:.1f} s, tokenised in {ready - parsed:.1f} s, "
         f"then {per_second:,.0f} windows/s\n"
-        f"the first epoch from the file on: {features.number / whole:,.0f} windows/s"
+        f"the first epoch from the file on: {features.num_examples / whole:,.0f} windows/s"
     )
     lost = lost_answers(features)
     counted = [entry for entry in lost if not same_normalised(*entry[2:])]

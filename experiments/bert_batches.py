@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from experiments import DIVERGED
+from inputs.files import write_json
 from recipes import find_recipe, scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -118,9 +119,7 @@ def run(trial: Trial, options) -> dict:
                 outcome |= {"accuracy": json.load(file)["masked_accuracy"]}
             outcome |= {"curve": curve(folder)}
         outcome["seconds_since_start"] = round(time.perf_counter() - start, 1)
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump(outcome, file)
-        os.replace(f"{path}.new", path)
+        write_json(path, outcome, indent=None)
         for name in os.listdir(folder):  # figures stay, weights go: there are many runs
             if name.startswith("ckpt-") or name in ("best", "export", "checkpoint"):
                 place = os.path.join(folder, name)

@@ -1,9 +1,7 @@
 """An export: a SavedModel that takes raw data, its model card, and weights for tf-models."""
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,8 +9,8 @@ import tensorflow as tf
 
 from export import weights as tf_models_weights
 from inputs.errors import InputError
+from inputs.files import atomic_folder, check_writable
 from inputs.text.vocabulary import save_vocabulary
-from training.checkpoint.compatibility import check_writable
 
 CARD, WEIGHTS = "model_card.md", "tf_models"
 
@@ -65,7 +63,7 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
         card: the model card's text, kept as model_card.md.
         export_dir: the folder; `check_export_dir` has said that it can be written.
     """
-    with replacing(export_dir) as fresh:
+    with atomic_folder(export_dir) as fresh:
         tf.saved_model.save(export.module, fresh, signatures=export.signatures)
         if export.encoder is not None:
             weights = os.path.join(fresh, WEIGHTS)
@@ -73,22 +71,6 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
             save_vocabulary(export.vocabulary, os.path.join(weights, "vocab.txt"))
         with open(os.path.join(fresh, CARD), "w", encoding="utf-8") as file:
             file.write(card)
-
-
-@contextlib.contextmanager
-def replacing(export_dir: str):
-    """Yields a path to write a folder at; afterwards it takes the place of `export_dir`."""
-    parent, name = os.path.split(os.path.abspath(export_dir))
-    aside = os.path.join(parent, f".{name}.new")  # always that name: a killed run's goes, too
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        fresh = os.path.join(aside, "new")
-        yield fresh
-        if os.path.exists(export_dir):
-            os.replace(export_dir, os.path.join(aside, "old"))
-        os.replace(fresh, export_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_apart(module: str, export_dir: str, *arguments: str) -> None:

@@ -1,1 +1,1 @@
-"""tf.data pipelines: each gives static batches whose content is a function of (seed, step)."""
+"""Data pipelines on `tf.data`: every batch has a static shape and depends only on (seed, step)."""

@@ -1,22 +1,23 @@
-"""Damaged records: named, counted, passed over up to a limit."""
+"""Damaged records: reported, counted and skipped up to a limit."""
 
 from collections.abc import Callable
 
 from inputs.errors import InputError
 
-SHOWN = 10  # lines about single records; the count is told in the end
-# Damage may come in one lump: only beyond so many records is its share judged before the end.
-JUDGED_EARLY = 1_000
+MAX_REPORTED = 10  # messages about single records; after that only the total is reported
+# Damaged records may come in a cluster at the start, so the share is checked while reading only
+# after this many of them.
+CHECKED_FROM = 1_000
 
 
 class BadRecords:
-    """What all readers of one run's data tell about the records that they cannot use.
+    """Counts the damaged records of one data set and decides whether reading may go on.
 
     Args:
-        max_share: the share of all records that may be damaged.
-        skip: False ends the run at the first one.
-        say: takes a line about each of the first damaged records.
-        limit_flag: how the user sets `max_share`.
+        max_share: the share of all records that may be damaged, in [0, 1].
+        skip: if False, the first damaged record raises.
+        log: receives one line for each of the first `MAX_REPORTED` damaged records, and the total.
+        limit_flag: the flag that sets `max_share`, for the error message.
     """
 
     def __init__(
@@ -24,52 +25,59 @@ class BadRecords:
         max_share: float,
         *,
         skip: bool,
-        say: Callable[[str], object],
+        log: Callable[[str], object],
         limit_flag: str = "--set max_bad_record_share",
     ):
-        self._max_share, self._skip, self._say = max_share, skip, say
+        self._max_share = max_share
+        self._skip = skip
+        self._log = log
         self._limit_flag = limit_flag
         self._first = ""
-        self.good = self.bad = self._expected = 0
+        self._expected = 0
+        self.good = 0
+        self.bad = 0
 
     def expect(self, count: int) -> None:
-        """So many records will be read, some perhaps never: each damaged one is judged at once."""
+        """Announces `count` records that are read at random.
+
+        The share is then checked at every damaged record, because reading may never end.
+        """
         self._expected += count
 
     def add_good(self, count: int = 1) -> None:
-        """Counts records that could be used."""
+        """Counts usable records."""
         self.good += count
 
-    def add_bad(self, what: str, count: int = 1) -> None:
-        """Counts damaged ones.
+    def add_bad(self, message: str, count: int = 1) -> None:
+        """Counts damaged records.
 
         Args:
-            what: one sentence with file, place and flaw.
-            count: how many records are lost by it, at the least.
+            message: one sentence with the file, the position in it and what is wrong.
+            count: how many records are lost, at least.
 
         Raises:
-            InputError: too many, or one where none is borne.
+            InputError: the limit is exceeded, or `skip` is False.
         """
         if not self._skip:
             raise InputError(
-                f"{what} Mend it, or pass over damaged records with --set on_bad_record=skip."
+                f"{message} Repair it, or skip damaged records with --set on_bad_record=skip."
             )
-        self._first = self._first or what
-        if self.bad < SHOWN:
-            self._say(f"Passed over: {what}")
+        self._first = self._first or message
+        if self.bad < MAX_REPORTED:
+            self._log(f"Skipped: {message}")
         self.bad += count
-        if self._expected or self.bad >= JUDGED_EARLY:
-            self._judge()
+        if self._expected or self.bad >= CHECKED_FROM:
+            self._check()
 
     def end(self) -> None:
-        """To be called when all was read once; tells the count.
+        """Checks the share and logs the total. Call it when every record was read once.
 
         Raises:
-            InputError: too many.
+            InputError: the limit is exceeded.
         """
         if self.bad:
-            self._judge()
-            self._say(f"{self._count} were damaged and passed over")
+            self._check()
+            self._log(f"{self._count} were damaged and skipped")
 
     @property
     def _count(self) -> str:
@@ -79,10 +87,10 @@ class BadRecords:
     def _total(self) -> int:
         return self._expected or self.good + self.bad
 
-    def _judge(self) -> None:
+    def _check(self) -> None:
         if self.bad > self._max_share * self._total:
             raise InputError(
                 f"{self._first} With it {self._count} are damaged, more than the share of "
-                f"{self._max_share:g} that is passed over. Mend the data, or raise the limit with "
-                f"{self._limit_flag}."
+                f"{self._max_share:g} that may be skipped. Repair the data, or raise the limit "
+                f"with {self._limit_flag}."
             )

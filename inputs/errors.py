@@ -1,5 +1,5 @@
-"""The one error that a user's mistake raises: shown as its sentence, without a stack trace."""
+"""The exception for bad input, shown to the user as one sentence without a stack trace."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names file, flag or value, and the cure."""
+    """The user gave something unusable. The message names the file, flag or value, and a fix."""

@@ -42,7 +42,7 @@ def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
     Args:
         model: from `build_span_labeler`.
-        batch: as `inputs.squad.features.element_spec` describes.
+        batch: as `inputs.squad.examples.element_spec` describes.
         training: whether dropout is on.
 
     Returns:

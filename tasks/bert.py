@@ -11,7 +11,7 @@ from export.saved_model import run_apart, write_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import is_prepared
-from inputs.text import chunks, corpus, documents, examples, installed_text, prepared, vocabulary
+from inputs.text import chunks, corpus, documents, examples, installed_text, vocabulary
 from models import bert
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
@@ -152,17 +152,18 @@ class _Text:
     def __init__(self, recipe, data_dir, vocab, log):
         self._recipe = recipe
         records = BadRecords(
-            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", say=log
+            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
         )
         self.description = data_dir or "Python's help topics and installed packages' docstrings"
         log(f"Reading {self.description}")
         if data_dir and is_prepared(data_dir):
             self._training, self._held_out, self.vocabulary, self.fingerprint = (
-                prepared.load_prepared(data_dir, vocab, records)
+                corpus.load_prepared(data_dir, vocab, records)
             )
         else:
             self._tokenize(data_dir, vocab, records, log)
-        self.amount = f"To train on: {self._training.size}; held out: {self._held_out.size}"
+        training, held_out = self._training.describe(), self._held_out.describe()
+        self.amount = f"To train on: {training}; held out: {held_out}"
         log(self.amount)
 
     def _tokenize(self, data_dir, vocab, records, log):

@@ -157,7 +157,7 @@ class _Images:
                     recipe.max_bad_record_share,
                     skip=recipe.on_bad_record == "skip",
                     # Each process of a cluster reads its own share, and reports on it itself.
-                    say=lambda line: print(line, file=sys.stderr),
+                    log=lambda line: print(line, file=sys.stderr),
                 ),
             )
 
@@ -175,8 +175,8 @@ class _Images:
         hashes = self.training.manifest["hash"] + self.held_out.manifest["hash"]
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
         self.amount = (
-            f"{self.training.number:,} images of {len(self.classes):,} classes to train on, "
-            f"{self.held_out.number:,} held out"
+            f"{self.training.num_examples:,} images of {len(self.classes):,} classes to train on, "
+            f"{self.held_out.num_examples:,} held out"
         )
         log(self.amount)
 

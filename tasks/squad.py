@@ -6,7 +6,7 @@ from export.model_card import make_card
 from export.saved_model import run_apart, write_export
 from export.squad import answering_export
 from inputs.errors import InputError
-from inputs.squad import features
+from inputs.squad import examples
 from inputs.squad import files as squad_files
 from inputs.text import vocabulary
 from models import bert
@@ -200,7 +200,7 @@ class _Questions:
         read = [squad_files.read_squad(path) for path in files]
         self.fingerprint = "-".join(file.fingerprint for file in read)
         self.training, self.dev = (
-            features.Features(
+            examples.Features(
                 file,
                 pieces,
                 sequence_length=recipe.sequence_length,
@@ -211,7 +211,7 @@ class _Questions:
             for file in read
         )
         self.amount = "; ".join(
-            f"{len(windows.squad.questions):,} questions {use}, in {windows.number:,} windows of "
+            f"{len(windows.squad.questions):,} questions {use}, in {windows.num_examples:,} windows of "
             f"{recipe.sequence_length}"
             for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
         )
@@ -239,7 +239,7 @@ class _SyntheticQuestions:
     def __init__(self, recipe, vocabulary_size, seed):
         length = recipe.sequence_length
         self.training = self.dev = made_up.SyntheticExamples(
-            lambda size: features.element_spec(size, length),
+            lambda size: examples.element_spec(size, length),
             {
                 "input_word_ids": vocabulary_size,
                 "input_type_ids": TYPES,

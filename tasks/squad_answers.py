@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from official.nlp.tools import squad_evaluate_v1_1
 
+from inputs.files import atomic_write
 from models import squad as span_model
 
 
@@ -64,7 +65,7 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
     The spans of all windows of a question are compared; of equal texts the best one is kept.
 
     Args:
-        features: a `inputs.squad.features.Features`.
+        features: a `inputs.squad.examples.Features`.
         spans: from `predict_spans`.
         n_best: the most answers to a question.
 
@@ -116,6 +117,5 @@ def write_answers(model_dir: str, answers: dict[str, list[dict]]) -> None:
     """Writes predictions.json (id -> text, the official script's format) and nbest.json."""
     for name, content in (("nbest.json", answers), ("predictions.json", predictions(answers))):
         path = os.path.join(model_dir, name)
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        with atomic_write(path) as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
-        os.replace(f"{path}.new", path)

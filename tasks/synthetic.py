@@ -1,6 +1,6 @@
 """Synthetic examples as a source that takes the place of a task's data."""
 
-from inputs.synthetic import synthetic_batches
+from inputs.batching import synthetic_batches
 from inputs.text.vocabulary import SPECIAL_TOKENS
 
 DESCRIPTION = "synthetic data"

@@ -1,4 +1,4 @@
-"""What must hold of any pre-training batch."""
+"""Checks for all pre-training batches."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def original(batch):
 
 
 def check_statistics(batch, pieces, next_sentence_error=0.01):
-    """15 % masked, of them 80/10/10, half of the pairs random, no special token masked."""
+    """15 % are masked, of these 80/10/10 %; half of the pairs are random; no special tokens."""
     _, unk, cls, sep, mask = map(pieces.index, vocabulary.SPECIAL_TOKENS)
     weights = batch["masked_lm_weights"] > 0
     labels = batch["masked_lm_ids"][weights]
@@ -29,7 +29,7 @@ def check_statistics(batch, pieces, next_sentence_error=0.01):
     before = original(batch)
     text_tokens = batch["input_mask"].sum() - np.isin(before, [unk, cls, sep]).sum()
     assert weights.sum() / text_tokens == pytest.approx(0.15, abs=0.003)
-    # A random piece is now and then the right one.
+    # A random piece is sometimes the right one.
     assert np.mean(shown == mask) == pytest.approx(0.8, abs=0.01)
     assert np.mean(shown == labels) == pytest.approx(0.1, abs=0.01)
     if batch["next_sentence_weights"].any():

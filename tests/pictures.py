@@ -1,4 +1,4 @@
-"""Made-up images and data sets for the tests of everything that reads images."""
+"""Synthetic images and data sets for the tests that read images."""
 
 import io
 
@@ -14,7 +14,7 @@ NAMES = ("cat", "dog", "owl")
 
 
 def smooth(height, width, seed=0):
-    """[height, width, 3] uint8 that JPEG keeps nearly as it is: a few slow waves."""
+    """[height, width, 3] uint8 of a few slow waves, which JPEG hardly changes."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [
@@ -48,7 +48,7 @@ def prepare(*arguments):
 
 
 def prepared(folder, **arguments):
-    """Shards of class folders, train and validation alike; returns their folder."""
+    """Prepares the same class folders as train and validation; returns the folder of shards."""
     source = class_folders(folder / "source", **arguments)
     for split in ("train", "validation"):
         status = prepare("--source", source, "--output", folder / "out", "--split", split)
@@ -57,8 +57,8 @@ def prepared(folder, **arguments):
 
 
 def open_shards(folder):
-    """A reader of a prepared folder that bears no damage."""
-    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, say=print))
+    """A reader of a prepared folder that allows no damaged record."""
+    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, log=print))
 
 
 def damage(folder, number):
@@ -72,7 +72,7 @@ def damage(folder, number):
 
 
 def example(**features):
-    """A serialised tf.train.Example; names are given with __ for /."""
+    """A serialised tf.train.Example; `a__b` names the feature a/b."""
     values = {}
     for name, value in features.items():
         if isinstance(value, bytes):

@@ -25,10 +25,10 @@ PACKAGES = {
     "inputs": set(),
     "models": set(),
     "tasks": {"recipes", "inputs", "models", "export"},
-    "export": {"inputs", "models", "training"},
+    "export": {"inputs", "models"},
     "training": {"tf_lamb", "recipes", "inputs", "tasks"},
     "preflight": {"recipes", "inputs", "models", "tasks", "training"},
-    "experiments": {"recipes"},
+    "experiments": {"recipes", "inputs"},
 }
 # Which others each module of tf_lamb may import.
 MODULES = {

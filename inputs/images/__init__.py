@@ -1,1 +1,1 @@
-"""Images: labelled files become shards, shards become batches."""
+"""Labelled images: files → shards → batches."""

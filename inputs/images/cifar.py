@@ -1,4 +1,4 @@
-"""CIFAR-10 as raw pixels, from its published archives or from strips of PNG.
+"""Reads CIFAR-10 as raw pixels, from its published archives or from PNG strips.
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -27,16 +27,21 @@ PYTHON = {
 BINARY = {split: [f"{name}.bin" for name in names] for split, names in PYTHON.items()}
 STRIPS = {"train": [f"train-{i}.png" for i in range(5)], "validation": ["test.png"]}
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-# What a damaged file, archive or pickle raises, and one that holds something else.
+# Exceptions of a damaged file or archive, and of one with other content.
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 NOT_CIFAR = (
-    ValueError, KeyError, TypeError, AttributeError, IndexError, pickle.UnpicklingError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    pickle.UnpicklingError,
     tf.errors.OpError,
-)  # fmt: skip
+)
 
 
 def is_cifar(path: str) -> bool:
-    """Whether a path is an archive of CIFAR-10, or a folder that holds what one unpacks to."""
+    """Whether a path is an archive of CIFAR-10, or a folder of an unpacked one or of PNG strips."""
     if os.path.basename(path) in ARCHIVES:
         return True
     names = [names["validation"][0] for names in (PYTHON, BINARY, STRIPS)]
@@ -44,33 +49,34 @@ def is_cifar(path: str) -> bool:
 
 
 def cifar_source(path: str, split: str) -> Source:
-    """One split of CIFAR-10, one part for each of its files.
+    """One split of CIFAR-10, with one part per file.
 
     Args:
-        path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, a folder with what is in them, or a
-            folder with train-0.png ... train-4.png and test.png (10,000 images of 32x32 one
-            above the other in each) and labels.npz with `y_train` and `y_test`.
+        path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder of an unpacked one, or a
+            folder with train-0.png ... train-4.png and test.png (each with 10,000 images of 32x32
+            in one column) and labels.npz with `y_train` and `y_test`.
         split: "train" or "validation".
 
     Raises:
-        InputError: a file is missing, is not what its name says, or has a label beyond 9.
+        InputError: a file is missing, has other content than its name says, or a label above 9.
     """
-    kinds = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
-    held = _names(path)
-    most = max(kinds, key=lambda kind: len(held.keys() & set(kind[0][split])))
-    files, read = most[0][split], most[1]
-    missing = [name for name in files if name not in held]
+    formats = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
+    members = _members(path)
+    # The format of which most files are there.
+    names, read = max(formats, key=lambda form: len(members.keys() & set(form[0][split])))
+    files = names[split]
+    missing = [name for name in files if name not in members]
     if missing:
-        raise InputError(f"--source: {path} lacks {missing[0]} of CIFAR-10.")
+        raise InputError(f"--source: {path} lacks the file {missing[0]} of CIFAR-10.")
 
-    def items(name, number):
+    def items(name, index):
         where = f"{path}:{name}" if os.path.isfile(path) else os.path.join(path, name)
         try:
-            pixels, labels = read(path, held[name], number)
+            pixels, labels = read(path, members[name], index)
             images = np.asarray(pixels, np.uint8).reshape(-1, *SHAPE)
         except (*DAMAGE, *NOT_CIFAR) as error:
             raise InputError(
-                f"--source: {where} is not CIFAR-10 as its name says ({error})."
+                f"--source: {where} is not CIFAR-10, although its name says so ({error})."
             ) from None
         if len(labels) != len(images):
             raise InputError(
@@ -84,14 +90,14 @@ def cifar_source(path: str, split: str) -> Source:
             yield Item(f"{where}[{i}]", image.tobytes(), int(label))
 
     parts = [
-        Part(f"{split}-{number:05d}", lambda name=name, number=number: items(name, number), name)
-        for number, name in enumerate(files)
+        Part(f"{split}-{index:05d}", lambda name=name, index=index: items(name, index), name)
+        for index, name in enumerate(files)
     ]
     return Source(split, parts, CLASSES, SHAPE)
 
 
-def _names(path) -> dict[str, str]:
-    """Base name -> member or file."""
+def _members(path) -> dict[str, str]:
+    """Base name -> name in the archive or folder."""
     if os.path.isdir(path):
         return {name: name for name in os.listdir(path)}
     try:
@@ -110,9 +116,9 @@ def _content(path, name) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A pickle may run any program; this one knows NumPy's arrays and nothing else."""
+    """Unpickles NumPy arrays and nothing else, because a pickle may run any program."""
 
-    KNOWN = {
+    ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
         ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
@@ -120,30 +126,30 @@ class _ArraysOnly(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
-        """The few names there may be."""
-        if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
-        return self.KNOWN[module, name]
+        """The classes and functions that NumPy arrays need."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it contains {module}.{name}")
+        return self.ALLOWED[module, name]
 
 
-def _read_python(path, name, number):
-    del number
+def _read_python(path, name, index):
+    del index
     batch = _ArraysOnly(io.BytesIO(_content(path, name)), encoding="bytes").load()
     return _channels_last(batch[b"data"]), batch[b"labels"]
 
 
-def _read_binary(path, name, number):
-    del number
+def _read_binary(path, name, index):
+    del index
     rows = np.frombuffer(_content(path, name), np.uint8).reshape(-1, BINARY_ROW)
     return _channels_last(rows[:, 1:]), rows[:, 0]
 
 
-def _read_strip(path, name, number):
+def _read_strip(path, name, index):
     strip = tf.io.decode_png(_content(path, name), channels=3).numpy()
     with np.load(io.BytesIO(_content(path, "labels.npz"))) as arrays:
         labels = arrays["y_test" if name == STRIPS["validation"][0] else "y_train"]
     size = len(strip) // SHAPE[0]
-    return strip, labels[number * size : (number + 1) * size]
+    return strip, labels[index * size : (index + 1) * size]
 
 
 def _channels_last(rows):

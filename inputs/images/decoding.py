@@ -1,32 +1,42 @@
-"""From an image file's bytes to the uint8 pixels that a network sees; all in the graph."""
+"""Decodes, crops and augments images in the TensorFlow graph: file bytes → uint8 pixels."""
 
 import tensorflow as tf
 
-from inputs import random_numbers
+from inputs.batching import integers_below, uniform
 
-AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # Szegedy et al., arXiv:1409.4842, section 6
+# Szegedy et al., arXiv:1409.4842, section 6
+AREA = (0.08, 1.0)
+ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-# JPEG decodes to 1/2, 1/4 or 1/8 of its size for less than the whole; the crop is then scaled
-# down by what is left, which is below 2 where bilinear scaling skips no pixel.
+# JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. The remaining factor is below 2, where
+# bilinear scaling skips no pixel.
 SHRINK = (1, 2, 4, 8)
+# RandAugment; the defaults of tf-models 2.20. The magnitude is of 10.
+LAYERS, MAGNITUDE = 2, 10
+FILL = [128, 128, 128]
+# Streams of random numbers, see `uniform`.
+WINDOW_STREAMS = (10, 11, 12, 13)
+SHIFT_STREAM = 10  # of images that are not cropped
+FLIP_STREAM = 14
+AUGMENT_STREAM = 20
 
 
-def random_windows(height, width, *, seed: int, number):
-    """A random crop of each image: 8 to 100 % of its area, its aspect from 3/4 to 4/3.
+def random_windows(height, width, *, seed: int, ids):
+    """A random crop of each image: 8 to 100 % of its area, with an aspect ratio of 3/4 to 4/3.
 
-    Drawn again up to ten times where it does not fit; then the central one of the nearest
-    possible shape. A function of (seed, number).
+    Takes the first of ten random crops that fits the image. If none fits, takes the central crop
+    of the nearest possible shape.
 
     Args:
         height, width: [B] int64, pixels of the images.
         seed: int.
-        number: [B] int64, the examples' numbers.
+        ids: [B] int64, example ids.
 
     Returns:
         [B, 4] int32: top, left, height, width.
     """
     h, w = (tf.cast(size, tf.float32)[:, tf.newaxis] for size in (height, width))
-    draws = [random_numbers.uniform(seed, stream, number, ATTEMPTS) for stream in range(10, 14)]
+    draws = [uniform(seed, stream, ids, ATTEMPTS) for stream in WINDOW_STREAMS]
     area = h * w * (AREA[0] + (AREA[1] - AREA[0]) * draws[0])
     low, high = (tf.math.log(aspect) for aspect in ASPECT)
     aspect = tf.exp(low + (high - low) * draws[1])
@@ -46,28 +56,28 @@ def random_windows(height, width, *, seed: int, number):
 
 
 def decode_window(data, window, image_size: int):
-    """The window of an image, scaled bilinearly: [S, S, 3] uint8.
+    """A window of an image, scaled bilinearly: [S, S, 3] uint8.
 
-    Args: as `decode_crop`'s.
+    Args: as `decode_crop`.
     """
     return scale(decode_crop(data, window, image_size), image_size)
 
 
 def decode_crop(data, window, image_size: int):
-    """The window of an image, not smaller than S: [h, w, 3] uint8.
+    """A window of an image, each side at least S unless the window is smaller: [h, w, 3] uint8.
 
     Of a JPEG only the window is decoded, at a lower resolution where that is enough. Other
-    files (PNG, BMP, GIF, whatever their names say) are decoded whole. Grey becomes RGB, as does
-    CMYK.
+    formats (PNG, BMP, GIF; the file name does not matter) are decoded whole. Grey and CMYK images
+    become RGB.
 
     Args:
         data: scalar string, an image file.
         window: [4] int32: top, left, height, width.
-        image_size: S; a window that is smaller is left as it is.
+        image_size: S.
     """
-    least = tf.reduce_min(window[2:])
-    # 0..3: how often to halve; 4: not a JPEG.
-    halvings = tf.reduce_sum(tf.cast(least // tf.constant(SHRINK[1:]) >= image_size, tf.int32))
+    shorter = tf.reduce_min(window[2:])
+    # 0 to 3: how often to halve; 4: not a JPEG.
+    halvings = tf.reduce_sum(tf.cast(shorter // tf.constant(SHRINK[1:]) >= image_size, tf.int32))
     kind = tf.where(tf.io.is_jpeg(data), halvings, len(SHRINK))
     branches = [lambda ratio=ratio: _decode_jpeg_window(data, window, ratio) for ratio in SHRINK]
     return tf.switch_case(kind, [*branches, lambda: _slice(_decode_any(data), window)])
@@ -76,8 +86,8 @@ def decode_crop(data, window, image_size: int):
 def decode_centre(data, image_size: int, padding: int):
     """The centre of an image, scaled bilinearly: [S, S, 3] uint8.
 
-    The central square of S / (S + padding) of the shorter side: with S = 224 and padding = 32 what
-    scaling that side to 256 and cutting out the middle 224 gives.
+    The crop is the central square of S / (S + padding) of the shorter side. With S = 224 and
+    padding = 32 this equals scaling that side to 256 and cropping the central 224.
 
     Args:
         data: scalar string, an image file.
@@ -85,14 +95,14 @@ def decode_centre(data, image_size: int, padding: int):
         padding: 32 for photographs, 0 for the whole square.
 
     Raises:
-        tf.errors.InvalidArgumentError: no image.
+        tf.errors.InvalidArgumentError: `data` is not an image.
     """
     image = _decode_any(data)
     return scale(_slice(image, central_window(tf.shape(image), image_size, padding)), image_size)
 
 
 def central_window(shape, image_size: int, padding: int):
-    """[4] int32, the window of `decode_centre` in an image of `shape` [height, width, ...]."""
+    """The window of `decode_centre` in an image of `shape` [height, width, ...]: [4] int32."""
     side = tf.cast(tf.minimum(shape[0], shape[1]), tf.float32)
     side = tf.cast(tf.round(side * (image_size / (image_size + padding))), tf.int32)
     side = tf.maximum(side, 1)
@@ -100,33 +110,105 @@ def central_window(shape, image_size: int, padding: int):
 
 
 def scale(image, image_size: int):
-    """[H, W, 3] uint8 scaled bilinearly to [S, S, 3] uint8, rounded to the nearest."""
+    """Scales [H, W, 3] uint8 bilinearly to [S, S, 3] uint8, rounded to the nearest integer."""
     scaled = tf.image.resize(image, [image_size, image_size])
     return tf.ensure_shape(tf.cast(scaled + 0.5, tf.uint8), [image_size, image_size, 3])
 
 
-def random_shifts(images, *, seed: int, number):
-    """Shifts each image by up to 4 pixels either way, black coming in: [B, S, S, 3] as before.
+def random_shifts(images, *, seed: int, ids):
+    """Shifts each image by up to 4 pixels in each direction, and fills with black.
 
     He et al., arXiv:1512.03385, section 4.2, for CIFAR-10.
+
+    Args:
+        images: [B, S, S, 3].
+        seed: int.
+        ids: [B] int64, example ids.
+
+    Returns:
+        [B, S, S, 3], of the same dtype.
     """
     size = images.shape[1]
     padded = tf.pad(images, [[0, 0], [4, 4], [4, 4], [0, 0]])
-    draws = random_numbers.uniform(seed, 10, number, 2)
-    start = tf.cast(random_numbers.below(draws, 9), tf.int32)
+    draws = uniform(seed, SHIFT_STREAM, ids, 2)
+    start = tf.cast(integers_below(draws, 9), tf.int32)
     rows = start[:, :1] + tf.range(size)[tf.newaxis]
     columns = start[:, 1:] + tf.range(size)[tf.newaxis]
     shifted = tf.gather(padded, rows, batch_dims=1)
     return tf.gather(shifted, columns, axis=2, batch_dims=1)
 
 
-def flips(*, seed: int, number):
-    """[B] bool: which images are turned left to right, one in two."""
-    return random_numbers.uniform(seed, 14, number, 1)[:, 0] < 0.5
+def random_flips(*, seed: int, ids):
+    """Whether to flip each image left to right, with probability 1/2: [B] bool."""
+    return uniform(seed, FLIP_STREAM, ids, 1)[:, 0] < 0.5
+
+
+@tf.autograph.experimental.do_not_convert  # needs no conversion, which takes most of the tracing
+def rand_augment(image, *, seed: int, example_id):
+    """Applies two random operations of tf-models to an image (Cubuk et al., arXiv:1909.13719).
+
+    *Differs from* tf-models' `RandAugment`: that draws from TensorFlow's global random state; here
+    the draws are a function of (seed, example id).
+
+    Args:
+        image: [S, S, 3] uint8.
+        seed: int.
+        example_id: int64 scalar.
+
+    Returns:
+        [S, S, 3] uint8.
+    """
+    shape = image.shape
+    draws = uniform(seed, AUGMENT_STREAM, tf.reshape(example_id, [1]), 2 * LAYERS)[0]
+    for layer in range(LAYERS):
+        sign = tf.where(draws[2 * layer] < 0.5, -1.0, 1.0)
+        operations = _augmentations(image, MAGNITUDE / 10, sign)
+        chosen = integers_below(draws[2 * layer + 1], len(operations))
+        image = tf.switch_case(tf.cast(chosen, tf.int32), operations)
+        image = tf.ensure_shape(image, shape)
+    return image
+
+
+def _augmentations(image, level: float, sign):
+    """Functions that each apply one operation to the image.
+
+    The ranges are those of AutoAugment and RandAugment in tf-models 2.20. Cutout, which draws its
+    position itself, is missing, as in the ResNet-RS recipes of tf-models.
+
+    Args:
+        image: [S, S, 3] uint8.
+        level: strength in [0, 1].
+        sign: -1.0 or 1.0, the direction of shears, shifts and rotations.
+    """
+    # Imported here, so that an export, which only decodes, does not need tf-models.
+    from official.vision.ops import augment
+
+    enhanced = level * 1.8 + 0.1
+    shear = sign * 0.3 * level
+    angle = sign * 30.0 * level
+    # A shift of 100 pixels would move an image of 32 pixels out of sight.
+    shift = sign * 100.0 * level * min(1.0, image.shape[0] / 224)
+    return [
+        lambda: augment.autocontrast(image),
+        lambda: augment.equalize(image),
+        lambda: augment.invert(image),
+        lambda: augment.wrapped_rotate(image, angle, FILL),
+        lambda: augment.posterize(image, round(4 * level)),
+        lambda: augment.solarize(image, round(256 * level)),
+        lambda: augment.solarize_add(image, round(110 * level)),
+        lambda: augment.color(image, enhanced),
+        lambda: augment.contrast(image, enhanced),
+        lambda: augment.brightness(image, enhanced),
+        lambda: augment.sharpness(image, enhanced),
+        lambda: augment.shear_x(image, shear, FILL),
+        lambda: augment.shear_y(image, shear, FILL),
+        lambda: augment.translate_x(image, shift, FILL),
+        lambda: augment.translate_y(image, shift, FILL),
+    ]
 
 
 def _decode_jpeg_window(data, window, ratio: int):
-    # As libjpeg rounds a scaled image up, a window that is scaled down lies within it.
+    # libjpeg rounds the scaled size up, so the window rounded down lies inside it.
     scaled = tf.concat([window[:2] // ratio, tf.maximum(window[2:] // ratio, 1)], axis=0)
     return tf.io.decode_and_crop_jpeg(data, scaled, channels=3, ratio=ratio)
 

@@ -1,12 +1,14 @@
 """Turns labelled images into shards: python -m inputs.images.prepare --source=PATH --output=DIR
 
 The source may be
-  a folder of ImageNet TFRecords, train-*-of-01024, as the TPU demos or TensorFlow Datasets have it;
-  a folder of class folders of images, or one with train/ and val/ of them;
-  a tar of images with a CSV of the same name (file, index) and classes.csv (index, wnid, name);
-  CIFAR-10: its python or binary archive, what is in them, or strips of PNG with labels.npz.
-DIR/train and DIR/validation then hold the splits that the source has, each with a manifest. The
-same command goes on where it was stopped. Images that cannot be decoded are named and left out.
+  a folder of ImageNet TFRecords, train-*-of-01024, in the layout of the TPU demos or of
+    TensorFlow Datasets;
+  a folder of class folders of images, or a folder with train/ and val/ of them;
+  a tar of images, with a CSV of the same name (file, index) and classes.csv (index, wnid, name);
+  CIFAR-10: its python or binary archive, unpacked or not, or PNG strips with labels.npz.
+Writes DIR/train and DIR/validation, as far as the source has these splits, each with a manifest. If
+it is stopped, the same command continues with the next shard. Images that cannot be decoded are
+reported and left out.
 """
 
 import argparse
@@ -17,61 +19,68 @@ import os
 import sys
 from collections.abc import Iterator
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
 
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.images import cifar, shards, tfrecords
-from inputs.images import sources as image_sources
+from inputs.files import read_json
+from inputs.images import cifar, shards, sources, tfrecords
+from inputs.images.examples import KIND
 from inputs.images.sources import Class, Item, Source
+from inputs.progress import Progress, log
+from inputs.shards import MANIFEST
 
-KIND = "images"
+NAME = "inputs.images.prepare"
+STOPPED = 130  # exit status of a shell after Ctrl-C
 SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
-CHECKED_AT_ONCE = 64
+CHECKED_AT_ONCE = 64  # images decoded in parallel
 
 
 def find_sources(path: str, split: str, classes_csv: str, label_base: int | None) -> list[Source]:
-    """The splits of what stands at a path, whatever its layout.
+    """Recognises the layout of a file or folder.
 
     Args:
         path: file or folder.
-        split: what a source that does not say so is.
+        split: the split of a source that does not name it.
         classes_csv: a class list, or "".
-        label_base: number of the first class in TFRecords; None for the layout's own.
+        label_base: label of the first class in TFRecords; None for the layout's own.
+
+    Returns:
+        A source for each split.
 
     Raises:
-        InputError: nothing there is known.
+        InputError: no layout is recognised.
     """
     if not os.path.exists(path):
-        raise InputError(f"--source: {path} is not there.")
+        raise InputError(f"--source: {path} does not exist.")
     if cifar.is_cifar(path):
         return [cifar.cifar_source(path, name) for name in ("train", "validation")]
     if os.path.isfile(path):
         if path.endswith(".tar"):
-            return [image_sources.tar_source(path, split, classes_csv)]
-        raise InputError(f"--source: {path} is no .tar and no archive of CIFAR-10.")
+            return [sources.tar_source(path, split, classes_csv)]
+        raise InputError(f"--source: {path} is neither a .tar nor an archive of CIFAR-10.")
     records = tfrecords.record_files(path)
     if "validation" in records:
-        records.pop("test", None)  # ImageNet's has no labels
+        records.pop("test", None)  # that of ImageNet has no labels
     if records:
         return [tfrecords.record_source(path, s, classes_csv, label_base) for s in records]
     folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
     if not folders:
         raise InputError(
-            f"--source: {path} is a folder without images: no class folders, no TFRecords "
-            "(train-00000-of-01024), nothing of CIFAR-10."
+            f"--source: {path} is a folder without images: it has no class folders, no TFRecords "
+            "(train-00000-of-01024) and no files of CIFAR-10."
         )
     if set(folders) <= set(SPLITS):
         return [
-            image_sources.folder_source(os.path.join(path, name), SPLITS[name], classes_csv)
+            sources.folder_source(os.path.join(path, name), SPLITS[name], classes_csv)
             for name in sorted(folders)
         ]
-    return [image_sources.folder_source(path, split, classes_csv)]
+    return [sources.folder_source(path, split, classes_csv)]
 
 
 def check_image(data: bytes) -> tuple[int, int, str]:
-    """(height, width, what is wrong with it or "") of an image file."""
+    """Decodes an image file; returns (height, width, error message or "")."""
     try:
         image = tf.io.decode_image(data, channels=3, expand_animations=False)
     except tf.errors.OpError as error:
@@ -80,7 +89,7 @@ def check_image(data: bytes) -> tuple[int, int, str]:
 
 
 def encode(item: Item, height: int, width: int) -> bytes:
-    """The stored record: a tf.train.Example, `inputs.images.examples.FEATURES`."""
+    """Serialises a record: a `tf.train.Example` of `inputs.images.examples.FEATURES`."""
 
     def feature(value):
         if isinstance(value, bytes):
@@ -93,7 +102,7 @@ def encode(item: Item, height: int, width: int) -> bytes:
 
 
 def records(source: Source, part, facts: dict, pool) -> Iterator[bytes]:
-    """Yields a part's records, and fills `facts`: classes counted and named, damaged images."""
+    """Yields the records of a part, and fills `facts` with its classes and damaged images."""
     facts |= {"class_counts": {}, "seen": {}, "damaged": []}
     items = iter(part.read())
     while block := list(itertools.islice(items, CHECKED_AT_ONCE)):
@@ -101,57 +110,62 @@ def records(source: Source, part, facts: dict, pool) -> Iterator[bytes]:
             checks = [(*source.pixels[:2], "")] * len(block)
         else:
             checks = pool.map(check_image, (item.data for item in block))
-        for item, (height, width, wrong) in zip(block, checks, strict=True):
-            if wrong:
-                facts["damaged"].append({"name": item.name, "reason": wrong})
+        for item, (height, width, error) in zip(block, checks, strict=True):
+            if error:
+                facts["damaged"].append({"name": item.name, "reason": error})
                 continue
             label = str(item.label)
             facts["class_counts"][label] = facts["class_counts"].get(label, 0) + 1
             facts["seen"].setdefault(label, [item.wnid, item.text, item.name])
             if item.wnid != facts["seen"][label][0]:
                 raise InputError(
-                    f"{item.name}: label {label} is {item.wnid} here and "
+                    f"{item.name}: label {label} is {item.wnid} here, but "
                     f"{facts['seen'][label][0]} before. The records mix label bases."
                 )
             yield encode(item, height, width)
 
 
-def prepare(source: Source, output: str, request: dict, pool, say) -> dict:
-    """Writes a split's shards and manifest; returns the manifest.
+def prepare(source: Source, output: str, request: dict, pool) -> dict:
+    """Writes the shards and the manifest of a split; reports on standard error.
 
     Args:
-        source: what to read.
+        source: the split.
         output: folder of all splits.
-        request: JSON values, what was asked for; a stopped preparation goes on for the same.
+        request: JSON values of the flags; a stopped preparation continues if they are the same.
         pool: an executor that decodes.
-        say: takes lines about progress and damaged images.
+
+    Returns:
+        The manifest.
 
     Raises:
-        InputError: from the source, or its classes are not those of the other split.
+        InputError: from the source; or its classes differ from those of the other split.
     """
     folder = os.path.join(output, source.split)
     plan = request | {
-        "files": _hash([part.holds for part in source.parts]),
+        "files": _hash([part.identity for part in source.parts]),
         "classes": _hash(source.classes),
     }
-    finished = os.path.join(folder, shards.MANIFEST)
+    finished = os.path.join(folder, MANIFEST)
     if os.path.exists(finished):
-        manifest = shards.read_json(finished)
+        manifest = read_json(finished)
         shards.check_plan(folder, manifest.get("plan", plan), plan)
-        say(f"{folder} is finished already")
+        log(f"{folder} is finished already")
         return manifest
     shards.begin(folder, plan)
     written = []
-    for number, part in enumerate(source.parts, start=1):
-        facts: dict = {}
-        shard = shards.write_shard(folder, part.name, records(source, part, facts, pool), facts)
-        written.append(shard)
-        for damaged in shard.facts["damaged"]:
-            say(f"Left out {damaged['name']}: {damaged['reason']}")
-        say(f"{folder}: shard {number} of {len(source.parts)}, {shard.count:,} images")
+    with Progress(len(source.parts), " shards") as progress:
+        for part in source.parts:
+            facts: dict = {}
+            shard = shards.write_shard(folder, part.name, records(source, part, facts, pool), facts)
+            written.append(shard)
+            for damaged in shard.facts["damaged"]:
+                log(f"Left out {damaged['name']}: {damaged['reason']}")
+            progress.advance(1)
+            progress.note(f"{sum(shard.count for shard in written):,} images")
+            progress.milestone(f"{folder}/{shard.file}: {shard.count:,} images")
     if not any(shard.count for shard in written):
-        raise InputError(f"--source: not one image for {folder} could be decoded.")
-    classes = source.classes or _classes_seen(written, folder)
+        raise InputError(f"--source: no image for {folder} could be decoded.")
+    classes = source.classes or _classes_of_records(written, folder)
     _check_other_split(output, source.split, classes)
     counts = [0] * len(classes)
     for shard in written:
@@ -172,83 +186,91 @@ def _hash(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _classes_seen(written, folder) -> list[Class]:
-    """What the records say of their classes, which must leave no label out."""
+def _classes_of_records(written, folder) -> list[Class]:
+    """The classes that the records name, which must have the labels 0, 1, 2, ... without a gap."""
     seen: dict[int, Class] = {}
     for shard in written:
         for label, (wnid, text, _) in shard.facts["seen"].items():
             known = seen.setdefault(int(label), Class(wnid or label, text or wnid or label))
             if wnid and known.wnid != wnid:
                 raise InputError(
-                    f"{folder}/{shard.file}: label {label} is {wnid} here and {known.wnid} in a "
-                    "file before. The files mix label bases."
+                    f"{folder}/{shard.file}: label {label} is {wnid} here, but {known.wnid} in "
+                    "an earlier file. The files mix label bases."
                 )
     labels = sorted(seen)
     gap = next((i for i, label in enumerate(labels) if i != label), None)
     twice = len({one.wnid for one in seen.values()}) != len(seen)
     if gap is not None or twice:
-        what = "a class has two labels"
+        problem = "a class has two labels"
         if gap is not None:
             last = str(labels[-1])
             (name, *_) = (s.facts["seen"][last][2] for s in written if last in s.facts["seen"])
-            what = f"counted from 0, label {last} ({name}) is among them and label {gap} is not"
+            problem = f"counted from 0, they have label {last} ({name}), but not label {gap}"
         raise InputError(
-            f"{folder}: the records do not say what the classes are, for {what}. Name them with "
-            "--classes=classes.csv (index, wnid, name)."
+            f"{folder}: the records do not define the classes, because {problem}. Give the classes "
+            "with --classes=classes.csv (index, wnid, name)."
         )
     return [seen[label] for label in range(len(seen))]
 
 
 def _check_other_split(output, split, classes):
     other = {"train": "validation", "validation": "train"}[split]
-    path = os.path.join(output, other, shards.MANIFEST)
+    path = os.path.join(output, other, MANIFEST)
     if os.path.exists(path):
-        image_sources.check_same_classes(
-            shards.read_json(path)["classes"], classes, path, f"{output}/{split}"
-        )
+        sources.check_same_classes(read_json(path)["classes"], classes, path, f"{output}/{split}")
 
 
 def main(arguments=None) -> int:
-    """Prepares all splits of the source; returns the exit status."""
+    """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", required=True, help="what to read")
+    parser.add_argument("--source", required=True, help="file or folder of images, see above")
     parser.add_argument("--output", required=True, help="folder for train/ and validation/")
-    parser.add_argument("--classes", default="", help="CSV with index, wnid, name")
-    parser.add_argument("--split", default="train", choices=("train", "validation"))
-    parser.add_argument("--label_base", type=int, choices=(0, 1), help="first label of TFRecords")
+    parser.add_argument(
+        "--classes", default="", help="CSV of the classes with the columns index, wnid, name"
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=("train", "validation"),
+        help="the split of a source that does not name it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--label_base",
+        type=int,
+        choices=(0, 1),
+        help="label of the first class in TFRecords (default: that of the layout)",
+    )
     flags = parser.parse_args(arguments)
-
-    def say(line):
-        print(line, file=sys.stderr, flush=True)
-
     request = {"source": os.path.abspath(flags.source), "label_base": flags.label_base}
     try:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            sources = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
-            splits = [source.split for source in sources]
+            found = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
+            splits = [source.split for source in found]
             if len(set(splits)) < len(splits):
                 raise InputError(
                     f"--source: {flags.source} has two {max(splits, key=splits.count)} splits. "
-                    "Leave one of them there."
+                    "Remove one of them."
                 )
-            for source in sources:
-                manifest = prepare(source, flags.output, request, pool, say)
+            for source in found:
+                manifest = prepare(source, flags.output, request, pool)
                 print(
                     f"{flags.output}/{source.split}: {manifest['count']:,} images of "
                     f"{len(manifest['classes']):,} classes, {len(manifest['damaged'])} damaged and "
                     f"left out, hash {manifest['hash']}"
                 )
     except InputError as error:
-        say(f"prepare_images: {error}")
+        log(f"{NAME}: {error}")
         return 1
     except OSError as error:
-        say(f"prepare_images: {error.filename or flags.output}: {error.strerror or error}.")
+        log(f"{NAME}: {error.filename or flags.output}: {error.strerror or error}.")
         return 1
     except KeyboardInterrupt:
-        say("prepare_images: stopped. The same command goes on with the next shard.")
-        return 130
+        log(f"{NAME}: stopped. The same command continues with the next shard.")
+        return STOPPED
     return 0
 
 

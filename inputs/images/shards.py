@@ -1,10 +1,10 @@
-"""Random-access shards: ArrayRecord files, and a manifest that says what they hold.
+"""Shards of images, and the manifest of a folder of them.
 
-A shard is written whole or not at all, and remembered beside itself, so that a preparation that
-was stopped goes on with the first shard that is missing.
+A record is a `tf.train.Example` with `inputs.images.examples.FEATURES`. While a preparation is in
+progress the folder holds plan.json, and SHARD.arrayrecord.json beside each finished shard, so that
+a stopped preparation continues with the first missing shard.
 """
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -15,19 +15,27 @@ import threading
 from collections.abc import Iterable
 
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
+from inputs.files import read_json, write_json
+from inputs.shards import MANIFEST, UNREADABLE, damaged, record_writer
 
-MANIFEST, PLAN = "manifest.json", "plan.json"
-# One record a chunk, for random access; what is stored is compressed already, or tiny.
-WRITER_OPTIONS = "group_size:1,uncompressed"
+PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file: its name, records, bytes, a hash of its records, and facts for the manifest."""
+    """A finished shard.
+
+    Attributes:
+        file: base name.
+        count: number of records.
+        bytes: size of the file.
+        sha256: hash of its records.
+        facts: JSON values about its records.
+    """
 
     file: str
     count: int
@@ -37,52 +45,40 @@ class Shard:
 
 
 def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -> Shard:
-    """Writes one shard, unless a run before has; returns what it holds.
+    """Writes one shard, unless an earlier run finished it.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         name: of the file, without a suffix.
-        records: read once, and only if the shard is not there.
-        facts: JSON values about the records, may fill up while they are read.
+        records: read once, and only if the shard is missing.
+        facts: JSON values about the records; may be filled while `records` are read.
+
+    Raises:
+        InputError: the shard cannot be written.
     """
     path = os.path.join(folder, f"{name}.arrayrecord")
     if os.path.exists(f"{path}.json"):
         return Shard(**read_json(f"{path}.json"))
-    digest, count = hashlib.sha256(), 0
-    with _writing(path):
-        writer = array_record_module.ArrayRecordWriter(f"{path}.new", WRITER_OPTIONS)
-    try:
+    digest = hashlib.sha256()
+    count = 0
+    with record_writer(path) as write:
         for record in records:
-            with _writing(path):
-                writer.write(record)
+            write(record)
             digest.update(len(record).to_bytes(8, "little") + record)
             count += 1
-    finally:
-        with _writing(path):
-            writer.close()
-    with _writing(path):
-        size = os.path.getsize(f"{path}.new")
-        shard = Shard(os.path.basename(path), count, size, digest.hexdigest(), facts)
-        os.replace(f"{path}.new", path)
-        write_json(f"{path}.json", dataclasses.asdict(shard))
+    size = os.path.getsize(path)
+    shard = Shard(os.path.basename(path), count, size, digest.hexdigest(), facts)
+    write_json(f"{path}.json", dataclasses.asdict(shard))
     return shard
 
 
-@contextlib.contextmanager
-def _writing(path):
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the writer's own is a RuntimeError
-        raise InputError(
-            f"--output: {path} cannot be written ({error}). Make room; the same command goes on."
-        ) from None
-
-
 def begin(folder: str, plan: dict) -> None:
-    """Makes the folder, or goes on in one that the same plan began; without a shard, any plan.
+    """Makes the folder and writes the plan, or continues a stopped preparation of the same plan.
+
+    A folder without a finished shard may continue with any plan.
 
     Raises:
-        InputError: it cannot be made, or holds something else.
+        InputError: the folder cannot be made, or has other content.
     """
     path = os.path.join(folder, PLAN)
     try:
@@ -100,24 +96,27 @@ def begin(folder: str, plan: dict) -> None:
 
 
 def check_plan(folder: str, begun: dict, plan: dict) -> None:
-    """Raises `InputError` unless a folder was made by the same plan."""
+    """Raises `InputError` if the folder was made with another plan."""
     plan = json.loads(json.dumps(plan))
     differing = [key for key in plan if begun.get(key) != plan[key]]
     if differing:
         raise InputError(
-            f"--output: {folder} was made with other {' and '.join(differing)}. Give the same as "
-            "then, another folder, or delete that one."
+            f"--output: {folder} was made with different {' and '.join(differing)}. Give the same "
+            "as then, give another folder, or delete this one."
         )
 
 
 def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
-    """Writes the manifest and takes the notes of the way away; returns the manifest.
+    """Writes the manifest, and removes the plan and the files beside the shards.
 
     Args:
         folder: of the shards.
         shards: all of them, in order.
-        notes: JSON values that say nothing of the records; the plan among them is kept.
-        facts: JSON values; what makes two sets of records mean different things belongs here.
+        notes: JSON values that do not enter the manifest's hash.
+        **facts: JSON values that enter the hash: all that decides what the records mean.
+
+    Returns:
+        The manifest.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for shard in shards:
@@ -146,100 +145,95 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
 
 
 class ShardReader:
-    """The records of a folder's shards, numbered from 0 through all of them.
+    """Random access to the records of a folder, numbered from 0 over all its shards.
 
     Args:
         folder: with a manifest.
-        kind: what the manifest must say that the records are.
-        bad_records: is told of each damaged record once.
+        kind: the `kind` that the manifest must have.
+        bad_records: each damaged record is reported to it once.
+
+    Attributes:
+        manifest: dictionary.
+        count: number of records.
 
     Raises:
-        InputError: no such manifest, or a shard is missing or cut off.
+        InputError: the manifest is missing or of another kind, or a shard is missing or truncated.
     """
 
     def __init__(self, folder: str, kind: str, bad_records: BadRecords):
         path = os.path.join(folder, MANIFEST)
         if os.path.exists(os.path.join(folder, PLAN)) and not os.path.exists(path):
             raise InputError(
-                f"--data_dir: {folder} is not finished. Give the command that prepares it again; "
-                "it goes on where it stopped."
+                f"--data_dir: {folder} is not finished. Run the command that prepares it again: "
+                "it continues where it stopped."
             )
+        fix = "Give a folder that `python -m inputs.images.prepare` wrote."
+        self.manifest = read_json(path, flag="--data_dir", fix=fix)
         try:
-            self.manifest = read_json(path)
-            found, files = self.manifest["kind"], self.manifest["shards"]
+            found = self.manifest["kind"]
+            files = self.manifest["shards"]
             paths = [os.path.join(folder, file["file"]) for file in files]
             self.count = self.manifest["count"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise InputError(
-                f"--data_dir: {path} is no readable manifest of shards ({error}). Give a folder "
-                "that `python -m inputs.images.prepare` has written."
+                f"--data_dir: {path} is not a manifest of shards ({error!r}). {fix}"
             ) from None
         if found != kind:
-            raise InputError(f"--data_dir: {path}, kind is {found!r}, and {kind!r} is needed here.")
+            raise InputError(
+                f"--data_dir: {path}, `kind` is {found!r}, but {kind!r} is needed here."
+            )
         for file, shard in zip(files, paths, strict=True):
             size = os.path.getsize(shard) if os.path.exists(shard) else "no"
             if size != file["bytes"]:
                 raise InputError(
-                    f"--data_dir: {shard} has {size} bytes, and the manifest says "
+                    f"--data_dir: {shard} has {size} bytes, but the manifest says "
                     f"{file['bytes']}. Copy or prepare the folder again."
                 )
         self._source = array_record_data_source.ArrayRecordDataSource(
             [f"{shard}[0:{file['count']}]" for file, shard in zip(files, paths, strict=True)]
         )
-        self._paths, self._ends = paths, np.cumsum([file["count"] for file in files])
-        self._bad_records, self._damaged = bad_records, set()
+        self._paths = paths
+        self._ends = np.cumsum([file["count"] for file in files])
+        self._bad_records = bad_records
+        self._damaged: set[int] = set()
         bad_records.expect(self.count)
-        self._lock = threading.Lock()  # batches are read in several threads
+        self._lock = threading.Lock()  # several threads read batches
 
-    def read(self, numbers) -> tuple[np.ndarray, np.ndarray]:
-        """The records of these numbers.
+    def read(self, indices) -> tuple[np.ndarray, np.ndarray]:
+        """Reads records; the next readable one takes the place of a damaged one.
 
         Args:
-            numbers: [B] integers.
+            indices: [B] integers in [0, `count`).
 
         Returns:
-            [B] bytes objects, and [B] bool: whether it is the record of that number. In place of
-            a damaged one comes the next that is whole.
+            [B] bytes objects; and [B] bool, False where another record took the place.
 
         Raises:
-            InputError: more are damaged than is borne.
+            InputError: too many records are damaged.
         """
-        numbers = [int(number) for number in numbers]
+        indices = [int(index) for index in indices]
         try:
-            return np.array(self._source.__getitems__(numbers), object), np.ones(len(numbers), bool)
-        except (RuntimeError, IndexError):  # it says of none which one it was
-            found = [self._whole(number) for number in numbers]
-        records, places = zip(*found, strict=True)
-        return np.array(records, object), np.array(places) == numbers
+            return np.array(self._source.__getitems__(indices), object), np.ones(len(indices), bool)
+        except UNREADABLE:  # does not say which record it was
+            found = [self._read_from(index) for index in indices]
+        records, positions = zip(*found, strict=True)
+        return np.array(records, object), np.array(positions) == indices
 
-    def _whole(self, number):
-        """(record, its number): that of `number`, or the next one that can be read."""
-        for place in itertools.chain(range(number, self.count), range(number)):
+    def _read_from(self, start):
+        """(record, index) of the first readable record from `start` on, cyclically."""
+        for index in itertools.chain(range(start, self.count), range(start)):
             try:
-                return self._source[place], place
-            except (RuntimeError, IndexError) as error:
-                self._tell(place, str(error).split(";")[0])
+                return self._source[index], index
+            except UNREADABLE as error:
+                self._report(index, error)
         folder = os.path.dirname(self._paths[0])
         raise InputError(f"--data_dir: no record of {folder} can be read. Copy it again.")
 
-    def _tell(self, number, reason):
+    def _report(self, index, error):
         with self._lock:
-            if number in self._damaged:
+            if index in self._damaged:
                 return
-            self._damaged.add(number)
-            shard = int(np.searchsorted(self._ends, number, side="right"))
-            place = number - (self._ends[shard - 1] if shard else 0)
-            self._bad_records.add_bad(f"{self._paths[shard]}, record {place}: damaged ({reason}).")
-
-
-def read_json(path: str):
-    """What a JSON file holds."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def write_json(path: str, value) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-    os.replace(f"{path}.new", path)
+            self._damaged.add(index)
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            in_shard = index - (self._ends[shard - 1] if shard else 0)
+            self._bad_records.add_bad(damaged(self._paths[shard], in_shard, error))

@@ -1,7 +1,7 @@
-"""Labelled images as they are handed around: class folders, a tar with a CSV, and their kin.
+"""Sources of labelled images: class folders, and a tar with a CSV.
 
-A source is read in parts, each of which becomes one shard; `record_images.py` reads TFRecords,
-`cifar.py` CIFAR-10.
+A source is read in parts, and each part becomes one shard. `tfrecords.py` and `cifar.py` make
+sources of TFRecords and of CIFAR-10.
 """
 
 import csv
@@ -13,31 +13,46 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inputs.errors import InputError
+from inputs.files import read_bytes
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
 IMAGES_PER_PART = 1_000
 
 
 class Item(NamedTuple):
-    """One image: where it came from, its file's bytes (or raw pixels), its label from 0."""
+    """One image.
+
+    Attributes:
+        name: where it comes from, for messages.
+        data: bytes of the image file, or raw pixels.
+        label: from 0.
+        wnid: WordNet id of the class, if the record has it.
+        text: name of the class, if the record has it.
+    """
 
     name: str
     data: bytes
     label: int
-    wnid: str = ""  # if the record itself says it
+    wnid: str = ""
     text: str = ""
 
 
 class Part(NamedTuple):
-    """What becomes one shard; `holds` tells it from one of other images or labels."""
+    """The images of one shard.
+
+    Attributes:
+        name: of the shard.
+        read: yields the images.
+        identity: identifies the images and labels, to recognise the same part again.
+    """
 
     name: str
     read: Callable[[], Iterator[Item]]
-    holds: str
+    identity: str
 
 
 class Class(NamedTuple):
-    """A class by its WordNet id, or what stands for one, and its name."""
+    """A class: its WordNet id (or another unique id) and its name."""
 
     wnid: str
     name: str
@@ -50,7 +65,7 @@ class Source:
     Attributes:
         split: "train" or "validation".
         parts: in order.
-        classes: by label; None if only the records tell.
+        classes: by label; None if only the records name them.
         pixels: [height, width, channels] of raw uint8 pixels; None for image files.
     """
 
@@ -70,12 +85,12 @@ def read_classes(path: str) -> list[Class]:
     for line, row in read_csv(path, ("index", "wnid", "name")):
         if row["index"] != str(len(classes)):
             raise InputError(
-                f"{path}, line {line}, index: {row['index']!r} where {len(classes)} is next. "
+                f"{path}, line {line}, index: {row['index']!r} where {len(classes)} is expected. "
                 "Number the classes from 0, in order."
             )
         classes.append(Class(row["wnid"], row["name"]))
     if len({one.wnid for one in classes}) != len(classes):
-        raise InputError(f"{path}, wnid: a class stands there twice. Take one line out.")
+        raise InputError(f"{path}, wnid: a class is listed twice. Remove one of the lines.")
     return classes
 
 
@@ -87,8 +102,8 @@ def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
             missing = [name for name in columns if name not in (rows.fieldnames or ())]
             if missing:
                 raise InputError(
-                    f"{path} lacks the column {missing[0]!r}; it has "
-                    f"{', '.join(rows.fieldnames or ['none'])}. The first line names the columns."
+                    f"{path} lacks the column {missing[0]!r}. The first line must name the "
+                    f"columns; it has {', '.join(rows.fieldnames or ['none'])}."
                 )
             for row in rows:
                 short = [name for name in columns if row[name] is None]
@@ -99,8 +114,8 @@ def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{path} cannot be read as a UTF-8 CSV ({error}).") from None
 
 
-def label_in(classes, text: str, where: str) -> int:
-    """`text` as a label of one of `classes`, from 0; `where` is file, line and field."""
+def parse_label(text: str, classes, where: str) -> int:
+    """Parses a label, in [0, len(classes)); `where` is the file, line and field, for the error."""
     if not text.isdecimal() or int(text) >= len(classes):
         raise InputError(
             f"{where}: {text!r} is outside the labels 0 to {len(classes) - 1} of the class list."
@@ -116,18 +131,21 @@ def check_same_classes(one, other, one_name: str, other_name: str) -> None:
     pairs = itertools.zip_longest(one, other, fillvalue="nothing")
     label, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     raise InputError(
-        f"{one_name} and {other_name} differ in their classes: label {label} is {a} in the first "
+        f"{one_name} and {other_name} have different classes: label {label} is {a} in the first "
         f"and {b} in the second. Prepare both with the same --classes."
     )
 
 
 def tar_source(path: str, split: str, classes_csv: str) -> Source:
-    """A tar of image files; a CSV of the same name beside it has the columns file and index.
+    """A tar of image files. A CSV of the same name beside it has the columns file and index.
 
-    The classes stand in `classes_csv`, or in classes.csv beside it.
+    Args:
+        path: of the tar.
+        split: "train" or "validation".
+        classes_csv: the class list; "" for classes.csv beside the tar.
 
     Raises:
-        InputError: a file, column or member is missing, or a label outside the classes.
+        InputError: a file, column or member is missing, or a label is outside the classes.
     """
     table = f"{path.removesuffix('.tar')}.csv"
     classes = read_classes(classes_csv or os.path.join(os.path.dirname(path), "classes.csv"))
@@ -138,7 +156,7 @@ def tar_source(path: str, split: str, classes_csv: str) -> Source:
         raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
     rows: list[tuple[str, int]] = []
     for line, row in read_csv(table, ("file", "index")):
-        label = label_in(classes, row["index"], f"{table}, line {line}, index")
+        label = parse_label(row["index"], classes, f"{table}, line {line}, index")
         if row["file"] not in members:
             raise InputError(f"{table}, line {line}, file: {row['file']!r} is not in {path}.")
         if row.get("wnid", classes[label].wnid) != classes[label].wnid:
@@ -159,10 +177,14 @@ def tar_source(path: str, split: str, classes_csv: str) -> Source:
 def folder_source(path: str, split: str, classes_csv: str) -> Source:
     """A folder of class folders of image files, PATH/n01440764/*.JPEG.
 
-    A class's label is its folder's place in the alphabet, or its line in `classes_csv`.
+    Args:
+        path: the folder.
+        split: "train" or "validation".
+        classes_csv: the class list, which gives the labels; "" to label the class folders in
+            alphabetical order.
 
     Raises:
-        InputError: a class folder without images, or that is not in the class list.
+        InputError: a class folder has no images, or is not in the class list.
     """
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
     classes = read_classes(classes_csv) if classes_csv else [Class(name, name) for name in names]
@@ -171,24 +193,18 @@ def folder_source(path: str, split: str, classes_csv: str) -> Source:
     for name in names:
         folder = os.path.join(path, name)
         if name not in labels:
-            raise InputError(f"--source: {folder} is a class that {classes_csv} does not list.")
+            raise InputError(f"--source: {folder} is not a class in {classes_csv}.")
         files = sorted(f for f in os.listdir(folder) if f.lower().endswith(SUFFIXES))
         if not files:
             raise InputError(
-                f"--source: {folder} holds no image, no file that ends in {', '.join(SUFFIXES)}. "
-                "Fill it or take it away."
+                f"--source: {folder} has no image, that is, no file that ends in "
+                f"{', '.join(SUFFIXES)}. Add images or remove the folder."
             )
         rows += [(os.path.join(folder, file), labels[name]) for file in files]
 
     def read(chosen):
         for file, label in chosen:
-            try:
-                with open(file, "rb") as opened:
-                    data = opened.read()
-            except OSError as error:
-                raise InputError(
-                    f"--source: {file} cannot be read ({error.strerror}). Mend it or take it away."
-                ) from None
+            data = read_bytes(file, flag="--source", fix="Repair or remove it.")
             yield Item(file, data, label)
 
     return Source(split, _parts(split, rows, read, path), classes)
@@ -196,9 +212,9 @@ def folder_source(path: str, split: str, classes_csv: str) -> Source:
 
 def _parts(split, rows, read, where) -> list[Part]:
     if not rows:
-        raise InputError(f"--source: {where} names no image.")
+        raise InputError(f"--source: {where} lists no image.")
     blocks = [rows[i : i + IMAGES_PER_PART] for i in range(0, len(rows), IMAGES_PER_PART)]
     return [
-        Part(f"{split}-{number:05d}", lambda block=block: read(block), repr(block))
-        for number, block in enumerate(blocks)
+        Part(f"{split}-{index:05d}", lambda block=block: read(block), repr(block))
+        for index, block in enumerate(blocks)
     ]

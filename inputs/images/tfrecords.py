@@ -1,4 +1,4 @@
-"""ImageNet as TFRecords: the TPU demos' layout and TensorFlow Datasets' one."""
+"""Reads ImageNet from TFRecords, in the layout of the TPU demos or of TensorFlow Datasets."""
 
 import dataclasses
 import glob
@@ -17,7 +17,14 @@ FILE_NAME = re.compile(r"(?:.*[-_.])?(train|validation|test)(?:\.tfrecord)?-\d{5
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Names of an example's features, and the number of the first class."""
+    """Features of an example.
+
+    Attributes:
+        image: name of the feature with the image file.
+        label: name of the feature with the label.
+        name: name of the feature with the file name.
+        base: label of the first class.
+    """
 
     image: str
     label: str
@@ -30,7 +37,7 @@ TFDS = Layout("image", "label", "file_name", base=0)
 
 
 def record_files(path: str) -> dict[str, list[str]]:
-    """The TFRecord files of a folder, or of its folders train and validation, by split, in order.
+    """The TFRecord files of a folder and of its folders train and validation: split -> paths.
 
     Raises:
         InputError: some of a split's files are missing.
@@ -44,25 +51,25 @@ def record_files(path: str) -> dict[str, list[str]]:
             splits.setdefault(match[1], []).append(file)
             total = int(match[2])
             if len(splits[match[1]]) > total:
-                raise InputError(f"--source: {file} is one more than the {total} it speaks of.")
+                raise InputError(f"--source: {file}: its split has more than {total} files.")
     for split, files in splits.items():
         total = int(files[0][-5:])
         if len(files) != total:
             raise InputError(
-                f"--source: {path} has {len(files)} of the {total} {split} files. Copy the rest."
+                f"--source: {path} has {len(files)} of the {total} {split} files. Copy the others."
             )
     return splits
 
 
 def record_source(path: str, split: str, classes_csv: str, label_base: int | None) -> Source:
-    """One split of a folder of TFRecords; a file becomes a shard.
+    """One split of a folder of TFRecords; each file becomes a shard.
 
     Args:
         path: the folder.
-        split: as the files are called.
-        classes_csv: the class list; "" for the one that TensorFlow Datasets keeps beside the
-            files, or what the records themselves say.
-        label_base: number of the first class; None for the layout's own, 1 in the TPU demos'.
+        split: as in the file names.
+        classes_csv: the class list; "" for label.labels.txt of TensorFlow Datasets, or else for
+            the classes that the records name.
+        label_base: label of the first class; None for the layout's own.
     """
     files = record_files(path)[split]
     listed = os.path.join(path, "label.labels.txt")
@@ -72,28 +79,35 @@ def record_source(path: str, split: str, classes_csv: str, label_base: int | Non
     elif os.path.exists(listed):
         with open(listed, encoding="utf-8") as file:
             classes = [Class(name, name) for name in file.read().splitlines() if name]
-    total = len(classes) if classes else None
+    num_classes = len(classes) if classes else None
     parts = [
         Part(
-            f"{split}-{number:05d}",
-            lambda file=file: read_records(file, label_base, total, classes),
+            f"{split}-{index:05d}",
+            lambda file=file: read_records(file, label_base, num_classes, classes),
             f"{os.path.basename(file)} {os.path.getsize(file)}",
         )
-        for number, file in enumerate(files)
+        for index, file in enumerate(files)
     ]
     return Source("validation" if split == "test" else split, parts, classes)
 
 
-def read_records(path, label_base=None, total=None, classes=None) -> Iterator[Item]:
-    """Yields a TFRecord file's images with labels from 0.
+def read_records(path, label_base=None, num_classes=None, classes=None) -> Iterator[Item]:
+    """Yields the images of a TFRecord file, with labels from 0.
+
+    Args:
+        path: the file.
+        label_base: label of the first class; None for the layout's own.
+        num_classes: None if not known.
+        classes: the class list; None if not known.
 
     Raises:
         InputError: a feature is missing, a label is out of range, or the file is damaged.
     """
-    number, layout = 0, None
+    index = 0
+    layout = None
     try:
         for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
-            where = f"{path}, record {number}"
+            where = f"{path}, record {index}"
             features = _features(record, where)
             layout = layout or _layout(features, path)
             for key in (layout.image, layout.label):
@@ -101,12 +115,12 @@ def read_records(path, label_base=None, total=None, classes=None) -> Iterator[It
                     raise InputError(f"{where}: no {key!r}; {_found(features)}.")
             base = layout.base if label_base is None else label_base
             value = (features[layout.label].int64_list.value or [base - 1])[0]
-            _check_label(value, base, total, f"{where}, {layout.label}")
+            _check_label(value, base, num_classes, f"{where}, {layout.label}")
             wnid = _text(features, "image/class/synset")
             if classes and wnid and classes[value - base].wnid != wnid:
                 raise InputError(
-                    f"{where}, {layout.label}: {value} is {classes[value - base].wnid} by the "
-                    f"class list, and image/class/synset says {wnid}. The two count their labels "
+                    f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the "
+                    f"class list, but image/class/synset is {wnid}. The two count their labels "
                     "differently; give --label_base."
                 )
             yield Item(
@@ -116,10 +130,10 @@ def read_records(path, label_base=None, total=None, classes=None) -> Iterator[It
                 wnid,
                 _text(features, "image/class/text"),
             )
-            number += 1
+            index += 1
     except tf.errors.DataLossError as error:
         raise InputError(
-            f"{path}, record {number}: the file is damaged from here on "
+            f"{path}, record {index}: the file is damaged from here on "
             f"({error.message.splitlines()[0]}). Copy it again."
         ) from None
 
@@ -128,7 +142,7 @@ def _features(record, where):
     try:
         return tf.train.Example.FromString(record).features.feature
     except DecodeError:
-        raise InputError(f"{where} is no tf.train.Example.") from None
+        raise InputError(f"{where} is not a tf.train.Example.") from None
 
 
 def _layout(features, path) -> Layout:
@@ -150,10 +164,11 @@ def _text(features, key) -> str:
     return values[0].decode(errors="replace") if values else ""
 
 
-def _check_label(value, base, total, where):
-    last = "" if total is None else f" to {base + total - 1}"
-    if value < base or (total is not None and value >= base + total):
+def _check_label(value, base, num_classes, where):
+    last = "" if num_classes is None else f" to {base + num_classes - 1}"
+    if value < base or (num_classes is not None and value >= base + num_classes):
         raise InputError(
             f"{where}: {value} is outside the labels {base}{last} of this layout. If all labels "
-            f"count from {1 - base} give --label_base={1 - base}; else bases are mixed."
+            f"count from {1 - base}, give --label_base={1 - base}; otherwise the records mix label "
+            "bases."
         )

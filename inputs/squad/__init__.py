@@ -1,1 +1,1 @@
-"""SQuAD: files become questions, questions become windows, windows become batches."""
+"""SQuAD v1.1: files → questions and contexts → windows → examples."""

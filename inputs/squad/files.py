@@ -1,4 +1,4 @@
-"""SQuAD v1.1 files: read, checked field by field, each mistake with its file and place."""
+"""Reads SQuAD v1.1 files, checks every field, and names the file and field of a mistake."""
 
 import dataclasses
 import gzip
@@ -8,13 +8,21 @@ import os
 import zlib
 
 from inputs.errors import InputError
+from inputs.files import read_bytes
 
-SHOWN = 60  # characters of an answer in a message
+SHOWN_CHARACTERS = 60  # of an answer, in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question on a context, `answers` as (first character, text) of the context."""
+    """One question.
+
+    Attributes:
+        id: unique in the file.
+        text: the question.
+        context: index in `Squad.contexts`.
+        answers: each as (index of its first character in the context, text).
+    """
 
     id: str
     text: str
@@ -24,7 +32,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Squad:
-    """Contexts, the questions on them in the order of the file, a hash of its text, its path."""
+    """The content of a file.
+
+    Attributes:
+        contexts: paragraphs.
+        questions: in the order of the file.
+        fingerprint: a hash of the file's content.
+        path: of the file.
+    """
 
     contexts: list[str]
     questions: list[Question]
@@ -32,7 +47,7 @@ class Squad:
     path: str = ""
 
     def evaluated_as(self) -> list[dict]:
-        """The questions and their answers in the layout that the official metric reads."""
+        """The questions and their answers, in the layout that the official metric reads."""
         answered = [
             {"id": question.id, "answers": [{"text": text} for _, text in question.answers]}
             for question in self.questions
@@ -41,12 +56,12 @@ class Squad:
 
 
 def find_files(data_dir: str) -> tuple[str, str]:
-    """The (training, dev) files that `--data_dir` names: two paths, or a folder that holds them.
+    """The (training, dev) files of `--data_dir`: two comma-separated paths, or their folder.
 
-    In a folder they are the ones called train*.json and dev*.json, gzipped or not.
+    In a folder, the names are train*.json and dev*.json, with or without .gz.
 
     Raises:
-        InputError: not one of each.
+        InputError: there is not exactly one of each.
     """
     given = [path.strip() for path in data_dir.split(",") if path.strip()]
     if len(given) == 2:
@@ -54,9 +69,9 @@ def find_files(data_dir: str) -> tuple[str, str]:
     found = []
     if len(given) == 1 and os.path.isdir(given[0]):
         names = sorted(os.listdir(given[0]))
-        for start in ("train", "dev"):
-            of_kind = [name for name in names if name.startswith(start)]
-            found.append([name for name in of_kind if name.endswith((".json", ".json.gz"))])
+        for split in ("train", "dev"):
+            of_split = [name for name in names if name.startswith(split)]
+            found.append([name for name in of_split if name.endswith((".json", ".json.gz"))])
     if len(found) != 2 or any(len(names) != 1 for names in found):
         raise InputError(
             f"--data_dir={data_dir}: SQuAD needs a folder with one train*.json and one dev*.json "
@@ -70,59 +85,58 @@ def read_squad(path: str) -> Squad:
 
     Raises:
         InputError: the file cannot be read, a field is missing or of another type, or an answer
-            is not what its context has at that place.
+            differs from the context at its position.
     """
-    raw = _bytes_of(path)
+    raw = _content(path)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--data_dir: {path} is no JSON in UTF-8 ({error}).") from None
-    contexts, questions, places = [], [], {}
+        raise InputError(f"--data_dir: {path} is not JSON in UTF-8 ({error}).") from None
+    contexts, questions = [], []
+    locations: dict[str, str] = {}
     for paragraph, where in _paragraphs(_Reader(path), content):
         contexts.append(_context(paragraph, where))
-        for number, entry in enumerate(where.get(paragraph, "qas", list)):
-            at = where.at(f"qas[{number}]")
+        for index, entry in enumerate(where.get(paragraph, "qas", list)):
+            at = where.at(f"qas[{index}]")
             question = _question(entry, at, contexts[-1], len(contexts) - 1)
-            if question.id in places:
-                at.fail(f"id {question.id!r} stands at {places[question.id]} too")
-            places[question.id] = at.place
+            if question.id in locations:
+                at.fail(f"id {question.id!r} is also at {locations[question.id]}")
+            locations[question.id] = at.location
             questions.append(question)
     if not questions:
-        raise InputError(f"--data_dir: {path} holds no question. Give a SQuAD v1.1 file.")
+        raise InputError(f"--data_dir: {path} has no question. Give a SQuAD v1.1 file.")
     return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16], path)
 
 
-def _bytes_of(path: str) -> bytes:
+def _content(path: str) -> bytes:
+    raw = read_bytes(path, flag="--data_dir")
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
         return gzip.decompress(raw) if path.endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--data_dir: {path} cannot be read ({reason}).") from None
+        raise InputError(f"--data_dir: {path} cannot be read ({error}).") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Takes fields out of parsed JSON, and says where it stands when one is not as it should be."""
+    """Takes fields out of parsed JSON; its errors name the file and the location in it."""
 
     path: str
-    place: str = ""
+    location: str = ""
 
-    def at(self, place: str) -> "_Reader":
-        return _Reader(self.path, f"{self.place}.{place}" if self.place else place)
+    def at(self, name: str) -> "_Reader":
+        return _Reader(self.path, f"{self.location}.{name}" if self.location else name)
 
-    def fail(self, what: str):
-        raise InputError(f"--data_dir: {self.path}, {self.place}: {what}.")
+    def fail(self, problem: str):
+        raise InputError(f"--data_dir: {self.path}, {self.location}: {problem}.")
 
     def get(self, holder, field: str, kind: type):
         names = {str: "a string", int: "a whole number", list: "a list"}
         value = holder.get(field) if isinstance(holder, dict) else None
         if type(value) is not kind:
             found = "is missing" if value is None else f"is {str(value)[:40]!r}"
-            where = f"{self.place}.{field}" if self.place else field
+            where = f"{self.location}.{field}" if self.location else field
             raise InputError(
-                f"--data_dir: {self.path}: {where} {found}, and must be {names[kind]}. "
+                f"--data_dir: {self.path}: {where} {found}, but must be {names[kind]}. "
                 "SQuAD v1.1 has data[].paragraphs[].{context, qas[].{id, question, "
                 "answers[].{answer_start, text}}}."
             )
@@ -130,15 +144,15 @@ class _Reader:
             if kind is str:
                 value.encode()
         except UnicodeEncodeError:
-            self.fail(f"{field} holds half of a surrogate pair, which is no text")
+            self.fail(f"{field} holds half of a surrogate pair, which is not text")
         return value
 
 
 def _paragraphs(reader: _Reader, content):
-    for number, article in enumerate(reader.get(content, "data", list)):
-        at = reader.at(f"data[{number}]")
-        for index, paragraph in enumerate(at.get(article, "paragraphs", list)):
-            yield paragraph, at.at(f"paragraphs[{index}]")
+    for i, article in enumerate(reader.get(content, "data", list)):
+        at = reader.at(f"data[{i}]")
+        for j, paragraph in enumerate(at.get(article, "paragraphs", list)):
+            yield paragraph, at.at(f"paragraphs[{j}]")
 
 
 def _context(paragraph, where: _Reader) -> str:
@@ -148,19 +162,20 @@ def _context(paragraph, where: _Reader) -> str:
     return context
 
 
-def _question(entry, where: _Reader, context: str, number: int) -> Question:
+def _question(entry, where: _Reader, context: str, context_index: int) -> Question:
     text = where.get(entry, "question", str)
     answers = []
     for index, answer in enumerate(where.get(entry, "answers", list)):
         at = where.at(f"answers[{index}]")
-        start, words = at.get(answer, "answer_start", int), at.get(answer, "text", str)
-        there = context[start : start + len(words)] if start >= 0 else ""
-        if not words or there != words:
+        start = at.get(answer, "answer_start", int)
+        given = at.get(answer, "text", str)
+        found = context[start : start + len(given)] if start >= 0 else ""
+        if not given or found != given:
             at.fail(
-                f"the answer {words[:SHOWN]!r} is not what the context has at "
-                f"answer_start={start} ({there[:SHOWN]!r})"
+                f"the answer {given[:SHOWN_CHARACTERS]!r} differs from the context at "
+                f"answer_start={start} ({found[:SHOWN_CHARACTERS]!r})"
             )
-        answers.append((start, words))
+        answers.append((start, given))
     if not answers:
-        where.fail("answers is empty, and SQuAD v1.1 has an answer to every question")
-    return Question(where.get(entry, "id", str), text, number, tuple(answers))
+        where.fail("answers is empty, but in SQuAD v1.1 every question has an answer")
+    return Question(where.get(entry, "id", str), text, context_index, tuple(answers))

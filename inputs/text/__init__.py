@@ -1,1 +1,1 @@
-"""Text: files become documents, documents become shards of word pieces, shards become batches."""
+"""BERT pre-training data: text files → documents → word pieces → corpus → examples."""

@@ -1,4 +1,4 @@
-"""Runs of tokens that fit a sequence: what examples are made of."""
+"""Cuts a corpus into chunks: runs of tokens that fit a sequence, one per example."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ import numpy as np
 from inputs.errors import InputError
 
 PAIRS, FULL = PACKINGS = ("pairs", "full-sentences")
-SENTENCES_PER_BLOCK = 2**20  # looked at together; decides memory and time, not the result
-# In a sequence packed full at most this share stays empty; beyond it the next sentence is cut.
+SENTENCES_PER_BLOCK = 2**20  # processed together; affects memory and time, not the result
+# The most of a full sequence that may stay empty; if it would be more, the next sentence is cut.
 EMPTY_SHARE = 0.05
-# Full sequences do not cross the ends of runs of documents this long, so that many can be cut
-# at once; half a sentence in so many tokens is left empty by it.
+# Full sequences do not cross the boundaries of runs of documents of this length, so that many
+# runs can be cut at once. Each run leaves about half a sequence empty.
 RUN_TOKENS = 2**16
 
 COLUMNS = {
@@ -32,35 +32,40 @@ COLUMNS = {
 def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields the chunks of a corpus in order, in blocks.
 
-    A chunk is one example. With `pairs` it is a run of whole sentences of one document that
-    leaves room for [CLS] A [SEP] B [SEP]; a sentence longer than that is cut. With
-    `full-sentences` it goes on over the ends of documents, with their [SEP], to fill
-    [CLS] ... [SEP] (RoBERTa's FULL-SENTENCES, arXiv:1907.11692, section 4.2, but that a sentence
-    is cut where otherwise more than `EMPTY_SHARE` of the sequence stayed empty).
+    With `pairs`, a chunk is a run of whole sentences of one document that fits
+    [CLS] A [SEP] B [SEP]; a longer sentence is cut. With `full-sentences`, a chunk fills
+    [CLS] ... [SEP] and continues across documents, including their [SEP] (RoBERTa's
+    FULL-SENTENCES, arXiv:1907.11692, section 4.2). *Differs from* RoBERTa: a sentence is cut if
+    more than `EMPTY_SHARE` of the sequence would stay empty otherwise.
+
+    Args:
+        corpus: an `inputs.text.corpus.Corpus`.
+        sequence_length: tokens per example, special ones included.
+        packing: one of `PACKINGS`.
 
     Yields:
-        Dictionaries of int64 arrays. `start`, `end` in tokens, [C]. For pairs also, [C]: `first`
-        sentence (in `sentence_starts`) and number of `sentences`; `document_end` in tokens;
-        `document_chunks`, how many the document has; `next_document`, the first chunk after them.
-        And `sentence_starts`, [S], in tokens.
+        Dictionaries of int64 arrays. `start`, `end`: [C], in tokens. For pairs also, [C]: `first`,
+        the first sentence (an index in `sentence_starts`); `sentences`, their number;
+        `document_end` in tokens; `document_chunks`, the number of chunks of the document;
+        `next_document`, the first chunk after them. And `sentence_starts`: [S], in tokens.
 
     Raises:
-        InputError: fewer than 2 documents, or chunks, have text enough.
+        InputError: fewer than 2 documents have enough text.
     """
-    make = _Pairs(sequence_length - 3) if packing == PAIRS else _Full(sequence_length)
+    cutter = _Pairs(sequence_length - 3) if packing == PAIRS else _Full(sequence_length)
     for low, high in _document_blocks(corpus.documents):
         counts = np.diff(corpus.documents[low : high + 1])
         bounds = np.array(corpus.sentences[corpus.documents[low] : corpus.documents[high] + 1])
-        yield make.block(bounds, counts)
-    if make.documents < 2:
+        yield cutter.block(bounds, counts)
+    if cutter.documents < 2:
         raise InputError(
-            "--data_dir: too little text: fewer than 2 training or held-out documents have two "
-            "words. Give more documents."
+            "--data_dir: too little text: fewer than 2 training or held-out documents have at "
+            "least two words. Give more documents."
         )
 
 
 def _document_blocks(documents):
-    """(first, last + 1) documents of about `SENTENCES_PER_BLOCK` sentences, one at the least."""
+    """Yields (first, last + 1) documents of about `SENTENCES_PER_BLOCK` sentences, at least one."""
     low = 0
     while low < len(documents) - 1:
         limit = documents[low] + SENTENCES_PER_BLOCK
@@ -70,18 +75,25 @@ def _document_blocks(documents):
 
 
 class _Pairs:
-    """Chunks of sentences of one document."""
+    """Cuts chunks of whole sentences of one document."""
 
     def __init__(self, room):
         self._room = room
-        self._sentences = self._chunks = self.documents = 0
+        self._sentences = 0
+        self._chunks = 0
+        self.documents = 0
 
     def block(self, bounds, counts):
-        """The chunks of documents of so many sentences, which stand at these bounds."""
+        """The chunks of some documents.
+
+        Args:
+            bounds: [S + 1] int64, where each sentence starts, in tokens.
+            counts: [D] int64, sentences of each document.
+        """
         room = self._room
         starts, ends = bounds[:-1], bounds[1:].copy()
         last = np.cumsum(counts)
-        ends[last - 1] -= 1  # the [SEP] behind each document
+        ends[last - 1] -= 1  # without the [SEP] after each document
         cuts = np.maximum(1, -(-(ends - starts) // room))  # long sentences are cut to fit
         within = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
         piece_starts = np.repeat(starts, cuts) + room * within
@@ -115,14 +127,15 @@ class _Pairs:
 
 
 class _Full:
-    """Chunks that fill a sequence."""
+    """Cuts chunks that fill a sequence."""
 
     def __init__(self, sequence_length):
-        self._room, self._slack = sequence_length - 2, int(EMPTY_SHARE * sequence_length)
+        self._room = sequence_length - 2
+        self._slack = int(EMPTY_SHARE * sequence_length)
         self.documents = 0
 
     def block(self, bounds, counts):
-        """The chunks of documents of so many sentences, which stand at these bounds."""
+        """The chunks of some documents. Args: as `_Pairs.block`."""
         document_bounds = bounds[np.concatenate([[0], np.cumsum(counts)])]
         run = np.unique(
             (document_bounds[:-1] - document_bounds[0]) // RUN_TOKENS, return_index=True
@@ -139,7 +152,7 @@ class _Full:
         start = _orbits(starts, stops, following)
         end = following(start)
         separators = document_bounds[1:] - 1
-        # The sequence's own [SEP] takes the place of a document's that would stand at its edge.
+        # A document's [SEP] at the edge of the sequence is replaced by the sequence's own.
         start = start + np.isin(start, separators)
         end = end - np.isin(end - 1, separators)
         enough = end - start >= 1
@@ -148,7 +161,7 @@ class _Full:
 
 
 def _orbits(starts, stops, following):
-    """All x, f(x), f(f(x)), ... below `stop`, in ascending order, from each of the starts."""
+    """Sorted x, f(x), f(f(x)), ... for each x in `starts`, as long as they are below its `stop`."""
     found, current = [], starts
     while len(current):
         found.append(current)
@@ -159,6 +172,6 @@ def _orbits(starts, stops, following):
 
 
 def joined(blocks) -> dict[str, np.ndarray]:
-    """The blocks as one."""
+    """Concatenates blocks."""
     blocks = list(blocks)
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

@@ -1,4 +1,4 @@
-"""Reads documents from text files: what stands in them, or one sentence on why it cannot be."""
+"""Reads documents from text files, and reports what is wrong with them."""
 
 import glob
 import gzip
@@ -13,7 +13,7 @@ from inputs.shards import is_prepared
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 VOCABULARY = "vocab.txt"
-# What bounds the memory of who reads: War and Peace has 3.2 million characters.
+# Limits on memory. (War and Peace has 3.2 million characters.)
 MAX_LINE_BYTES = 2**24
 MAX_DOCUMENT_CHARACTERS = 2**22
 
@@ -21,76 +21,81 @@ MAX_DOCUMENT_CHARACTERS = 2**22
 def find_files(data: str, flag: str = "--data_dir") -> list[str]:
     """Expands a comma-separated list of files, globs and folders into text files, in order.
 
-    A vocabulary, vocab.txt, is text only where it is named itself; a folder of prepared shards
-    within another holds none.
+    A file named vocab.txt is skipped unless it is an entry itself. Folders of prepared shards
+    inside another folder are skipped.
+
+    Args:
+        data: the list, without spaces.
+        flag: the flag that it comes from, for error messages.
 
     Raises:
-        InputError: an entry that matches nothing, a file of another kind, or prepared shards.
+        InputError: an entry matches nothing, has another file type, or is a folder of shards.
     """
     files: list[str] = []
     for entry in data.split(","):
         if entry and is_prepared(entry):
             raise InputError(
-                f"{flag}: {entry} holds a manifest.json, as prepared shards do, not text. Give "
-                "such a folder alone as --data_dir."
+                f"{flag}: {entry} holds prepared shards (manifest.json), not text. Give such a "
+                "folder as the only entry of --data_dir."
             )
         if os.path.isdir(entry):
-            found = [path for path in _walk(entry) if path.endswith(SUFFIXES)]
+            found = [path for path in _files_below(entry) if path.endswith(SUFFIXES)]
         else:
             found = [path for path in _matches(entry) if os.path.isfile(path)]
             wrong = [path for path in found if not path.endswith(SUFFIXES)]
             if wrong:
                 raise InputError(
-                    f"{flag}: {wrong[0]} is no text file by its name. "
+                    f"{flag}: {wrong[0]} is not a text file, judging by its name. "
                     f"Rename it to end in one of {', '.join(SUFFIXES)}."
                 )
         if not found:
             raise InputError(
-                f"{flag}: {entry!r} is not there, or holds no text. Give a file, a glob or a "
+                f"{flag}: {entry!r} does not exist, or holds no text. Give a file, a glob or a "
                 f"folder with files that end in {', '.join(SUFFIXES)}."
             )
         files += sorted(found)
     return files
 
 
-def _walk(entry: str) -> Iterator[str]:
-    """The files in a folder and those below it."""
-    for folder, folders, names in os.walk(entry):
+def _files_below(top: str) -> Iterator[str]:
+    """The files in a folder and in the folders below it."""
+    for folder, folders, names in os.walk(top):
         folders[:] = [name for name in folders if not is_prepared(os.path.join(folder, name))]
         yield from (os.path.join(folder, name) for name in names if name != VOCABULARY)
 
 
 def _matches(entry: str) -> list[str]:
-    if os.path.exists(entry):  # perhaps with brackets in its name
+    if os.path.exists(entry):  # its name may contain brackets
         return [entry]
     return [path for path in glob.glob(entry) if os.path.basename(path) != VOCABULARY]
 
 
 def read_documents(
-    files: list[str], records: BadRecords, advance: Callable[[int], object] = lambda size: None
+    files: list[str], records: BadRecords, advance: Callable[[int], object] = lambda count: None
 ) -> Iterator[list[str]]:
     """Yields each document as a list of paragraphs, none empty.
 
-    `.txt`: documents are separated by blank lines, a line is a paragraph. `.jsonl`: a line is a
-    document, its text in `paragraphs` (a list of strings) or in `text` (a string). A line that is
-    not UTF-8 or no such JSON object, and the rest of a gzip file that breaks off, are damaged
-    records: the document goes on without them. So are a line beyond `MAX_LINE_BYTES`, and a file
-    without text or that is no gzip file although named so. A document beyond
-    `MAX_DOCUMENT_CHARACTERS` goes on as another.
+    `.txt`: blank lines separate documents; each line is a paragraph. `.jsonl`: each line is a
+    document, with its text in `paragraphs` (a list of strings) or in `text` (a string).
+
+    Damaged records are skipped and counted: a line that is not UTF-8, is not such a JSON object or
+    is longer than `MAX_LINE_BYTES`; the rest of a truncated gzip file; a file without text; a file
+    named .gz that is not gzip. The document continues with the next line. A document longer than
+    `MAX_DOCUMENT_CHARACTERS` is split.
 
     Args:
-        files: paths, as `find_files` gives them.
-        records: counts the lines, and says when too many are damaged.
-        advance: takes how many bytes of the files were read since it was last called.
+        files: paths, from `find_files`.
+        records: counts the lines.
+        advance: receives the number of bytes read since its last call, for progress.
 
     Raises:
-        InputError: a file that cannot be read; or from `records`.
+        InputError: a file cannot be read; or from `records`.
     """
     for path in files:
         count, bad = 0, records.bad
         is_json = path.removesuffix(".gz").endswith(".jsonl")
         for document in (_json_documents if is_json else _text_documents)(path, records, advance):
-            for part in _bounded(document):
+            for part in _split_long(document):
                 count += 1
                 yield part
         if count == 0 and records.bad == bad:
@@ -98,8 +103,8 @@ def read_documents(
     records.end()
 
 
-def _bounded(document: list[str]) -> Iterator[list[str]]:
-    """The document, in parts if it is too long, none empty."""
+def _split_long(document: list[str]) -> Iterator[list[str]]:
+    """Yields the document, in parts if it is too long, none empty."""
     part, size = [], 0
     for paragraph in document:
         part.append(paragraph)
@@ -112,11 +117,11 @@ def _bounded(document: list[str]) -> Iterator[list[str]]:
 
 
 def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]:
-    """Yields (file and line number, the line without its end) of the lines that are UTF-8."""
+    """Yields ("FILE, line N", line without its line end) of each line that is UTF-8."""
     offset, read = 0, 0
     try:
         with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
-            for number, line in enumerate(_whole(file, raw, path, records), start=1):
+            for number, line in enumerate(_raw_lines(file, raw, path, records), start=1):
                 place = f"{path}, line {number}"
                 if number % 256 == 0:
                     advance(raw.tell() - read)
@@ -134,8 +139,8 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _whole(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
-    """The lines of a file, up to where it breaks off if it is a damaged gzip file."""
+def _raw_lines(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
+    """Yields the lines of a file, up to the damage if it is a damaged gzip file."""
     number = 0
     try:
         while line := file.readline(MAX_LINE_BYTES):
@@ -148,9 +153,9 @@ def _whole(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
             yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         if number == 0:
-            records.add_bad(f"{path} is named .gz but is no whole gzip file ({error}).")
+            records.add_bad(f"{path} is named .gz but is not a complete gzip file ({error}).")
             return
-        # How much was cut off at the end is not known; what stands behind a flaw is, about.
+        # Estimates the lines after the damage. What was cut off at the end is not known.
         used, size = raw.tell(), os.path.getsize(path)
         lost = max(1, round(number * (size - used) / used))
         records.add_bad(f"{path}, up to line {number}: the gzip file is damaged ({error}).", lost)
@@ -177,18 +182,18 @@ def _json_documents(path: str, records: BadRecords, advance) -> Iterator[list[st
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number too long
+        except (ValueError, RecursionError) as error:  # ValueError also for too long a number
             records.add_bad(f"{place}: not JSON ({error}).")
             continue
         text = record.get("paragraphs", record.get("text")) if isinstance(record, dict) else None
         paragraphs = text.splitlines() if isinstance(text, str) else text
         if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
             records.add_bad(
-                f"{place}: no document. Each line must be a JSON object with `paragraphs` (a list "
-                "of strings) or `text` (a string)."
+                f"{place}: not a document. Each line must be a JSON object with `paragraphs` "
+                "(a list of strings) or `text` (a string)."
             )
             continue
         records.add_good()
-        # JSON can spell half of a surrogate pair, which is no text and has no UTF-8.
-        whole = [p.encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
-        yield [paragraph for paragraph in whole if paragraph]
+        # JSON can encode half of a surrogate pair, which is not text and has no UTF-8.
+        valid = [p.encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
+        yield [paragraph for paragraph in valid if paragraph]

@@ -1,4 +1,4 @@
-"""English that every installation has: Python's help topics and its packages' docstrings."""
+"""English text in every installation: Python's help topics and the docstrings of packages."""
 
 import ast
 import os
@@ -8,21 +8,21 @@ import warnings
 from collections.abc import Iterator
 from pydoc_data.topics import topics
 
-# The well-documented part of the training stack. Named, so that what else is installed changes
-# nothing; a package that is missing is left out.
+# The well-documented packages of the training stack. The list is fixed, so that other installed
+# packages do not change the text; a missing package is skipped.
 PACKAGES = ("keras", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "tensorflow")
 
 DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 CODE = re.compile(r">>>|```|\|.*\|")
-HEADING = re.compile(r"^.*\n\s*[-=~]{3,}\s*$", re.MULTILINE)  # reStructuredText: title over rule
+HEADING = re.compile(r"^.*\n\s*[-=~]{3,}\s*$", re.MULTILINE)  # reStructuredText: underlined title
 NOT_LETTERS = re.compile(r"[^A-Za-z ]")
 
 
 def read_installed_text() -> Iterator[list[str]]:
-    """Yields each help topic and docstring as a list of paragraphs of prose, none twice.
+    """Yields each help topic and docstring as a list of paragraphs of prose.
 
-    Code examples, tables and signatures are left out. A paragraph that stood in an earlier
-    document is dropped: documentation repeats itself, and held-out text must be new.
+    Code examples, tables and signatures are dropped. So is a paragraph of an earlier document:
+    documentation repeats itself, and held-out text must not occur in the training text.
     """
     seen: set[str] = set()
     for text in _texts():
@@ -38,7 +38,7 @@ def read_installed_text() -> Iterator[list[str]]:
 
 
 def _prose(block: str) -> str:
-    """The block as one line, without headings and rules; empty if it is code or a table."""
+    """The block as one line without headings and rules; "" if it is code or a table."""
     if CODE.search(block):
         return ""
     paragraph = " ".join(HEADING.sub("", block).split())
@@ -65,11 +65,11 @@ def _docstrings(path: str) -> Iterator[str]:
         if '"""' not in source:
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            warnings.simplefilter("ignore")  # invalid escape sequences in the packages
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError):  # a template, or written for another Python
+    except (OSError, SyntaxError, ValueError):  # a template, or code for another Python
         return
-    # Function bodies are not walked: what is defined there is seldom documented.
+    # Function bodies are skipped: definitions inside them seldom have docstrings.
     nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop(0)

@@ -1,46 +1,49 @@
-"""Arrays in files that are mapped into memory: as large as the disk, read where they are needed."""
+"""Arrays in files, memory-mapped: they may be larger than memory and are read on demand."""
 
+import contextlib
 import json
 import os
-import shutil
 import zlib
 
 import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import atomic_folder, write_json
 
 INDEX = "arrays.json"
-CHECKED_BYTES = 2**26  # at a time
+CHECKSUM_BYTES = 2**26  # read at a time
 
 
 class ArraysWriter:
-    """Writes one-dimensional arrays block by block into a folder that appears whole or not at all.
+    """Writes one-dimensional arrays, block by block, into a folder that is created atomically.
 
-    A context manager. One process at a time may write a folder.
+    A context manager. Only one process at a time may write a folder.
 
     Args:
-        folder: path; one that is there is replaced.
+        folder: path; an existing folder is replaced.
         dtypes: name -> NumPy dtype.
+
+    Attributes:
+        facts: JSON values to keep with the arrays; set them before the end of the block.
 
     Raises:
         InputError: the folder cannot be written.
     """
 
     def __init__(self, folder: str, dtypes: dict):
-        self._folder, self._new = folder, f"{folder}.new"
+        self._folder = folder
         self._arrays = {name: {"dtype": np.dtype(d).str, "crc32": 0} for name, d in dtypes.items()}
-        self.facts: dict = {}
         self._files: dict = {}
+        self.facts: dict = {}
 
     def __enter__(self):
-        try:
-            shutil.rmtree(self._new, ignore_errors=True)
-            os.makedirs(self._new)
+        with self._write_errors(), contextlib.ExitStack() as stack:
+            self._new = stack.enter_context(atomic_folder(self._folder))
             for name in self._arrays:
-                self._files[name] = open(os.path.join(self._new, name), "wb")
-        except OSError as error:
-            raise self._failed(error) from None
+                file = open(os.path.join(self._new, name), "wb")
+                self._files[name] = stack.enter_context(file)
+            self._stack = stack.pop_all()
         return self
 
     def append(self, **blocks):
@@ -48,46 +51,45 @@ class ArraysWriter:
         for name, block in blocks.items():
             array = self._arrays[name]
             data = np.ascontiguousarray(block, array["dtype"]).data
-            try:
+            with self._write_errors():
                 self._files[name].write(data)
-            except OSError as error:
-                raise self._failed(error) from None
             array["crc32"] = zlib.crc32(data, array["crc32"])
 
     def __exit__(self, kind, error, trace):
-        try:
-            for file in self._files.values():
-                file.close()
-            if kind is None:
+        with self._write_errors():
+            if kind is not None:
+                return self._stack.__exit__(kind, error, trace)
+            with self._stack:
                 index = {"arrays": self._arrays, "facts": self.facts}
-                with open(os.path.join(self._new, INDEX), "w", encoding="utf-8") as file:
-                    json.dump(index, file)
-                shutil.rmtree(self._folder, ignore_errors=True)
-                os.rename(self._new, self._folder)
-        except OSError as error:
-            raise self._failed(error) from None
-        finally:
-            shutil.rmtree(self._new, ignore_errors=True)
+                write_json(os.path.join(self._new, INDEX), index)
 
-    def _failed(self, error):
-        return InputError(
-            f"{self._folder} cannot be written: {error.strerror or error}. The text is laid out "
-            "there to be mapped into memory; make room, or copy the folder where you may write."
-        )
+    @contextlib.contextmanager
+    def _write_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self._folder} cannot be written: {error.strerror or error}. The tokens are "
+                "written there once, to be memory-mapped. Free some space, or copy the prepared "
+                "folder to a disk that is writable."
+            ) from None
 
 
 def open_arrays(folder: str) -> tuple[dict[str, np.ndarray], dict] | None:
-    """(name -> array mapped from its file, the writer's facts); None if there are none, or damaged.
+    """Maps the arrays of a folder into memory.
 
-    Every byte is read once and held against its checksum: that finds damage before it is trained
-    on, and leaves in the page cache what random access will want.
+    Every byte is read once and its checksum compared. This finds damage before training, and
+    brings the files into the page cache for random access.
+
+    Returns:
+        (name -> array, the writer's `facts`); None if the folder is missing or damaged.
     """
     try:
         with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
             index = json.load(file)
         arrays = {}
         for name, array in index["arrays"].items():
-            # Mapped for writing but private: TensorFlow takes no memory that is read-only.
+            # Writable but private, because TensorFlow does not accept read-only memory.
             mapped = np.memmap(os.path.join(folder, name), array["dtype"], "c")
             if _crc32(mapped) != array["crc32"]:
                 return None
@@ -98,23 +100,24 @@ def open_arrays(folder: str) -> tuple[dict[str, np.ndarray], dict] | None:
 
 
 def _crc32(array: np.ndarray) -> int:
-    bytes_, value = array.view(np.uint8), 0
-    for start in range(0, len(bytes_), CHECKED_BYTES):
-        value = zlib.crc32(bytes_[start : start + CHECKED_BYTES], value)
+    bytes_ = array.view(np.uint8)
+    value = 0
+    for start in range(0, len(bytes_), CHECKSUM_BYTES):
+        value = zlib.crc32(bytes_[start : start + CHECKSUM_BYTES], value)
     return value
 
 
 def as_tensor(array: np.ndarray) -> tf.Tensor:
-    """The array as a tensor on the host; one that is mapped stays in its file, uncopied."""
+    """The array as a tensor on the host; a memory-mapped one is not copied."""
     if isinstance(array, np.memmap):
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     with tf.device("/cpu:0"):
         return tf.constant(array)
 
 
-def options(array: np.ndarray) -> tf.data.Options:
-    """For a data set whose functions read the array's tensor."""
-    chosen = tf.data.Options()
-    # To rewrite its graph tf.data would copy into it, and into memory, all that is mapped.
-    chosen.experimental_optimization.apply_default_optimizations = not isinstance(array, np.memmap)
-    return chosen
+def dataset_options(array: np.ndarray) -> tf.data.Options:
+    """The options of a data set whose functions read the array's tensor."""
+    options = tf.data.Options()
+    # To optimize the graph, tf.data would copy a memory-mapped tensor into it.
+    options.experimental_optimization.apply_default_optimizations = not isinstance(array, np.memmap)
+    return options

@@ -1,20 +1,56 @@
-"""Documents become word pieces: tensorflow-text's sentences, cut by BERT's tokenizer."""
+"""Documents become word pieces: sentences by tensorflow-text, cut by BERT's tokenizer."""
 
+import collections
+import concurrent.futures
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from inputs.text.batches import Tokenized, batches
+from inputs.errors import InputError
 
-# The sentence breaker's rules (StateBasedSentenceBreaker, tensorflow-text 2.20) are about what
-# stands around punctuation and emoticons. None of these bytes is of any of the two but next to a
-# byte that is not one of these; X is left out for the sake of "XD" and "DX".
+BATCH_CHARACTERS = 2**21  # about half a million word pieces
+DOCUMENT_CHARACTERS = 100  # added per document, for the memory that even a short one takes
+QUEUED_BATCHES = 3  # per worker
+
+# The rules of StateBasedSentenceBreaker (tensorflow-text 2.20) concern punctuation, emoticons and
+# what is next to them. These bytes belong to neither, unless they are next to a byte that is not
+# in this set. X is missing because of "XD" and "DX".
 _WORD = np.zeros(256, bool)
 _WORD[list(b"ABCDEFGHIJKLMNOPQRSTUVWYZabcdefghijklmnopqrstuvwxyz0123456789,")] = True
+
+
+class Tokenized(NamedTuple):
+    """The word pieces of some documents, end to end.
+
+    Attributes:
+        tokens: [T] int32 ids.
+        sentence_lengths: [S] int32, in tokens, all above 0.
+        sentence_counts: [D] int64, sentences of each document; 0 for one without a word.
+    """
+
+    tokens: np.ndarray
+    sentence_lengths: np.ndarray
+    sentence_counts: np.ndarray
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (tokens, sentence lengths) of each document that has any."""
+        sentences = np.concatenate([[0], np.cumsum(self.sentence_counts)])
+        tokens = np.concatenate([[0], np.cumsum(self.sentence_lengths)])[sentences]
+        for i in np.flatnonzero(self.sentence_counts):
+            yield (
+                self.tokens[tokens[i] : tokens[i + 1]],
+                self.sentence_lengths[sentences[i] : sentences[i + 1]],
+            )
 
 
 def make_tokenizer(vocabulary: list[str]) -> tf_text.FastBertTokenizer:
@@ -25,14 +61,18 @@ def make_tokenizer(vocabulary: list[str]) -> tf_text.FastBertTokenizer:
 
 
 class Tokenizer:
-    """Splits paragraphs into sentences and these into word pieces.
+    """Splits paragraphs into sentences, and sentences into word pieces.
 
     Args:
         vocabulary: word pieces, ids by position.
+
+    Attributes:
+        pieces: function from a tensor of sentences to a ragged tensor of their ids.
     """
 
     def __init__(self, vocabulary: list[str]):
-        self._breaker, self._splitter = tf_text.StateBasedSentenceBreaker(), tf_text.ByteSplitter()
+        self._breaker = tf_text.StateBasedSentenceBreaker()
+        self._splitter = tf_text.ByteSplitter()
         self.pieces = make_tokenizer(vocabulary).tokenize
 
     def __call__(self, documents: list[list[str]]) -> Tokenized:
@@ -42,35 +82,40 @@ class Tokenizer:
             sentences = self.break_sentences(paragraphs)
             pieces = self.pieces(sentences.flat_values)
         lengths = pieces.row_lengths().numpy()
-        before = np.concatenate([[0], np.cumsum(lengths > 0)])  # sentences with a word in them
+        # The number of sentences with a word before each sentence.
+        before = np.concatenate([[0], np.cumsum(lengths > 0)])
         ends = np.cumsum([0, *map(len, documents)])
         counts = np.diff(before[sentences.row_splits.numpy()[ends]])
         return Tokenized(pieces.flat_values.numpy(), lengths[lengths > 0].astype(np.int32), counts)
 
     def break_sentences(self, paragraphs: list[str]) -> tf.RaggedTensor:
-        """Splits as `StateBasedSentenceBreaker.break_sentences` does, three to six times as fast.
+        """Splits as `StateBasedSentenceBreaker.break_sentences`, three to six times as fast.
 
-        That one tries each byte for 150 emoticons. Here it gets the text without the insides of
-        long runs of plain words, and the places that it finds are carried back.
+        The library tries 150 emoticons at each byte. Here it gets the text without the inner
+        bytes of plain words, and the offsets that it returns are mapped back to the whole text.
+
+        Args:
+            paragraphs: P strings.
 
         Returns:
-            [P, (sentences)] strings.
+            [P, (sentences)] ragged tensor of strings.
         """
         raw = [paragraph.encode() for paragraph in paragraphs]
         text = np.frombuffer(b"\n".join([b"", *raw, b"\n"]), np.uint8)
         lengths = np.array([len(r) for r in raw], np.int64)
         starts = np.cumsum(lengths + 1) - lengths
-        place = np.flatnonzero(_around_punctuation(text))
-        short = text[place].tobytes()
-        low, high = np.searchsorted(place, starts), np.searchsorted(place, starts + lengths)
+        kept = np.flatnonzero(_near_punctuation(text))
+        short = text[kept].tobytes()
+        low = np.searchsorted(kept, starts)
+        high = np.searchsorted(kept, starts + lengths)
         spans = zip(low.tolist(), high.tolist(), strict=True)
         _, begins, ends = self._breaker.break_sentences_with_offsets(
             tf.constant([short[i:j] for i, j in spans], tf.string)
         )
         rows = begins.row_lengths().numpy()
         offset, start = np.repeat(low, rows), np.repeat(starts, rows)
-        first = place[begins.flat_values.numpy() + offset] - start
-        last = place[ends.flat_values.numpy() + offset - 1] - start
+        first = kept[begins.flat_values.numpy() + offset] - start
+        last = kept[ends.flat_values.numpy() + offset - 1] - start
 
         def ragged(values):
             values = tf.constant(values.astype(np.int32))
@@ -81,10 +126,10 @@ class Tokenizer:
         )
 
 
-def _around_punctuation(text: np.ndarray) -> np.ndarray:
-    """[N] bool: bytes that are punctuation or stand one before it or three behind it.
+def _near_punctuation(text: np.ndarray) -> np.ndarray:
+    """[N] bool: bytes that are punctuation, or stand one before or up to three after it.
 
-    Three, because a sentence may end in an emoticon's letter and go on after a space (":c Then").
+    Three, because a sentence may end with an emoticon's letter, followed by a space (":c Then").
     """
     word = _WORD[text]
     plain = word.copy()
@@ -97,16 +142,87 @@ def _around_punctuation(text: np.ndarray) -> np.ndarray:
     return kept
 
 
-def tokenize_all(
+def batch_documents(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
+    """Groups documents into batches of about `BATCH_CHARACTERS`; the result is deterministic."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += sum(map(len, document)) + DOCUMENT_CHARACTERS
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenize_in_threads(
     documents: Iterable[list[str]], vocabulary: list[str], threads: int = 2
 ) -> Iterator[Tokenized]:
-    """Tokenises batch after batch, in order, on some threads of this process."""
+    """Tokenises batches of documents, in order, in threads of this process."""
     tokenizer = Tokenizer(vocabulary)
-    with futures.ThreadPoolExecutor(threads) as pool:
-        waiting: list[futures.Future] = []
-        for batch in batches(documents):
-            waiting.append(pool.submit(tokenizer, batch))
-            if len(waiting) > threads:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        yield from _in_order(pool, tokenizer, batch_documents(documents), threads)
+
+
+def tokenize_in_processes(
+    documents: Iterable[list[str]], vocabulary: list[str], workers: int, skip: int = 0
+) -> Iterator[Tokenized]:
+    """Tokenises batches of documents, in order, in worker processes.
+
+    Args:
+        documents: lists of paragraphs.
+        vocabulary: word pieces, ids by position.
+        workers: number of processes; 0 to use this one.
+        skip: number of batches to read without tokenising them.
+
+    Raises:
+        InputError: a worker died, or `documents` raised it.
+    """
+    batches = itertools.islice(batch_documents(documents), skip, None)
+    if workers == 0:
+        yield from map(Tokenizer(vocabulary), batches)
+        return
+    # Workers are forked from a server process that has imported TensorFlow but never run it. That
+    # is safe, unlike forking this process, and the workers share the memory of the import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow", "tensorflow_text"])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages of the workers
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (vocabulary,))
+    try:
+        yield from _in_order(pool, _tokenize_in_worker, batches, QUEUED_BATCHES * workers)
+    except BrokenProcessPool:
+        raise InputError(
+            "A worker process was killed, probably because memory ran out. Run the same command "
+            "again with fewer --workers; it continues after the last finished shard."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool, function, batches, queued):
+    """Yields `function(batch)` in the order of the batches, at most `queued` + 1 at a time."""
+    futures: collections.deque = collections.deque()
+    for batch in batches:
+        futures.append(pool.submit(function, batch))
+        if len(futures) > queued:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def _start_worker(vocabulary):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer(vocabulary)
+
+
+def _exit_with_parent():
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _tokenize_in_worker(batch):
+    return _worker_tokenizer(batch)

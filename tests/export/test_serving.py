@@ -13,7 +13,7 @@ import tf_keras
 from export import bert as pretrained_export
 from export import saved_model
 from export import squad as question_answerer
-from inputs.squad.features import Features
+from inputs.squad.examples import Features
 from inputs.squad.files import Question, Squad
 from inputs.text.tokenizing import make_tokenizer
 from inputs.text.vocabulary import CLS, MASK, SPECIAL_TOKENS

@@ -1,4 +1,4 @@
-"""Text files become documents, and what is wrong with a file is said in one sentence."""
+"""Reading text files into documents, and the messages about damaged files."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ from inputs.text import documents, installed_text, vocabulary
 LATIN1 = "a line\ncaf\xe9 au lait\n".encode("latin-1")
 
 
-def read(*paths, max_share=0.001, skip=True, say=print):
-    records = BadRecords(max_share, skip=skip, say=say)
+def read(*paths, max_share=0.001, skip=True, log=print):
+    records = BadRecords(max_share, skip=skip, log=log)
     files = documents.find_files(",".join(map(str, paths)))
     return list(documents.read_documents(files, records))
 
@@ -24,25 +24,25 @@ def test_blank_lines_end_a_document(tmp_path):
     assert read(tmp_path / "a.txt") == [["One.", "Two."], ["Three."]]
 
 
-def test_a_vocabulary_is_text_only_where_it_is_named(tmp_path):
+def test_a_vocabulary_is_text_only_if_it_is_named(tmp_path):
     (tmp_path / "a[1].txt").write_text("One.")
     (tmp_path / "vocab.txt").write_text("[PAD]")
     assert read(tmp_path) == read(tmp_path / "*.txt") == read(tmp_path / "a[1].txt") == [["One."]]
     assert read(tmp_path / "vocab.txt") == [["[PAD]"]]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\n', encoding="utf-8-sig")
     (tmp_path / "b.txt").write_text("Two.", encoding="utf-8-sig")
     assert read(tmp_path) == [["One."], ["Two."]]
 
 
-def test_a_file_of_no_use_is_passed_over_up_to_the_limit(tmp_path):
+def test_an_unusable_file_is_skipped_up_to_the_limit(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(["A line."] * 10))
     (tmp_path / "b.txt").write_text(" ")
     (tmp_path / "c.txt.gz").write_bytes(b"plain")
     said = []
-    assert read(tmp_path, max_share=0.2, say=said.append) == [["A line."] * 10]
+    assert read(tmp_path, max_share=0.2, log=said.append) == [["A line."] * 10]
     assert "b.txt holds no text" in said[0] and "c.txt.gz is named .gz" in said[1]
     with pytest.raises(InputError, match="b.txt holds no text. With it 2 of 13 records"):
         read(tmp_path, max_share=0.1)
@@ -73,63 +73,63 @@ TORN_GZIP = gzip.compress(b"words " * 999, mtime=0)[:40]
         ("a.txt", b"", "holds no text"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.txt", LATIN1, "line 2, byte 10: not UTF-8 (0xe9)"),
-        ("a.txt.gz", b"plain text", "named .gz but is no whole gzip file"),
-        ("a.txt.gz", TORN_GZIP, "named .gz but is no whole gzip file"),
+        ("a.txt.gz", b"plain text", "named .gz but is not a complete gzip file"),
+        ("a.txt.gz", TORN_GZIP, "named .gz but is not a complete gzip file"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
-        ("a.jsonl", b'{"title": "x"}', "line 1: no document"),
-        ("a.jsonl", b'["x"]', "line 1: no document"),
-        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: no document"),
+        ("a.jsonl", b'{"title": "x"}', "line 1: not a document"),
+        ("a.jsonl", b'["x"]', "line 1: not a document"),
+        ("a.jsonl", b'{"paragraphs": [1]}', "line 1: not a document"),
         ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, content, said):
+def test_errors_in_a_file_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         read(tmp_path / name)
     assert said in str(error.value) and name in str(error.value)
 
 
-def test_damaged_lines_are_named_and_passed_over(tmp_path):
-    """Text, JSON lines and a gzip file that breaks off: what is whole is read all the same."""
+def test_damaged_lines_are_named_and_skipped(tmp_path):
+    """In text, JSON lines and a truncated gzip file; all undamaged lines are read."""
     (tmp_path / "a.txt").write_bytes(b"One.\nTw\xf0.\nThree.\n\n" + b"More.\n\n" * 500)
     lines = [json.dumps({"text": f"Text {i}."}) for i in range(500)]
     (tmp_path / "b.jsonl").write_text("\n".join([*lines[:200], lines[200][:9], *lines[201:]]))
     whole = gzip.compress(b"".join(b"%d\n\n" % (i * i) for i in range(99_999)))
     (tmp_path / "c.txt.gz").write_bytes(whole[:-1000])
     said = []
-    found = read(tmp_path, say=said.append)
+    found = read(tmp_path, log=said.append)
     assert found[0] == ["One.", "Three."] and found[500] == ["More."]
     assert [["Text 199."], ["Text 201."]] == found[700:702]
     assert len(found) > 1_000 + 90_000
     assert "a.txt, line 2, byte 7: not UTF-8 (0xf0)" in said[0]
     assert "b.jsonl, line 201: not JSON" in said[1]
     assert "c.txt.gz, up to line" in said[2] and "is damaged" in said[2]
-    assert said[3].startswith("3 of ") and "damaged and passed over" in said[3]
+    assert said[3].startswith("3 of ") and "damaged and skipped" in said[3]
 
 
-def test_too_many_damaged_lines_are_an_error_and_so_is_one_if_asked(tmp_path):
+def test_too_many_damaged_lines_are_an_error(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"A line.\n" * 998 + b"\xff\n\xfe\n")
     with pytest.raises(InputError, match="2 of 1,000 records are damaged, more than"):
         read(tmp_path / "a.txt")
     assert len(read(tmp_path / "a.txt", max_share=0.002)[0]) == 998
     with pytest.raises(InputError, match="line 999, byte 7984: not UTF-8.*on_bad_record=skip"):
         read(tmp_path / "a.txt", skip=False)
-    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 5_000)  # not read to its end
+    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 5_000)  # reading stops early
     with pytest.raises(InputError, match="1,000 of 1,000 records are damaged"):
         read(tmp_path / "a.txt")
 
 
-def test_a_gzip_file_with_a_bad_place_in_the_middle(tmp_path):
-    """Of a byte only the checksum tells; where nothing can be unpacked, what follows is lost."""
+def test_a_gzip_file_that_is_damaged_in_the_middle(tmp_path):
+    """Only the checksum shows a changed byte; after an undecodable block the rest is lost."""
     lines = b"".join(b"%d\n" % (i**3 % 10**9) for i in range(50_000))
     content = bytearray(gzip.compress(lines, 0))  # blocks of at most 64 KiB, not compressed
     middle = len(content) // 2
     content[middle] ^= 1
     (tmp_path / "a.txt.gz").write_bytes(content)
     said = []
-    read(tmp_path / "a.txt.gz", say=said.append)
+    read(tmp_path / "a.txt.gz", log=said.append)
     assert "a.txt.gz, up to line" in said[0] and "CRC check failed" in said[0]
-    content[middle : middle + 2**16] = b"1" * 2**16  # over the beginning of a block
+    content[middle : middle + 2**16] = b"1" * 2**16  # includes the start of a block
     (tmp_path / "a.txt.gz").write_bytes(content)
     with pytest.raises(InputError, match="the gzip file is damaged") as error:
         read(tmp_path / "a.txt.gz")
@@ -145,11 +145,11 @@ def test_nothing_found_names_the_entry(tmp_path, entry):
 
 def test_another_kind_of_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match="no text file by its name"):
+    with pytest.raises(InputError, match="is not a text file, judging by its name"):
         read(tmp_path / "a.csv")
 
 
-def test_installed_text_is_prose_that_comes_once():
+def test_installed_text_is_prose_without_repetitions():
     first = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
     again = [next(source) for source in [installed_text.read_installed_text()] for _ in range(300)]
     paragraphs = [paragraph for document in first for paragraph in document]
@@ -158,7 +158,7 @@ def test_installed_text_is_prose_that_comes_once():
     assert not any(">>>" in paragraph for paragraph in paragraphs)
 
 
-def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
+def test_learning_a_vocabulary_is_deterministic(tmp_path):
     texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
     pieces = vocabulary.learn_vocabulary(texts, 60)
     assert pieces == vocabulary.learn_vocabulary(texts, 60)
@@ -175,12 +175,12 @@ def test_a_vocabulary_is_learned_alike_each_time_and_kept(tmp_path):
         (b"\xff\xfe", "cannot be read as UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path, content, said):
+def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(InputError, match=said):
         vocabulary.load_vocabulary(tmp_path / "vocab.txt")
 
 
 def test_no_vocabulary_without_words():
-    with pytest.raises(InputError, match="not one word"):
+    with pytest.raises(InputError, match="has no word to learn"):
         vocabulary.learn_vocabulary([], 100)

@@ -1,4 +1,4 @@
-"""Every published layout becomes the same shards, once, and what is wrong is named."""
+"""Preparing images from every published layout, and the messages about mistakes."""
 
 import json
 import pathlib
@@ -53,7 +53,12 @@ def test_class_folders_with_both_splits(tmp_path, capsys):
     assert (train["count"], validation["count"]) == (9, 6)
     assert train["class_counts"] == [3, 3, 3]
     assert [name for _, name in train["classes"]] == list(NAMES)
-    assert f"hash {train['hash']}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"hash {train['hash']}" in shown.out
+    assert shown.err.splitlines() == [
+        f"{tmp_path}/out/{split}/{split}-00000.arrayrecord: {count} images (100%)"
+        for split, count in (("train", 9), ("validation", 6))
+    ]
     first = (tmp_path / "source/train/cat/0.jpg").read_bytes()
     assert stored(tmp_path / "out/train")[0] == (first, 0)
 
@@ -72,7 +77,7 @@ def test_a_tar_with_a_csv(tmp_path):
 
 @pytest.mark.parametrize("layout", ["TPU demo", "TPU demo, a folder for each split", "TFDS"])
 def test_tfrecords_in_both_layouts(tmp_path, layout):
-    """Labels are from 1 in the one and from 0 in the other; the same shards come of both."""
+    """Labels start at 1 in one and at 0 in the other; both become the same shards."""
     files = [encoded(smooth(40, 50, seed=i)) for i in range(4)]
     if layout == "TFDS":
         records = [example(image=f, label=i % 3, file_name=b"x.JPEG") for i, f in enumerate(files)]
@@ -125,7 +130,7 @@ def test_cifar_in_every_form(tmp_path, kind):
     assert stored(tmp_path / "out/train") == 5 * expected
 
 
-def test_a_pickle_that_is_a_program_is_not_run(tmp_path, capsys):
+def test_a_pickle_with_code_is_not_run(tmp_path, capsys):
     class Program:
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "run",)
@@ -137,8 +142,8 @@ def test_a_pickle_that_is_a_program_is_not_run(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch):
-    """The shard that was begun is made again, those before it are not, and the result is equal."""
+def test_a_stopped_preparation_continues(tmp_path, monkeypatch):
+    """Only the unfinished shard is written again, and the result is the same."""
     records = [demo_example(encoded(smooth(40, 50, seed=i)), i + 1) for i in range(3)]
     source = write_records(tmp_path / "source", [[record] for record in records])
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -181,7 +186,7 @@ def test_damaged_images_are_named_and_left_out(tmp_path, capsys):
     assert (facts["count"], facts["class_counts"]) == (10, [4, 3, 3])
 
 
-def test_files_that_are_not_what_their_names_say(tmp_path):
+def test_the_file_name_does_not_decide_the_format(tmp_path):
     """ImageNet has a PNG and some CMYK images among its JPEGs."""
     folder = tmp_path / "source/cat"
     folder.mkdir(parents=True)
@@ -192,7 +197,7 @@ def test_files_that_are_not_what_their_names_say(tmp_path):
     assert (facts["count"], facts["damaged"]) == (3, [])
 
 
-def test_a_finished_folder_is_that_of_its_source_alone(tmp_path, capsys):
+def test_a_finished_folder_accepts_only_its_own_source(tmp_path, capsys):
     source, other = tmp_path / "source", tmp_path / "other"
     class_folders(source)
     class_folders(other, per_class=2)
@@ -201,14 +206,14 @@ def test_a_finished_folder_is_that_of_its_source_alone(tmp_path, capsys):
     assert prepare("--source", source, "--output", tmp_path / "out") == 0
     assert "is finished already" in capsys.readouterr().err
     assert prepare("--source", other, "--output", tmp_path / "out") == 1
-    assert "out/train was made with other source and files" in capsys.readouterr().err
+    assert "out/train was made with different source and files" in capsys.readouterr().err
     (source / "cat/0.jpg").unlink()
     assert prepare("--source", source, "--output", tmp_path / "out") == 1
-    assert "out/train was made with other files" in capsys.readouterr().err
+    assert "out/train was made with different files" in capsys.readouterr().err
     assert manifest(tmp_path / "out/train") == before
 
 
-def test_the_cure_that_is_named_works(tmp_path, capsys):
+def test_the_suggested_label_base_works(tmp_path, capsys):
     source = write_records(tmp_path / "source", [[demo_example(JPEG, i)] for i in (0, 1)])
     assert prepare("--source", source, "--output", tmp_path / "out") == 1
     assert "give --label_base=0" in capsys.readouterr().err
@@ -216,7 +221,7 @@ def test_the_cure_that_is_named_works(tmp_path, capsys):
     assert manifest(tmp_path / "out/train")["class_counts"] == [1, 1]
 
 
-def test_a_test_split_does_not_take_the_place_of_validation(tmp_path):
+def test_a_test_split_does_not_replace_validation(tmp_path):
     source = tmp_path / "source"
     for split, labels in (("train", (0, 1)), ("validation", (1, 0)), ("test", (-1,))):
         write_records(source, [[example(image=JPEG, label=i)] for i in labels], split)
@@ -311,17 +316,20 @@ def _two_validations(folder):
 
 BAD = {
     "a broken archive": (_broken_archive, r"tar.gz cannot be read as a tar"),
-    "half of CIFAR-10": (_cifar_files(b"", ["test_batch"]), "lacks data_batch_1 of CIFAR-10"),
+    "half of CIFAR-10": (
+        _cifar_files(b"", ["test_batch"]),
+        "lacks the file data_batch_1 of",
+    ),
     "a label of -1": (_negative_label, r"data_batch_1, label of image 0: -1 is outside"),
     "a link to nothing": (_unreadable, r"cat/9.jpg cannot be read \(No such file"),
     "two validation splits": (_two_validations, "has two validation splits"),
     "a gap in the labels": (
         lambda folder: write_records(folder, [[demo_example(JPEG, i) for i in (1, 2**40)]]),
-        r"label 1099511627775 \(.*record 1 \(\)\) is among them and label 1 is not",
+        r"label 1099511627775 \(.*record 1 \(\)\), but not label 1",
     ),
-    "nothing there": (lambda folder: folder, "is not there"),
+    "nothing there": (lambda folder: folder, "does not exist"),
     "no images": (lambda folder: folder.mkdir() or folder, "a folder without images"),
-    "an empty class": (_empty_class, "bat holds no image"),
+    "an empty class": (_empty_class, "bat has no image"),
     "a label below": (
         _one_record(demo_example(JPEG, 0)),
         r"train-00000-of-00001, record 0, image/class/label: 0 is outside the labels 1",
@@ -334,7 +342,7 @@ BAD = {
     "mixed bases": (_mixed, "mix label bases|a class has two labels"),
     "a lost file": (_lost_file, "has 1 of the 2 train files"),
     "a cut file": (_cut_record, "record 0: the file is damaged from here on"),
-    "no example": (_one_record(b"\xff\xff"), "record 0 is no tf.train.Example"),
+    "no example": (_one_record(b"\xff\xff"), "record 0 is not a tf.train.Example"),
     "a label beyond": (_bad_csv("0.jpg,n0,3"), r"a.csv, line 2, index: '3' is outside .* 0 to 2"),
     "another class": (_bad_csv("0.jpg,n0,1"), "count their labels differently"),
     "a lost member": (_bad_csv("9.jpg,n0,0"), r"line 2, file: '9.jpg' is not in"),
@@ -342,24 +350,24 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_sentence(tmp_path, capsys, case):
+def test_a_mistake_gives_one_clear_line(tmp_path, capsys, case):
     make, said = BAD[case]
     assert prepare("--source", make(tmp_path / "source"), "--output", tmp_path / "out") == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("prepare_images: ")
+    assert error.startswith("inputs.images.prepare: ")
     with pytest.raises(InputError, match=said):
         raise InputError(error)
     assert not list(tmp_path.glob("out/*/manifest.json"))
 
 
-def test_classes_must_be_those_of_the_other_split(tmp_path, capsys):
+def test_both_splits_must_have_the_same_classes(tmp_path, capsys):
     class_folders(tmp_path / "source/train")
     class_folders(tmp_path / "source/val", names=("cat", "cow", "owl"))
     assert prepare("--source", tmp_path / "source", "--output", tmp_path / "out") == 1
     assert "label 1 is dog in the first and cow in the second" in capsys.readouterr().err
 
 
-def test_an_output_of_something_else_is_left_alone(tmp_path, capsys):
+def test_an_output_with_other_content_is_not_changed(tmp_path, capsys):
     class_folders(tmp_path / "source")
     (tmp_path / "out/train").mkdir(parents=True)
     (tmp_path / "out/train/notes.txt").write_text("mine")
@@ -368,7 +376,7 @@ def test_an_output_of_something_else_is_left_alone(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out/train").iterdir()] == ["notes.txt"]
 
 
-def test_a_cut_shard_is_refused(tmp_path):
+def test_a_truncated_shard_is_refused(tmp_path):
     class_folders(tmp_path / "source")
     prepare("--source", tmp_path / "source", "--output", tmp_path / "out")
     shard = tmp_path / "out/train/train-00000.arrayrecord"

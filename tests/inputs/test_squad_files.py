@@ -5,14 +5,14 @@ import json
 import pytest
 
 from inputs.errors import InputError
-from inputs.squad import features
+from inputs.squad import examples
 from inputs.squad import files as squad
 from inputs.text.vocabulary import SPECIAL_TOKENS
 from tasks import squad_answers
 
 
 def article(context, *questions):
-    """SQuAD's layout: one paragraph, questions as (id, text, answers), an answer as its text."""
+    """One paragraph in SQuAD's format. Questions are (id, text, answers), answers are strings."""
     qas = [
         {
             "id": key,
@@ -44,7 +44,7 @@ def test_the_metric_by_hand(tmp_path):
     read = squad.read_squad(write(tmp_path / "dev.json", article(context, *questions)))
     answered = {
         "a": "THE Quick brown  fox!",  # equal once normalised: 1, 1
-        "b": "the fox ran",  # beside "fox": 1 of 2 and 1 of 1 words, F1 2/3; beside the other 2/5
+        "b": "the fox ran",  # with "fox": 1 of 2 and 1 of 1 words, F1 2/3; with the other one 2/5
         "c": "lazy lazy dog",  # 2 of 3 and 2 of 2: 4/5
         "d": "andrés",  # 1, 1
         "e": "24 10",  # "2410" is another word: 0, 0
@@ -60,7 +60,7 @@ GOOD = article("Ada wrote it in 1843.", ("q1", "Who?", ["Ada"]), ("q2", "When?",
 
 
 def changed(*path, to):
-    """GOOD with one value changed, or taken out where `to` is None."""
+    """GOOD with one value changed, or removed if `to` is None."""
     content = json.loads(json.dumps(GOOD))
     holder = content
     for key in path[:-1]:
@@ -80,26 +80,29 @@ QUESTION = (*PARAGRAPH, "qas", 1)
     [
         (changed("data", to=None), "data is missing"),
         ([1, 2], "data is missing"),
-        (changed("data", to=[]), "holds no question"),
+        (changed("data", to=[]), "has no question"),
         (changed("data", 0, "paragraphs", to=None), "data[0].paragraphs is missing"),
         (changed(*PARAGRAPH, "context", to=None), "data[0].paragraphs[0].context is missing"),
         (changed(*PARAGRAPH, "context", to=" "), "data[0].paragraphs[0]: context is empty"),
         (changed(*PARAGRAPH, "context", to="\ud800"), "context holds half of a surrogate pair"),
-        (changed(*PARAGRAPH, "qas", to={}), "paragraphs[0].qas is '{}', and must be a list"),
-        (changed(*QUESTION, "question", to=7), "qas[1].question is '7', and must be a string"),
-        (changed(*QUESTION, "id", to="q1"), "qas[1]: id 'q1' stands at data[0].paragraphs[0]."),
+        (changed(*PARAGRAPH, "qas", to={}), "paragraphs[0].qas is '{}', but must be a list"),
+        (changed(*QUESTION, "question", to=7), "qas[1].question is '7', but must be a string"),
+        (changed(*QUESTION, "id", to="q1"), "qas[1]: id 'q1' is also at data[0].paragraphs[0]."),
         (changed(*QUESTION, "answers", to=[]), "qas[1]: answers is empty"),
         (
             changed(*QUESTION, "answers", 0, "answer_start", to=900),
-            "answers[0]: the answer '1843' is not what the context has at answer_start=900 ('')",
+            "answers[0]: the answer '1843' differs from the context at answer_start=900 ('')",
         ),
         (changed(*QUESTION, "answers", 0, "answer_start", to=-5), "answer_start=-5 ('')"),
         (changed(*QUESTION, "answers", 0, "answer_start", to="1"), "must be a whole number"),
-        (changed(*QUESTION, "answers", 0, "text", to="1844"), "the answer '1844' is not what"),
-        ("{", "is no JSON in UTF-8"),
+        (
+            changed(*QUESTION, "answers", 0, "text", to="1844"),
+            "the answer '1844' differs from",
+        ),
+        ("{", "is not JSON in UTF-8"),
     ],
 )
-def test_a_bad_file_is_one_sentence_with_file_and_field(tmp_path, content, said):
+def test_errors_name_the_file_and_field(tmp_path, content, said):
     path = tmp_path / "dev.json"
     path.write_text(content if content == "{" else json.dumps(content))
     with pytest.raises(InputError) as error:
@@ -120,8 +123,12 @@ def test_files_are_found_or_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.json cannot be read"):
         squad.read_squad("nowhere.json")
     invisible = article("\u200b\u0301", ("q", "?", ["\u0301"]))
-    with pytest.raises(InputError, match="the context of question 'q' holds no word"):
-        features.Features(
-            squad.read_squad(write(tmp_path / "x.json", invisible)), [*SPECIAL_TOKENS, "a"],
-            sequence_length=32, max_query_length=8, doc_stride=9, seed=1,
-        )  # fmt: skip
+    with pytest.raises(InputError, match="the context of question 'q' has no word"):
+        examples.Features(
+            squad.read_squad(write(tmp_path / "x.json", invisible)),
+            [*SPECIAL_TOKENS, "a"],
+            sequence_length=32,
+            max_query_length=8,
+            doc_stride=9,
+            seed=1,
+        )

@@ -1,4 +1,4 @@
-"""Statistics of pre-training batches on real text, prepared and read as at scale."""
+"""Pre-training batches from prepared shards of Wikipedia: statistics, pairs, order."""
 
 import gzip
 import itertools
@@ -9,10 +9,11 @@ import pytest
 import tensorflow as tf
 from batch_checks import check_statistics, joined, original
 
-from inputs import order
 from inputs.bad_records import BadRecords
+from inputs.batching import shuffled
 from inputs.text import examples as text
-from inputs.text import prepare, prepared
+from inputs.text import prepare
+from inputs.text.corpus import load_prepared
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 ARTICLES = 1_200  # of 20,136
@@ -35,7 +36,7 @@ def wikipedia(tmp_path_factory):
         (folder / "a.jsonl").write_bytes(b"".join(itertools.islice(file, ARTICLES)))
     shards = str(folder / "shards")
     prepare.prepare(str(folder / "a.jsonl"), str(SHARED / "bert/vocab.txt"), shards, workers=0)
-    return prepared.load_prepared(shards, "", BadRecords(0, skip=False, say=print))[:3]
+    return load_prepared(shards, "", BadRecords(0, skip=False, log=print))[:3]
 
 
 def make(wikipedia, case, seed=3):
@@ -60,7 +61,7 @@ def test_statistics(wikipedia, case):
         assert not batch["next_sentence_weights"].any() and not batch["input_type_ids"].any()
 
 
-def test_a_true_pair_is_one_run_of_one_document(wikipedia):
+def test_a_true_pair_is_consecutive_in_one_document(wikipedia):
     training = wikipedia[0]
     bounds = training.sentences[training.documents]
     documents = [training.tokens[i : j - 1].tobytes() for i, j in itertools.pairwise(bounds)]
@@ -75,18 +76,18 @@ def test_a_true_pair_is_one_run_of_one_document(wikipedia):
     assert found == {0: (batch["next_sentence_labels"] == 0).sum(), 1: 0}
 
 
-def test_every_token_of_a_full_sequence_comes_in_its_order(wikipedia):
-    """One epoch of full sequences, laid end to end, is the text itself, but for [SEP]."""
+def test_full_sequences_keep_every_token_in_order(wikipedia):
+    """An epoch of full sequences, concatenated, is the text itself without [SEP]."""
     training, _, pieces = wikipedia
     examples = make(wikipedia, "full-512")
-    batch = joined(examples.evaluation_batches(64, limit=examples.number))
-    ids = original(batch)[: examples.number]
+    batch = joined(examples.evaluation_batches(64, limit=examples.num_examples))
+    ids = original(batch)[: examples.num_examples]
     special = [pieces.index(token) for token in ("[PAD]", "[CLS]", "[SEP]")]
     expected = training.tokens[training.tokens != special[2]]
     np.testing.assert_array_equal(ids[~np.isin(ids, special)], expected)
 
 
-def test_resumed_and_divided_streams_are_the_whole_one(wikipedia):
+def test_resumed_and_divided_streams_equal_the_whole(wikipedia):
     examples = make(wikipedia, "pairs-128")
     whole = list(examples.training_batches(8).take(40))
     for step in (1, 17, 39):
@@ -102,12 +103,12 @@ def test_resumed_and_divided_streams_are_the_whole_one(wikipedia):
     tf.nest.map_structure(np.testing.assert_array_equal, together, joined(whole[:2]))
 
 
-def test_a_second_epoch_is_another_order(wikipedia):
+def test_a_second_epoch_has_a_new_order(wikipedia):
     examples = make(wikipedia, "full-512")
-    numbers = tf.range(2 * examples.number, dtype=tf.int64)
-    chunks = order.shuffled(numbers, examples.number, examples.seed).numpy()
+    numbers = tf.range(2 * examples.num_examples, dtype=tf.int64)
+    chunks = shuffled(numbers, examples.num_examples, examples.seed).numpy()
     first, second = chunks.reshape(2, -1)
-    assert sorted(first) == sorted(second) == list(range(examples.number))
+    assert sorted(first) == sorted(second) == list(range(examples.num_examples))
     assert (first != second).mean() > 0.9
 
 

@@ -73,7 +73,7 @@ def test_serving_agrees_with_evaluation_on_the_imagenet_samples(tmp_path):
     for batch in data.evaluation_batches(55, 1000):
         shown.append(tf.cast(batch["image"], tf.float32).numpy())
         evaluated.append(tf.nn.softmax(model(shown[-1], training=False)).numpy())
-    files = [file for file, _ in data.files(data.number)]
+    files = [file for file, _ in data.files(data.num_examples)]
     found = answers_apart(tmp_path, tmp_path / "export", files, shown[0])
     expected = np.concatenate(evaluated)
     assert len(files) == len(expected) == 220

@@ -13,8 +13,9 @@ import pytest
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import locked
 from tasks.task import Metric
-from training.checkpoint import lock, manager
+from training.checkpoint import manager
 from training.checkpoint.manager import (
     BestCheckpoint,
     CheckpointManager,
@@ -190,16 +191,16 @@ def python(code, *arguments):
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
     code = (
-        "import sys, time; from training.checkpoint import lock\n"
-        "with lock.held(sys.argv[1], print):\n    print('held', flush=True); time.sleep(600)"
+        "import sys, time; from inputs.files import locked\n"
+        "with locked(sys.argv[1], '--model_dir'):\n    print('held', flush=True); time.sleep(600)"
     )
     with python(code, str(tmp_path)) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=f"in use by process {first.pid} on "):
-            with lock.held(str(tmp_path), print):
+            with locked(str(tmp_path), "--model_dir"):
                 pass
         first.kill()
-    with lock.held(str(tmp_path), pytest.fail):
+    with locked(str(tmp_path), "--model_dir", log=pytest.fail):
         assert re.match(f"process {os.getpid()} on ", (tmp_path / ".lock").read_text())
 
 

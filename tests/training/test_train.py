@@ -173,7 +173,7 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
         (["--set", "profile=110:100"], 'profile must be "first:last"'),
         (["--steps=50", "--set", "profile=10:60"], "profile must end within the 50 steps"),
         (["--tpu=local"], "--tpu=local: this TensorFlow has no TPU support"),
-        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' is not there, or holds no text"),
+        (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' does not exist, or holds no text"),
         (["--vocab=/nowhere/vocab.txt", "--data_dir=@TEXT"], "--vocab: /nowhere/vocab.txt"),
         (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
     ],

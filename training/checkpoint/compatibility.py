@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import json
 import os
-import tempfile
 
 from inputs.errors import InputError
+from inputs.files import atomic_write, check_writable
 from training.checkpoint.manager import saved_steps
 
 RUN_CONFIG = "recipe.json"
@@ -37,18 +37,6 @@ MAY_CHANGE = (
     "telemetry",
     "profile",
 )
-
-
-def check_writable(folder: str, flag: str) -> None:
-    """Creates the folder if it is missing. Raises `InputError` if it cannot be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
-        ) from None
 
 
 def check_compatible(model_dir: str, recipe, **facts) -> None:
@@ -108,9 +96,8 @@ def write_run_config(model_dir: str, recipe, **facts) -> None:
     """
     check_compatible(model_dir, recipe, **facts)
     path = os.path.join(model_dir, RUN_CONFIG)
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.write(run_config(recipe, facts))
-    os.replace(f"{path}.new", path)
 
 
 def _check_same_settings(model_dir: str, path: str, new: dict) -> dict:

@@ -18,6 +18,7 @@ import shutil
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import atomic_write
 
 SAVING = ".saving"
 DAMAGED = "damaged"
@@ -77,9 +78,8 @@ def write_checkpoint_state(folder: str, names: list[str]) -> None:
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     path = os.path.join(folder, "checkpoint")
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.writelines(f"{line}\n" for line in lines)
-    os.replace(f"{path}.new", path)
 
 
 def recover(model_dir: str, log) -> None:
@@ -312,8 +312,7 @@ class BestCheckpoint:
                 shutil.copyfile(path, copy)
         write_checkpoint_state(self._folder, [name])
         metrics = os.path.join(self._folder, "metrics.json")
-        with open(f"{metrics}.new", "w", encoding="utf-8") as file:
+        with atomic_write(metrics) as file:
             json.dump({"step": int(name.rpartition("-")[2])} | values, file)
-        os.replace(f"{metrics}.new", metrics)
         for path in old - new:
             os.remove(path)

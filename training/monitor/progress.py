@@ -14,6 +14,8 @@ import rich.console
 import rich.progress
 import rich.text
 
+from inputs.files import atomic_write
+
 HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
 
@@ -44,9 +46,8 @@ def drop_rows_after(path, step: int) -> None:
     if not os.path.exists(path):
         return
     kept = [row for row in read_rows(path) if row["step"] <= step]
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-    os.replace(f"{path}.new", path)
 
 
 @dataclasses.dataclass(frozen=True)

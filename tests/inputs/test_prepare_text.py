@@ -1,9 +1,14 @@
-"""Shards hold the text as it is, a stopped run goes on, and what is wrong is said."""
+"""Prepared text: same batches as raw text, stopped preparations continue, errors are clear."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import random
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,22 +18,24 @@ from batch_checks import joined
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.folder_lock import locked
-from inputs.text import batches, corpus, documents, examples, prepared, vocabulary
+from inputs.files import locked
+from inputs.text import corpus, documents, examples, tokenizing, vocabulary
 from inputs.text import prepare as prepare_text
-from inputs.text.tokenizing import Tokenizer
+from recipes import find_recipe, resized
+from tasks import TASKS
 
+ROOT = pathlib.Path(__file__).parents[2]
 SHARD_TOKENS = 1500
 WORDS = "cat dog bird fish sat went looked slept mat log tree sea the a on to".split()
 
 
-def records(skip=True, say=print, share=0.05):
-    return BadRecords(share, skip=skip, say=say)
+def records(skip=True, log=print, share=0.05):
+    return BadRecords(share, skip=skip, log=log)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A folder with a vocabulary, and with text in which two documents repeat others."""
+    """A folder with a vocabulary, and with text that repeats two documents."""
     folder = tmp_path_factory.mktemp("source")
     rng = random.Random(0)
     pieces = [*vocabulary.SPECIAL_TOKENS, *sorted(WORDS), ".", "##s", *"0123456789"]
@@ -47,7 +54,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
 
 
 def prepare(source, output, **changes):
@@ -59,27 +66,27 @@ def prepare(source, output, **changes):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """A folder that a run prepared without a stop, never to be changed."""
+    """A folder that was prepared without a stop. Tests must not change it."""
     folder = tmp_path_factory.mktemp("whole") / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "BATCH_CHARACTERS", 3000)
+        patch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
         prepare(source, folder)
     return folder
 
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    """A copy of it."""
+    """A copy of `whole`, which a test may change."""
     return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
 def content(folder):
-    """Name -> bytes of what a run leaves."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Name -> bytes of the files in a prepared folder, but the lock."""
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*") if path.is_file()}
 
 
 def load(folder, vocab="", **changes):
-    return prepared.load_prepared(str(folder), str(vocab), records(**changes))
+    return corpus.load_prepared(str(folder), str(vocab), records(**changes))
 
 
 def change_manifest(folder, **changes):
@@ -104,41 +111,42 @@ def test_shards_and_raw_text_give_the_same_batches(source, folder, packing):
     assert manifest["documents"] == len(in_memory.documents) - 1 == 150
     assert manifest["repeated_documents"] == 2 and len(manifest["shards"]) > 3
     assert isinstance(training.tokens, np.memmap) and training.tokens.dtype == np.uint16
-    for ours, theirs in zip((training, held_out), corpus.split_held_out(in_memory), strict=True):
+    from_raw_text = corpus.split_held_out(in_memory)
+    for ours, theirs in zip((training, held_out), from_raw_text, strict=True):
         for name in ("tokens", "sentences", "documents"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        first, second = (
-            joined(
-                examples.Examples(
-                    side,
-                    pieces,
-                    sequence_length=32,
-                    predictions=5,
-                    whole_word=True,
-                    seed=2,
-                    packing=packing,
-                )
-                .training_batches(8, first_step=3)
-                .take(4)
+    first, second = (
+        joined(
+            examples.Examples(
+                documents_in,
+                pieces,
+                sequence_length=32,
+                predictions=5,
+                whole_word=True,
+                seed=2,
+                packing=packing,
             )
-            for side in (ours, theirs)
+            .training_batches(8, first_step=3)
+            .take(4)
         )
-        tf.nest.map_structure(np.testing.assert_array_equal, first, second)
+        for documents_in in (training, from_raw_text[0])
+    )
+    tf.nest.map_structure(np.testing.assert_array_equal, first, second)
 
 
-def test_a_stopped_run_goes_on(source, whole, tmp_path, monkeypatch):
-    """Ctrl-C while a shard is written: it leaves no trace, and what was whole is kept."""
+def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
+    """After Ctrl-C the unfinished shard is removed and the finished ones are kept."""
     given = []
 
     def stopping(*arguments, **more):
-        for number, batch in enumerate(make(*arguments, **more)):
-            if number == 7:
+        for index, batch in enumerate(tokenize(*arguments, **more)):
+            if index == 7:
                 raise KeyboardInterrupt
             given.append(batch)
             yield batch
 
-    make = prepare_text.tokenized_batches
-    monkeypatch.setattr(prepare_text, "tokenized_batches", stopping)
+    tokenize = prepare_text.tokenize_in_processes
+    monkeypatch.setattr(prepare_text, "tokenize_in_processes", stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.new"))
@@ -147,51 +155,71 @@ def test_a_stopped_run_goes_on(source, whole, tmp_path, monkeypatch):
     times = [path.stat().st_mtime_ns for path in kept]
     with pytest.raises(InputError, match="is not finished"):
         load(tmp_path / "run")
-    monkeypatch.setattr(prepare_text, "tokenized_batches", make)
+    monkeypatch.setattr(prepare_text, "tokenize_in_processes", tokenize)
     said = []
-    prepare(source, tmp_path / "run", say=said.append)
+    prepare(source, tmp_path / "run", log=said.append)
     assert said == [f"{len(kept)} finished shards were verified and kept"]
     assert times == [path.stat().st_mtime_ns for path in kept]
     assert content(tmp_path / "run") == content(whole)
 
 
-def test_worker_processes_give_the_same_shards(source, whole, tmp_path):
-    prepare(source, tmp_path / "run", workers=2)
+COMMAND = """
+import sys
+from inputs.text import prepare, tokenizing
+tokenizing.BATCH_CHARACTERS = 3000
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_the_command_with_worker_processes(source, whole, tmp_path):
+    """It writes the same shards, and prints plain lines without messages of TensorFlow."""
+    flags = {"input": source / "text", "vocab": source / "vocab.txt", "output": tmp_path / "run"}
+    flags |= {"workers": 2, "shard_tokens": SHARD_TOKENS}
+    command = [sys.executable, "-c", COMMAND, *(f"--{key}={value}" for key, value in flags.items())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    del environment["TF_CPP_MIN_LOG_LEVEL"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert content(tmp_path / "run") == content(whole)
+    lines = done.stderr.split("\n")
+    assert len(lines) > 4 and lines.pop() == ""
+    for index, line in enumerate(lines):
+        assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
+    assert "tokens in 150 documents, 3 of them held out" in done.stdout
+    assert done.stdout.count("\n") == 1
 
 
-def test_a_damaged_shard_is_made_anew(source, whole, folder):
+def test_a_damaged_shard_is_written_again(source, whole, folder):
     flip_a_byte(folder / "shard-00002.arrayrecord")
     said = []
-    prepare(source, folder, say=said.append)
+    prepare(source, folder, log=said.append)
     assert any("shard-00002.arrayrecord, record" in line for line in said)
-    assert "shard-00002.arrayrecord is made anew, and those behind it" in said
+    assert "shard-00002.arrayrecord and the shards after it are written again" in said
     assert content(folder) == content(whole)
 
 
-def test_a_flipped_byte_costs_one_document_or_the_run(folder):
+def test_a_flipped_byte_loses_one_document_or_stops(folder):
     before = load(shutil.copytree(folder, f"{folder}-2"))[3]
     flip_a_byte(folder / "shard-00001.arrayrecord")
     with pytest.raises(InputError, match=r"shard-00001.arrayrecord, record \d+: damaged"):
         load(folder, skip=False)
     assert not (folder / "memory_map").exists() or not list((folder / "memory_map").iterdir())
     said = []
-    training, held_out, _, fingerprint = load(folder, say=said.append)
+    training, held_out, _, fingerprint = load(folder, log=said.append)
     assert len(training.documents) + len(held_out.documents) - 2 == 149
     assert fingerprint != before
     assert "1 of 150 records were damaged" in said[-1]
 
 
 @pytest.mark.parametrize("size", [None, 0, 100, 70_000])
-def test_a_shard_that_is_missing_or_cut_short_is_named(folder, size):
+def test_a_missing_or_truncated_shard_is_named(folder, size):
     path = folder / "shard-00001.arrayrecord"
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[: min(size, 2000)])
-    said = "is missing" if size is None else "records where the manifest counts"
+    said = "is missing" if size is None else "records, but the manifest says"
     with pytest.raises(InputError, match=f"shard-00001.arrayrecord.*{said}.*more than the share"):
         load(folder)
 
 
-def test_a_damaged_memory_map_is_laid_out_anew(folder):
+def test_a_damaged_memory_map_is_written_again(folder):
     expected = load(folder)[0].tokens.tobytes()
     flip_a_byte(folder / "memory_map/training/tokens")
     assert load(folder)[0].tokens.tobytes() == expected
@@ -200,31 +228,43 @@ def test_a_damaged_memory_map_is_laid_out_anew(folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": "other"}, "is no manifest of tokenised text"),
-        ({"version": 1}, "`version` is 1, and this program reads 2"),
-        ({"shards": None}, "`shards` is missing or no list"),
-        ({"fingerprint": 3}, "`fingerprint` is missing or no str"),
-        ({"shards": [{}]}, "`file` is missing or no str"),
+        ({"format": "other"}, "is not a manifest of tokenised text"),
+        ({"version": 1}, "`version` is 1, but this program reads 2"),
+        ({"shards": None}, "`shards` is missing or not of type list"),
+        ({"fingerprint": 3}, "`fingerprint` is missing or not of type str"),
+        ({"shards": [{}]}, "`file` is missing or not of type str"),
         ({"vocabulary_hash": "0"}, "`vocabulary_hash` in manifest.json is 0"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_said(folder, changes, said):
+def test_errors_in_a_manifest_are_named(folder, changes, said):
     change_manifest(folder, **changes)
     with pytest.raises(InputError, match=said):
         load(folder)
 
 
 def test_train_takes_the_folder(folder, in_process, capfd, tmp_path):
-    flags = [f"--data_dir={folder}", f"--model_dir={tmp_path}/run", "--set", "model=tiny"]
-    flags += ["--steps=4", "--steps_per_loop=2", "--global_batch_size=8"]
-    flags += ["--set", "packing=full-sentences"]
-    assert in_process(flags) == 0
-    said = capfd.readouterr().out
-    assert str(folder) in said and "next-sentence" not in said
+    recipe = resized(find_recipe("bert-mini-demo"), global_batch_size=8)
+    recipe = dataclasses.replace(recipe, packing="full-sentences")
+    task = TASKS[recipe.task](
+        recipe,
+        data_dir=str(folder),
+        vocab="",
+        model_dir=str(tmp_path),
+        seed=1,
+        synthetic_data=False,
+        log=lambda line: None,
+    )
+    assert task.data == str(folder)
     fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
-    assert fingerprint in (tmp_path / "run/recipe.json").read_text()
+    assert task.facts["data"] == fingerprint
+    for batches in (task.train_batches(0, 0), task.evaluation_batches(0)):
+        batch = next(iter(batches(None)))
+        assert batch["masked_lm_weights"].numpy().any()
+        assert not batch["next_sentence_weights"].numpy().any()
+    results = {"masked_accuracy": 0.5, "frequent_token": 0.1}
+    assert "next-sentence" not in task.in_words(results)
     change_manifest(folder, version=1)
-    assert in_process(flags) == 1
+    assert in_process([f"--data_dir={folder}", f"--model_dir={tmp_path}/run"]) == 1
     assert "`version` is 1" in capfd.readouterr().err
 
 
@@ -235,8 +275,8 @@ def test_another_vocabulary_is_refused(source, folder, tmp_path):
         load(folder, tmp_path / "vocab.txt")
 
 
-def test_a_folder_with_something_else_is_refused(source, folder, tmp_path):
-    with pytest.raises(InputError, match=r"holds something else \(text\)"):
+def test_a_folder_with_other_content_is_refused(source, folder, tmp_path):
+    with pytest.raises(InputError, match=r"has other content \(text\)"):
         prepare(source, source)
     with pytest.raises(InputError, match="was begun with another `shard_tokens`"):
         prepare(source, folder, shard_tokens=1)
@@ -248,24 +288,26 @@ def test_a_folder_with_something_else_is_refused(source, folder, tmp_path):
         (source / "text/c.txt").unlink()
 
 
-def test_shards_inside_their_input_are_not_its_text(source, tmp_path):
+def test_shards_inside_their_input_are_not_read_as_text(source, tmp_path):
     shutil.copytree(source, tmp_path / "all")
     output = tmp_path / "all/text/shards"
     first = prepare(tmp_path / "all", output)
     (output / "vocab.txt").write_text("lost")
-    (output / "manifest.json.new").write_text("of a start that was killed")
+    (output / "manifest.json.new").write_text("from a process that was killed")
     said = []
-    again = prepare(tmp_path / "all", output, say=said.append)
+    again = prepare(tmp_path / "all", output, log=said.append)
     assert again["fingerprint"] == first["fingerprint"]
-    assert "nothing was left to do" in said[-1]
+    assert "is finished already" in said[-1]
     assert (output / "vocab.txt").read_bytes() == (source / "vocab.txt").read_bytes()
-    with pytest.raises(InputError, match="shards holds a manifest.json.*Give such a folder alone"):
+    with pytest.raises(
+        InputError, match="shards holds prepared shards .manifest.json.*as the only entry"
+    ):
         documents.find_files(f"{source}/text,{output}")
 
 
 def test_two_at_once_are_refused(source, tmp_path):
-    with locked(str(tmp_path), wait=False):
-        with pytest.raises(InputError, match="another process writes in it now"):
+    with locked(str(tmp_path), "--output"):
+        with pytest.raises(InputError, match=r"--output: .* is in use by process \d+ on "):
             prepare(source, tmp_path)
 
 
@@ -275,31 +317,32 @@ def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
     (tmp_path / "text/a.jsonl").write_bytes(good + b'{"paragraphs": 1}\n\xff\n')
     shutil.copy(source / "vocab.txt", tmp_path)
     said = []
-    manifest = prepare(tmp_path, tmp_path / "run", say=said.append, max_bad_record_share=0.05)
+    manifest = prepare(tmp_path, tmp_path / "run", log=said.append, max_bad_record_share=0.05)
     assert manifest["damaged_records"] == 2 and manifest["documents"] == 90
-    assert "a.jsonl, line 91: no document" in said[0] and "line 92" in said[1]
+    assert "a.jsonl, line 91: not a document" in said[0] and "line 92" in said[1]
     with pytest.raises(InputError, match="raise the limit with --max_bad_record_share"):
         prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
 
 
-def test_what_has_no_end_is_cut(monkeypatch, tmp_path):
-    """A text without blank lines, or a line without an end, takes no more memory than others."""
+def test_endless_lines_and_documents_are_cut(monkeypatch, tmp_path):
+    """A text without blank lines, or a very long line, does not take more memory."""
     monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 100)
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 50)
     (tmp_path / "a.txt").write_text("a b c d e f g.\n" * 40 + "x" * 1000 + "\nthe end.\n")
     said = []
-    found = list(documents.read_documents([str(tmp_path / "a.txt")], records(say=said.append)))
+    found = list(documents.read_documents([str(tmp_path / "a.txt")], records(log=said.append)))
     assert 4 < len(found) < 8 and found[-1] == ["the end."]
     assert "line 41: longer than 50 bytes" in said[0]
 
 
 def test_sentences_are_those_of_the_library(source):
-    """The short cut around plain words changes nothing, whatever stands between them."""
+    """Dropping the inside of plain words changes no sentence, whatever is between the words."""
     rng = random.Random(1)
     letters = list("aboxuXDBT3 8cs  :;.!?,()'\"=-_^…é。>*\u3000\u00a0\n") + ["the ", "cat, ", "So "]
-    made = ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(20_000)]
+    made = ["".join(rng.choices(letters, k=rng.randint(0, 60))) for _ in range(8_000)]
     made += ["We went to D.C. Then (so it seems...) we slept :c Disney XD is on. Is it? Yes!"]
-    ours = Tokenizer(vocabulary.load_vocabulary(source / "vocab.txt")).break_sentences(made)
+    tokenizer = tokenizing.Tokenizer(vocabulary.load_vocabulary(source / "vocab.txt"))
+    ours = tokenizer.break_sentences(made)
     theirs = tf_text.StateBasedSentenceBreaker().break_sentences(made)
     np.testing.assert_array_equal(ours.row_splits, theirs.row_splits)
     np.testing.assert_array_equal(ours.flat_values, theirs.flat_values)

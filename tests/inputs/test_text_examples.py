@@ -1,4 +1,4 @@
-"""Pre-training batches: their statistics on real text, their pairs, their order."""
+"""Pre-training batches from installed text: statistics, pairs, order."""
 
 import itertools
 
@@ -7,9 +7,8 @@ import pytest
 import tensorflow as tf
 from batch_checks import check_statistics, joined, original
 
-from inputs import synthetic
+from inputs.batching import shuffled, synthetic_batches
 from inputs.errors import InputError
-from inputs.order import shuffled
 from inputs.text import corpus, installed_text, vocabulary
 from inputs.text import examples as text
 
@@ -18,9 +17,10 @@ LENGTH, PREDICTIONS, BATCH = 64, 12, 32
 
 @pytest.fixture(scope="module")
 def words():
-    """(vocabulary, training documents, held-out documents) of some English that is always here."""
+    """(vocabulary, training corpus, held-out corpus) of some installed text."""
     found = list(itertools.islice(installed_text.read_installed_text(), 1500))
-    pieces = vocabulary.learn_vocabulary(itertools.chain.from_iterable(found), 1500)
+    few = itertools.chain.from_iterable(found[:100])  # learning is slow
+    pieces = vocabulary.learn_vocabulary(few, 1500)
     return pieces, *corpus.split_held_out(corpus.tokenize(found, pieces))
 
 
@@ -40,14 +40,14 @@ def test_statistics(words):
     check_statistics(batch, words[0], next_sentence_error=0.02)
 
 
-def test_next_sentences_come_from_the_text_as_it_stands(words):
-    """A true pair is one run of one document; a random one is two runs of two documents."""
+def test_next_sentences_are_consecutive_in_the_text(words):
+    """A true pair is consecutive in one document; a random one comes from two documents."""
     training = words[1]
     bounds = training.sentences[training.documents]
     documents = [training.tokens[i:j].tobytes() for i, j in itertools.pairwise(bounds)]
 
     def documents_with(tokens):
-        """Which documents hold these tokens side by side."""
+        """The documents that contain these tokens consecutively."""
         run = tokens.tobytes()
         return {number for number, document in enumerate(documents) if run in document}
 
@@ -58,7 +58,7 @@ def test_next_sentences_come_from_the_text_as_it_stands(words):
         b = ids[row][types[row] == 1][:-1]
         assert len(a) and len(b)
         if is_random:
-            # Short runs stand in several documents; no single one may be the only home of both.
+            # Short runs occur in several documents; the pair must not be from only one.
             assert documents_with(a) and documents_with(b)
             assert len(documents_with(a) | documents_with(b)) > 1
         else:
@@ -76,7 +76,7 @@ def test_a_batch_is_a_function_of_seed_and_step(words):
 
 
 def test_hosts_and_replicas_share_the_global_batch(words):
-    """2 hosts of 2 replicas see, together and in order, what one replica alone sees."""
+    """2 hosts of 2 replicas together see what a single replica sees, in the same order."""
     examples = make(words)
     alone = joined(examples.training_batches(BATCH).take(2))["input_word_ids"]
     hosts = [
@@ -87,18 +87,18 @@ def test_hosts_and_replicas_share_the_global_batch(words):
     np.testing.assert_array_equal(joined(together)["input_word_ids"], alone)
 
 
-def test_every_epoch_takes_each_chunk_once_in_another_order(words):
+def test_every_epoch_has_each_chunk_once_in_a_new_order(words):
     examples = make(words)
-    numbers = tf.range(2 * examples.number, dtype=tf.int64)
-    order = shuffled(numbers, examples.number, examples.seed).numpy().reshape(2, -1)
+    numbers = tf.range(2 * examples.num_examples, dtype=tf.int64)
+    order = shuffled(numbers, examples.num_examples, examples.seed).numpy().reshape(2, -1)
     for epoch in order:
-        assert sorted(epoch) == list(range(examples.number))
+        assert sorted(epoch) == list(range(examples.num_examples))
     assert (order[0] != order[1]).mean() > 0.9
 
 
 def test_an_evaluation_counts_each_example_once(words):
     examples = make(words, held_out=True)
-    total = examples.number
+    total = examples.num_examples
     assert total % BATCH, "a last batch that is not full"
     batch = joined(examples.evaluation_batches(BATCH, limit=10**9))
     assert batch["example_weights"].sum() == total
@@ -123,14 +123,14 @@ def test_whole_words_are_masked_whole(words):
             inside = chosen.intersection(range(start, end))
             words_masked += bool(inside)
             parted += 0 < len(inside) < end - start
-    # Only a word longer than a short text's whole budget is cut.
+    # Only a word longer than all masks of a short text is cut.
     assert words_masked > 5000 and parted / words_masked < 0.005
     tokens = batch["input_mask"].sum() - 3 * len(ids)
     assert weights.sum() / tokens == pytest.approx(0.15, abs=0.005)
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
-def test_text_of_unknown_words_alone_is_not_masked(words, whole_word):
+def test_text_of_unknown_words_is_not_masked(words, whole_word):
     documents = [["\U0001f600 \U0001f601 " * (3 + i)] for i in range(20)]
     unknown = corpus.tokenize(documents, words[0])
     examples = make((words[0], unknown), whole_word=whole_word)
@@ -166,12 +166,12 @@ def test_synthetic_batches_have_the_same_spec(words):
     real = make(words).training_batches(BATCH)
     for key, tensor in next(iter(real)).items():
         assert (tensor.shape, tensor.dtype) == (spec[key].shape, spec[key].dtype), key
-    made_up = synthetic.synthetic_batches(spec, {"input_word_ids": 100}, seed=1)
+    made_up = synthetic_batches(spec, {"input_word_ids": 100}, seed=1)
     assert made_up.element_spec == spec
     assert int(tf.reduce_max(next(iter(made_up))["input_word_ids"])) < 100
 
 
 def test_shapes_are_static(words):
-    """A TPU compiles for one shape; every dimension is known before the first batch."""
+    """A TPU program is compiled for one shape, known before the first batch."""
     spec = make(words).training_batches(BATCH).element_spec
     assert spec == text.element_spec(BATCH, LENGTH, PREDICTIONS)

@@ -1,4 +1,4 @@
-"""SQuAD: pieces that map back to the text, windows, features."""
+"""SQuAD: offsets of word pieces, windows, batches."""
 
 import gzip
 import json
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from inputs import synthetic
-from inputs.squad import features, windows
+from inputs.batching import synthetic_batches
+from inputs.squad import examples, windows
 from inputs.squad import files as squad
 from inputs.squad.offsets import OffsetTokenizer, sanitized
 from inputs.text import vocabulary
@@ -33,10 +33,10 @@ def real(pieces, tmp_path_factory):
     """Three training articles and their features."""
     with gzip.open(SHARED / "squad/train-v1.1.json.gz") as file:
         content = json.load(file)
-    content["data"] = [content["data"][i] for i in (0, 1, 16)]  # the last one has much accented
+    content["data"] = [content["data"][i] for i in (0, 1, 16)]  # the last one has many accents
     path = tmp_path_factory.mktemp("squad") / "train.json"
     path.write_text(json.dumps(content))
-    return features.Features(
+    return examples.Features(
         squad.read_squad(str(path)),
         pieces,
         sequence_length=LENGTH,
@@ -46,8 +46,8 @@ def real(pieces, tmp_path_factory):
     )
 
 
-def test_pieces_stand_where_their_characters_do(pieces):
-    """Accents, compatibility forms, Hangul cut into letters, invisible characters, many bytes."""
+def test_pieces_have_the_offsets_of_their_characters(pieces):
+    """Also with accents, compatibility forms, Hangul, invisible and multi-byte characters."""
     expected = {
         "Beyoncé's café—NAÏVE": ["Beyoncé", "'", "s", "café", "—", "NAÏVE"],
         "e\u0301t e\u0301": ["e\u0301t", "e\u0301"],
@@ -75,8 +75,8 @@ def test_malformed_text_becomes_the_replacement_character():
     assert found == [text.decode("utf-8", "replace") for text in broken]
 
 
-def test_every_answer_comes_back_or_stands_inside_a_piece(real):
-    """encode → decode gives the annotated answer; where it does not, a piece is longer."""
+def test_every_answer_is_found_or_is_part_of_a_piece(real):
+    """Pieces decode to the annotated answer, unless it begins or ends inside a piece."""
     differing = []
     for number, question in enumerate(real.squad.questions):
         first, last = real.first_pieces[number], real.last_pieces[number]
@@ -91,16 +91,19 @@ def test_every_answer_comes_back_or_stands_inside_a_piece(real):
     assert len(differing) <= 0.005 * len(real.squad.questions), differing
 
 
-def test_windows_are_those_of_run_squad():
-    """Against google-research/bert's loops, written out: spans, and the one with most context."""
+def test_windows_equal_those_of_run_squad():
+    """Compared with the loops of google-research/bert: spans, and the one with most context."""
     rng = random.Random(0)
     sizes = [(rng.randrange(0, 25), rng.choice([0, 1, 5, 44, 45, 46, 99, 300])) for _ in range(60)]
     for stride in (1, 7, STRIDE, 200):
         cut = windows.cut_windows(
             *(tf.constant(column) for column in zip(*sizes, strict=True)),
-            sequence_length=LENGTH, max_query_length=QUERY, doc_stride=stride,
-        )  # fmt: skip
+            sequence_length=LENGTH,
+            max_query_length=QUERY,
+            doc_stride=stride,
+        )
         may_begin, may_end = (x.numpy() for x in windows.may_answer(cut, LENGTH))
+        example, starts, lengths = (x.numpy() for x in (cut.example, cut.start, cut.length))
         row = 0
         for number, (question, total) in enumerate(sizes):
             question = min(question, QUERY)
@@ -112,16 +115,12 @@ def test_windows_are_those_of_run_squad():
                     break
                 start += min(length, stride)
             for index, (start, length) in enumerate(spans):
-                assert (cut.example[row], cut.start[row], cut.length[row]) == (
-                    number,
-                    start,
-                    length,
-                )
+                assert (example[row], starts[row], lengths[row]) == (number, start, length)
                 begins = [i for i in range(length) if best_span(spans, start + i) == index]
                 assert (np.nonzero(may_begin[row])[0] - question - 2).tolist() == begins
                 assert (np.nonzero(may_end[row])[0] - question - 2).tolist() == list(range(length))
                 row += 1
-        assert row == len(cut.example)
+        assert row == len(example)
 
 
 def best_span(spans, position):
@@ -135,7 +134,7 @@ def best_span(spans, position):
 
 
 def test_rows_show_question_context_and_answer(real, pieces):
-    everything = tf.range(real.number, dtype=tf.int64), tf.ones([real.number])
+    everything = tf.range(real.num_examples, dtype=tf.int64), tf.ones([real.num_examples])
     batch = {key: value.numpy() for key, value in real.batch(*everything).items()}
     offsets = real.question_batch(*everything)["offset"].numpy()
     tokenizer = make_tokenizer(pieces)
@@ -143,7 +142,7 @@ def test_rows_show_question_context_and_answer(real, pieces):
     contexts = tokenizer.tokenize(real.squad.contexts).to_list()
     cls, sep, pad = (pieces.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     seen = {}
-    for row in range(0, real.number, 7):
+    for row in range(0, real.num_examples, 7):
         number = real.question_of[row]
         question = questions[number][:QUERY]
         length = batch["input_mask"][row].sum()
@@ -156,7 +155,7 @@ def test_rows_show_question_context_and_answer(real, pieces):
         whole = contexts[real.squad.questions[number].context]
         start, end = batch["start_positions"][row], batch["end_positions"][row]
         answer = whole[real.first_pieces[number] : real.last_pieces[number] + 1]
-        from_context = len(question) + 2 - offsets[row]  # where in it the window begins
+        from_context = len(question) + 2 - offsets[row]  # where the window begins
         assert shown == whole[from_context : from_context + len(shown)]
         first, last = real.first_pieces[number], real.last_pieces[number]
         if from_context <= first and last < from_context + len(shown):
@@ -167,10 +166,10 @@ def test_rows_show_question_context_and_answer(real, pieces):
     assert len(seen) > 100
     every = real.question_of[np.nonzero(batch["start_positions"])[0]]
     short = real.last_pieces - real.first_pieces < STRIDE
-    assert set(np.nonzero(short)[0]) <= set(every)  # each one fits some window
+    assert set(np.nonzero(short)[0]) <= set(every)  # each is in some window
 
 
-def test_order_is_a_function_of_seed_and_number(real):
+def test_order_is_a_function_of_seed_and_step(real):
     def rows(first_step, steps, context=None, size=8):
         batches = real.training_batches(8, context, first_step).take(steps)
         return np.concatenate([batch["input_word_ids"].numpy() for batch in batches])
@@ -185,25 +184,27 @@ def test_order_is_a_function_of_seed_and_number(real):
 
 
 def test_an_epoch_has_every_window_once_and_dev_ends_with_weight_0(real):
-    places = real.question_batch(tf.range(real.number, dtype=tf.int64), tf.ones([real.number]))
-    assert places["feature"].numpy().tolist() == list(range(real.number))
+    count = real.num_examples
+    all_windows = tf.range(count, dtype=tf.int64), tf.ones([count])
+    questions = real.question_batch(*all_windows)
+    assert questions["feature"].numpy().tolist() == list(range(count))
     found = [batch["feature"].numpy() for batch in real.prediction_batches(64)]
     found = np.concatenate(found)
-    assert found[: real.number].tolist() == list(range(real.number))
-    assert (found[real.number :] == -1).all() and len(found) % 64 == 0
+    assert found[: real.num_examples].tolist() == list(range(real.num_examples))
+    assert (found[real.num_examples :] == -1).all() and len(found) % 64 == 0
     weights = [batch["example_weights"].numpy() for batch in real.evaluation_batches(64, 100)]
     assert [w.sum() for w in weights] == [64, 36]
-    steps = -(-real.number // 64)
+    steps = -(-real.num_examples // 64)
     epoch = [batch["input_word_ids"].numpy() for batch in real.training_batches(64).take(steps)]
-    rows = {row.tobytes() for row in np.concatenate(epoch)[: real.number]}
-    everything = real.batch(tf.range(real.number, dtype=tf.int64), tf.ones([real.number]))
+    rows = {row.tobytes() for row in np.concatenate(epoch)[: real.num_examples]}
+    everything = real.batch(*all_windows)
     assert rows == {row.tobytes() for row in everything["input_word_ids"].numpy()}
 
 
-def test_the_spec_is_what_the_batches_have(real):
-    spec = features.element_spec(8, LENGTH)
+def test_batches_have_the_element_spec(real):
+    spec = examples.element_spec(8, LENGTH)
     (batch,) = real.training_batches(8).take(1)
-    (made_up,) = synthetic.synthetic_batches(spec, {}, 1).take(1)
+    (made_up,) = synthetic_batches(spec, {}, 1).take(1)
     for key, expected in spec.items():
         assert expected.is_compatible_with(batch[key]), key
     assert made_up.keys() == batch.keys()

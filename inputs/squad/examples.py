@@ -1,37 +1,42 @@
-"""SQuAD batches: questions tokenised once, their windows made on the fly.
+"""SQuAD batches: texts are tokenised once, windows are cut on the fly.
 
-A training example is a function of (seed, index) alone, as in `inputs.text.examples`.
+A training example is a function of (seed, example id) alone, as in `inputs.text.examples`.
 """
 
 import numpy as np
 import tensorflow as tf
 
-from inputs import order
+from inputs.batching import host_batches, shuffled
 from inputs.errors import InputError
 from inputs.squad import windows
 from inputs.squad.files import Squad
 from inputs.squad.offsets import OffsetTokenizer
 from inputs.text.vocabulary import CLS, PAD, SEP
 
-TEXTS_PER_CALL = 4096  # tokenised at once; bounds the memory
+TEXTS_PER_CALL = 4096  # tokenised at once; limits the memory
 
 
 def element_spec(batch_size: int, sequence_length: int):
-    """What training and evaluation read; synthetic data is made from it."""
+    """The shapes and dtypes of a batch, as a dictionary of `tf.TensorSpec`.
+
+    Args:
+        batch_size: B, examples per batch.
+        sequence_length: L, tokens per example.
+    """
     row = tf.TensorSpec([batch_size, sequence_length], tf.int32)
-    place = tf.TensorSpec([batch_size], tf.int32)
+    position = tf.TensorSpec([batch_size], tf.int32)
     return {
         "input_word_ids": row,
         "input_mask": row,
         "input_type_ids": row,
-        "start_positions": place,
-        "end_positions": place,
+        "start_positions": position,
+        "end_positions": position,
         "example_weights": tf.TensorSpec([batch_size], tf.float32),
     }
 
 
 class _Texts:
-    """Tokenised strings, end to end: ids and places [T], `begins` [N + 1] in them."""
+    """N tokenised strings, end to end: `ids`, `starts`, `ends` [T]; `begins` [N + 1] in them."""
 
     def __init__(self, tokenizer: OffsetTokenizer, texts: list[str]):
         parts = [
@@ -45,22 +50,28 @@ class _Texts:
         ids, self.starts, self.ends, lengths = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
-        self.ids = ids if len(ids) else np.zeros(1, np.int32)  # `windows.rows` wants one at least
+        self.ids = ids if len(ids) else np.zeros(1, np.int32)  # `windows.rows` needs at least one
         self.begins = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 class Features:
-    """The windows of all questions of a SQuAD file.
+    """The windows of all questions of a SQuAD file, each a feature in the terms of run_squad.py.
 
     Args:
         squad: from `inputs.squad.files.read_squad`.
         vocabulary: word pieces.
         sequence_length, max_query_length, doc_stride: see `inputs.squad.windows.cut_windows`.
-        seed: int, decides the order of training.
+        seed: int, decides the order in training.
 
     Attributes:
-        number: how many there are.
-        question_of: [number] int32, which question each belongs to; a question's stand together.
+        squad: as given.
+        num_examples: number of windows.
+        question_of: [num_examples] int32, the question of each window, in ascending order.
+        first_pieces, last_pieces: [questions] ints, where the first annotated answer of each
+            question begins and ends in its context, in word pieces.
+
+    Raises:
+        InputError: a context has no word.
     """
 
     def __init__(
@@ -73,7 +84,9 @@ class Features:
         doc_stride: int,
         seed: int,
     ):
-        self.squad, self.sequence_length, self._seed = squad, sequence_length, seed
+        self.squad = squad
+        self.sequence_length = sequence_length
+        self._seed = seed
         tokenizer = OffsetTokenizer(vocabulary)
         self._contexts = _Texts(tokenizer, squad.contexts)
         self._questions = _Texts(tokenizer, [question.text for question in squad.questions])
@@ -86,8 +99,8 @@ class Features:
         if not totals.all():
             empty = squad.questions[int(np.argmin(totals))]
             raise InputError(
-                f"--data_dir: {squad.path}, the context of question {empty.id!r} holds no word, "
-                "only spaces or control characters. Take it out of the file."
+                f"--data_dir: {squad.path}, the context of question {empty.id!r} has no word, "
+                "only spaces or control characters. Remove it from the file."
             )
         self._windows = windows.cut_windows(
             tf.constant(np.diff(self._questions.begins), tf.int32),
@@ -97,7 +110,7 @@ class Features:
             doc_stride=doc_stride,
         )
         self.question_of = self._windows.example.numpy()
-        self.number = len(self.question_of)
+        self.num_examples = len(self.question_of)
         self.first_pieces, self.last_pieces = self._answer_pieces()
         self._tables = {
             "question": tf.constant(self._questions.ids),
@@ -109,10 +122,10 @@ class Features:
         }
 
     def _answer_pieces(self):
-        """First and last word piece of each question's first answer, [Q], from its context's 0."""
+        """The first and last word piece in the context of each question's first answer, [Q]."""
         contexts = self._contexts
         sizes = [len(context.encode()) for context in self.squad.contexts]
-        # Bytes counted over all contexts rise from piece to piece, so one search finds them all.
+        # Byte offsets counted over all contexts ascend, so one search finds all answers.
         base = np.concatenate([[0], np.cumsum(np.add(sizes, 1))])[:-1]
         of_piece = np.repeat(base, np.diff(contexts.begins))
         spans = [self._answer_bytes(question) for question in self.squad.questions]
@@ -121,64 +134,68 @@ class Features:
         last = np.searchsorted(contexts.starts + of_piece, spans[:, 1], side="left") - 1
         begin = contexts.begins[:-1][self._context_of]
         end = contexts.begins[1:][self._context_of]
-        # An answer of nothing but what BERT drops, accents for one, has no piece of its own.
+        # An answer of characters that BERT drops, such as accents, has no piece of its own.
         first = np.minimum(first, end - 1)
         return first - begin, np.maximum(last, first) - begin
 
     def _answer_bytes(self, question):
-        context, (start, text) = self.squad.contexts[question.context], question.answers[0]
+        context = self.squad.contexts[question.context]
+        start, text = question.answers[0]
         if context.isascii():
             return start, start + len(text)
         first = len(context[:start].encode())
         return first, first + len(text.encode())
 
     def text_of(self, question: int, first: int, last: int) -> str:
-        """What the context of a question has from piece `first` to `last`, to the letter."""
+        """The text of a question's context from piece `first` to `last`, as in the file."""
         context = self._context_of[question]
         begin = self._contexts.begins[context]
-        start, end = self._contexts.starts[begin + first], self._contexts.ends[begin + last]
+        start = self._contexts.starts[begin + first]
+        end = self._contexts.ends[begin + last]
         return self.squad.contexts[context].encode()[start:end].decode()
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
-        """Endless batches, one per local replica and step: see `inputs.text.examples.Examples`."""
-        local, numbers_of = order.share(global_batch_size, context)
+        """Infinite data set of batches: see `inputs.text.examples.Examples.training_batches`."""
+        local, ids_of = host_batches(global_batch_size, context)
 
         def batch(k):
-            number = numbers_of(k)
-            feature = order.shuffled(number, self.number, self._seed)
-            return self.batch(feature, tf.ones_like(number, tf.float32))
+            ids = ids_of(k)
+            feature = shuffled(ids, self.num_examples, self._seed)
+            return self.batch(feature, tf.ones_like(ids, tf.float32))
 
-        numbers = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
-        return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        indices = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
+        return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """Each of the first `limit` features once, the last batch filled up with weight 0."""
-        return self._once(self.batch, min(limit, self.number), global_batch_size, context)
+        """Each of the first `limit` windows once; the last batch is filled with weight 0."""
+        total = min(limit, self.num_examples)
+        return self._once(self.batch, total, global_batch_size, context)
 
     def prediction_batches(self, global_batch_size, context=None) -> tf.data.Dataset:
-        """Every feature once, as `question_batch` describes them; -1 fills up the last batch."""
-        return self._once(self.question_batch, self.number, global_batch_size, context)
+        """Every window once, as `question_batch` makes them; the last batch is filled with -1."""
+        return self._once(self.question_batch, self.num_examples, global_batch_size, context)
 
     def _once(self, make, total, global_batch_size, context):
-        local, numbers_of = order.share(global_batch_size, context)
+        local, ids_of = host_batches(global_batch_size, context)
 
         def batch(k):
-            number = numbers_of(k)
-            return make(tf.minimum(number, total - 1), tf.cast(number < total, tf.float32))
+            ids = ids_of(k)
+            return make(tf.minimum(ids, total - 1), tf.cast(ids < total, tf.float32))
 
         steps = -(-total // global_batch_size)
-        numbers = tf.data.Dataset.range(steps * local)
-        return numbers.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        indices = tf.data.Dataset.range(steps * local)
+        return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
 
     def batch(self, feature, weights):
-        """Features with where their answer stands; without it in the window, that is [CLS], 0.
+        """Windows with the positions of their answers.
 
         Args:
-            feature: [B] int64.
-            weights: [B] float32, 0 for one that does not count.
+            feature: [B] int64, indices of windows.
+            weights: [B] float32, 0 for an example that does not count.
 
         Returns:
-            A dictionary as `element_spec` describes.
+            A dictionary as described by `element_spec`. Where the window does not contain the whole
+            answer, both positions are 0, that of [CLS].
         """
         cut = self._cut(feature)
         first = tf.gather(self._tables["first"], cut.example) - cut.start
@@ -191,14 +208,14 @@ class Features:
         }
 
     def question_batch(self, feature, weights):
-        """Features with where an answer may stand.
+        """Windows with the positions where an answer may be.
 
         Args: as `batch`.
 
         Returns:
-            The model's inputs; `may_begin` and `may_end`: [B, L] bool, as
-            `inputs.squad.windows.may_answer` says; `feature`: [B] int32, -1 for one of weight 0;
-            `offset`: [B] int32, to be taken from a place in the row for the context's word piece.
+            The model's inputs; `may_begin` and `may_end`: [B, L] bool, from
+            `inputs.squad.windows.may_answer`; `feature`: [B] int32, -1 where the weight is 0;
+            `offset`: [B] int32, a position in the row minus the word piece in the context.
         """
         cut = self._cut(feature)
         may_begin, may_end = windows.may_answer(cut, self.sequence_length)

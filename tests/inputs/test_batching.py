@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from inputs.synthetic import synthetic_batches
+from inputs.batching import synthetic_batches
 from recipes import find_recipe, resized
 from tasks import TASKS
 from training.monitor.progress import read_rows

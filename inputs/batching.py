@@ -1,0 +1,109 @@
+"""Which examples a step reads, and the random numbers and synthetic batches of every pipeline.
+
+Examples are numbered from 0 over the whole run. All that is random about an example is a function
+of (seed, example id), so any host can make any step without the steps before it.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+
+def host_batches(global_batch_size: int, context: tf.distribute.InputContext | None):
+    """Splits the global batches among hosts and replicas.
+
+    Args:
+        global_batch_size: examples per step over all replicas.
+        context: of this host; None means a single replica.
+
+    Returns:
+        (local, ids_of): `local` is the number of batches that this host makes per step, one for
+        each of its replicas. `ids_of` maps k, an int64 scalar, to the example ids, [B] int64, of
+        the host's k-th batch.
+    """
+    replicas = context.num_replicas_in_sync if context else 1
+    local = replicas // context.num_input_pipelines if context else 1
+    first = context.input_pipeline_id * local if context else 0
+    size = global_batch_size // replicas
+
+    def ids_of(k):
+        step, replica = k // local, first + k % local
+        return step * global_batch_size + replica * size + tf.range(size, dtype=tf.int64)
+
+    return local, ids_of
+
+
+def shuffled(example_ids, num_records: int, seed: int):
+    """The record that each training example is made of: [B] int64 in [0, `num_records`).
+
+    Each epoch of `num_records` examples is a different permutation of the records.
+
+    Args:
+        example_ids: [B] int64.
+        num_records: size of the data set.
+        seed: int.
+    """
+    epoch = example_ids // num_records
+    seeds = tf.stack([tf.fill(tf.shape(epoch), np.int64(seed)), epoch, epoch * 0], axis=1)
+    # The public wrapper accepts only one seed for all indices (TensorFlow 2.20).
+    return tf.raw_ops.RandomIndexShuffle(
+        index=example_ids % num_records, seed=seeds, max_index=np.int64(num_records - 1)
+    )
+
+
+def uniform(seed: int, stream: int, example_ids, columns: int):
+    """Uniform random numbers for each example: [B, columns] float32 in [0, 1).
+
+    TensorFlow's stateless generators take one seed for a whole tensor. Here each number is a hash
+    of (seed, stream, example id, column), so that it does not depend on the rest of the batch.
+
+    Args:
+        seed: int, the same for the whole run.
+        stream: int in [0, 64), different for each use of random numbers.
+        example_ids: [B] int64.
+        columns: how many numbers each example needs.
+    """
+    key = _mix(tf.constant(seed * 64 + stream, tf.uint64))
+    rows = _mix(tf.cast(example_ids, tf.uint64) + key)[:, tf.newaxis]
+    bits = _mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
+    top = tf.bitwise.right_shift(bits, tf.constant(40, tf.uint64))
+    return tf.cast(tf.cast(top, tf.int64), tf.float32) / 2.0**24
+
+
+def integers_below(draws, limit):
+    """Turns uniform `draws` in [0, 1) into int64 in [0, `limit`); 0 where `limit` is below 1."""
+    scaled = tf.cast(draws, tf.float64) * tf.cast(limit, tf.float64)
+    return tf.maximum(tf.cast(scaled, tf.int64), 0)
+
+
+def _mix(x):
+    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64."""
+    x = x + tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    x = _xor_shift(x, 30) * tf.constant(0xBF58476D1CE4E5B9, tf.uint64)
+    x = _xor_shift(x, 27) * tf.constant(0x94D049BB133111EB, tf.uint64)
+    return _xor_shift(x, 31)
+
+
+def _xor_shift(x, bits: int):
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(bits, tf.uint64)))
+
+
+def synthetic_batches(spec, limits, seed: int) -> tf.data.Dataset:
+    """Repeats one random batch, to run a program without data.
+
+    Args:
+        spec: dictionary of `tf.TensorSpec`, a pipeline's `element_spec`; shapes are static.
+        limits: dictionary of ints: the integer tensor of that name is uniform in [0, limit).
+            Integer tensors without a limit, and float tensors (the weights), are 1.
+        seed: int.
+    """
+    batch = {}
+    for salt, (name, tensor) in enumerate(sorted(spec.items())):
+        if tensor.dtype.is_integer and name in limits:
+            # `stateless_uniform` does not make small integers such as uint8.
+            values = tf.random.stateless_uniform(
+                tensor.shape, [seed, salt], maxval=limits[name], dtype=tf.int32
+            )
+            batch[name] = tf.cast(values, tensor.dtype)
+        else:
+            batch[name] = tf.ones(tensor.shape, tensor.dtype)
+    return tf.data.Dataset.from_tensors(batch).repeat()

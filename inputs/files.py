@@ -1,0 +1,177 @@
+"""Safe operations on files and folders: atomic writes, locks, reading with clear errors."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from inputs.errors import InputError
+
+LOCK = ".lock"
+NEW = ".new"  # suffix of a file that is not complete yet
+LOGGER = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[str]:
+    """Yields the temporary path to write a file at; the file gets the name `path` on success.
+
+    If the block raises, the temporary file is removed and `path` stays as it was. The temporary
+    path is always PATH.new, so that the next writer replaces what a killed process left there.
+    """
+    path = os.fspath(path)
+    try:
+        yield path + NEW
+        os.replace(path + NEW, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + NEW)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
+    """Opens a file for writing that gets the name `path` when the block ends without an error.
+
+    Args:
+        path: the file; an existing one is replaced.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    with atomic_file(path) as new:
+        with open(new, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+
+
+def write_json(path: str, value, *, indent: int | None = 1) -> None:
+    """Writes a JSON file atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=indent)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """Yields an empty folder to fill; it gets the name `path` when the block ends without an error.
+
+    An existing folder `path` is replaced. The temporary folder is always .NAME.new in the same
+    parent, so that the next writer removes what a killed process left there.
+    """
+    parent, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(parent, f".{name}{NEW}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        new = os.path.join(temporary, "new")
+        os.makedirs(new)
+        yield new
+        if os.path.exists(path):
+            os.replace(path, os.path.join(temporary, "old"))
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(
+    folder: str,
+    flag: str,
+    *,
+    wait: bool = False,
+    log: Callable[[str], object] = LOGGER.warning,
+) -> Iterator[None]:
+    """Holds the folder's lock during the block.
+
+    The lock is `flock` on FOLDER/.lock. The kernel releases it when the process ends, also after
+    `kill -9`, so a leftover file has no effect. On NFS, Linux asks the server, so the lock holds
+    between machines; mounts with `nolock` or `local_lock` restrict it to one machine.
+
+    Args:
+        folder: an existing folder.
+        flag: the flag that named the folder, for the error message.
+        wait: if True, waits until the lock is free.
+        log: receives a warning if the file system has no locks; the block runs all the same.
+
+    Raises:
+        InputError: the folder is not writable; or another process holds the lock and `wait` is
+            False. The message names that process and its machine.
+    """
+    try:
+        file = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{flag}: {folder} cannot be written: {error.strerror}.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InputError(
+                f"{flag}: {folder} is in use by {holder}. Let it end, stop it, or choose another "
+                "folder."
+            ) from None
+        except OSError as error:
+            log(
+                f"{folder} cannot be locked ({error.strerror}): make sure that no other process "
+                "writes there."
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def check_writable(folder: str, flag: str) -> None:
+    """Makes the folder if it is missing, and writes a temporary file in it.
+
+    Raises:
+        InputError: that failed. The message starts with `flag`.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
+        ) from None
+
+
+def read_bytes(path: str, *, flag: str = "", fix: str = "") -> bytes:
+    """The content of a file.
+
+    Args:
+        path: the file.
+        flag: the flag that named it, for the error message.
+        fix: what to do about it, for the error message.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, f"cannot be read ({error.strerror})", flag, fix) from None
+
+
+def read_json(path: str, *, flag: str = "", fix: str = "") -> Any:
+    """The content of a JSON file.
+
+    Args: as `read_bytes`.
+
+    Raises:
+        InputError: the file cannot be read, or is not JSON in UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, f"cannot be read as JSON ({error})", flag, fix) from None
+
+
+def _unreadable(path, problem, flag, fix):
+    return InputError(f"{flag}: {path} {problem}. {fix}".removeprefix(": ").rstrip())

@@ -1,0 +1,90 @@
+"""Files and folders are written completely or not at all, and locks exclude other processes."""
+
+import os
+import pathlib
+
+import pytest
+
+from inputs import files
+from inputs.errors import InputError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_only_on_success(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    (tmp_path / "a.txt.new").write_text("left by a process that was killed")
+    with pytest.raises(RuntimeError, match="stopped"):
+        with files.atomic_write(path) as file:
+            file.write("half")
+            raise RuntimeError("stopped")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+    with files.atomic_write(path) as file:
+        file.write("é")
+        assert path.read_text() == "old"
+    assert path.read_bytes() == "é".encode() and names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_replaced_only_on_success(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(RuntimeError, match="stopped"):
+        with files.atomic_folder(path) as new:
+            (pathlib.Path(new) / "half").touch()
+            raise RuntimeError("stopped")
+    assert names(path) == ["old"] and names(tmp_path) == ["folder"]
+    with files.atomic_folder(path) as new:
+        (pathlib.Path(new) / "whole").touch()
+        assert names(path) == ["old"]
+    assert names(path) == ["whole"] and names(tmp_path) == ["folder"]
+
+
+def test_json_is_written_and_read(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, "é"]})
+    assert files.read_json(tmp_path / "a.json") == {"a": [1, "é"]}
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff", b"[" * 100_000])
+def test_unreadable_json_is_one_sentence(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"^--flag: .*a.json cannot be read as JSON .*Fix it\.$"):
+        files.read_json(path, flag="--flag", fix="Fix it.")
+    with pytest.raises(InputError, match=r"^/.*a.json cannot be read as JSON .*\.$"):
+        files.read_json(path)
+
+
+def test_a_lock_excludes_others_and_ends_with_its_block(tmp_path):
+    with files.locked(tmp_path, "--output"):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} on .*Let it end"):
+            with files.locked(tmp_path, "--output"):
+                pass
+    with files.locked(tmp_path, "--output", wait=True):
+        pass
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    said = []
+    with files.locked(tmp_path, "--output", log=said.append):
+        pass
+    assert "cannot be locked (No locks available)" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
+    files.check_writable(tmp_path / "a/b", "--flag")
+    assert names(tmp_path / "a/b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--flag: .*file/b cannot be written .Not a directory"):
+        files.check_writable(tmp_path / "file/b", "--flag")
+    with pytest.raises(InputError, match="--flag: .*nowhere cannot be written: No such file"):
+        with files.locked(tmp_path / "nowhere", "--flag"):
+            pass
