@@ -247,7 +247,7 @@ ADAGRAD_16K = _imagenet_recipe(
 # size 224, at a quarter of the width.
 ONE_BATCH = ImageRecipe(
     name="resnet50-one-batch",
-    reference="this project: a test that overfits, for two CPU cores",
+    reference="this project: a proof for two CPU cores",
     expected="top-1 1.0 and loss below 0.1 in training, top-1 above 0.95 in evaluation",
     phases=(Phase(steps=150, global_batch_size=220, peak_learning_rate=0.03, warmup_steps=8),),
     model="resnet-50-narrow",

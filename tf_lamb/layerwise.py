@@ -107,11 +107,11 @@ class Gradients:
 class Layerwise:
     """The part of an optimizer that does not depend on the rule or on the version of Keras.
 
-    An optimizer has three base classes in this order:
+    The base classes of an optimizer, in their method resolution order, are:
 
     - a rule (`lamb.LAMBRule` or `lars.LARSRule`), a subclass of this class that defines
       `slot_names`, `variants`, `scalars`, `moments`, `direction`, `ratio` and `step`;
-    - this class;
+    - this class, `Layerwise`;
     - an adapter (`keras3.Adapter` or `tf_keras.Adapter`), which is a Keras optimizer.
     """
 

@@ -79,7 +79,7 @@ def _as_non_negative_float(rate) -> float | None:
 
 
 def _is_callable_without_arguments(rate) -> bool:
-    """A schedule of the other Keras is not one: it takes the step."""
+    """Returns whether `rate` is callable without arguments, which a schedule is not."""
     if not callable(rate) or isinstance(rate, type):
         return False
     try:

@@ -1,10 +1,11 @@
 """LAMB and LARS for Keras 2 (`tf_keras`), which tf-models-official uses.
 
-A model in the HDF5 format (`.h5`) that was compiled with a `LossScaleOptimizer` around one of these
-optimizers does not load by itself: tf_keras writes the bare class name of the inner optimizer. Load
-it with `custom_objects`, or use the `.keras` format, which needs nothing:
+Prefer the `.keras` format to HDF5 (`.h5`) for a model with a `LossScaleOptimizer`. In HDF5, tf_keras
+writes the inner optimizer's class without its package, so that the class must be given:
 
 >>> tf_keras.models.load_model("model.h5", custom_objects={"LAMB": tf_lamb.tf_keras.LAMB})
+
+The state of a `LossScaleOptimizer` is not restored from HDF5, whatever the inner optimizer is.
 """
 
 import dataclasses
