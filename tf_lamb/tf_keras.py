@@ -1,7 +1,7 @@
 """LAMB and LARS for Keras 2 (`tf_keras`), which tf-models-official uses.
 
-Prefer the `.keras` format to HDF5 (`.h5`) for a model with a `LossScaleOptimizer`. In HDF5, tf_keras
-writes the inner optimizer's class without its package, so that the class must be given:
+Prefer the `.keras` format to HDF5 (`.h5`) for a model with a `LossScaleOptimizer`. In HDF5,
+tf_keras writes the inner optimizer's class without its package, so that the class must be given:
 
 >>> tf_keras.models.load_model("model.h5", custom_objects={"LAMB": tf_lamb.tf_keras.LAMB})
 
