@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from tf_lamb import learning_rate as rates
@@ -674,7 +675,9 @@ class Layerwise:
             )
             return
         for i, variable in enumerate(variables):
-            variable.assign(store[str(i)])
+            value = np.asarray(store[str(i)])
+            # tf_keras stores a bfloat16 array in HDF5 as raw bytes, without its dtype.
+            variable.assign(value.view("bfloat16") if value.dtype.kind == "V" else value)
 
 
 def _constructor_parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
