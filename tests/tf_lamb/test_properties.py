@@ -1,6 +1,6 @@
 """Properties of any model, with Hypothesis: no NaN from finite input, exclusions, invariances.
 
-They are tested on `Layerwise._updated`, which is not compiled, with shapes of rank 0 to 4, empty
+They are tested on `Layerwise._update_model`, which is not compiled, with shapes of rank 0 to 4, empty
 ones included, norms from 1e-30 to 1e30, and every dtype of the weights.
 """
 
@@ -73,7 +73,7 @@ def larses():
 
 
 SETTINGS = {"LAMB": lambs(), "LARS": larses()}
-SUMS = st.sampled_from([contextlib.nullcontext, xla_cpu.inside_programs, xla_cpu.outside_programs])
+SUMS = st.sampled_from([contextlib.nullcontext, xla_cpu.xla_sums, xla_cpu.tensorflow_sums])
 
 
 def array(rng, shape, power, dtype="float32"):
@@ -96,7 +96,7 @@ def walk(rule, weights, gradients, plan, arguments, sums=contextlib.nullcontext)
     for step, grads in enumerate(gradients, start=1):
         params, *slots = state
         with sums():
-            state, _, rows = optimizer._updated(
+            state, _, rows = optimizer._update_model(
                 index, grads, params, slots, rate, tf.constant(float(step))
             )
         yield state, None if rows is None else [rows[i] for i in index]

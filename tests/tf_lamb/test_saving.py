@@ -136,6 +136,14 @@ def test_a_saved_model_resumes(flavour, rule, uninterrupted, file):
     assert_resumes(loaded, uninterrupted)
 
 
+def test_moments_in_bfloat16_are_saved(flavour, tmp_path):
+    model = make_model(flavour, flavour.lamb.LAMB(0.1, moment_dtype="bfloat16"))
+    fit(model, 1)
+    model.save(tmp_path / "model.keras")
+    loaded = flavour.keras.models.load_model(tmp_path / "model.keras")
+    assert state(loaded) == state(model)
+
+
 def test_a_checkpoint_resumes(flavour, rule, uninterrupted):
     other = make_model(flavour, make_optimizer(flavour, rule), seed=1)
     other.optimizer.build(other.trainable_variables)
