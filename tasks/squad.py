@@ -211,8 +211,8 @@ class _Questions:
             for file in read
         )
         self.amount = "; ".join(
-            f"{len(windows.squad.questions):,} questions {use}, in {windows.num_examples:,} windows "
-            f"of {recipe.sequence_length}"
+            f"{len(windows.squad.questions):,} questions {use}, "
+            f"in {windows.num_examples:,} windows of {recipe.sequence_length}"
             for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
         )
         log(self.amount)

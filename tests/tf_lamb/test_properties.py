@@ -1,7 +1,7 @@
 """Properties of any model, with Hypothesis: no NaN from finite input, exclusions, invariances.
 
-They are tested on `Layerwise._update_model`, which is not compiled, with shapes of rank 0 to 4, empty
-ones included, norms from 1e-30 to 1e30, and every dtype of the weights.
+They are tested on `Layerwise._update_model`, which is not compiled, with shapes of rank 0 to 4,
+empty ones included, norms from 1e-30 to 1e30, and every dtype of the weights.
 """
 
 import contextlib
