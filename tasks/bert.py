@@ -7,7 +7,7 @@ import numpy as np
 
 from export.bert import pretrained_export
 from export.model_card import make_card
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import is_prepared
@@ -142,7 +142,7 @@ class BertPretraining(Task):
             flush=True,
         )
         sentences, words = zip(*self._source.masked_sentences(), strict=True)
-        run_apart("export.fill_mask", export_dir, *sentences)
+        run_client(export_dir, *sentences)
         print(f"The words behind the masks: {', '.join(words)}")
 
 

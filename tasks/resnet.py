@@ -7,7 +7,7 @@ import tempfile
 
 from export.model_card import make_card
 from export.resnet import classifier_export
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.images import examples
@@ -133,7 +133,7 @@ class ImageClassification(Task):
                     file.write(data)
             if paths:
                 print("Held-out images, by the SavedModel in a process of its own:", flush=True)
-                run_apart("export.classify", export_dir, *paths)
+                run_client(export_dir, *paths)
 
 
 class _Images:

@@ -3,7 +3,7 @@
 import os
 
 from export.model_card import make_card
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from export.squad import answering_export
 from inputs.errors import InputError
 from inputs.squad import examples
@@ -142,7 +142,7 @@ class SquadFineTuning(Task):
             text[:SHOWN_CHARACTERS].replace("\0", " ") for text in self._source.sample_question()
         )
         print("Answered, by the SavedModel in a process of its own:", flush=True)
-        run_apart("export.answer", export_dir, context, question)
+        run_client(export_dir, context, question)
 
 
 def _find_encoder(recipe, synthetic):
