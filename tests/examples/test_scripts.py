@@ -13,6 +13,7 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+WEIGHTS = {"dropout": 0.1, "initializer_stddev": 0.2}  # random ones, and large
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def pretrained_export(tmp_path_factory):
     from models import bert
 
     vocabulary = [*SPECIAL_TOKENS, *"abcdefgh", "the", "of", "array"]
-    model = bert.build_pretrainer(bert.SIZES["tiny"], len(vocabulary), 16, dropout=0.1)
+    model = bert.build_pretrainer(bert.SIZES["tiny"], len(vocabulary), 16, **WEIGHTS)
     folder = str(tmp_path_factory.mktemp("pretrained") / "export")
     write_export(pretrained_export(model, vocabulary, 16), "A card.\n", folder)
     return folder
@@ -148,7 +149,9 @@ def test_savedmodel_client_answers_questions(example, tmp_path, capsys):
 
     vocabulary = [*SPECIAL_TOKENS, "ada", "wrote", "it", "in", "who"]
     length = SQUAD_MINI.sequence_length
-    model = squad.build_span_labeler(bert.SIZES["tiny"], len(vocabulary), length, types=2)
+    model = squad.build_span_labeler(
+        bert.SIZES["tiny"], len(vocabulary), length, types=2, **WEIGHTS
+    )
     write_export(answering_export(model, vocabulary, SQUAD_MINI), "A card.\n", str(tmp_path / "m"))
     example("savedmodel_client").main("m", "Ada wrote it.", "Who wrote it?", "In it?")
     answer = r"  '(.*)', characters (\d+) to (\d+)"
