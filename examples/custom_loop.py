@@ -4,9 +4,9 @@ It shows LAMB without `fit`: a `tf.function` with a `GradientTape`, a `Telemetry
 records each layer's trust ratio every few steps, and the heat map (layers x steps) that is drawn
 at the end. The data is made up.
 
-Install and run (about a quarter of a minute on two cores):
+Install in the project's folder, and run (about 15 seconds on two cores):
 
-    pip install "tf_lamb[telemetry]" tensorflow
+    pip install ".[telemetry]" tensorflow
     python examples/custom_loop.py
 
 It prints the loss every 20 steps and the names of the files written: the records

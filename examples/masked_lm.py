@@ -4,9 +4,9 @@ It shows where LAMB goes in an ordinary Keras program: the optimizer with its le
 schedule and its exclusions is passed to `compile`, and `fit` does the rest. The model has random
 weights and two small layers, and the text is made up, so nothing is downloaded.
 
-Install and run (about half a minute on two cores):
+Install in the project's folder, and run (under a minute on two cores):
 
-    pip install tf_lamb tensorflow keras-hub
+    pip install . tensorflow keras-hub
     python examples/masked_lm.py
 
 It prints the loss and the masked-token accuracy of each epoch, and the words that the trained

@@ -5,9 +5,10 @@ size, scaled to another with `scale_batch`; linear warm-up with polynomial decay
 exclusions under which biases and batch normalisation are neither decayed nor adapted. The images
 are tiny and made up, so nothing is downloaded.
 
-Install and run (under a minute on two cores, most of it before the first step):
+Install in the project's folder, and run (under a minute on two cores, most of it before the first
+step):
 
-    pip install tf_lamb tensorflow
+    pip install . tensorflow
     python examples/resnet50_lars.py
 
 It prints the scaled schedule, what LARS does to the first variables, and the loss

@@ -12,7 +12,7 @@ Install and run:
     python examples/savedmodel_client.py RESNET_EXPORT photo.jpg
 
 It prints the likeliest word pieces for each `[MASK]`, the answer to each question about a text, or
-the likeliest classes of each image, as the model can.
+the likeliest classes of each image, depending on what the model was trained for.
 """
 
 import os
@@ -60,7 +60,7 @@ def ranked(names, probabilities):
     return ", ".join(f"{text_of(name)} {100 * float(p):.0f} %" for name, p in pairs)
 
 
-# What to do for the names of the signature's inputs.
+# The function that serves a model, by the names of its signature's inputs.
 CLIENTS = {
     ("text",): fill_masks,
     ("context", "question"): answer_questions,

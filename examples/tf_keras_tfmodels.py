@@ -4,9 +4,9 @@ It shows the import that Keras 2 programs need, `from tf_lamb.tf_keras import LA
 results are those of `tf_lamb.LAMB`. The model is a `BertEncoder` of tf-models with random weights,
 and the data is made up, so nothing is downloaded.
 
-Install and run (about a minute on two cores, most of it imports and tracing):
+Install in the project's folder, and run (about half a minute on two cores):
 
-    pip install tf_lamb tf-keras tf-models-official
+    pip install . tf-keras tf-models-official
     python examples/tf_keras_tfmodels.py
 
 It prints the loss and accuracy of each epoch, and how many variables LAMB adapts.

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+NOT_PUBLIC = ("recipes", "inputs", "models", "tasks", "training", "export", "preflight", "train")
 WEIGHTS = {"dropout": 0.1, "initializer_stddev": 0.2}  # random ones, and large
 
 
@@ -52,12 +53,13 @@ def run_script(name, *arguments, folder, path=ROOT):
     return done.stdout, done.stderr
 
 
-def test_every_script_has_a_test_and_says_how_to_run_it():
+def test_every_script_has_a_test_and_says_how_to_run_it_and_imports_the_library_alone():
     tested = pathlib.Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         assert re.search(rf'(example|run_script)\(\s*"{path.stem}"', tested), path.name
         text = path.read_text(encoding="utf-8")
         assert f"python examples/{path.name}" in text, path.name
+        assert not re.search(rf"(?m)^\s*(from|import) ({'|'.join(NOT_PUBLIC)})\b", text), path.name
         assert text.startswith('"""') and "\nIt prints " in text, path.name
 
 
@@ -85,8 +87,8 @@ def test_custom_loop(example, tmp_path, capsys):
     example("custom_loop").main(steps=20)
     printed = capsys.readouterr().out
     assert re.search(r"step 20  loss \d+\.\d+\n", printed)
-    records = [json.loads(line) for line in open(tmp_path / "logs/trust_ratios.jsonl")]
-    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    lines = (tmp_path / "logs/trust_ratios.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
     assert (tmp_path / "logs/trust_ratios.png").read_bytes().startswith(b"\x89PNG")
 
 
