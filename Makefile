@@ -59,7 +59,7 @@ $(VENV)/preflight: $(VENV)/train
 	touch $@
 
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e .[train,test,preflight]
+	$(PIP) -e .[train,test,preflight,examples]
 	touch $@
 
 $(VENV)/bench: $(VENV)/train

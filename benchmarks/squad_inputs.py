@@ -67,7 +67,8 @@ def main():
         f"{len(read.questions):,} questions, {features.num_examples:,} windows of 384\n"
         f"read and checked in {parsed - begin:.1f} s, tokenized in {ready - parsed:.1f} s, "
         f"then {per_second:,.0f} windows/s\n"
-        f"the first epoch, with reading and tokenization: {features.num_examples / whole:,.0f} windows/s"
+        f"the first epoch, with reading and tokenization: "
+        f"{features.num_examples / whole:,.0f} windows/s"
     )
     lost = lost_answers(features)
     counted = [entry for entry in lost if not same_normalized(*entry[2:])]
