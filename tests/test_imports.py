@@ -135,10 +135,28 @@ def run_python(code, backend):
     return done.stdout
 
 
-def test_importing_the_library_is_light():
+@pytest.fixture(scope="module")
+def new_interpreter():
+    """Two lines that a new interpreter prints: what `import tf_lamb` imports, and the error of
+    `import tf_lamb.tf_keras` with the JAX backend."""
     heavy = {"tf_keras", "official", "tensorflow_models", "orbit"}
-    code = f"import sys, tf_lamb; print(*{heavy} & set(sys.modules), tf_lamb.__version__)"
-    assert run_python(code, "tensorflow").split() == [tf_lamb.__version__]
+    code = (
+        f"import sys, tf_lamb; print(*{heavy} & set(sys.modules), tf_lamb.__version__)\n"
+        "import keras\n"
+        "keras.backend.backend = lambda: 'jax'\n"  # JAX itself need not be installed
+        "try:\n    import tf_lamb.tf_keras\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    return run_python(code, "tensorflow").splitlines()
+
+
+def test_importing_the_library_is_light(new_interpreter):
+    assert new_interpreter[0].split() == [tf_lamb.__version__]
+
+
+def test_tf_keras_needs_the_tensorflow_backend(new_interpreter):
+    assert "Set the environment variable KERAS_BACKEND=tensorflow" in new_interpreter[1]
+    assert "Received: KERAS_BACKEND=jax." in new_interpreter[1]
 
 
 def test_tensorflow_agrees_with_the_oracle(two_cpus, capsys):
@@ -158,15 +176,3 @@ def test_another_backend_agrees_with_the_oracle(backend, scripts):
     # One interpreter for both scripts: the traceback names the one that fails.
     code = "".join(f"import {script}; {script}.main()\n" for script in scripts)
     assert run_python(code, backend).splitlines() == [f"agrees on {backend}"] * len(scripts)
-
-
-def test_tf_keras_needs_the_tensorflow_backend():
-    code = (
-        "import keras\n"
-        "keras.backend.backend = lambda: 'jax'\n"  # jax itself need not be installed
-        "try:\n    import tf_lamb.tf_keras\n"
-        "except RuntimeError as error:\n    print(error)"
-    )
-    printed = run_python(code, "tensorflow")
-    assert "Set the environment variable KERAS_BACKEND=tensorflow" in printed
-    assert "Received: KERAS_BACKEND=jax." in printed

@@ -241,30 +241,35 @@ def test_float8_scales_are_not_layers(keras3):
 # Accumulation.
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_accumulation_in_fit_equals_the_whole_batch(keras3, mirrored, rule, replicas):
-    """Keras's own optimizers fail under a strategy (its issue 20582)."""
+def fit_with_averages(rule, strategy, batch_size, accumulation):
+    """The weights after two epochs with averages, and the number of updates."""
     import keras
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 4)).astype("float32")
     y = rng.normal(size=(64, 1)).astype("float32")
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1, name="d")])
+        optimizer = rule(0.05, gradient_accumulation_steps=accumulation, use_ema=True)
+        model.compile(optimizer, loss="mse")
+    model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
+    return [v.numpy() for v in model.weights], int(model.optimizer.iterations.numpy())
 
-    def fit(strategy, batch_size, steps):
-        with strategy.scope() if strategy else contextlib.nullcontext():
-            keras.utils.set_random_seed(0)
-            model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1, name="d")])
-            optimizer = getattr(keras3.lamb, rule)(
-                0.05, gradient_accumulation_steps=steps, use_ema=True
-            )
-            model.compile(optimizer, loss="mse")
-        model.fit(x, y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
-        return [v.numpy() for v in model.weights], int(model.optimizer.iterations.numpy())
 
+@pytest.fixture(scope="module", params=RULES)
+def whole_batches(request, keras3):
+    """A rule, and the result of training with it without accumulation."""
+    rule = getattr(keras3.lamb, request.param)
+    return rule, fit_with_averages(rule, None, 32, None)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_accumulation_in_fit_equals_the_whole_batch(whole_batches, mirrored, replicas):
+    """Keras's own optimizers fail under a strategy (its issue 20582)."""
+    rule, (whole, whole_updates) = whole_batches
     strategy = mirrored if replicas == 2 else None
-    ours, updates = fit(strategy, 16, 2)
-    whole, whole_updates = fit(None, 32, None)
+    ours, updates = fit_with_averages(rule, strategy, 16, 2)
     assert updates == whole_updates == 4
     for a, b in zip(ours, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
