@@ -58,8 +58,8 @@ def test_every_task_has_synthetic_batches(name, tmp_path):
 def test_input_wait_is_measured_right_on_one_core(tmp_path):
     """Synthetic batches are ready at once, so nearly all time must count as training."""
     command = [
-        *(sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=8"),
-        *("--steps_per_loop=4", "--global_batch_size=32", "--set=evaluation_examples=32"),
+        *(sys.executable, TRAIN, "--recipe=cifar10-momentum-128", "--synthetic", "--steps=4"),
+        *("--steps_per_loop=2", "--global_batch_size=32", "--set=evaluation_examples=32"),
         f"--model_dir={tmp_path}",
     ]
     cores = os.sched_getaffinity(0)
