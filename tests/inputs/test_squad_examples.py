@@ -114,9 +114,10 @@ def test_windows_equal_those_of_run_squad():
                 if start + length == total:
                     break
                 start += min(length, stride)
+            best = [best_span(spans, position) for position in range(total)]
             for index, (start, length) in enumerate(spans):
                 assert (example[row], starts[row], lengths[row]) == (number, start, length)
-                begins = [i for i in range(length) if best_span(spans, start + i) == index]
+                begins = [i for i in range(length) if best[start + i] == index]
                 assert (np.nonzero(may_begin[row])[0] - question - 2).tolist() == begins
                 assert (np.nonzero(may_end[row])[0] - question - 2).tolist() == list(range(length))
                 row += 1
