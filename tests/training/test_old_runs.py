@@ -1,8 +1,8 @@
 """A run of an earlier version can be resumed.
 
 tests/data/run/bert-tiny.json records a run made at commit 5f7eda5: its recipe.json, history and
-evaluations, and the name and shape of each variable in its checkpoint. (The weights themselves would
-take 5 MB.) A later version must not write it again.
+evaluations, and the name and shape of each variable in its checkpoint. (The weights would take
+5 MB.) A later version must not write it again.
 """
 
 import json
