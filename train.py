@@ -30,6 +30,7 @@ from tasks import TASKS
 from training import optimizers, strategy
 from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
+from training.monitor import plot
 from training.monitor.divergence import Diverged
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run, shorten
@@ -184,6 +185,9 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     task, recipe = run.task, run.recipe
     speed = {"examples_per_second": run.progress.examples_per_second}
     write_json(os.path.join(model_dir, "results.json"), results | speed)
+    picture = os.path.join(model_dir, plot.PICTURE)
+    if read_rows(os.path.join(model_dir, HISTORY)):
+        plot.draw([model_dir], picture)
     parameters = sum(int(np.prod(v.shape)) for v in run.model.trainable_variables)
     print(
         f"""
@@ -192,6 +196,7 @@ Trained    {recipe.name}: {recipe.task} {recipe.model}, {parameters:,} parameter
 Held out   {task.describe(results)}
 Speed      {run.progress.describe_speed()} on {run.strategy.num_replicas_in_sync} replica(s)
 SavedModel {export_dir}
+Picture    {picture}
 Logs       tensorboard --logdir={model_dir}""",
         flush=True,
     )

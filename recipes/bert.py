@@ -76,6 +76,7 @@ BERT_MINI_DEMO = BertRecipe(
     initializer_stddev=0.06,  # 0.02 at width 768, scaled with 1/sqrt(width)
     evaluation_examples=4_096,
     save_every_steps=500,
+    telemetry=True,
 )
 
 BERT_MINI = BertRecipe(

@@ -289,7 +289,7 @@ class TelemetryCallback(TelemetryCallbackMixin, keras.callbacks.Callback):  # no
     __doc__ = TelemetryCallbackMixin.__doc__
 
 
-def draw_heat_map(records_path, picture_path) -> None:
+def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws log10 of the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
     Layers with a ratio of 1 in all steps are not adapted, and left out. If a step was recorded
@@ -297,7 +297,8 @@ def draw_heat_map(records_path, picture_path) -> None:
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`.
-        picture_path: Path of the PNG file to write. A layer is a row of 0.15 inches.
+        picture_path: Path of the PNG file to write, in which a layer is a row of 0.15 inches.
+        figure: matplotlib `Figure` or `SubFigure` to draw on, in place of a file.
 
     Raises:
         ValueError: If there are no records.
@@ -309,12 +310,15 @@ def draw_heat_map(records_path, picture_path) -> None:
         raise ValueError(f"There are no records to draw yet. Received: {str(records_path)!r}.")
     adapted = [i for i in range(len(labels)) if np.any(values[i, :, 2] != 1.0)]
     rows = adapted or range(len(labels))
-    figure = _draw_figure([labels[i] for i in rows], steps, _log_ratios(values[rows]))
+    drawn = [labels[i] for i in rows]
+    figure = figure or _new_figure(len(rows))
+    _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
     title = f"Trust ratio of {len(rows)} layers"
     if len(rows) < len(labels):
         title += f" ({len(labels) - len(rows)} more are not adapted)"
     figure.suptitle(title, fontsize=11)
-    figure.savefig(picture_path, dpi=120)
+    if picture_path is not None:
+        figure.savefig(picture_path, dpi=120)
 
 
 def _check_matplotlib():
@@ -373,16 +377,21 @@ def _log_ratios(values):
         return np.stack(sums, axis=1) / np.stack(known, axis=1)  # 0/0 is NaN.
 
 
-def _draw_figure(labels, steps, logs):
-    """Returns the matplotlib figure. It has no window, whatever backend the program uses."""
-    from matplotlib import colors
+def _new_figure(layers):
+    """Returns a matplotlib figure without a window, whatever backend the program uses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    inches = 0.15 * len(labels)
-    figure = Figure(figsize=(13, inches + 1.6), layout="constrained")
+    figure = Figure(figsize=(13, 0.15 * layers + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
-    bar_axes, axes = figure.subplots(2, 1, height_ratios=[0.15, inches])
+    return figure
+
+
+def _draw_on(figure, labels, steps, logs):
+    """Draws the heat map and its color bar on a figure or subfigure."""
+    from matplotlib import colors
+
+    bar_axes, axes = figure.subplots(2, 1, height_ratios=[0.15, 0.15 * len(labels)])
     finite = logs[np.isfinite(logs)]
     low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (-1.0, 1.0)
     settings = {"aspect": "auto", "interpolation": "nearest"}
@@ -400,4 +409,3 @@ def _draw_figure(labels, steps, logs):
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
     bar.ax.tick_params(labelsize=8)
     bar.set_label("log10 of the trust ratio; red: not finite, grey: no update", fontsize=9)
-    return figure

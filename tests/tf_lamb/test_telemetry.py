@@ -195,7 +195,8 @@ def test_the_heat_map_shows_the_records(tmp_path):
     values[1, 0, 1], values[2, 2, 2] = math.nan, 0.0
     logs = telemetry._log_ratios(values[1:])
     np.testing.assert_allclose(logs, [[np.inf, 1, 1], [2, 2, np.nan]])
-    figure = telemetry._draw_figure(labels[1:], steps, logs)
+    figure = telemetry._new_figure(2)
+    telemetry._draw_on(figure, labels[1:], steps, logs)
     _, axes = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
     assert [text.get_text() for text in axes.get_xticklabels()] == 2 * ["1", "3", "5"]
@@ -221,7 +222,8 @@ def test_199_layers_have_readable_labels(tmp_path):
     names = ["model/bias"] + [f"model/encoder/layer_{i}/kernel" for i in range(199)]
     rows = np.ones((200, 3, 3))
     rows[1:, :, 2] = 0.1
-    figure = telemetry._draw_figure(names[1:], [1, 2, 3], telemetry._log_ratios(rows[1:]))
+    figure = telemetry._new_figure(len(names) - 1)
+    telemetry._draw_on(figure, names[1:], [1, 2, 3], telemetry._log_ratios(rows[1:]))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[1].get_yticklabels()]
     assert len(boxes) == 199

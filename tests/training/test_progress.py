@@ -298,5 +298,8 @@ def test_trust_ratios_and_weights_are_kept_and_drawn(tmp_path):
     ]
     assert [step for step, tag in found if tag == "only/kernel"] == [1, 3]
     assert plot.main([str(tmp_path)]) == 0
+    alone = (tmp_path / "history.png").read_bytes()
+    assert plot.main([str(tmp_path), str(tmp_path)]) == 0
     for picture in ("history.png", "telemetry/trust_ratios.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "history.png").read_bytes() != alone  # without the heat map

@@ -1,7 +1,8 @@
 """Plots one or several runs: python -m training.monitor.plot MODEL_DIR...
 
 Writes `history.png` into the first folder: loss, learning rate and throughput of all runs, from the
-`history.jsonl` of each. Draws the heat map of the trust ratios of each run that recorded them.
+`history.jsonl` of each. The heat map of the recorded trust ratios is part of the picture of a single
+run; for several runs each gets a file of its own.
 """
 
 import os
@@ -15,10 +16,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tf_lamb.telemetry import PICTURE, RECORDS, draw_heat_map
+from tf_lamb.telemetry import PICTURE as HEAT_MAP
+from tf_lamb.telemetry import RECORDS, draw_heat_map
 from training.monitor.progress import EVALUATIONS, HISTORY, read_rows
 from training.monitor.run_monitor import TELEMETRY
 
+PICTURE = "history.png"
+ROW_INCHES = 0.15  # of a layer in the heat map
 CURVES = (
     ("loss", "loss (nats)"),
     ("learning_rate", "learning rate"),
@@ -29,12 +33,21 @@ CURVES = (
 def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
-    Points show the held-out loss of a run at its evaluations.
+    Points show the held-out loss of a run at its evaluations. For a single run that recorded its
+    trust ratios their heat map, layers x steps, follows below.
 
     Raises:
         ValueError: a folder without a history.
     """
-    figure, panels = plt.subplots(len(CURVES), sharex=True, figsize=(8, 8), layout="constrained")
+    records = _records(model_dirs[0])
+    if len(model_dirs) == 1 and os.path.exists(records):
+        height = ROW_INCHES * _adapted_layers(records) + 1.6
+        figure = plt.figure(figsize=(13, 8 + height), layout="constrained")
+        curves, heat_map = figure.subfigures(2, 1, height_ratios=[8, height])
+        draw_heat_map(records, figure=heat_map)
+    else:
+        figure = curves = plt.figure(figsize=(8, 8), layout="constrained")
+    panels = curves.subplots(len(CURVES), sharex=True)
     for model_dir in model_dirs:
         rows = read_rows(os.path.join(model_dir, HISTORY))
         if not rows:
@@ -61,6 +74,16 @@ def draw(model_dirs: list[str], path: str) -> None:
     plt.close(figure)
 
 
+def _records(model_dir) -> str:
+    return os.path.join(model_dir, TELEMETRY, RECORDS)
+
+
+def _adapted_layers(records) -> int:
+    """The number of layers whose trust ratio is not 1 in the newest record."""
+    layers = read_rows(records)[-1]["layers"]
+    return sum(layer["ratio"] != 1.0 for layer in layers.values()) or len(layers)
+
+
 def _loss(row):
     """The loss of an evaluation. Older runs recorded only its terms, such as masked_loss."""
     if "loss" in row:
@@ -79,16 +102,15 @@ def main(model_dirs: list[str]) -> int:
     if not model_dirs:
         print(__doc__, file=sys.stderr)
         return 1
-    path = os.path.join(model_dirs[0], "history.png")
+    path = os.path.join(model_dirs[0], PICTURE)
     try:
         draw(model_dirs, path)
         print(path)
-        for model_dir in model_dirs:
-            records = os.path.join(model_dir, TELEMETRY, RECORDS)
-            if os.path.exists(records):
-                picture = os.path.join(model_dir, TELEMETRY, PICTURE)
-                draw_heat_map(records, picture)
-                print(picture)
+        for model_dir in model_dirs[1:] and model_dirs:
+            if os.path.exists(_records(model_dir)):
+                heat_map = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
+                draw_heat_map(_records(model_dir), heat_map)
+                print(heat_map)
     except (OSError, ValueError) as error:
         print(f"training.monitor.plot: {error}", file=sys.stderr)
         return 1
