@@ -10,6 +10,7 @@ import os
 import tempfile
 
 from inputs.errors import InputError
+from inputs.files import atomic_write, check_writable
 from preflight import estimate
 from preflight.children import (
     ChildFailed,
@@ -345,13 +346,12 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
-    _write(path, "", keep=False)
+    check_writable(os.path.dirname(os.path.abspath(path)), f"--preflight_json={path}")
 
 
-def _write(path: str, text: str, keep: bool = True) -> None:
+def _write(path: str, text: str) -> None:
     try:
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
+        with atomic_write(path) as file:
             file.write(text)
-        os.replace(f"{path}.new", path) if keep else os.remove(f"{path}.new")
     except OSError as error:
         raise InputError(f"--preflight_json={path} cannot be written ({error.strerror}).") from None

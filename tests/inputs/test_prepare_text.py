@@ -249,9 +249,9 @@ def test_train_takes_the_folder(folder, in_process, capfd, tmp_path):
         recipe,
         data_dir=str(folder),
         vocab="",
-        model_dir=str(tmp_path),
+        resume_dir=None,
         seed=1,
-        synthetic_data=False,
+        synthetic=False,
         log=lambda line: None,
     )
     assert task.data == str(folder)
@@ -262,7 +262,7 @@ def test_train_takes_the_folder(folder, in_process, capfd, tmp_path):
         assert batch["masked_lm_weights"].numpy().any()
         assert not batch["next_sentence_weights"].numpy().any()
     results = {"masked_accuracy": 0.5, "frequent_token": 0.1}
-    assert "next-sentence" not in task.in_words(results)
+    assert "next-sentence" not in task.describe(results)
     change_manifest(folder, version=1)
     assert in_process([f"--data_dir={folder}", f"--model_dir={tmp_path}/run"]) == 1
     assert "`version` is 1" in capfd.readouterr().err
