@@ -4,13 +4,14 @@ The training step of each phase is lowered, and compiled by the TPU compiler for
 child processes. No TPU is needed. Training imports nothing from this package.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, check_writable
+from inputs.files import atomic_write
 from preflight import estimate
 from preflight.children import (
     ChildFailed,
@@ -346,12 +347,19 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
-    check_writable(os.path.dirname(os.path.abspath(path)), f"--preflight_json={path}")
+    with _named(path), tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
+        pass
 
 
 def _write(path: str, text: str) -> None:
+    with _named(path), atomic_write(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _named(path: str):
+    """Turns an `OSError` into an `InputError` that names the flag."""
     try:
-        with atomic_write(path) as file:
-            file.write(text)
+        yield
     except OSError as error:
         raise InputError(f"--preflight_json={path} cannot be written ({error.strerror}).") from None

@@ -1,8 +1,8 @@
 """Plots one or several runs: python -m training.monitor.plot MODEL_DIR...
 
 Writes `history.png` into the first folder: loss, learning rate and throughput of all runs, from the
-`history.jsonl` of each. The heat map of the recorded trust ratios is part of a single run's picture;
-for several runs each gets a file of its own.
+`history.jsonl` of each. The heat map of the recorded trust ratios is part of it if there is one
+run. Several runs get a file each.
 """
 
 import os
