@@ -1,4 +1,4 @@
-"""Writes docs/preflight.md: recipes on their own pods, beside what was published.
+"""Writes docs/results/preflight.md: recipes on their own pods, beside what was published.
 
 `make preflight` runs it, or for a page of some recipes alone python -m preflight.document
 NAME...
@@ -15,7 +15,7 @@ from preflight.children import check_installed
 from preflight.report import LEGEND
 from preflight.topology import parse_topologies
 
-PATH = pathlib.Path("docs/preflight.md")
+PATH = pathlib.Path("docs/results/preflight.md")
 # Where each recipe was published, or is meant to run. The other columns of the paper's tables have
 # the programs of their largest one: 16 examples a core.
 PODS = {

@@ -7,7 +7,7 @@ operation at the chip's peak. A model's: the sum over the replicas, 2·bytes·(n
 links at their peak, and 1 us a hop. Left out: waiting for the host and for the slowest replica,
 random bits, evaluation, saving, start-up, and what a real kernel loses against the peak."""
 
-# Examples/s that a core made: docs/text.md, of two cores, `pairs`; README, "training crops".
+# Examples/s that a core made: docs/results/text.md (`pairs`) and images.md, on two cores.
 CORE_RATES = (
     ("bert", 128, 124_777 / 2, "benchmarks.inputs"),
     ("bert", 512, 51_511 / 2, "benchmarks.inputs"),
