@@ -21,6 +21,7 @@ def to_rst(lines: list[str]) -> list[str]:
     previous = 0  # indentation of the last line of text
     literal = None  # indentation at which the current literal block began
     after_section = False
+    in_list = False
     while position < len(lines):
         line = lines[position]
         bare = line.strip()
@@ -48,6 +49,9 @@ def to_rst(lines: list[str]) -> list[str]:
             literal = indent
             position += 1
             continue
+        if bare.startswith("- ") and not blank_before and not in_list:
+            out.append("")  # a list needs a blank line before it
+        in_list = bare.startswith("- ") or (in_list and not blank_before)
         section = SECTION.match(bare)
         # A heading, a list item and a named entry are followed by their own indentation.
         after_section = bool(section) and bare in NAMED or bare.startswith("- ")

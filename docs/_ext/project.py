@@ -104,7 +104,7 @@ class RecipeTable(FromCode):
         """Returns a table."""
         recipes = importlib.import_module("recipes")
         lines = [
-            "| recipe | optimizer | batch | steps | peak learning rate | warm-up | source | expected |",
+            "| recipe | optimizer | batch | steps | peak rate | warm-up | source | expected |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for recipe in recipes.RECIPES.values():
