@@ -75,6 +75,8 @@ def test_every_page_is_in_a_table_of_contents():
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL):
             names = [line for line in block.split("\n") if line and not line.startswith(":")]
+            # "Title <page>" or "page".
+            names = [re.sub(r"^.*<(.*)>$", r"\1", name) for name in names]
             listed |= {page.parent / f"{name}.md" for name in names}
     pages = {page for page in PAGES if DOCS in page.parents}
     # A file that a command wrote; docs/results/bert-batches.md shows it.

@@ -62,9 +62,14 @@ def train_flags() -> list[Flag]:
     for flag in flags.FLAGS.flags_by_module_dict()["train"]:
         kind = flag.flag_type()
         default = "" if flag.value in (None, "", [], False) else str(flag.default)
-        found.append(Flag(f"--{flag.name}", kinds.get(kind, "VALUE"), flag.help, default))
+        found.append(Flag(f"--{flag.name}", kinds.get(kind, "VALUE"), _help(flag), default))
     source = (ROOT / "train.py").read_text(encoding="utf-8")
     return sorted(found, key=lambda flag: source.index(f'"{flag.name[2:]}"'))
+
+
+def _help(flag) -> str:
+    """The help text without the sentence that absl adds to a repeatable flag."""
+    return flag.help.split(";\n")[0].split("; repeat this option")[0]
 
 
 class _ParserFound(Exception):

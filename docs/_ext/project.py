@@ -20,7 +20,8 @@ LOG = logging.getLogger(__name__)
 
 
 def escape(text: str) -> str:
-    """Escapes Markdown outside of code."""
+    """Escapes Markdown outside of code, and marks flags as code."""
+    text = re.sub(r"(?<![\w`-])--[a-z_]+(=[\w:,.]+\w)?", r"`\g<0>`", text)
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(
         part if part.startswith("`") else re.sub(r"([*<\[\]|])", r"\\\1", part) for part in parts
@@ -28,8 +29,18 @@ def escape(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Returns text as Markdown code, for table cells too."""
-    return f"`{text}`".replace("|", "\\|")
+    """Returns text as Markdown code."""
+    return f"`{text}`"
+
+
+def sentence(text: str) -> str:
+    """Returns text with a capital letter and a full stop; a name at its start stays as it is."""
+    if not text:
+        return ""
+    first = text.split()[0]
+    if first.rstrip(",:;.").isalpha() and first.islower():
+        text = text[0].upper() + text[1:]
+    return text if text.endswith((".", "?", "!")) else text + "."
 
 
 class FromCode(SphinxDirective):
@@ -64,9 +75,7 @@ class Command(FromCode):
                 lines += [f"**`{flag.section}`**", ""]
             section = flag.section
             usage = f"{flag.name}={flag.value}" if flag.value else flag.name
-            text = escape(flag.help.strip() or "No description.")
-            text = text if text.endswith((".", "?", "!")) else text + "."
-            text = text[0].upper() + text[1:]
+            text = sentence(escape(flag.help.strip() or "No description."))
             if flag.choices:
                 text += " One of " + ", ".join(code(choice) for choice in flag.choices) + "."
             if flag.required:
@@ -86,10 +95,7 @@ class RecipeFields(FromCode):
         cls = getattr(importlib.import_module(module), name)
         lines = []
         for field in commands.recipe_fields(cls):
-            text = escape(field.meaning)
-            if text:
-                text = text[0].upper() + text[1:]
-                text = (text if text.endswith(".") else text + ".") + " "
+            text = sentence(escape(field.meaning)) + " " if field.meaning else ""
             default = field.default if len(field.default) < 60 else "BERT_EXCLUSIONS"
             kind = field.type.replace(", ...", "")
             text += f"Type: {code(kind)}." + (f" Default: {code(default)}." if default else "")
@@ -101,26 +107,29 @@ class RecipeTable(FromCode):
     """`{recipe-table} bert`: the recipes of a task, with their constants and sources."""
 
     def markdown(self, task):
-        """Returns a table."""
+        """Returns a table of the constants, and a list of the sources."""
         recipes = importlib.import_module("recipes")
-        lines = [
-            "| recipe | optimizer | batch | steps | peak rate | warm-up | source | expected |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        table = ["| recipe | batch | steps | peak rate | warm-up |", "|---|---|---|---|---|"]
+        sources = ["", "**Sources**", ""]
         for recipe in recipes.RECIPES.values():
             if recipe.task != task:
                 continue
-            optimizer = recipe.optimizer + (f" ({recipe.variant})" if recipe.variant else "")
             phases = recipe.phases
-            lines.append(
-                f"| {code(recipe.name)} | {optimizer} "
-                f"| {' + '.join(f'{p.global_batch_size:,}' for p in phases)} "
-                f"| {' + '.join(f'{p.steps:,}' for p in phases)} "
-                f"| {', '.join(f'{p.peak_learning_rate:.4g}' for p in phases)} "
-                f"| {' + '.join(f'{p.warmup_steps:,}' for p in phases)} "
-                f"| {escape(recipe.reference)} | {escape(recipe.expected)} |"
+            columns = (
+                " + ".join(f"{phase.global_batch_size:,}" for phase in phases),
+                " + ".join(f"{phase.steps:,}" for phase in phases),
+                ", ".join(f"{phase.peak_learning_rate:.4g}" for phase in phases),
+                " + ".join(f"{phase.warmup_steps:,}" for phase in phases),
             )
-        return lines
+            table.append(f"| {code(recipe.name)} | {' | '.join(columns)} |")
+            optimizer = recipe.optimizer + (f" ({recipe.variant})" if recipe.variant else "")
+            sources += [
+                code(recipe.name),
+                f": {escape(recipe.reference)}. Optimizer: {optimizer}. "
+                f"Expected: {escape(recipe.expected)}.",
+                "",
+            ]
+        return table + sources
 
 
 class Variants(FromCode):
@@ -131,7 +140,7 @@ class Variants(FromCode):
         lines = ["| variant | source | arguments |", "|---|---|---|"]
         for name, variant in importlib.import_module(f"tf_lamb.{rule}").VARIANTS.items():
             arguments = ", ".join(f"{k}={v!r}" for k, v in variant.arguments.items())
-            shown = code(arguments) if arguments else "the defaults"
+            shown = code(arguments.replace("|", "\\|")) if arguments else "the defaults"
             lines.append(f"| {code(name)} | {escape(variant.source)} | {shown} |")
         return lines
 
