@@ -73,7 +73,9 @@ def update_program(optimizer, layers) -> bytes:
         params, *slots, grads = (
             list(tensors[i : i + number]) for i in range(0, len(tensors), number)
         )
-        values, finite, rows = optimizer._updated(index, grads, params, slots, learning_rate, step)
+        values, finite, rows = optimizer._update_model(
+            index, grads, params, slots, learning_rate, step
+        )
         return [result for result in (values, finite, rows) if result is not None]
 
     tensors = [tf.TensorSpec(shape, tf.float32) for _, shape in layers]

@@ -1,7 +1,7 @@
-"""Published large-batch training runs as data: `RECIPES` by name, and ways to change one.
+"""Published large-batch training runs as data: `RECIPES` by name, and functions to change one.
 
-A recipe is a frozen value. This package imports the standard library alone; optimizers, tasks and
-models are named by strings, which the training program resolves.
+A recipe is a frozen dataclass. This package only imports the standard library. Optimizers, tasks
+and models are names, which the training program looks up.
 """
 
 from recipes.bert import BERT_RECIPES
@@ -17,10 +17,10 @@ RECIPES = {recipe.name: recipe for recipe in (*BERT_RECIPES, *SQUAD_RECIPES, *RE
 
 
 def find_recipe(name: str) -> Recipe:
-    """Returns the recipe of that name.
+    """Returns the recipe called `name`.
 
     Raises:
-        ValueError: There is none. The message names the nearest one, or all.
+        ValueError: If there is none. The message names the nearest one, or all recipes.
     """
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}. {nearest_name(name, RECIPES)}")

@@ -1,23 +1,23 @@
-"""BERT's recipes: pre-training."""
+"""Recipes for pre-training BERT."""
 
 import dataclasses
 
-from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_minimums
 
-PACKINGS = ("pairs", "full-sentences")  # as inputs/text/chunks.py makes them
+PACKINGS = ("pairs", "full-sentences")  # see inputs/text/chunks.py
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPhase(Phase):
-    """A stretch of training at one sequence length, batch size and schedule."""
+    """A part of training with a constant sequence length and batch size."""
 
     sequence_length: int
-    predictions: int  # most masked tokens per sequence
+    predictions: int  # maximum of masked tokens per sequence
 
     def check(self, recipe):
-        """As `Phase.check`."""
+        """Checks the fields, as `Phase.check` does."""
         super().check(recipe)
-        check_least(self, sequence_length=5)
+        check_minimums(self, sequence_length=5)
         if not 1 <= self.predictions < self.sequence_length:
             raise ValueError(
                 "predictions must lie in [1, sequence_length). Received: "
@@ -32,21 +32,21 @@ class TextPhase(Phase):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertRecipe(Recipe):
-    """Everything that decides what a BERT pre-training run computes, apart from its text."""
+    """All settings of a BERT pre-training run except its text."""
 
     task: str = "bert"
     exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS
-    vocabulary_size: int = 30_522  # of a vocabulary that is learned, not given
-    max_sequence_length: int = 512  # rows of the position table
+    vocabulary_size: int = 30_522  # used when the vocabulary is learned from the text
+    max_sequence_length: int = 512  # rows of the table of position embeddings
     dropout: float = 0.1
-    initializer_stddev: float = 0.02  # of every matrix and embedding, cut at two deviations
+    initializer_stddev: float = 0.02  # of matrices and embeddings, truncated at two deviations
     whole_word: bool = False
     packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels
 
     def check(self):
-        """As `Recipe.check`."""
+        """Checks the fields, as `Recipe.check` does."""
         super().check()
-        check_least(self, vocabulary_size=6)
+        check_minimums(self, vocabulary_size=6)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
         if self.packing not in PACKINGS:
@@ -73,7 +73,7 @@ BERT_MINI_DEMO = BertRecipe(
     vocabulary_size=4_000,
     max_sequence_length=64,
     dropout=0.0,
-    initializer_stddev=0.06,  # 0.02 suits width 768; it is to shrink as 1/sqrt(width)
+    initializer_stddev=0.06,  # 0.02 at width 768, scaled with 1/sqrt(width)
     evaluation_examples=4_096,
     save_every_steps=500,
 )
@@ -106,11 +106,12 @@ BERT_MINI = BertRecipe(
     save_every_steps=200,
 )
 
-# Rate 5/(2^k · 10³), k = 0 for 32K; warm-up of 3,125 steps at every batch size, which is the
-# table's 1/5 of 15,625; decay η₀(1 - t/T); 9/10 of the epochs at length 128. The paper gives no
-# schedule for each phase. That T is the phase's own length, and that the second phase warms up
-# again from 0 to the same peak over the same share of its steps, is this project's reading; the
-# paper says so of the mixed-batch run's second stage. Of the slots it says nothing: kept.
+# The learning rate is 5/(2^k · 10³), with k = 0 for 32K. The warm-up is 3,125 steps at every batch
+# size, which is 1/5 of 15,625 in the table. The decay is η₀(1 - t/T), and 9/10 of the epochs have
+# length 128. The paper does not give a schedule for each phase. This project assumes that T is the
+# length of the phase, and that the second phase warms up again from 0 to the same peak over the
+# same share of its steps, as the paper says for the second stage of the mixed-batch run. The paper
+# does not mention the slots at the end of the first phase. They are kept.
 BERT_LARGE_32K = BertRecipe(
     name="bert-large-32k",
     reference="arXiv:1904.00962v3, Tables 1 and 5 (column 32K), section 4.1",
@@ -142,8 +143,17 @@ BERT_LARGE_32K = BertRecipe(
 )
 
 
-def _column(label, batch, k, steps, f1, cost) -> BertRecipe:
-    """Another column of the paper's table: batch size, rate 5/(2^k · 10³), steps of each phase."""
+def _paper_column(label, batch, k, steps, f1, cost) -> BertRecipe:
+    """Returns the recipe of another column of the paper's table.
+
+    Args:
+        label: String. The batch size in the name of the recipe.
+        batch: Integer. The global batch size.
+        k: Float. The exponent in the learning rate 5/(2^k · 10³).
+        steps: Pair of integers. The steps of each phase.
+        f1: String. The F1 score on SQuAD v1.1.
+        cost: String. Time and number of chips.
+    """
     phases = tuple(
         dataclasses.replace(
             phase, steps=n, global_batch_size=batch, peak_learning_rate=5 / (2**k * 10**3)
@@ -160,17 +170,17 @@ def _column(label, batch, k, steps, f1, cost) -> BertRecipe:
 
 
 PAPER_COLUMNS = (
-    _column("512", 512, 3.0, (900_000, 100_000), "91.752", "82.8 hours on 16"),
-    _column("1k", 1_024, 2.5, (450_000, 50_000), "91.761", "43.2 hours on 32"),
-    _column("2k", 2_048, 2.0, (225_000, 25_000), "91.946", "21.4 hours on 64"),
-    _column("4k", 4_096, 1.5, (112_500, 12_500), "91.137", "693.6 minutes on 128"),
-    _column("8k", 8_192, 1.0, (56_250, 6_250), "91.263", "390.5 minutes on 256"),
-    _column("16k", 16_384, 0.5, (28_125, 3_125), "91.345", "200.0 minutes on 512"),
+    _paper_column("512", 512, 3.0, (900_000, 100_000), "91.752", "82.8 hours on 16"),
+    _paper_column("1k", 1_024, 2.5, (450_000, 50_000), "91.761", "43.2 hours on 32"),
+    _paper_column("2k", 2_048, 2.0, (225_000, 25_000), "91.946", "21.4 hours on 64"),
+    _paper_column("4k", 4_096, 1.5, (112_500, 12_500), "91.137", "693.6 minutes on 128"),
+    _paper_column("8k", 8_192, 1.0, (56_250, 6_250), "91.263", "390.5 minutes on 256"),
+    _paper_column("16k", 16_384, 0.5, (28_125, 3_125), "91.345", "200.0 minutes on 512"),
     BERT_LARGE_32K,
 )
 
-# The paper's versions 1 and 3 give steps and batch sizes of this run, and no rates: these are
-# Table 5's rule carried on to 64K (k = -1/2), with its warm-up; for the rest as above.
+# Versions 1 and 3 of the paper give steps and batch sizes of this run, but no learning rates. They
+# follow the rule of Table 5, continued to 64K (k = -1/2), with the warm-up of that table.
 BERT_LARGE_64K_32K = dataclasses.replace(
     BERT_LARGE_32K,
     name="bert-large-64k-32k",
@@ -188,9 +198,10 @@ BERT_LARGE_64K_32K = dataclasses.replace(
     ),
 )
 
-# The PyTorch script's numbers; TensorFlow 1's has one step more in the second phase. Which layers
-# are adapted, and that the second phase begins with new slots, is as in NVIDIA's TensorFlow
-# programs: the PyTorch one keeps the slots but not their step, so their bias correction is wrong.
+# The numbers are those of the PyTorch script. The TensorFlow 1 script has one more step in the
+# second phase. Which layers are adapted, and that the second phase resets the slots, is taken from
+# NVIDIA's TensorFlow programs: the PyTorch program keeps the slots but resets their step, which
+# makes the bias correction wrong.
 NVLAMB_64K_32K = dataclasses.replace(
     BERT_LARGE_64K_32K,
     name="nvlamb-64k-32k",
@@ -219,9 +230,9 @@ NVLAMB_64K_32K = dataclasses.replace(
     exclude_from_layer_adaptation=(),
 )
 
-# MLPerf trains on from a checkpoint of its own, made at length 128, up to an accuracy; from new
-# weights this is no pre-training. The entry clips each replica's gradient before the sum; here
-# the sum is clipped, as in its Keras sibling.
+# MLPerf starts from its own checkpoint, trained at length 128, and stops at an accuracy. From
+# initial weights, this recipe is not a complete pre-training. MLPerf's entry clips the gradient of
+# each replica before the sum. This project clips the sum, as the Keras version of the entry does.
 MLPERF_V07 = dataclasses.replace(
     BERT_LARGE_32K,
     name="mlperf-v0.7",
@@ -251,13 +262,16 @@ BERT_BASE = dataclasses.replace(
     expected="no published figure for LAMB at this size",
     phases=tuple(
         dataclasses.replace(
-            phase, steps=steps, global_batch_size=256, peak_learning_rate=5 / (2**3.5 * 10**3),
+            phase,
+            steps=steps,
+            global_batch_size=256,
+            peak_learning_rate=5 / (2**3.5 * 10**3),
             examples=None,
         )
         for phase, steps in zip(BERT_LARGE_32K.phases, (900_000, 100_000), strict=True)
     ),
     model="base",
-)  # fmt: skip
+)
 
 BERT_RECIPES = (
     BERT_MINI_DEMO,

@@ -1,4 +1,4 @@
-"""Changes to a recipe: single fields (`--set field=value`), number of steps, batch size."""
+"""Changes of a recipe: single fields (`--set field=value`), number of steps, batch size."""
 
 import dataclasses
 import difflib
@@ -7,77 +7,93 @@ import typing
 
 from recipes.types import Recipe
 
-FIXED = ("name", "task", "phases", "examples")  # what makes it this recipe
+NOT_SETTABLE = ("name", "task", "phases", "examples")
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
-    """Changes fields of a recipe, each given as "field=value".
+    """Returns the recipe with some fields changed.
 
-    A field of a phase changes in every phase; "phase2.steps=10" changes the second one alone. A
-    list is written with commas, None as "none".
+    Args:
+        recipe: A `Recipe`.
+        assignments: List of strings "field=value". A field of a phase is changed in all phases;
+            "phase2.steps=10" changes only the second one. The elements of a list are separated by
+            commas. `None` is written "none".
 
     Raises:
-        ValueError: an unknown field (the message names the nearest) or a value of another type.
+        ValueError: If a field is unknown (the message names the nearest one), or a value does not
+            have the type of its field.
     """
     for assignment in assignments:
         field, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"write field=value. Received: {assignment!r}.")
         field = field.strip()
-        if field in _fields(recipe) and field not in FIXED:
-            value = _parsed(recipe, field, text)
+        if field in _field_types(recipe) and field not in NOT_SETTABLE:
+            value = _parse_value(recipe, field, text)
             recipe = dataclasses.replace(recipe, **{field: value})
             continue
-        place, _, phase_field = field.rpartition(".")
-        numbered = {f"phase{i}": i - 1 for i in range(1, len(recipe.phases) + 1)}
-        in_phase = _fields(recipe.phases[0]).keys() - FIXED
-        if phase_field not in in_phase or (place and place not in numbered):
-            known = [name for name in (*_fields(recipe), *sorted(in_phase)) if name not in FIXED]
-            if place and phase_field in in_phase:
-                known = [f"{phase}.{phase_field}" for phase in numbered]
+        phase_name, _, phase_field = field.rpartition(".")
+        phase_indices = {f"phase{i + 1}": i for i in range(len(recipe.phases))}
+        in_phase = _field_types(recipe.phases[0]).keys() - NOT_SETTABLE
+        if phase_field not in in_phase or (phase_name and phase_name not in phase_indices):
+            known = [
+                name
+                for name in (*_field_types(recipe), *sorted(in_phase))
+                if name not in NOT_SETTABLE
+            ]
+            if phase_name and phase_field in in_phase:
+                known = [f"{phase}.{phase_field}" for phase in phase_indices]
             raise ValueError(f"no field is called {field!r}. {nearest_name(field, known)}")
-        changed = {phase_field: _parsed(recipe.phases[0], phase_field, text)}
+        changed = {phase_field: _parse_value(recipe.phases[0], phase_field, text)}
         if phase_field in ("steps", "global_batch_size"):
             changed["examples"] = None
-        phases = tuple(
-            dataclasses.replace(phase, **changed) if not place or numbered[place] == i else phase
-            for i, phase in enumerate(recipe.phases)
-        )
-        recipe = dataclasses.replace(recipe, phases=phases)
+        phases = list(recipe.phases)
+        indices = [phase_indices[phase_name]] if phase_name else range(len(phases))
+        for i in indices:
+            phases[i] = dataclasses.replace(phases[i], **changed)
+        recipe = dataclasses.replace(recipe, phases=tuple(phases))
     return recipe
 
 
 def resized(recipe: Recipe, *, steps: int | None = None, global_batch_size: int | None = None):
-    """The recipe run for `steps` steps in all, or at another batch size; rates stay as they are.
+    """Returns the recipe with another total number of steps or another batch size.
 
-    Phases and their warm-up keep their share of the steps.
+    Learning rates do not change. Each phase and its warm-up keep their share of the steps.
+
+    Args:
+        recipe: A `Recipe`.
+        steps: Integer or `None`. The new number of steps of all phases.
+        global_batch_size: Integer or `None`. The new batch size of all phases.
     """
-    phases, done, planned = [], 0, 0
+    phases = []
+    old_end = 0  # Last step of the phase in the old recipe, and in the new one.
+    new_end = 0
     for phase in recipe.phases:
         if steps is not None:
-            share = steps / recipe.steps
-            planned += phase.steps
-            phase = phase.stretched(max(1, round(planned * share) - done), share)
-            done += phase.steps
+            factor = steps / recipe.steps
+            old_end += phase.steps
+            phase = phase.stretched(max(1, round(old_end * factor) - new_end), factor)
+            new_end += phase.steps
         if global_batch_size is not None:
             phase = dataclasses.replace(phase, global_batch_size=global_batch_size, examples=None)
         phases.append(phase)
     return dataclasses.replace(recipe, phases=tuple(phases))
 
 
-def _fields(holder) -> dict[str, typing.Any]:
-    return typing.get_type_hints(type(holder))
+def _field_types(recipe) -> dict[str, typing.Any]:
+    """Returns the type of each field of a recipe or phase."""
+    return typing.get_type_hints(type(recipe))
 
 
 def nearest_name(name: str, known) -> str:
-    """Returns a sentence for a message: the name in `known` nearest to `name`, or all of them."""
+    """Returns a sentence with the name in `known` nearest to `name`, or with all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(known))}."
 
 
-def _parsed(holder, field: str, text: str):
-    """`text` as the type that the class of `holder` declares for `field`."""
-    hint = _fields(holder)[field]
+def _parse_value(recipe, field: str, text: str):
+    """Converts `text` to the type of a field of a recipe or phase."""
+    hint = _field_types(recipe)[field]
     choices = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if type(None) in choices:
         if text.lower() == "none":

@@ -1,43 +1,50 @@
-"""ResNet's recipes: ImageNet as published, and CIFAR-10 for small machines."""
+"""Recipes for ResNet: ImageNet as published, and CIFAR-10 for small machines."""
 
 import dataclasses
 
-from recipes.types import RESNET_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import RESNET_EXCLUSIONS, Phase, Recipe, check_minimums
 
-IMAGENET_IMAGES, CIFAR_IMAGES = 1_281_167, 50_000
+IMAGENET_IMAGES = 1_281_167
+CIFAR_IMAGES = 50_000
 AUGMENTATIONS = ("none", "crop", "randaugment")
 NORMALIZATIONS = ("imagenet", "mlperf", "cifar10")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageRecipe(Recipe):
-    """Everything that decides what the training of a classifier computes, apart from its images."""
+    """All settings of the training of an image classifier except its images."""
 
     task: str = "resnet"
     model: str = "resnet-50"
     exclude_from_weight_decay: tuple[str, ...] = RESNET_EXCLUSIONS
     evaluation_examples: int = 50_000
     image_size: int = 224
-    normalization: str = "imagenet"  # or "mlperf": the mean subtracted alone; or "cifar10"
-    augmentation: str = "crop"  # random crop and flip; "randaugment" adds to it, "none"
+    normalization: str = "imagenet"  # or "mlperf", which only subtracts the mean; or "cifar10"
+    augmentation: str = "crop"  # random crop and flip; "randaugment": the same and more; "none"
     label_smoothing: float = 0.1
-    mixup_alpha: float = 0.0  # of the Beta distribution of the weights; 0 mixes nothing
+    mixup_alpha: float = 0.0  # of the Beta distribution of the mixing weights; 0: no mixup
     batch_norm_momentum: float = 0.9  # arXiv:1706.02677, section 5.1; MLPerf v0.7
-    sync_batch_norm: bool = False  # over all replicas; else each normalises by its own batch
-    space_to_depth: bool = False  # the same stem, computed in a shape that suits a TPU
+    sync_batch_norm: bool = False  # statistics over all replicas instead of each replica's batch
+    space_to_depth: bool = False  # compute the stem in a shape that is faster on a TPU
 
     def compiles(self, on_cpu: bool) -> bool:
-        """Not where batch norm talks to the other replicas, which it cannot from within; nor on a
-        CPU, where XLA's convolutions take several times as long.
+        """Returns whether to compile the forward and backward pass with XLA.
+
+        Not with synchronized batch normalization, because an XLA program cannot communicate with
+        other replicas. By default not on a CPU, where convolutions take several times as long with
+        XLA.
+
+        Args:
+            on_cpu: Boolean. Whether the run uses CPUs.
         """
         if self.sync_batch_norm or (on_cpu and self.jit_compile is None):
             return False
         return super().compiles(on_cpu)
 
     def check(self):
-        """As `Recipe.check`."""
+        """Checks the fields, as `Recipe.check` does."""
         super().check()
-        check_least(self, image_size=32, mixup_alpha=0)
+        check_minimums(self, image_size=32, mixup_alpha=0)
         for name, choices in (
             ("augmentation", AUGMENTATIONS),
             ("normalization", NORMALIZATIONS),
@@ -54,28 +61,38 @@ class ImageRecipe(Recipe):
                 )
         if self.sync_batch_norm and self.accumulation > 1:
             raise ValueError(
-                "sync_batch_norm needs accumulation=1: within a step of several micro-batches "
-                f"replicas cannot talk. Received: accumulation={self.accumulation}."
+                "sync_batch_norm needs accumulation=1, because replicas cannot communicate within "
+                "a step of several micro-batches. "
+                f"Received: accumulation={self.accumulation}."
             )
         if self.sync_batch_norm and self.jit_compile:
             raise ValueError(
-                "sync_batch_norm needs jit_compile=false or none: from within one XLA program "
-                "replicas cannot talk. Received: jit_compile=True."
+                "sync_batch_norm needs jit_compile=false or none, because replicas cannot "
+                "communicate within an XLA program. Received: jit_compile=True."
             )
         if self.space_to_depth and self.image_size % 32:
             raise ValueError(
                 "image_size must be a multiple of 32 for the space-to-depth stem. Received: "
-                f"image_size={self.image_size}. Take {self.image_size // 32 * 32}, or set "
+                f"image_size={self.image_size}. Use {self.image_size // 32 * 32}, or set "
                 "space_to_depth=false."
             )
 
 
 def _steps(epochs: float, batch: int, images: int = IMAGENET_IMAGES) -> int:
+    """Returns the number of steps in `epochs` epochs."""
     return round(epochs * images / batch)
 
 
-def _imagenet(name, batch, epochs, phase, **fields) -> ImageRecipe:
-    """A recipe over whole epochs of ImageNet, evaluated every four of them, as in MLPerf."""
+def _imagenet_recipe(name, batch, epochs, phase, **fields) -> ImageRecipe:
+    """Returns a recipe for ImageNet with an evaluation every four epochs, as in MLPerf.
+
+    Args:
+        name: String. The end of the recipe's name.
+        batch: Integer. The global batch size.
+        epochs: Integer. The number of epochs, from which `steps` is computed unless `phase` has it.
+        phase: Dictionary. Arguments of the only `Phase`.
+        **fields: Arguments of `ImageRecipe`.
+    """
     phase = {"steps": _steps(epochs, batch), "global_batch_size": batch} | phase
     return ImageRecipe(
         name=f"resnet50-{name}",
@@ -87,12 +104,13 @@ def _imagenet(name, batch, epochs, phase, **fields) -> ImageRecipe:
     )
 
 
-def _column(label, batch, k, top_1, top_5) -> ImageRecipe:
-    """A column of the paper's table: rate 4/(2^k · 100), 782 steps of warm-up, η₀(1 - t/T).
+def _paper_column(label, batch, k, top_1, top_5) -> ImageRecipe:
+    """Returns the recipe of a column of the paper's table.
 
-    The text gives λ = 0.01 and says nothing of label smoothing.
+    The learning rate is 4/(2^k · 100), with 782 steps of warm-up and the decay η₀(1 - t/T). The
+    text gives λ = 0.01 and does not mention label smoothing.
     """
-    return _imagenet(
+    return _imagenet_recipe(
         f"lamb-{label}",
         batch,
         90,
@@ -108,20 +126,20 @@ def _column(label, batch, k, top_1, top_5) -> ImageRecipe:
 
 
 LAMB_COLUMNS = (
-    _column("512", 512, 3.0, ".7696", ".9335"),
-    _column("1k", 1_024, 2.5, ".7706", ".9349"),
-    _column("2k", 2_048, 2.0, ".7711", ".9353"),
-    _column("4k", 4_096, 1.5, ".7692", ".9332"),
-    _column("8k", 8_192, 1.0, ".7689", ".9331"),
-    _column("16k", 16_384, 0.5, ".7666", ".9322"),
-    _column("32k", 32_768, 0.0, ".7642", ".9308"),
+    _paper_column("512", 512, 3.0, ".7696", ".9335"),
+    _paper_column("1k", 1_024, 2.5, ".7706", ".9349"),
+    _paper_column("2k", 2_048, 2.0, ".7711", ".9353"),
+    _paper_column("4k", 4_096, 1.5, ".7692", ".9332"),
+    _paper_column("8k", 8_192, 1.0, ".7689", ".9331"),
+    _paper_column("16k", 16_384, 0.5, ".7666", ".9322"),
+    _paper_column("32k", 32_768, 0.0, ".7642", ".9308"),
 )
 
-# What the author's program runs, which is not what the paper's text says: λ = 1.5 for 0.01, no
-# bias correction, clipping, label smoothing, a decay that starts at the peak, and the last
-# layer's bias decayed and adapted as any weight. It clips each replica's gradient before the
-# sum; here the sum is clipped.
-LAMB_AUTHOR_32K = _imagenet(
+# The settings of the author's program. They differ from the text of the paper: λ is 1.5 instead of
+# 0.01, there is no bias correction, there are clipping and label smoothing, the decay starts at the
+# peak, and the bias of the last layer is decayed and adapted. The program clips the gradient of
+# each replica before the sum. This project clips the sum.
+LAMB_AUTHOR_32K = _imagenet_recipe(
     "lamb-author-32k",
     32_768,
     90,
@@ -134,9 +152,9 @@ LAMB_AUTHOR_32K = _imagenet(
     exclude_from_weight_decay=("(^|/)(gamma|beta)$",),
 )
 
-# v0.6 has the L2 term in the loss and the decay in the ratio too; here, as in v0.7, all of it is
-# LARS's.
-LARS_32K = _imagenet(
+# MLPerf v0.6 has an L2 term in the loss, and weight decay in the trust ratio as well. Here, as in
+# v0.7, LARS applies the weight decay.
+LARS_32K = _imagenet_recipe(
     "lars-32k",
     32_768,
     90,
@@ -155,7 +173,7 @@ LARS_32K = _imagenet(
     normalization="mlperf",
     space_to_depth=True,
 )
-LARS_65536 = _imagenet(
+LARS_65536 = _imagenet_recipe(
     "lars-65536",
     65_536,
     88,
@@ -177,8 +195,11 @@ LARS_65536 = _imagenet(
 )
 
 
-def _goyal(batch, rate) -> dict:
-    """Five epochs of warm-up, then a tenth of the rate more after 30, 60 and 80 of 90 epochs."""
+def _goyal_schedule(batch, rate) -> dict:
+    """Returns arguments of a `Phase` with the schedule of Goyal et al.
+
+    Five epochs of warm-up, then a factor of 0.1 after each of 30, 60 and 80 epochs.
+    """
     return {
         "peak_learning_rate": rate,
         "warmup_steps": _steps(5, batch),
@@ -186,34 +207,34 @@ def _goyal(batch, rate) -> dict:
     }
 
 
-# Goyal et al. warm up from 0.1, the rate of batch 256, and not from 0.
-MOMENTUM_8K = _imagenet(
+# Goyal et al. warm up from 0.1, the learning rate for batch size 256, instead of 0.
+MOMENTUM_8K = _imagenet_recipe(
     "momentum-8k",
     8_192,
     90,
-    _goyal(8_192, 3.2),
+    _goyal_schedule(8_192, 3.2),
     reference="arXiv:1706.02677, sections 2 and 5.1: rate 0.1 x batch / 256",
     expected="ImageNet top-1 .7626 (error 23.74 %)",
     optimizer="momentum",
     weight_decay=1e-4,
     label_smoothing=0.0,
 )
-ADAMW_16K = _imagenet(
+ADAMW_16K = _imagenet_recipe(
     "adamw-16k",
     16_384,
     90,
-    _goyal(16_384, 0.002),
+    _goyal_schedule(16_384, 0.002),
     reference="arXiv:1904.00962v3, Table 4, AdamW+: Goyal's schedule",
     expected="ImageNet top-1 .7307",
     optimizer="adamw",
     weight_decay=1e-5,
     label_smoothing=0.0,
 )
-ADAGRAD_16K = _imagenet(
+ADAGRAD_16K = _imagenet_recipe(
     "adagrad-16k",
     16_384,
     90,
-    _goyal(16_384, 14.0),
+    _goyal_schedule(16_384, 14.0),
     reference="arXiv:1904.00962v3, Table 4, Adagrad+: Goyal's schedule",
     expected="ImageNet top-1 .7201",
     optimizer="adagrad",
@@ -221,8 +242,9 @@ ADAGRAD_16K = _imagenet(
     label_smoothing=0.0,
 )
 
-# 220 images of 220 classes learned by heart, each step all of them: that data, labels, network,
-# optimizer and export agree. All layers of ResNet-50 at 224, at a quarter of its width.
+# Overfits 220 images of 220 classes, all of them in each step, which shows that data, labels,
+# network, optimizer and export fit together. The network has all layers of ResNet-50 and images of
+# size 224, at a quarter of the width.
 ONE_BATCH = ImageRecipe(
     name="resnet50-one-batch",
     reference="this project: a proof for two CPU cores",
@@ -238,8 +260,8 @@ ONE_BATCH = ImageRecipe(
 CIFAR_EPOCHS = 15
 
 
-def _cifar(optimizer, batch, rate, **fields) -> ImageRecipe:
-    """15 epochs of CIFAR-10, the first tenth of them warm-up, then linear decay to 0."""
+def _cifar_recipe(optimizer, batch, rate, **fields) -> ImageRecipe:
+    """Returns a recipe of 15 epochs of CIFAR-10: warm-up for a tenth, then linear decay to 0."""
     steps = _steps(CIFAR_EPOCHS, batch, CIFAR_IMAGES)
     return ImageRecipe(
         name=f"cifar10-{optimizer}-{batch}",
@@ -264,16 +286,17 @@ def _cifar(optimizer, batch, rate, **fields) -> ImageRecipe:
     )
 
 
-# Peak rates at batch 128 and 4,096; a run of the comparison takes a quarter and four times too.
-_CIFAR_RATES = {
+# Optimizer: peak learning rates for batch sizes 128 and 4,096, and other fields. The comparison in
+# experiments/ also tries a quarter and four times these rates.
+_CIFAR_OPTIMIZERS = {
     "lars": (2.0, 8.0, {"weight_decay": 5e-4, "epsilon": 0.0}),
     "lamb": (0.005, 0.02, {}),
     "momentum": (0.1, 0.4, {"weight_decay": 5e-4}),
     "adamw": (0.002, 0.008, {}),
 }
 CIFAR = tuple(
-    _cifar(optimizer, batch, rate, **fields)
-    for optimizer, (*rates, fields) in _CIFAR_RATES.items()
+    _cifar_recipe(optimizer, batch, rate, **fields)
+    for optimizer, (*rates, fields) in _CIFAR_OPTIMIZERS.items()
     for batch, rate in zip((128, 4_096), rates, strict=True)
 )
 

@@ -1,4 +1,4 @@
-"""A recipe at another batch size, by the published rules."""
+"""Scales a recipe to another batch size, by the published rules."""
 
 import dataclasses
 import math
@@ -9,31 +9,35 @@ RULES = ("sqrt", "linear")
 
 
 def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> Recipe:
-    """Returns the recipe at another batch size, over the same number of examples.
+    """Returns the recipe for another batch size and the same number of examples.
 
     With `k = global_batch_size / recipe.phases[0].global_batch_size`:
 
-        sqrt     rates times sqrt(k), warm-up of the same number of steps
+        sqrt     learning rates times sqrt(k), the same number of warm-up steps
                  (You et al., arXiv:1904.00962, Tables 5 and 6)
-        linear   rates times k, warm-up of the same number of examples
+        linear   learning rates times k, the same number of warm-up examples
                  (Goyal et al., arXiv:1706.02677, section 2)
 
-    `tf_lamb.scale_batch` is the same rule for one schedule outside of recipes.
+    `tf_lamb.scale_batch` applies the same rules to a single schedule.
 
     If phases have different batch sizes, `global_batch_size` is that of the first one, and the
-    others keep their proportion to it. Each phase ends at the step nearest to the number of
-    examples, counted from the start of the run, at which it should end; half a step is rounded up.
-    Each phase keeps its exact number of examples, so that scaling there and back changes nothing.
-    `evaluate_every_steps` and `save_every_steps` keep their number of examples.
+    batch sizes of the others are scaled by the same factor. The end of each phase, counted in
+    examples from the start of the run, is rounded to the nearest step; half a step is rounded up.
+    The exact number of examples of each phase is kept in `Phase.examples`, so that scaling back
+    restores the recipe. `evaluate_every_steps` and `save_every_steps` are scaled to the same number
+    of examples.
 
     Args:
-        recipe: `recipes.types.Recipe`.
+        recipe: A `Recipe`.
         global_batch_size: Integer. Examples per step over all replicas, in the first phase.
         rule: String, `"sqrt"` or `"linear"`.
 
+    Returns:
+        A `Recipe`.
+
     Raises:
-        ValueError: The rule is unknown, the batch size leaves a phase no steps after its warm-up,
-            or the batch size of a later phase would not be an integer.
+        ValueError: If the rule is unknown, if the batch size leaves a phase no steps after its
+            warm-up, or if the batch size of a later phase would not be an integer.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}. Received: rule={rule}.")
@@ -41,28 +45,30 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1. Received: {global_batch_size}.")
     k = global_batch_size / first
-    # As in tf_lamb/batch_scaling.py; tests/tf_lamb/test_batch_scaling.py compares the two.
+    # As in tf_lamb/batch_scaling.py. tests/tf_lamb/test_batch_scaling.py compares the results.
     rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
-    phases, planned, done = [], 0, 0
-    for number, phase in enumerate(recipe.phases, start=1):
-        size, rest = divmod(phase.global_batch_size * global_batch_size, first)
-        examples = phase.examples or phase.steps * phase.global_batch_size
-        planned += examples
-        steps = (2 * (planned - done) + size) // (2 * size) if size else 0
-        warmup = round(phase.warmup_steps * warmup_factor)
-        if rest:
+    phases = []
+    old_end = 0  # Examples up to the end of the phase in the old recipe, and in the new one.
+    new_end = 0
+    for phase_index, phase in enumerate(recipe.phases):
+        size, remainder = divmod(phase.global_batch_size * global_batch_size, first)
+        if remainder:
             raise ValueError(
                 f"global_batch_size={global_batch_size} leaves no whole number of examples a "
-                f"step for phase {number}, whose batch is {phase.global_batch_size}/{first} of "
-                "the first one's. Take a multiple of "
+                f"step for phase {phase_index + 1}, whose batch size is "
+                f"{phase.global_batch_size}/{first} of that of phase 1. Use a multiple of "
                 f"{first // math.gcd(first, phase.global_batch_size)}."
             )
+        examples = phase.examples or phase.steps * phase.global_batch_size
+        old_end += examples
+        steps = (2 * (old_end - new_end) + size) // (2 * size)
+        warmup = round(phase.warmup_steps * warmup_factor)
         if steps <= warmup:
             raise ValueError(
-                f"global_batch_size={global_batch_size} leaves {steps} steps for phase {number}, "
-                f"and its warm-up takes {warmup}. Take a smaller batch."
+                f"global_batch_size={global_batch_size} leaves {steps} steps for phase "
+                f"{phase_index + 1}, and its warm-up takes {warmup}. Use a smaller batch size."
             )
-        done += steps * size
+        new_end += steps * size
         phases.append(
             dataclasses.replace(
                 phase.stretched(steps, warmup_factor),

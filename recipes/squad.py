@@ -1,45 +1,46 @@
-"""SQuAD's recipes: fine-tuning a pre-trained BERT to answer questions."""
+"""Recipes for SQuAD: fine-tuning a pre-trained BERT to answer questions."""
 
 import dataclasses
 
-from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_least
+from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_minimums
 
-SPECIAL = 3  # [CLS], [SEP], [SEP]
+SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SquadRecipe(Recipe):
-    """Everything that decides what a SQuAD run computes, apart from its data."""
+    """All settings of a SQuAD run except its data."""
 
     task: str = "squad"
     exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS
-    init_from: str = ""  # a pre-training run's folder, or a checkpoint in tf-models' layout
+    init_from: str = ""  # folder of a pre-training run, or a checkpoint of tf-models
     sequence_length: int = 384
-    max_query_length: int = 64  # word pieces of a question that are kept
-    doc_stride: int = 128  # word pieces from one window of a context to the next
+    max_query_length: int = 64  # longer questions are truncated; in word pieces
+    doc_stride: int = 128  # word pieces between the starts of two windows of a context
     max_answer_length: int = 30  # word pieces
     n_best: int = 20
     dropout: float = 0.1
     initializer_stddev: float = 0.02  # of the span head
 
     def check(self):
-        """As `Recipe.check`."""
+        """Checks the fields, as `Recipe.check` does."""
         super().check()
-        check_least(self, max_query_length=1, doc_stride=1, max_answer_length=1, n_best=1)
-        if self.sequence_length <= self.max_query_length + SPECIAL:
+        check_minimums(self, max_query_length=1, doc_stride=1, max_answer_length=1, n_best=1)
+        if self.sequence_length <= self.max_query_length + SPECIAL_TOKENS:
             raise ValueError(
-                "sequence_length must leave room for the context beside max_query_length and 3 "
-                f"special pieces. Received: sequence_length={self.sequence_length}, "
+                "sequence_length must leave room for the context after max_query_length word "
+                f"pieces and {SPECIAL_TOKENS} special tokens. "
+                f"Received: sequence_length={self.sequence_length}, "
                 f"max_query_length={self.max_query_length}."
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
 
 
-# Lengths, stride, n-best, two epochs and a tenth of them as warm-up are those of google-research/
-# bert, run_squad.py and its README. With LAMB, a comment in Google's code gives rates of 3e-4,
-# 4e-4 and 5e-4 at batch 64, and that the moments are not taken over. An epoch of SQuAD v1.1 is
-# 88,641 windows at these lengths.
+# Lengths, stride, n-best size, two epochs and their first tenth as warm-up are from run_squad.py
+# and the README of google-research/bert. For LAMB, a comment in Google's program gives learning
+# rates of 3e-4, 4e-4 and 5e-4 for batch size 64, and says that the moments of pre-training are not
+# used. An epoch of SQuAD v1.1 has 88,641 windows at these lengths.
 SQUAD_LARGE = SquadRecipe(
     name="squad-large",
     reference="arXiv:1904.00962v3, Table 1; google-research/bert, run_squad.py",
@@ -53,7 +54,7 @@ SQUAD_BASE = dataclasses.replace(
     SQUAD_LARGE,
     name="squad-base",
     reference="arXiv:1810.04805, Table 2; google-research/bert, run_squad.py",
-    expected="not known with LAMB",
+    expected="no published figure for LAMB",
     model="base",
 )
 

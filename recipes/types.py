@@ -1,9 +1,9 @@
-"""What a recipe is: frozen values, checked field by field."""
+"""The dataclasses `Recipe` and `Phase`, and the checks of their fields."""
 
 import dataclasses
 
-# Normalisation and biases, neither decayed nor adapted in the published runs. The library has the
-# same lists (tf_lamb/exclusions.py, with the sources); tests/recipes/test_recipes.py compares them.
+# Normalization and biases, which the published runs neither decay nor adapt. tf_lamb/layers.py has
+# the same lists, with their sources. tests/recipes/test_recipes.py compares them.
 BERT_EXCLUSIONS = (
     r"(?i)bias$|(^|/)(gamma|beta)$"
     r"|(norm|normalization|(^|[/_])([blg]n|grn|rms))[._]?\d*/(scale|weight)$"
@@ -16,7 +16,7 @@ CHOICES = {
     "on_divergence": ("stop", "rollback"),
     "on_bad_record": ("skip", "fail"),
 }
-# What each optimizer takes, beside weight decay, its exclusions and clipping, which all take.
+# The settings of each optimizer, besides weight decay, its exclusions and clipping, which all have.
 OPTIMIZERS = {
     "lamb": ("variant", "beta_1", "beta_2", "epsilon", "exclude_from_layer_adaptation"),
     "lars": (
@@ -32,37 +32,43 @@ OPTIMIZERS = {
 }
 
 
-def check_least(holder, **least_of):
-    """Raises `ValueError` for a field of `holder` that is set and below its least value."""
-    for name, least in least_of.items():
-        value = getattr(holder, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}. Received: {name}={value}.")
+def check_minimums(recipe, **minimums):
+    """Raises `ValueError` for a field of a recipe or phase that is below its minimum.
+
+    Fields that are `None` are not checked.
+    """
+    for name, minimum in minimums.items():
+        value = getattr(recipe, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}. Received: {name}={value}.")
 
 
 def profile_window(profile: str) -> tuple[int, int]:
-    """(first, last) of "first:last": the steps after `first` up to `last`.
+    """Parses the field `profile`, "first:last".
+
+    Returns:
+        A tuple `(first, last)` of integers. The steps after `first` up to `last` are profiled.
 
     Raises:
-        ValueError: these are not two steps in order.
+        ValueError: If `profile` is not two increasing steps.
     """
     ends = profile.split(":")
     if len(ends) == 2 and all(end.isdecimal() for end in ends) and int(ends[0]) < int(ends[1]):
         return int(ends[0]), int(ends[1])
     raise ValueError(
-        'profile must be "first:last", two steps of which the first is the smaller, such as '
-        f"100:110. Received: profile={profile}."
+        'profile must be "first:last", two increasing steps, for example 100:110. '
+        f"Received: profile={profile}."
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of training at one batch size and schedule.
+    """A part of training with a constant batch size and a schedule of its own.
 
-    The rate is `WarmupPolynomialDecay(peak_learning_rate, warmup_steps, steps, ...)`, or with
-    `decay_steps` a `WarmupStepDecay`; it counts this phase's updates from 0. What a phase begins
-    with are the weights, slots and step of the one before it; with `reset_slots` the slots are
-    zero again, and so is the step that bias correction counts.
+    The learning rate is `WarmupPolynomialDecay(peak_learning_rate, warmup_steps, steps, ...)`, or
+    `WarmupStepDecay` if `decay_steps` is set. It counts the updates of this phase from 0. A phase
+    continues with the weights, slots and optimizer step of the phase before it. With `reset_slots`,
+    the slots and the step of the bias correction start from 0 again.
     """
 
     steps: int
@@ -71,15 +77,15 @@ class Phase:
     warmup_steps: int
     end_learning_rate: float = 0.0
     power: float = 1.0
-    decay_from: int | None = None  # step the decay counts from; None: the end of warm-up
-    warmup_from: int = 0  # step the warm-up counts from; below 0 it has begun before
-    decay_steps: tuple[int, ...] = ()  # where the rate falls, in place of all above
+    decay_from: int | None = None  # step from which the decay is counted; None: end of warm-up
+    warmup_from: int = 0  # step from which the warm-up is counted, 0 or negative
+    decay_steps: tuple[int, ...] = ()  # steps at which the rate falls, instead of the above
     decay_factor: float = 0.1
     reset_slots: bool = False
-    examples: int | None = None  # before `steps` was rounded; None: steps x global_batch_size
+    examples: int | None = None  # exact number of examples; None: steps x global_batch_size
 
     def schedule(self) -> dict:
-        """The arguments of this phase's schedule, as `Phases` takes them."""
+        """Returns the arguments of this phase's schedule, an element of `phases` of `Phases`."""
         common = {
             "peak_learning_rate": self.peak_learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -98,7 +104,7 @@ class Phase:
         }
 
     def stretched(self, steps: int, warmup_factor: float) -> "Phase":
-        """This phase over another number of steps, its warm-up longer by a factor."""
+        """Returns this phase with `steps` steps, and its warm-up multiplied by `warmup_factor`."""
         warmup = min(round(self.warmup_steps * warmup_factor), steps - 1)
         warmup_from = max(round(self.warmup_from * warmup_factor), -warmup)
         decay_from = self.decay_from and round(self.decay_from * warmup_factor)
@@ -113,81 +119,93 @@ class Phase:
         )
 
     def check(self, recipe: "Recipe") -> None:
-        """Raises `ValueError` for a field outside its range, with the field and its value."""
-        del recipe
-        check_least(self, steps=1, global_batch_size=1)
-        smooth = ("end_learning_rate", "power", "decay_from", "warmup_from")
-        idle = [name for name in smooth if getattr(self, name) != getattr(Phase, name)]
-        if self.decay_steps and idle:
+        """Checks the fields.
+
+        Args:
+            recipe: The `Recipe` of this phase.
+
+        Raises:
+            ValueError: If a field is out of range.
+        """
+        check_minimums(self, steps=1, global_batch_size=1)
+        polynomial = ("end_learning_rate", "power", "decay_from", "warmup_from")
+        unused = [name for name in polynomial if getattr(self, name) != getattr(Phase, name)]
+        if self.decay_steps and unused:
+            name = unused[0]
             raise ValueError(
-                f"decay_steps leaves no use for {idle[0]}. Received: "
-                f"{idle[0]}={getattr(self, idle[0])}. Set decay_steps= (none) too, or take it out."
+                f"{name} has no effect with decay_steps. Received: {name}={getattr(self, name)}. "
+                f"Set decay_steps= (an empty list) too, or leave out {name}."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a run computes, apart from its data."""
+    """All settings of a run except its data."""
 
     name: str
     reference: str
     expected: str
     phases: tuple[Phase, ...]
-    task: str  # in tasks.TASKS
-    model: str  # a size that the task knows
+    task: str  # a key of tasks.TASKS
+    model: str  # a size that the task defines
     compute_dtype: str = "float32"
-    accumulation: int = 1  # micro-batches that a replica sums before each update
-    # Whether forward and backward become one XLA program. None: but for CPUs without accumulation,
-    # where TensorFlow's own kernels are the faster ones. A TPU compiles the step, whatever is set.
+    accumulation: int = 1  # micro-batches per update
+    # Whether to compile the forward and backward pass with XLA. None: yes, except on CPUs without
+    # accumulation, where TensorFlow's kernels are faster. A TPU always compiles the step.
     jit_compile: bool | None = None
-    optimizer: str = "lamb"  # in OPTIMIZERS
-    variant: str = ""  # of LAMB or LARS, a published form by name; "" for the class's own
+    optimizer: str = "lamb"  # a key of OPTIMIZERS
+    variant: str = ""  # a variant of LAMB or LARS; "": the defaults of the class
     beta_1: float = 0.9
     beta_2: float = 0.999
     epsilon: float = 1e-6
     weight_decay: float = 0.01
     momentum: float = 0.9
-    # None in these three: as the class or its variant has it.
+    # None in the next three: the default of the class or of the variant.
     trust_coefficient: float | None = None
     global_clipnorm: float | None = None
     exclude_from_layer_adaptation: tuple[str, ...] | None = None
     exclude_from_weight_decay: tuple[str, ...] = ()
-    evaluation_examples: int = 10_000  # held-out examples that an evaluation reads at most
+    evaluation_examples: int = 10_000  # maximum of held-out examples in an evaluation
     save_every_steps: int = 1_000
-    evaluate_every_steps: int | None = None  # None: at the end alone
-    keep_checkpoints: int = 3  # the newest; the best stays beside them
-    skip_nonfinite: bool = True  # a gradient that is not finite skips the update
+    evaluate_every_steps: int | None = None  # None: only at the end
+    keep_checkpoints: int = 3  # newest checkpoints to keep; the best is kept as well
+    skip_nonfinite: bool = True  # skip the update if a gradient is not finite
     max_skipped_in_row: int = 10
-    max_loss: float | None = None  # a step's loss above it ends the run
-    on_divergence: str = "stop"  # or "rollback", to the newest checkpoint, at a lower rate
+    max_loss: float | None = None  # a step with a larger loss counts as divergence
+    on_divergence: str = "stop"  # or "rollback": newest checkpoint and a lower rate
     rollback_rate_factor: float = 0.5
     max_rollbacks: int = 3
-    max_bad_record_share: float = 0.001  # damaged records that are passed over
+    max_bad_record_share: float = 0.001  # maximum share of damaged records
     on_bad_record: str = "skip"  # or "fail"
-    measure_noise_scale: bool = False  # up to which batch size more examples a step pay
-    telemetry: bool = False  # whether trust ratios and weights are kept for TensorBoard
-    profile: str | None = None  # "100:110": a profiler trace of the steps after 100 up to 110
+    measure_noise_scale: bool = False  # estimate the critical batch size
+    telemetry: bool = False  # record trust ratios and weights for TensorBoard
+    profile: str | None = None  # "100:110": profile the steps after 100 up to 110
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of all phases together."""
+        """Total number of optimizer steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def compiles(self, on_cpu: bool) -> bool:
-        """Whether forward and backward become one XLA program."""
+        """Returns whether to compile the forward and backward pass with XLA.
+
+        Args:
+            on_cpu: Boolean. Whether the run uses CPUs.
+        """
         if self.jit_compile is None:
-            # Without XLA, a loop over micro-batches would need TensorFlow's graph optimizer off
-            # (see training/step.py), and what a CPU wins without XLA is less than that.
+            # Without XLA, a loop over micro-batches needs TensorFlow's graph optimizer to be off
+            # (see training/step.py), which costs a CPU more than it gains without XLA.
             return not on_cpu or self.accumulation > 1
         return self.jit_compile
 
     def check(self) -> None:
-        """Raises `ValueError` for a field outside its range, with the field and its value.
+        """Checks the fields, except those that the optimizer and its schedule check themselves.
 
-        What the optimizer and its schedule are given, they check themselves.
+        Raises:
+            ValueError: If a field is out of range. The message has the field and its value.
         """
-        check_least(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
-        check_least(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
+        check_minimums(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
+        check_minimums(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -207,12 +225,11 @@ class Recipe:
         if self.max_loss is not None and not self.max_loss > 0:
             raise ValueError(f"max_loss must be positive. Received: max_loss={self.max_loss}.")
         self._check_optimizer()
-        if self.profile is not None:
-            if profile_window(self.profile)[1] > self.steps:
-                raise ValueError(
-                    f"profile must end within the {self.steps} steps of the run. "
-                    f"Received: profile={self.profile}."
-                )
+        if self.profile is not None and profile_window(self.profile)[1] > self.steps:
+            raise ValueError(
+                f"profile must end within the {self.steps} steps of the run. "
+                f"Received: profile={self.profile}."
+            )
         for phase in self.phases:
             phase.check(self)
             if self.accumulation < 1 or phase.global_batch_size % self.accumulation:
@@ -222,7 +239,7 @@ class Recipe:
                 )
 
     def _check_optimizer(self):
-        """A setting that the optimizer does not have is refused, rather than not looked at."""
+        """Raises `ValueError` if a field is set that the optimizer does not have."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}. "
@@ -231,13 +248,13 @@ class Recipe:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         known = {name for names in OPTIMIZERS.values() for name in names}
         others = sorted(known.difference(OPTIMIZERS[self.optimizer]))
-        idle = [name for name in others if getattr(self, name) != defaults[name]]
-        if idle:
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in idle)
-            cures = ", ".join(
-                f"{name}={str(defaults[name]).replace('None', 'none')}" for name in idle
+        unused = [name for name in others if getattr(self, name) != defaults[name]]
+        if unused:
+            received = ", ".join(f"{name}={getattr(self, name)}" for name in unused)
+            assignments = ", ".join(
+                f"{name}={str(defaults[name]).replace('None', 'none')}" for name in unused
             )
             raise ValueError(
-                f"optimizer={self.optimizer} does not take {', '.join(idle)}. Received: {given}. "
-                f"Set {cures} too, or choose another optimizer."
+                f"optimizer={self.optimizer} does not take {', '.join(unused)}. "
+                f"Received: {received}. Set {assignments} too, or choose another optimizer."
             )

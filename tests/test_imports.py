@@ -32,13 +32,10 @@ PACKAGES = {
 }
 # Module of tf_lamb: which others it may import.
 MODULES = {
-    "__init__": {"batch_scaling", "exclusions", "keras3", "migration", "telemetry"},
+    "__init__": {"batch_scaling", "keras3", "layers", "migration", "telemetry"},
     "norms": set(),
     "arguments": set(),
-    "exclusions": set(),
-    "heat_map": set(),
-    "foreign_state": set(),
-    "layers": {"exclusions"},
+    "layers": set(),
     "learning_rate": {"arguments"},
     "schedules": {"arguments"},
     "batch_scaling": {"arguments"},
@@ -49,8 +46,8 @@ MODULES = {
     "xla": {"layerwise", "norms", "xla_cpu"},
     "keras3": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "xla"},
     "tf_keras": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "telemetry", "xla"},
-    "telemetry": {"arguments", "heat_map", "layers", "layerwise"},
-    "migration": {"layerwise", "foreign_state"},
+    "telemetry": {"arguments", "layers", "layerwise"},
+    "migration": {"layers", "layerwise"},
 }
 # Module of recipes: which others it may import. None imports more than the standard library beside.
 RECIPE_MODULES = {
@@ -70,7 +67,7 @@ TENSORFLOW = {
     "tf_keras": {"tensorflow", "tf_keras"},
     "keras3": {"tensorflow"},
     "telemetry": {"tensorflow"},
-    "foreign_state": {"tensorflow"},
+    "migration": {"tensorflow"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Constructor arguments: their checks, published sets of them, and other libraries' names."""
+"""Constructor arguments: checks, variants, and the names that other libraries use."""
 
 import dataclasses
 import math
@@ -12,14 +12,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A published form of a rule: the constructor arguments that make it, and where it is from."""
+    """A published form of LAMB or LARS.
+
+    Attributes:
+        source: String. The paper or program that the variant is from, and what is special in it.
+        arguments: Dictionary. The constructor arguments that differ from the defaults.
+    """
 
     source: str
     arguments: dict[str, Any]
 
 
 class Hyperparameters:
-    """The arguments of an optimizer's constructor by name, checked and frozen."""
+    """The checked constructor arguments of an optimizer, as read-only attributes."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.__dict__.update(arguments)
@@ -31,30 +36,30 @@ class Hyperparameters:
         raise AttributeError(f"There is no argument {name!r}.")
 
     def items(self) -> Iterable[tuple[str, Any]]:
-        """Names and values."""
+        """Returns (name, value) pairs."""
         return self.__dict__.items()
 
     def __contains__(self, name: object) -> bool:
         return name in self.__dict__
 
-    def key(self, left_out: Iterable[str]) -> str:
-        """What two optimizers have in common whose arguments are equal, but for those left out."""
-        return repr(sorted((k, v) for k, v in self.__dict__.items() if k not in left_out))
+    def key(self, excluding: Iterable[str]) -> str:
+        """Returns a string that is equal for equal arguments, ignoring those in `excluding`."""
+        return repr(sorted((k, v) for k, v in self.__dict__.items() if k not in excluding))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
-            f"Arguments are fixed when the optimizer is made: compiled updates hold them. Make "
-            f"another optimizer. Received: {name}={value!r}."
+            f"Arguments are fixed when the optimizer is created, because compiled updates contain "
+            f"them. Create another optimizer. Received: {name}={value!r}."
         )
 
 
-def collected(local_variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor, from its `locals()` at its first line."""
-    left_out = ("self", "base_arguments", "__class__")
-    return {name: value for name, value in local_variables.items() if name not in left_out}
+def constructor_arguments(local_variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a constructor, given `locals()` in its first line."""
+    others = ("self", "base_arguments", "__class__")
+    return {name: value for name, value in local_variables.items() if name not in others}
 
 
-# Arguments of other libraries' LAMB and LARS -> what they are called here.
+# Argument of another library's LAMB or LARS: its name in this package.
 FOREIGN_NAMES = {
     "lr": "`learning_rate`",
     "eta": "`learning_rate`",
@@ -90,7 +95,10 @@ FOREIGN_NAMES = {
 
 
 def as_number(value) -> float | int | None:
-    """A Python number of a number, a NumPy scalar or a scalar tensor; of anything else None."""
+    """Converts a number, NumPy scalar or scalar tensor to a Python number.
+
+    Returns `None` for anything else, including booleans and tensors without a known value.
+    """
     if isinstance(value, bool) or isinstance(value, str) or value is None:
         return None
     if isinstance(value, numbers.Real):
@@ -98,7 +106,7 @@ def as_number(value) -> float | int | None:
     if getattr(value, "shape", None) == () and not callable(value):
         try:
             number = np.asarray(value).item()
-        except Exception:  # a tensor inside a compiled function; each backend has its own error
+        except Exception:  # A tensor inside a compiled function; each backend raises its own error.
             return None
         return number if isinstance(number, int | float) and number is not True else None
     return None
@@ -110,7 +118,7 @@ def check_interval(
     """Returns the value as a Python number.
 
     Raises:
-        ValueError: it is no number in [low, high), or (low, high) if `open_low`.
+        ValueError: If it is not a number in [low, high), or in (low, high) if `open_low`.
     """
     number = as_number(value)
     if number is None or not (low < number if open_low else low <= number) or not number < high:
@@ -120,20 +128,20 @@ def check_interval(
 
 
 def check_bounds(name: str, value) -> tuple[float, float] | None:
-    """Returns (low, high) as Python numbers, or None for None.
+    """Returns the bounds as a pair of Python numbers, or `None` for `None`.
 
     Raises:
-        ValueError: it is not two numbers with 0 <= low < high.
+        ValueError: If the value is not a pair of numbers with 0 <= low < high.
     """
     if value is None:
         return None
     parts = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
-    numbers_ = [as_number(part) for part in parts]
-    if len(parts) != 2 or None in numbers_ or not 0 <= numbers_[0] < numbers_[1]:  # type: ignore
+    bounds = [as_number(part) for part in parts]
+    if len(bounds) != 2 or None in bounds or not 0 <= bounds[0] < bounds[1]:  # type: ignore
         raise ValueError(
             f"`{name}` must be (low, high) with 0 <= low < high. Received: {name}={value!r}."
         )
-    return numbers_[0], numbers_[1]  # type: ignore
+    return bounds[0], bounds[1]  # type: ignore
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -145,10 +153,10 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def check_patterns(name: str, patterns) -> tuple[str, ...]:
-    """Returns the patterns as a tuple, () for None.
+    """Returns the patterns as a tuple; a string is a single pattern, and `None` is no pattern.
 
     Raises:
-        ValueError: one is no regular expression.
+        ValueError: If an element is not a regular expression.
     """
     if patterns is None:
         return ()
@@ -161,18 +169,23 @@ def check_patterns(name: str, patterns) -> tuple[str, ...]:
     for pattern in patterns:
         try:
             if not isinstance(pattern, str):
-                raise TypeError("a string is needed, so that it can be saved")
+                raise TypeError("only strings can be saved")
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(
-                f"`{name}` must hold regular expressions, searched in each variable's full path "
-                f"(escape special characters with a backslash). Received: {pattern!r} ({error})."
+                f"`{name}` must contain regular expressions, which are searched in each variable's "
+                "full path (escape special characters with a backslash). "
+                f"Received: {pattern!r} ({error})."
             ) from None
     return patterns
 
 
 def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
-    """Returns {pattern: tuple of axes}; `ValueError` for anything else."""
+    """Returns `layer_axes` as a dictionary {pattern: tuple of axes}.
+
+    Raises:
+        ValueError: If it is not a dictionary from regular expressions to integers.
+    """
     layer_axes = {} if layer_axes is None else layer_axes
     if not isinstance(layer_axes, Mapping):
         raise ValueError(
@@ -180,17 +193,21 @@ def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
             f"Received: layer_axes={layer_axes!r}."
         )
     check_patterns("layer_axes", layer_axes)
-    axes = {k: tuple(v) if isinstance(v, Iterable) else (v,) for k, v in layer_axes.items()}
-    axes = {k: tuple(as_number(axis) for axis in v) for k, v in axes.items()}
-    if not all(isinstance(axis, int) for pattern in axes for axis in axes[pattern]):
-        raise ValueError(f"`layer_axes` holds axes as integers. Received: {layer_axes!r}.")
-    return axes
+    axes = {}
+    for pattern, given in layer_axes.items():
+        parts = given if isinstance(given, Iterable) else (given,)
+        axes[pattern] = tuple(as_number(part) for part in parts)
+        if not all(isinstance(axis, int) for axis in axes[pattern]):
+            raise ValueError(
+                f"The axes in `layer_axes` must be integers. Received: layer_axes={layer_axes!r}."
+            )
+    return axes  # type: ignore
 
 
-def plain(value):
-    """The value as JSON has it: no NumPy number, no tuple."""
+def to_json(value):
+    """Converts tuples to lists and NumPy numbers to Python numbers, also in dictionaries."""
     if isinstance(value, tuple):
-        return [plain(part) for part in value]
+        return [to_json(part) for part in value]
     if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
+        return {key: to_json(part) for key, part in value.items()}
     return value.item() if hasattr(value, "item") else value

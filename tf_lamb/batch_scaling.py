@@ -1,4 +1,4 @@
-"""Learning rate, warm-up and number of steps at another batch size."""
+"""Scales learning rate, warm-up and number of steps to another batch size."""
 
 import math
 import numbers
@@ -10,7 +10,13 @@ RULES = ("sqrt", "linear")
 
 
 class ScaledSchedule(NamedTuple):
-    """What `scale_batch` returns."""
+    """The result of `scale_batch`.
+
+    Attributes:
+        learning_rate: Float. The peak learning rate.
+        warmup_steps: Integer. The number of warm-up steps.
+        total_steps: Integer. The number of steps, including warm-up.
+    """
 
     learning_rate: float
     warmup_steps: int
@@ -98,7 +104,7 @@ def scale_batch(
 
 
 def _as_int(name: str, value, low: int) -> int:
-    """Returns an integer, NumPy's too, as a Python int, which does not overflow."""
+    """Converts an integer, also of NumPy, to a Python int, which cannot overflow."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"`{name}` must be an integer >= {low}. Received: {name}={value!r}.")
     return int(value)

@@ -10,7 +10,7 @@ from keras import ops
 
 from tf_lamb import lamb, lars, schedules
 from tf_lamb import learning_rate as rates
-from tf_lamb.layerwise import Plan, check_hooks, load_state, with_rows
+from tf_lamb.layerwise import Plan, check_hooks, replace_rows, sum_duplicates
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 if ON_TENSORFLOW:
@@ -18,68 +18,71 @@ if ON_TENSORFLOW:
 
     from tf_lamb import xla
 
-# Keras 3.10 calls every Adam "adam"; a later one counts them, "adam", "adam_1".
-FIXED_NAMES = bool(inspect.signature(keras.optimizers.Adam.__init__).parameters["name"].default)
+# Keras 3.10 names every Adam "adam". Later versions number them: "adam", "adam_1".
+KERAS_NUMBERS_NAMES = not bool(
+    inspect.signature(keras.optimizers.Adam.__init__).parameters["name"].default
+)
 
 
-def _native(variable):
-    """The backend's own variable; models may also hold bare `tf.Variable`s."""
+def _backend_variable(variable):
+    """Returns the backend's variable. A model may also contain `tf.Variable`s, returned as is."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _path(variable) -> str:
-    """`"encoder/dense/kernel"`; a bare `tf.Variable` has a name, `"dense/kernel:0"`."""
+def _path_of(variable) -> str:
+    """Returns a path such as `"encoder/dense/kernel"`, or the name of a `tf.Variable`."""
     return getattr(variable, "path", None) or variable.name.split(":")[0]
 
 
-def _dtype(variable) -> str:
-    """The name of what is stored, also where a policy shows another dtype."""
+def _stored_dtype(variable) -> str:
+    """Returns the name of the dtype in memory, which differs from `dtype` under autocasting."""
     return keras.backend.standardize_dtype(getattr(variable, "_dtype", None) or variable.dtype)
 
 
 class Adapter(keras.optimizers.Optimizer):
     """A Keras 3 optimizer that updates all variables at once.
 
-    It overrides one private method, `_backend_apply_gradients`, and so owns accumulation, clipping,
-    decay, the sum over replicas, the update and the moving average. What `apply` does around it
-    stays Keras's: loss scale, constraints, the step counter.
+    It overrides one private method, `_backend_apply_gradients`, and so replaces Keras's gradient
+    accumulation, clipping, weight decay, sum over replicas, update and moving average. The rest of
+    `apply` is Keras's: loss scale, constraints and the step counter.
     """
 
     schedule_class = keras.optimizers.schedules.LearningRateSchedule
 
     def __init__(self, learning_rate, **arguments):
-        lent = rates.is_variable(learning_rate)
-        if FIXED_NAMES:
+        if not KERAS_NUMBERS_NAMES:
             arguments["name"] = arguments.get("name") or type(self).__name__.lower()
-        # The base makes a variable of a number and none of a callable.
-        super().__init__(rates.checked if lent else learning_rate, **arguments)
-        if lent:
-            if not isinstance(learning_rate, keras.Variable):
-                # Around a `tf.Variable` Keras makes no variable of its own: both are assigned.
-                learning_rate = keras.Variable(learning_rate, trainable=False, name="learning_rate")
-            self._track_variable(learning_rate)
-            self._learning_rate = learning_rate
+        if not rates.is_variable(learning_rate):
+            super().__init__(learning_rate, **arguments)
+            return
+        # Given a callable, the base class creates no variable of its own.
+        super().__init__(lambda: 0.0, **arguments)
+        if not isinstance(learning_rate, keras.Variable):
+            # A `keras.Variable` around a `tf.Variable` shares its value.
+            learning_rate = keras.Variable(learning_rate, trainable=False, name="learning_rate")
+        self._track_variable(learning_rate)
+        self._learning_rate = learning_rate
 
     @property
     def learning_rate(self):
-        """η of the next update: a variable, or what the schedule or callable says now."""
+        """The learning rate of the next update: a variable, or a schedule's current value."""
         return self._get_current_learning_rate()
 
     @learning_rate.setter
     def learning_rate(self, rate):
-        rate = rates.settable(self._learning_rate, rate, self.schedule_class)
+        rate = rates.check_assigned_rate(self._learning_rate, rate, self.schedule_class)
         keras.optimizers.Optimizer.learning_rate.fset(self, rate)
 
     def build(self, variables):
-        """Creates the slots, and decides which variable is decayed and adapted.
+        """Creates the slots, and decides which variables are decayed and adapted.
 
         Args:
-            variables: list of variables that will be updated.
+            variables: List of variables to update.
 
         Raises:
-            ValueError: a variable that is not a real floating-point one, or that `layer_axes` or
-                `layer_groups` do not fit; a strategy that scatters variables over machines.
-            RuntimeError: this Keras does not call what is overridden here.
+            ValueError: If a variable is not a real floating-point one or does not fit `layer_axes`
+                or `layer_groups`, or under `ParameterServerStrategy`.
+            RuntimeError: If this version of Keras does not call the overridden methods.
         """
         if self._plan is not None:
             return
@@ -88,62 +91,64 @@ class Adapter(keras.optimizers.Optimizer):
         if ON_TENSORFLOW:
             xla.check_strategy(self._distribution_strategy)
         plans = self._make_plan(
-            [_path(v) for v in variables],
+            [_path_of(v) for v in variables],
             [tuple(v.shape) for v in variables],
-            [_dtype(v) for v in variables],
+            [_stored_dtype(v) for v in variables],
             [self._overwrite_variable_with_gradient(v) for v in variables],
         )
         super().build(variables)
         slots = tuple(
-            [self._slot(v, name, "float32" if k else self.moment_dtype) for v in variables]
+            [self._add_slot(v, name, "float32" if k else self.moment_dtype) for v in variables]
             for k, name in enumerate(self.slot_names)
         )
-        once = {"initializer": "zeros", "aggregation": "only_first_replica"}
-        # These come last: `save_own_variables` leaves them out.
-        skipped = self.add_variable((), dtype="int", name="skipped_steps", **once)
+        # `save_own_variables` leaves out the variables from here on.
+        per_run = {"initializer": "zeros", "aggregation": "only_first_replica"}
+        skipped = self.add_variable((), dtype="int", name="skipped_steps", **per_run)
         telemetry = None
         if self.telemetry:
             telemetry = self.add_variable(
-                (len(variables), 3), dtype="float32", name="telemetry", **once
+                (len(variables), 3), dtype="float32", name="telemetry", **per_run
             )
         plan = Plan(plans, slots, skipped, telemetry)
         if ON_TENSORFLOW:
             averages = self._model_variables_moving_average if self.use_ema else None
-            totals = self._accumulated_gradients if self.gradient_accumulation_steps else None
+            accumulators = self._accumulated_gradients if self.gradient_accumulation_steps else None
             update = xla.Update(
                 self,
                 plan,
-                [_native(v) for v in variables],
-                [[_native(v) for v in slot] for slot in slots],
-                iterations=_native(self._iterations),
-                skipped=_native(skipped),
-                telemetry=None if telemetry is None else _native(telemetry),
-                averages=averages and [_native(v) for v in averages],
-                accumulators=totals and [_native(v) for v in totals],
-                accumulation=self.gradient_accumulation_steps or 1,
+                [_backend_variable(v) for v in variables],
+                [[_backend_variable(v) for v in slot] for slot in slots],
+                iterations=_backend_variable(self._iterations),
+                skipped=_backend_variable(skipped),
+                telemetry=None if telemetry is None else _backend_variable(telemetry),
+                averages=averages and [_backend_variable(v) for v in averages],
+                accumulators=accumulators and [_backend_variable(v) for v in accumulators],
+                accumulation_steps=self.gradient_accumulation_steps or 1,
             )
             plan = dataclasses.replace(plan, update=update)
         self._plan = plan
 
-    def _slot(self, variable, name, dtype):
-        """A zero of the variable's shape beside it, whatever the variable's dtype."""
+    def _add_slot(self, variable, name, dtype):
+        """Creates a slot of zeros with the variable's shape, on its device."""
         place: Any = contextlib.nullcontext()
         if ON_TENSORFLOW:
-            place = self._distribution_strategy.extended.colocate_vars_with(_native(variable))
+            place = self._distribution_strategy.extended.colocate_vars_with(
+                _backend_variable(variable)
+            )
         with place:
             return self.add_variable(
                 shape=variable.shape,
                 initializer="zeros",
                 dtype=dtype,
                 layout=getattr(variable, "_layout", None),
-                name=f"{_path(variable).replace('/', '_')}_{name}",
+                name=f"{_path_of(variable).replace('/', '_')}_{name}",
             )
 
     def _backend_apply_gradients(self, grads, trainable_variables):
-        """The hook: what `apply` calls with gradients that are not None."""
+        """Updates the variables. `apply` calls this method with the gradients that exist."""
         index = tuple(self._get_variable_index(v) for v in trainable_variables)
         if not ON_TENSORFLOW:
-            self._apply(index, grads)
+            self._update_on_jax_or_torch(index, grads)
             return
         dense = [ops.convert_to_tensor(g, sparse=False) for g in grads]
         grads, squares = xla.sum_over_replicas(self, dense)
@@ -155,109 +160,101 @@ class Adapter(keras.optimizers.Optimizer):
             update, self._distribution_strategy, grads, self.learning_rate, squares
         )
 
-    def _apply(self, index, grads):
-        """JAX and torch: an update inside whatever step the backend compiles."""
-        plan, variables = self._plan, self._trainable_variables
-        summed: dict[int, Any] = {}
-        for i, g in zip(index, grads, strict=True):
-            g = ops.cast(_dense(g), "float32")
-            # A variable that is there twice moves by the sum, as in Keras's SGD.
-            summed[i] = summed[i] + g if i in summed else g
-        index, grads = tuple(summed), list(summed.values())
-        steps = self.gradient_accumulation_steps or 1
+    def _update_on_jax_or_torch(self, index, grads):
+        """Updates the variables, as part of the step that the backend compiles."""
+        plan = self._plan
+        variables = self._trainable_variables
+        index, grads = sum_duplicates(index, [ops.cast(_to_dense(g), "float32") for g in grads])
+        accumulation_steps = self.gradient_accumulation_steps or 1
         calls = ops.convert_to_tensor(self._iterations)
-        is_update = None
-        if steps > 1:
-            is_update = ops.equal((calls + 1) % steps, 0)
+        completes_update = ops.convert_to_tensor(True)
+        if accumulation_steps > 1:
+            completes_update = ops.equal((calls + 1) % accumulation_steps, 0)
             totals = [self._accumulated_gradients[i] for i in index]
             grads = [ops.cast(t.value, "float32") + g for t, g in zip(totals, grads, strict=True)]
             for total, g in zip(totals, grads, strict=True):
-                total.assign(ops.cast(ops.where(is_update, 0.0, g), total.dtype))
-            grads = [g / steps for g in grads]
-        updates = calls // steps
-        olds = [[ops.stop_gradient(v.value) for v in variables]]
-        olds += [[v.value for v in slot] for slot in plan.slots]
+                total.assign(ops.cast(ops.where(completes_update, 0.0, g), total.dtype))
+            grads = [g / accumulation_steps for g in grads]
+        updates = calls // accumulation_steps
+        old_values = [[ops.stop_gradient(v.value) for v in variables]]
+        old_values += [[v.value for v in slot] for slot in plan.slots]
         old_rows = None if plan.telemetry is None else plan.telemetry.value
 
+        # `ops.cond` cannot return None, so the telemetry is a list of one tensor or none.
         def update():
-            values, finite, rows = self._updated(
+            values, finite, rows = self._update_model(
                 index,
                 grads,
-                olds[0],
-                olds[1:],
+                old_values[0],
+                old_values[1:],
                 ops.cast(self.learning_rate, "float32"),
                 ops.cast(updates, "float32") + 1.0,
             )
             finite = ops.convert_to_tensor(True) if finite is None else finite
-            rows = [] if rows is None else [with_rows(old_rows, rows)]
-            return values, finite, rows
+            return values, finite, [] if rows is None else [replace_rows(old_rows, rows)]
 
         def keep():
-            return olds, ops.convert_to_tensor(True), [] if old_rows is None else [old_rows]
+            return old_values, ops.convert_to_tensor(True), [] if old_rows is None else [old_rows]
 
-        if is_update is None:
-            (values, finite, rows), made = update(), ops.convert_to_tensor(True)
+        if accumulation_steps > 1:
+            values, finite, telemetry = ops.cond(completes_update, update, keep)
         else:
-            (values, finite, rows), made = ops.cond(is_update, update, keep), is_update
-        for targets, results, old in zip((variables, *plan.slots), values, olds, strict=True):
-            for target, result, was in zip(targets, results, old, strict=True):
-                if result is not was:
-                    target.assign(result)
+            values, finite, telemetry = update()
+        for targets, news, olds in zip((variables, *plan.slots), values, old_values, strict=True):
+            for target, new, old in zip(targets, news, olds, strict=True):
+                if new is not old:
+                    target.assign(new)
         missed = ops.cast(ops.logical_not(finite), plan.skipped.dtype)
         plan.skipped.assign(plan.skipped + missed)
-        self._iterations.assign(self._iterations - steps * missed)
-        if rows:
-            plan.telemetry.assign(rows[0])
+        self._iterations.assign(self._iterations - accumulation_steps * missed)
+        if telemetry:
+            plan.telemetry.assign(telemetry[0])
         if self.use_ema:
-            self._average(ops.logical_and(finite, made), updates)
+            self._update_averages(ops.logical_and(finite, completes_update), updates)
 
-    def _average(self, made, updates):
-        """JAX and torch: Keras's moving average of all weights, where an update was made."""
+    def _update_averages(self, is_updated, updates):
+        """Updates Keras's moving averages of the weights, on JAX and torch.
+
+        Args:
+            is_updated: Boolean scalar. Whether this call updated the weights.
+            updates: Integer scalar. The number of earlier updates.
+        """
         frequency = self.ema_overwrite_frequency
         pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
         for variable, average in pairs:
             if average is None:
                 continue
-            x, old = variable.value, average.value
+            x = variable.value
+            old = average.value
             mu = self.ema_momentum * ops.cast(ops.not_equal(updates, 0), x.dtype)
-            new = ops.where(
-                made, mu * ops.cast(old, x.dtype) + (1 - mu) * x, ops.cast(old, x.dtype)
-            )
+            old = ops.cast(old, x.dtype)
+            new = ops.where(is_updated, mu * old + (1 - mu) * x, old)
             average.assign(new)
             if frequency:
-                due = ops.logical_and(made, ops.equal((updates + 1) % frequency, 0))
+                due = ops.logical_and(is_updated, ops.equal((updates + 1) % frequency, 0))
                 variable.assign(ops.where(due, new, x))
 
     def finalize_variable_values(self, var_list):
-        """Gives the moving averages to the model; before the first update there are none.
+        """Assigns the moving averages to the model, unless there was no update yet.
 
         Args:
-            var_list: list of the model's trainable variables.
+            var_list: List of the model's trainable variables.
         """
         if self._plan is not None and int(ops.convert_to_numpy(self.iterations)) > 0:
             super().finalize_variable_values(var_list)
 
-    def save_own_variables(self, store):
-        """Saves the state; counters of skipped updates and telemetry are not saved."""
-        for i, variable in enumerate(self._state_variables()):
-            store[str(i)] = ops.convert_to_numpy(variable)
-
-    def load_own_variables(self, store):
-        """Loads the state; files of version 0.1.0 also hold counters and telemetry, at the end."""
-        load_state(self, store, self._state_variables())
-
-    def _state_variables(self):
-        observations = () if self._plan is None else (self._plan.skipped, self._plan.telemetry)
-        return [v for v in self.variables if not any(v is other for other in observations)]
-
     def get_config(self):
-        """What the base saves; `ValueError` for a callable rate that no file can hold."""
+        """Returns the configuration of Keras's base class.
+
+        Raises:
+            ValueError: If the learning rate is a callable that cannot be saved.
+        """
         rates.check_savable(self._learning_rate)
         return super().get_config()
 
 
-def _dense(g):
-    """The gradient as a dense tensor: JAX's BCOO and torch's sparse tensors are made dense."""
+def _to_dense(g):
+    """Converts a sparse gradient (JAX's BCOO, torch's sparse tensors) to a dense tensor."""
     if getattr(g, "is_sparse", False):
         return g.to_dense()
     return ops.convert_to_tensor(g, sparse=False)

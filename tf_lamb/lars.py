@@ -1,4 +1,4 @@
-"""LARS: the rule of one layer, its arguments and its variants."""
+"""LARS: the update of a layer, its arguments and its variants."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,24 +6,25 @@ from typing import Any
 
 from keras import ops
 
-from tf_lamb.arguments import Variant, check_choice, check_interval, collected
+from tf_lamb.arguments import Variant, check_choice, check_interval, constructor_arguments
 from tf_lamb.layerwise import Layerwise
 from tf_lamb.norms import trust_ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What tells one published LARS from another.
+    """The differences between published versions of LARS. See the argument `form` of `LARS`.
 
     Attributes:
-        divisor: whose norm divides the ratio: "g", "d" (= g + λx) or "m".
-        decay_norm: whether λ‖x‖ is added to that norm.
-        rate_inside: whether the rate stands inside the momentum.
-        decay_inside: whether λx enters the momentum.
-        averaged: whether the momentum is an average, with 1-μ before the new term.
+        denominator: String, `"g"`, `"d"` or `"m"`. The tensor whose norm is the denominator of the
+            trust ratio, where d = g + λx.
+        decay_norm: Boolean. Whether λ‖x‖ is added to the denominator.
+        rate_inside: Boolean. Whether the momentum contains the learning rate.
+        decay_inside: Boolean. Whether the momentum contains λx.
+        averaged: Boolean. Whether the momentum is an average, in which new terms count (1-μ).
     """
 
-    divisor: str
+    denominator: str
     decay_norm: bool = False
     rate_inside: bool = False
     decay_inside: bool = True
@@ -50,7 +51,7 @@ VARIANTS = {
     "you-2017": MLPERF,
     "mlperf": MLPERF,
     "tf-contrib": Variant(
-        "tf.contrib.opt.LARSOptimizer: rate at the end, decay in the ratio alone (L2 in the loss)",
+        "tf.contrib.opt.LARSOptimizer: rate at the end, decay only in the ratio (L2 in the loss)",
         {"form": "tf-contrib"},
     ),
     "tf-models": Variant(
@@ -69,84 +70,91 @@ VARIANTS = {
 
 
 class LARSRule(Layerwise):
-    """LARS: momentum SGD whose rate is scaled, layer by layer, to the norm of the weights.
+    """LARS: SGD with momentum and a rate that is scaled to the norm of each layer's weights.
 
         r = κ ‖x‖ / (‖g‖ + λ‖x‖ + ε)          m ← μm + η r (g + λx)          x ← x - m
 
-    The rate stands inside the momentum buffer, as in MLPerf's TensorFlow runs. A layer is a
-    variable. r is 1 where ‖x‖ or ‖g‖ is zero, and for an excluded layer, which is then plain
-    momentum SGD at rate η. Slots and norms are float32 whatever the variables' dtype. Under a
-    `tf.distribute` strategy the gradients are summed first; clipping and r see the sum.
+    The learning rate is inside the momentum, as in MLPerf's TensorFlow runs. A layer is a variable,
+    unless `layer_axes` or `layer_groups` say otherwise. The trust ratio r is 1 where ‖x‖ or ‖g‖ is
+    zero, and for an excluded layer, which is then updated by momentum SGD with rate η. Slots and
+    norms are float32, whatever the dtype of the variables. Under a `tf.distribute` strategy,
+    gradients are summed over the replicas before clipping and before the trust ratio is computed.
 
     Args:
-        learning_rate: η, a number >= 0, a learning-rate schedule, a callable without arguments, or
-            a scalar float variable. A variable is used itself: assigning it changes the next
-            update. A callable is traced into a compiled step: return a tensor if the value must
-            vary. With `gradient_accumulation_steps` a schedule counts micro-batches, as in Keras;
-            the schedules of this package take the same argument, and then count updates.
-        momentum: μ, float in [0, 1).
-        weight_decay: λ, a float >= 0, or None for 0. Use it in place of an L2 term in the loss.
-        trust_coefficient: κ, a float > 0; "eeta" in TensorFlow's older code.
-        epsilon: ε, a float >= 0.
-        nesterov: whether the step looks ahead: x ← x - (μm + η r (g + λx)).
-        exclude_from_weight_decay: list of regular expressions, searched in each variable's full
-            path; a variable that one of them matches takes λ = 0. Anchor a pattern at its end
-            ("bias$"), not at its start: a path begins with the model's name, which Keras 3 drops
-            when it loads a Sequential model.
-        exclude_from_layer_adaptation: likewise for the ratio, which is then 1. `None` means "the
-            same as `exclude_from_weight_decay`"; an empty list means "adapt every layer".
-        adapt_undecayed: whether a variable without weight decay is adapted. False: it is not, as
-            in apex and timm.
-        form: which published rule; "mlperf" is the formula above. With d = g + λx:
+        learning_rate: A float >= 0, a learning-rate schedule, a callable without arguments, or a
+            scalar float variable. Defaults to 1e-3. A variable is used itself: assigning it changes
+            the next update. A callable is traced into a compiled step; return a tensor if the value
+            must vary. With `gradient_accumulation_steps`, Keras calls a schedule with the number of
+            micro-batches. The schedules of this package have the same argument, which makes them
+            count updates.
+        momentum: Float in [0, 1). The momentum μ.
+        weight_decay: Float >= 0, or `None` for 0. The decay λ. It replaces an L2 term in the loss.
+        trust_coefficient: Float > 0. The coefficient κ, called `eeta` in older TensorFlow code.
+        epsilon: Float >= 0. The constant ε.
+        nesterov: Boolean. Whether to use Nesterov momentum: x ← x - (μm + η r (g + λx)).
+        exclude_from_weight_decay: List of regular expressions. A variable whose full path contains
+            a match is not decayed. Anchor a pattern to the end of the path (`"bias$"`), not to its
+            start: a path begins with the model's name, which Keras 3 drops when it loads a
+            Sequential model.
+        exclude_from_layer_adaptation: List of regular expressions, or `None`. A variable whose full
+            path contains a match has a trust ratio of 1. `None` means the same list as
+            `exclude_from_weight_decay`; an empty list means that every layer is adapted.
+        adapt_undecayed: Boolean. If `False`, variables without weight decay are not adapted, as in
+            apex and timm.
+        form: String. The published version of the rule. `"mlperf"` is the formula above. With
+            d = g + λx:
 
             mlperf            r = κ‖x‖ / (‖g‖ + λ‖x‖ + ε)   m ← μm + ηrd        x ← x - m
             tf-models         r = κ‖x‖ / (‖d‖ + ε)          m ← μm + ηrd        x ← x - m
             tf-models-scaled  r = κ‖x‖ / (‖m‖ + ε)          m ← μm + d          x ← x - ηrm
             tf-contrib        r = κ‖x‖ / (‖g‖ + λ‖x‖ + ε)   m ← μm + g          x ← x - ηrm
             paper             r = κ‖x‖ / (‖m‖ + ε)          m ← μm + (1-μ)d     x ← x - ηrm
-        norm: "l2", "l1" or "linf".
-        trust_ratio_bounds: (low, high) that the ratio is clipped to, or None. A ratio that is 1
-            because a norm is zero is not clipped.
-        layer_axes: {pattern: axis or axes} for variables that stack layers along these axes
-            (scanned layers): each slice has a ratio of its own.
-        layer_groups: list of patterns; the variables that one matches share one ratio, from the
-            norm of all of them together. A member without a gradient is not updated, but its
-            weights are included in ‖x‖.
-        moment_dtype: "float32", or "bfloat16" to keep m in half the memory. Each update rounds it
-            to 8 bits; after five updates the distance moved differs by up to 1/128.
-        skip_nonfinite: whether an update is skipped when the sum of squares of all gradients is
-            not finite in float32: an element is NaN or infinite, or too large to be squared
-            (above 9e18). Weights, momentum, averages and step keep their values, and
-            `skipped_steps` counts the update. False: gradients are used as they are; elements
-            beyond ±2⁶³ are clipped to it, because their squares overflow float32.
-        telemetry: whether `telemetry_rows` keeps ‖x‖, the ratio's divisor and the ratio of each
-            variable.
-        jit_compile: TensorFlow only: whether XLA compiles the update. Where it cannot (a device
-            without XLA, `tf.debugging.enable_check_numerics`), a warning says so, and the update
-            runs uncompiled. Inside a step that is compiled as a whole it changes nothing.
-        clipnorm: float > 0; each gradient is scaled down to at most this norm.
-        clipvalue: float > 0; each element is clipped to ±`clipvalue`.
-        global_clipnorm: float > 0; all gradients are scaled down to at most this norm together.
-            Only one of the three may be set. Unlike in Keras 3, all of them see the gradients
-            after the sum over replicas.
-        use_ema: whether an exponential moving average of the weights is kept, as in Keras. It is
-            updated once for each update that is not skipped.
-        ema_momentum: float in [0, 1], the decay of the average.
-        ema_overwrite_frequency: int >= 1, or None: after so many updates the weights take the
-            average's values.
-        loss_scale_factor: float or None, as in Keras. Keras 3 only.
-        gradient_accumulation_steps: int >= 2 or None: an update takes the mean gradient of so
-            many calls. Averages and `iterations` count updates. Under a
-            `tf.distribute` strategy the result equals that of one replica with the whole batch.
-            Keras 3 only. A gradient of a variable that has none in the
-            call that completes an update counts in the next one.
-        based_on: name of the variant these arguments come from; `LARS.variant(name)` sets it.
-        name: name of the optimizer. `None`: as Keras names its own.
-        **base_arguments: arguments that a newer Keras's `Optimizer` takes.
+        norm: String, `"l2"`, `"l1"` or `"linf"`. The norm of weights and gradients.
+        trust_ratio_bounds: Pair (low, high) or `None`. Bounds to which the trust ratio is clipped.
+            A ratio that is 1 because a norm is zero is not clipped.
+        layer_axes: Dictionary {pattern: axis or list of axes}, for variables that stack layers
+            along these axes (scanned layers). Each slice has its own trust ratio.
+        layer_groups: List of regular expressions. The variables that match one of them share one
+            trust ratio, computed from the norms of all of them together. A member without a
+            gradient is not updated, but its weights are included in ‖x‖.
+        moment_dtype: String, `"float32"` or `"bfloat16"`. The dtype of the first moment m. With
+            `"bfloat16"` it takes half the memory, and each update rounds it to 8 bits: after five
+            updates, the change of the weights differs by up to 1/128.
+        skip_nonfinite: Boolean. If `True`, an update is skipped if the sum of squares of all
+            gradients is not finite in float32: an element is NaN or infinite, or too large to be
+            squared (above 9e18). Weights, momentum, averages and the step count keep their
+            values, and `skipped_steps` is incremented. If `False`, gradients are used as they are,
+            except that elements beyond ±2⁶³ are clipped, because their squares overflow float32.
+        telemetry: Boolean. Whether to keep ‖x‖, the ratio's denominator and the ratio of each
+            variable in `telemetry_rows`.
+        jit_compile: Boolean. Whether to compile the update with XLA, on TensorFlow. If that is not
+            possible (a device without XLA, `tf.debugging.enable_check_numerics`), the update runs
+            uncompiled after a `UserWarning`. The argument has no effect in a step that is itself
+            compiled.
+        clipnorm: Float > 0 or `None`. Each gradient is scaled down to at most this norm.
+        clipvalue: Float > 0 or `None`. Each element of a gradient is clipped to ±`clipvalue`.
+        global_clipnorm: Float > 0 or `None`. All gradients are scaled down to at most this norm
+            together. Only one of the three can be set. Unlike in Keras 3, they apply to the
+            gradients after the sum over replicas.
+        use_ema: Boolean. Whether to keep an exponential moving average of the weights, as in Keras.
+            It is updated once for each update that is not skipped.
+        ema_momentum: Float in [0, 1]. The decay of the average.
+        ema_overwrite_frequency: Integer >= 1 or `None`. The number of updates after which the
+            weights are overwritten with their averages.
+        loss_scale_factor: Float or `None`, as in Keras. Keras 3 only.
+        gradient_accumulation_steps: Integer >= 2 or `None`. The number of calls for each update,
+            which uses their mean gradient. Averages and `iterations` count updates. Under a
+            `tf.distribute` strategy, the result is that of one replica with the whole batch. If a
+            variable has no gradient in the call that completes an update, its earlier gradients
+            count in the next update. Keras 3 only.
+        based_on: String or `None`. The variant that the arguments are from. `LARS.variant(...)`
+            sets it.
+        name: String or `None`. The name of the optimizer. With `None`, Keras chooses it.
+        **base_arguments: Other arguments of the `Optimizer` class of a newer Keras.
 
     Raises:
-        ValueError: an argument outside its range, an unknown one, a pattern that is no regular
-            expression, or (when built) a variable that is not a real floating-point one.
+        ValueError: If an argument is unknown or out of range, or a pattern is not a regular
+            expression. If a variable is not a real floating-point one (in `build`).
 
     Example:
 
@@ -155,14 +163,13 @@ class LARSRule(Layerwise):
     ...     exclude_from_weight_decay=tf_lamb.RESNET_EXCLUSIONS), loss="mse")
 
     Differs from:
-        - arXiv:1904.00962, Algorithm 1, takes the ratio of the averaged momentum, without κ.
-        - tf-models' `LARS` takes the norm of the decayed gradient, ‖g + λx‖, and drops its
-          exclusion lists when saved.
-        - Keras has no LARS.
+        - arXiv:1904.00962, Algorithm 1, which uses the norm of the averaged momentum, without κ.
+        - `LARS` of tf-models, which uses the norm of the decayed gradient ‖g + λx‖, and does not
+          save its exclusion lists.
 
     References:
-        You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks",
-        arXiv:1708.03888, Algorithm 1.
+        - [You et al., 2017](https://arxiv.org/abs/1708.03888), "Large Batch Training of
+          Convolutional Networks", Algorithm 1
     """
 
     slot_names = ("momentum",)
@@ -201,7 +208,7 @@ class LARSRule(Layerwise):
         name: str | None = None,
         **base_arguments: Any,
     ) -> None:
-        arguments = collected(locals())
+        arguments = constructor_arguments(locals())
         arguments["momentum"] = check_interval("momentum", momentum, 0, 1)
         arguments["trust_coefficient"] = check_interval(
             "trust_coefficient", trust_coefficient, 0, open_low=True
@@ -213,56 +220,61 @@ class LARSRule(Layerwise):
 
     @property
     def unit_gradient(self) -> bool:
-        """LARS divides by the gradient's norm itself."""
+        """Always `False`: the trust ratio of LARS contains the norm of the gradient."""
         return False
 
     def scalars(self, t):
-        """None: LARS has no bias correction."""
+        """Returns no scalars: LARS has no bias correction."""
         return {}
 
     @property
     def rate_inside(self) -> bool:
-        """Whether m holds η r d, and not d."""
+        """Whether the momentum contains η r d instead of d."""
         return FORMS[self.hyperparameters.form].rate_inside
 
     def moments(self, g, x, slots, plan, rate):
-        """m ← μm + rate·d; with an average, m ← μm + (1-μ)d."""
-        return (self.hyperparameters.momentum * slots[0] + self.term(g, x, plan, rate),)
+        """Returns the new momentum, in a tuple."""
+        momentum = self.hyperparameters.momentum * slots[0]
+        return (momentum + self._momentum_term(g, x, plan, rate),)
 
     def direction(self, g, x, slots, scalars, plan):
-        """The tensor whose norm divides the ratio: g, d or what x moves along."""
+        """Returns g, d or the new momentum, whose norm is in the denominator of the ratio."""
         form = FORMS[self.hyperparameters.form]
-        if form.divisor == "g":
+        if form.denominator == "g":
             return g
-        return self.decayed(g, x, plan) if form.divisor == "d" else self.ahead(g, x, slots, plan)
+        if form.denominator == "d":
+            return self._decayed_gradient(g, x, plan)
+        return self._lookahead(g, x, slots, plan)
 
     def ratio(self, x_norm, u_norm, decay_norm):
-        """κ‖x‖ / (‖u‖ + ε), and what divides."""
+        """Returns κ‖x‖ / (‖u‖ + ε), with ‖λx‖ in the denominator or not, and the denominator."""
         h = self.hyperparameters
-        divisor = u_norm + h.epsilon
+        denominator = u_norm + h.epsilon
         if FORMS[h.form].decay_norm:
-            divisor = divisor + decay_norm
-        ratio = trust_ratio(h.trust_coefficient * x_norm, divisor, h.trust_ratio_bounds)
-        return ops.where(u_norm == 0, 1.0, ratio), divisor
+            denominator = denominator + decay_norm
+        ratio = trust_ratio(h.trust_coefficient * x_norm, denominator, h.trust_ratio_bounds)
+        return ops.where(u_norm == 0, 1.0, ratio), denominator
 
     def step(self, g, x, u, slots, rate, plan):
-        """x ← x - m, or x ← x - ηrm where the rate stands outside the momentum."""
+        """Returns m, or ηrm if the learning rate is outside the momentum."""
         if self.rate_inside:
-            return self.ahead(g, x, slots, plan, rate)
-        return rate * self.ahead(g, x, slots, plan)
+            return self._lookahead(g, x, slots, plan, rate)
+        return rate * self._lookahead(g, x, slots, plan)
 
-    def decayed(self, g, x, plan):
-        """d = g + λx."""
+    def _decayed_gradient(self, g, x, plan):
+        """Returns d = g + λx."""
         h = self.hyperparameters
         return g + h.weight_decay * x if plan.decayed and FORMS[h.form].decay_inside else g
 
-    def term(self, g, x, plan, rate=1.0):
-        """What an update adds to the momentum."""
+    def _momentum_term(self, g, x, plan, rate=1.0):
+        """Returns the term that an update adds to μm."""
         h = self.hyperparameters
-        share = 1 - h.momentum if FORMS[h.form].averaged else 1.0
-        return rate * share * self.decayed(g, x, plan)
+        weight = 1 - h.momentum if FORMS[h.form].averaged else 1.0
+        return rate * weight * self._decayed_gradient(g, x, plan)
 
-    def ahead(self, g, x, slots, plan, rate=1.0):
-        """What x moves along: the new m, with Nesterov one step ahead of it."""
+    def _lookahead(self, g, x, slots, plan, rate=1.0):
+        """Returns the new momentum, with Nesterov momentum one step ahead."""
         h = self.hyperparameters
-        return h.momentum * slots[0] + self.term(g, x, plan, rate) if h.nesterov else slots[0]
+        if not h.nesterov:
+            return slots[0]
+        return h.momentum * slots[0] + self._momentum_term(g, x, plan, rate)

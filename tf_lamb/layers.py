@@ -1,4 +1,4 @@
-"""What is done to each variable, decided once from patterns and paths."""
+"""Default exclusions, and the decision from patterns and paths what is done to each variable."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,24 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from tf_lamb.exclusions import READY_LISTS
+# Default exclusions: normalization and biases, as in the published runs. BERT: "LayerNorm",
+# "layer_norm", "bias" (google-research/bert, optimization.py; tf-models). ResNet-50:
+# "batch_normalization", "bn", "bias" (MLPerf training v0.7, Google, resnet). For those models the
+# pattern below selects the same variables.
+#
+# The end of a path decides, so "norm_conv/kernel" is still a kernel. Excluded are: a bias; "gamma"
+# or "beta"; "scale" or "weight" in a layer whose name ends in the name of a normalization,
+# optionally with a number; LayerScale factors, which start near zero, where a trust ratio would
+# hold them. A table of relative positions is an embedding, unless its name ends in "bias".
+# `python -m benchmarks.exclusions` lists the result for many networks.
+BERT_EXCLUSIONS = (
+    r"(?i)bias$|(^|/)(gamma|beta)$"
+    r"|(norm|normalization|(^|[/_])([blg]n|grn|rms))[._]?\d*/(scale|weight)$"
+    r"|layer_?scale|(^|/)lambda_?\d$",
+)
+RESNET_EXCLUSIONS = BERT_EXCLUSIONS
+# These patterns may match nothing without a warning: a model without biases is ordinary.
+NEVER_WARN = frozenset((*BERT_EXCLUSIONS, *RESNET_EXCLUSIONS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,17 +31,18 @@ class VariablePlan:
     """What was decided for one variable when the optimizer was built.
 
     Attributes:
-        name: its full path, `"encoder/dense/kernel"`, without TensorFlow's `:0`.
-        shape: its static shape.
-        decayed: whether weight decay enters its update.
-        adapted: whether its step is scaled by a trust ratio.
-        axes: axes along which the variable stacks layers, each with its own ratio; () for one
-            layer.
-        group: the pattern of the group that shares one ratio with it, or None; a variable that is
-            not adapted has no ratio, and is in no group.
-        overwritten: whether Keras writes the "gradient" into the variable instead of calling the
-            optimizer (the scales of float8 training). Such a variable is neither decayed nor
-            adapted.
+        name: String. The variable's full path, such as `"encoder/dense/kernel"`, without
+            TensorFlow's `:0`.
+        shape: Tuple of integers. The variable's static shape.
+        decayed: Boolean. Whether weight decay is part of its update.
+        adapted: Boolean. Whether its step is scaled by a trust ratio.
+        axes: Tuple of integers. The axes along which the variable stacks layers; each slice along
+            them has its own trust ratio. `()` if the variable is a single layer.
+        group: String or `None`. The pattern of the group that the variable shares a trust ratio
+            with. `None` for a variable that is not adapted, since it has no ratio.
+        overwritten: Boolean. Whether Keras assigns the "gradient" to the variable instead of
+            calling the optimizer (the scales of float8 training). Such a variable is neither
+            decayed nor adapted.
     """
 
     name: str
@@ -38,7 +56,14 @@ class VariablePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Patterns:
-    """The constructor's patterns; `no_adaptation=None` means "the same as `no_decay`"."""
+    """The patterns given to the constructor, checked.
+
+    Attributes:
+        no_decay: `exclude_from_weight_decay`.
+        no_adaptation: `exclude_from_layer_adaptation`; `None` means the same as `no_decay`.
+        axes: `layer_axes`.
+        groups: `layer_groups`.
+    """
 
     no_decay: tuple[str, ...]
     no_adaptation: tuple[str, ...] | None
@@ -54,33 +79,40 @@ def plan_variables(
 ) -> tuple[VariablePlan, ...]:
     """Matches the patterns against the variables' paths.
 
-    A pattern that matches no variable is a `UserWarning`, unless it is one of the ready lists'.
+    A pattern that matches no variable causes a `UserWarning`, unless it is `BERT_EXCLUSIONS` or
+    `RESNET_EXCLUSIONS`.
 
     Args:
-        names: the variables' full paths.
-        shapes: their static shapes.
-        patterns: the constructor's patterns.
-        overwritten: for each variable, whether Keras overwrites it with its gradient.
+        names: The variables' full paths.
+        shapes: Their static shapes.
+        patterns: The constructor's patterns.
+        overwritten: For each variable, whether Keras overwrites it with its gradient. `None` means
+            that no variable is overwritten.
+
+    Returns:
+        A tuple with a `VariablePlan` for each variable.
 
     Raises:
-        ValueError: a variable that matches two patterns of `axes` or `groups`, or lacks an axis.
+        ValueError: If a variable matches more than one pattern of `axes` and `groups`, or does not
+            have an axis that its pattern names.
     """
-    _warn_of_unmatched(names, patterns)
-    no_decay, no_adaptation = patterns.no_decay, patterns.no_adaptation
-    no_adaptation = no_decay if no_adaptation is None else no_adaptation
+    _warn_unmatched_patterns(names, patterns)
+    no_adaptation = patterns.no_adaptation
+    if no_adaptation is None:
+        no_adaptation = patterns.no_decay
+    if overwritten is None:
+        overwritten = [False] * len(names)
 
-    def matching(name, those):
-        return [pattern for pattern in those if re.search(pattern, name)]
+    def matching(name, candidates):
+        return [pattern for pattern in candidates if re.search(pattern, name)]
 
     plans = []
-    for name, shape, skipped in zip(
-        names, shapes, overwritten or [False] * len(names), strict=True
-    ):
-        stacked, groups = matching(name, patterns.axes), matching(name, patterns.groups)
-        adapted = not skipped and not matching(name, no_adaptation)
+    for name, shape, is_overwritten in zip(names, shapes, overwritten, strict=True):
+        stacked = matching(name, patterns.axes)
+        groups = matching(name, patterns.groups)
         if len(stacked) + len(groups) > 1:
             raise ValueError(
-                "A variable belongs to one pattern of `layer_axes` or `layer_groups` at most. "
+                "A variable may match only one pattern of `layer_axes` and `layer_groups`. "
                 f"Received: {name!r}, which matches {', '.join(map(repr, stacked + groups))}."
             )
         axes = patterns.axes[stacked[0]] if stacked else ()
@@ -90,22 +122,26 @@ def plan_variables(
                 f"`layer_axes` must name axes that the variable has. Received: "
                 f"{stacked[0]!r}: {axes} for {name!r} of shape {tuple(shape)}."
             )
+        adapted = not is_overwritten and not matching(name, no_adaptation)
         plans.append(
             VariablePlan(
                 name,
                 tuple(shape),
-                decayed=not skipped and not matching(name, no_decay),
+                decayed=not is_overwritten and not matching(name, patterns.no_decay),
                 adapted=adapted,
                 axes=tuple(axis % rank for axis in axes),
                 group=groups[0] if groups and adapted else None,
-                overwritten=skipped,
+                overwritten=is_overwritten,
             )
         )
     return tuple(plans)
 
 
-def _warn_of_unmatched(names, patterns: Patterns) -> None:
-    """Frozen layers, LoRA and models without biases are ordinary; a misspelt pattern is not."""
+def _warn_unmatched_patterns(names: Sequence[str], patterns: Patterns) -> None:
+    """Warns for each pattern that matches no variable, and names the nearest variables.
+
+    This is not an error: frozen layers, LoRA and models without biases leave patterns unused.
+    """
     arguments = {
         "exclude_from_weight_decay": patterns.no_decay,
         "exclude_from_layer_adaptation": patterns.no_adaptation or (),
@@ -114,10 +150,10 @@ def _warn_of_unmatched(names, patterns: Patterns) -> None:
     }
     for argument, given in arguments.items():
         for pattern in given:
-            if pattern in READY_LISTS or any(re.search(pattern, name) for name in names):
+            if pattern in NEVER_WARN or any(re.search(pattern, name) for name in names):
                 continue
             words = re.sub(r"[^\w/]+", "", pattern)
-            # Compared with each part of a path, too: a pattern is rarely as long as the path.
+            # Also compared with each part of a path: a pattern is usually shorter than the path.
             parts = {part: name for name in names for part in (*name.split("/"), name)}
             near = difflib.get_close_matches(words, parts, n=3, cutoff=0.4)
             nearest = list(dict.fromkeys(parts[part] for part in near)) or list(names[:3])
@@ -130,13 +166,22 @@ def _warn_of_unmatched(names, patterns: Patterns) -> None:
 
 
 def table_lines(plans: Sequence[VariablePlan]) -> list[str]:
-    """One line for the columns' names, then one for each variable."""
+    """Returns the lines of `layer_table()`: a header, then one line for each variable."""
     rows: list[tuple[str, ...]] = [("variable", "shape", "decayed", "adapted", "group")]
     for plan in plans:
+        if plan.overwritten:
+            note = "overwritten by its gradient"
+        elif plan.axes:
+            note = "slices of " + ", ".join(map(str, plan.axes))
+        else:
+            note = plan.group or "-"
         marks = ("yes" if flag else "-" for flag in (plan.decayed, plan.adapted))
-        note = "slices of " + ", ".join(map(str, plan.axes)) if plan.axes else "-"
-        note = "overwritten by its gradient" if plan.overwritten else note
-        rows.append((plan.name, str(plan.shape), *marks, plan.group or note))
+        rows.append((plan.name, str(plan.shape), *marks, note))
+    return align_columns(rows)
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns one line for each row, with cells padded to the width of their column."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""What LAMB and LARS share in every Keras flavour: arguments, plan, update of a layer, config."""
+"""What LAMB and LARS share with every Keras: arguments, plan, update of a layer, saving."""
 
 import dataclasses
 import difflib
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from tf_lamb import learning_rate as rates
@@ -21,17 +22,17 @@ from tf_lamb.arguments import (
     check_choice,
     check_interval,
     check_patterns,
-    plain,
+    to_json,
 )
 from tf_lamb.layers import Patterns, VariablePlan, plan_variables, table_lines
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-# Arguments that the optimizers of tf_keras lack.
+# Arguments that optimizers of tf_keras do not have.
 KERAS_3_ONLY = ("loss_scale_factor", "gradient_accumulation_steps")
-# Arguments that may be set on an optimizer; Keras itself does.
-SETTABLE = ("learning_rate", "loss_scale_factor", "jit_compile", "name")
+# Arguments that can be assigned after construction; Keras does so.
+SETTABLE = ("learning_rate", "loss_scale_factor", "name")
 MOMENT_DTYPES = ("float32", "bfloat16")
-# Arguments that say which rule it is. Where one differs from a variant's, it is another rule.
+# Arguments that change the formula. An optimizer that overrides one is no longer the variant.
 FORMULA = (
     "adapt_undecayed",
     "bias_correction",
@@ -48,14 +49,14 @@ FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything `build` makes. A dataclass, so that Keras does not track its variables twice.
+    """Everything that `build` creates. A dataclass, so that Keras does not track it twice.
 
     Attributes:
-        variables: a `VariablePlan` for each variable.
-        slots: one list of variables for each of the rule's slots.
-        skipped: int variable, how many updates were skipped.
-        telemetry: [variables, 3] float32 variable, or None.
-        update: on TensorFlow, the `xla.Update`.
+        variables: Tuple with a `VariablePlan` for each variable.
+        slots: Tuple with a list of variables for each slot of the rule.
+        skipped: Integer variable, the number of skipped updates.
+        telemetry: Float32 variable of shape [variables, 3], or `None`.
+        update: The `xla.Update` on TensorFlow, or `None`.
     """
 
     variables: tuple[VariablePlan, ...]
@@ -65,9 +66,14 @@ class Plan:
     update: Any = None
 
     def layers(self, index: Sequence[int]) -> list[tuple[int, ...]]:
-        """The variables at `index` as layers: positions of those that share one ratio.
+        """Groups the variables at `index` into layers.
 
-        A group is whole, with the members that are not at `index`.
+        Args:
+            index: Positions of variables.
+
+        Returns:
+            A list with a tuple for each layer: the positions of the variables that share its trust
+            ratio. A group contains all its members, including those that are not in `index`.
         """
         layers: dict[Any, tuple[int, ...]] = {}
         for i in index:
@@ -86,33 +92,38 @@ class Gradients:
     """The result of one pass over all gradients, before any variable is updated.
 
     Attributes:
-        finite: boolean scalar, False where the update must be skipped; None without
+        finite: Boolean scalar, `False` if the update must be skipped. `None` without
             `skip_nonfinite`.
-        scales: a float32 scalar for each gradient, by which it is multiplied; None for no scaling.
-        nonfinite: for each gradient a float32 scalar, 0 or NaN; None without `skip_nonfinite`.
+        scales: List with a float32 scalar for each gradient, by which it is multiplied. `None` for
+            no scaling.
+        nonfinite_marks: List with a float32 scalar for each gradient: NaN if the gradient is not
+            finite, and 0 otherwise. `None` without `skip_nonfinite`.
     """
 
     finite: Any
     scales: Sequence[Any] | None
-    nonfinite: Sequence[Any] | None
+    nonfinite_marks: Sequence[Any] | None
 
 
 class Layerwise:
-    """The part of an optimizer that is the same in every Keras flavour and for both rules.
+    """The part of an optimizer that does not depend on the rule or on the version of Keras.
 
-    A rule (`lamb.LAMBRule`, `lars.LARSRule`) is its subclass, and defines `slot_names`,
-    `variants`, `scalars`, `moments`, `direction`, `ratio` and `step`. An adapter (`keras3.Adapter`,
-    `tf_keras.Adapter`) is the next base class, and a Keras optimizer.
+    The base classes of an optimizer, in their method resolution order, are:
+
+    - a rule (`lamb.LAMBRule` or `lars.LARSRule`), a subclass of this class that defines
+      `slot_names`, `variants`, `scalars`, `moments`, `direction`, `ratio` and `step`;
+    - this class, `Layerwise`;
+    - an adapter (`keras3.Adapter` or `tf_keras.Adapter`), which is a Keras optimizer.
     """
 
     slot_names: tuple[str, ...]
     variants: Mapping[str, Variant]
-    schedule_class: type  # the flavour's LearningRateSchedule
+    schedule_class: type  # The `LearningRateSchedule` of the adapter's Keras.
 
     hyperparameters: Hyperparameters
     _plan: Plan | None
 
-    # What a Keras optimizer has; declared for type checkers.
+    # Attributes of a Keras optimizer, declared for type checkers.
     clipnorm: float | None
     clipvalue: float | None
     global_clipnorm: float | None
@@ -121,14 +132,19 @@ class Layerwise:
         """Checks the arguments that both rules have, and constructs the Keras optimizer.
 
         Args:
-            arguments: the rule's constructor arguments by name.
-            base_arguments: others, which a newer Keras may have.
+            arguments: Dictionary of the rule's constructor arguments.
+            base_arguments: Dictionary of other arguments, which a newer Keras may have.
+
+        Raises:
+            ValueError: If an argument is unknown or out of range.
         """
         own = self._own_parameters()
         base = self._base_parameters()
-        self._check_unknown(base_arguments, [*own, *base])
+        self._check_names(base_arguments, [*own, *base])
         given = arguments | {
-            "learning_rate": rates.checked(arguments["learning_rate"], self.schedule_class),
+            "learning_rate": rates.check_learning_rate(
+                arguments["learning_rate"], self.schedule_class
+            ),
             "weight_decay": check_interval("weight_decay", arguments["weight_decay"] or 0.0, 0),
             "trust_ratio_bounds": check_bounds(
                 "trust_ratio_bounds", arguments["trust_ratio_bounds"]
@@ -175,15 +191,16 @@ class Layerwise:
 
     @classmethod
     def _base_parameters(cls) -> dict[str, inspect.Parameter]:
-        """The arguments of the flavour's optimizer, taken from its signature."""
-        return _parameters(cls.__mro__[cls.__mro__.index(Layerwise) + 1 :])
+        """Returns the constructor parameters of Keras's `Optimizer` and of the adapter."""
+        return _constructor_parameters(cls.__mro__[cls.__mro__.index(Layerwise) + 1 :])
 
     @classmethod
     def _own_parameters(cls) -> dict[str, inspect.Parameter]:
-        """The arguments of the rule, and of a user's subclass."""
-        return _parameters(cls.__mro__[: cls.__mro__.index(Layerwise)])
+        """Returns the constructor parameters of the rule, and of a user's subclass."""
+        return _constructor_parameters(cls.__mro__[: cls.__mro__.index(Layerwise)])
 
-    def _check_unknown(self, arguments: dict[str, Any], known: Sequence[str]) -> None:
+    def _check_names(self, arguments: dict[str, Any], known: Sequence[str]) -> None:
+        """Raises `ValueError` for an argument that is not in `known`, with the name to use."""
         for unknown in arguments.keys() - set(known):
             nearest = difflib.get_close_matches(unknown, known, n=1)
             hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
@@ -195,7 +212,7 @@ class Layerwise:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Constructor arguments are attributes, as in every Keras optimizer."""
+        """Returns a constructor argument, as attributes of other Keras optimizers do."""
         hyperparameters = self.__dict__.get("hyperparameters")
         if hyperparameters is not None and name in hyperparameters:
             return hyperparameters[name]
@@ -204,25 +221,33 @@ class Layerwise:
     def __setattr__(self, name: str, value: Any) -> None:
         hyperparameters = self.__dict__.get("hyperparameters")
         if hyperparameters is not None and name in hyperparameters and name not in SETTABLE:
-            setattr(hyperparameters, name, value)  # raises
+            setattr(hyperparameters, name, value)  # Raises `AttributeError`.
         super().__setattr__(name, value)
 
     @classmethod
-    def variant(cls, name: str, learning_rate: Any = 1e-3, **arguments: Any):
-        """The optimizer with the arguments of a published variant, overridden by `arguments`.
+    def variant(cls, variant: str, /, learning_rate: Any = 1e-3, **arguments: Any):
+        """Creates the optimizer with the arguments of a published variant.
 
-        `based_on` names the variant, unless `arguments` make another rule of it.
+        The attribute `based_on` of the result is the variant, or `None` if `arguments` override
+        the variant's own settings or another part of its formula.
 
         Args:
-            name: one of `variants`.
-            learning_rate: as in the constructor.
-            **arguments: any other arguments of the constructor.
+            variant: String. A key of `variants`. Positional only.
+            learning_rate: As in the constructor.
+            **arguments: Other arguments of the constructor. They override those of the variant.
+
+        Returns:
+            An optimizer of this class.
 
         Raises:
-            ValueError: an unknown variant; the message lists them.
+            ValueError: If there is no such variant. The message lists the variants.
+
+        Example:
+
+        >>> optimizer = tf_lamb.LAMB.variant("nvlamb", 1e-3, name="nvlamb")
         """
-        check_choice("variant", name, tuple(cls.variants))
-        settings = cls.variants[name].arguments
+        check_choice("variant", variant, tuple(cls.variants))
+        settings = cls.variants[variant].arguments
         defaults = cls._own_parameters()
 
         def published(key):
@@ -231,13 +256,23 @@ class Layerwise:
         changed = [
             key
             for key, value in arguments.items()
-            if (key in settings or key in FORMULA) and plain(value) != plain(published(key))
+            if (key in settings or key in FORMULA) and to_json(value) != to_json(published(key))
         ]
-        named = {"learning_rate": learning_rate, "based_on": None if changed else name}
-        return cls(**named | settings | arguments)
+        derived = {"learning_rate": learning_rate, "based_on": None if changed else variant}
+        return cls(**derived | settings | arguments)
 
     def _make_plan(self, names, shapes, dtypes, overwritten=None) -> tuple[VariablePlan, ...]:
-        """A plan for each variable, from their paths, static shapes and names of dtypes."""
+        """Returns a `VariablePlan` for each variable.
+
+        Args:
+            names: The variables' full paths.
+            shapes: Their static shapes.
+            dtypes: Names of their dtypes.
+            overwritten: For each variable, whether Keras overwrites it with its gradient.
+
+        Raises:
+            ValueError: If a variable is not a real floating-point one, or as in `plan_variables`.
+        """
         for name, dtype in zip(names, dtypes, strict=True):
             if "float" not in dtype:
                 raise ValueError(
@@ -247,120 +282,137 @@ class Layerwise:
         plans = plan_variables(names, shapes, self._patterns, overwritten)
         if self.adapt_undecayed:
             return plans
-        decays = self.weight_decay > 0
         return tuple(
-            dataclasses.replace(plan, adapted=False, group=None)
-            if not (plan.decayed and decays)
-            else plan
+            plan
+            if plan.decayed and self.weight_decay > 0
+            else dataclasses.replace(plan, adapted=False, group=None)
             for plan in plans
         )
 
-    def _rule(self):
-        """The rule with its arguments, without the optimizer's variables: programs hold it."""
+    def _rule_without_variables(self):
+        """Returns an object with the rule's methods and arguments, but no variables.
+
+        Compiled programs are shared among optimizers and must not keep their variables alive.
+        """
         kept = {k: v for k, v in self.hyperparameters.items() if k != "learning_rate"}
         if type(self).__module__.startswith("tf_lamb."):
-            # LAMBRule or LARSRule: both flavours then share programs.
-            owner = type(self).__mro__[1]
+            # `LAMBRule` or `LARSRule`, so that programs are also shared between Keras 3 and
+            # tf_keras.
+            rule_class = type(self).__mro__[1]
         else:
-            owner = type(self)
-            # A user's subclass may read plain attributes of its own.
+            rule_class = type(self)
+            # The methods of a user's subclass may read plain attributes of their own.
             plain_types = (bool, int, float, str, tuple)
             own = {k: v for k, v in vars(self).items() if isinstance(v, plain_types)}
             kept |= {k: v for k, v in own.items() if k not in ("name", "built")}
-        rule = object.__new__(owner)
+        rule = object.__new__(rule_class)
         rule.__dict__["hyperparameters"] = Hyperparameters(kept)
         return rule
 
-    # The rule, for one variable (or slice); LAMB and LARS define these.
+    # The rule for one variable or slice. LAMB and LARS define these methods, in which g is the
+    # gradient, x the variable and u the direction, all float32 tensors; `slots` is a tuple of
+    # float32 tensors, and `plan` a `VariablePlan`.
 
     def scalars(self, t) -> dict[str, Any]:
-        """Float32 scalars that the rule needs in update t, counted from 1: computed once."""
+        """Returns float32 scalars that all layers share in update t, counted from 1."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def moments(self, g, x, slots, plan, rate):
-        """The slots' new values; `rate` is η times the ratio where it stands inside them."""
+        """Returns the new slots. `rate` is η times the trust ratio, or 1 if not `rate_inside`."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def direction(self, g, x, slots, scalars, plan):
-        """The tensor whose norm divides the trust ratio."""
+        """Returns u, whose norm is in the denominator of the trust ratio."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def ratio(self, x_norm, u_norm, decay_norm):
-        """The trust ratio, and what divided it (for telemetry)."""
+        """Returns the trust ratio and its denominator, given ‖x‖, ‖u‖ and ‖λx‖."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def step(self, g, x, u, slots, rate, plan):
-        """What is subtracted from x; `rate` is η times the ratio."""
+        """Returns the tensor that is subtracted from x. `rate` is η times the trust ratio."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     @property
     def rate_inside(self) -> bool:
-        """Whether the rate stands inside the moments, so that they follow the ratio."""
+        """Whether the moments contain the learning rate, and so are updated after the ratio."""
         return False
 
-    # Clipping, skipping and dtypes, which are the same for every rule.
+    # Clipping, skipping and dtypes, which are the same for both rules.
 
     @property
     def checks_finite_per_replica(self) -> bool:
         """Whether each replica may check its own gradients before they are summed.
 
-        Clipping reads the gradients after the sum; then their finiteness costs nothing more.
+        Not with clipping: it reads the summed gradients anyway, so the check after the sum is free.
         """
         clips = self.clipnorm or self.global_clipnorm or self.unit_gradient
         return self.skip_nonfinite and not clips
 
     def measure_gradients(self, grads, squares=None) -> Gradients:
-        """One pass over all gradients: can they be used, and how are they clipped?
+        """Checks in one pass whether the gradients are finite, and computes their clipping.
 
         Args:
-            grads: list of float32 tensors, summed over the replicas.
-            squares: for each gradient the sum of squares of its elements, or a number above it; a
-                list of float32 scalars. None: it is computed here.
+            grads: List of float32 tensors, summed over the replicas.
+            squares: List of float32 scalars: for each gradient the sum of squares of its elements,
+                or an upper bound of it. `None`: it is computed here.
+
+        Returns:
+            A `Gradients`.
         """
-        clip, total = self.clipnorm, self.global_clipnorm
-        if not (self.skip_nonfinite or clip or total or self.unit_gradient):
+        clipnorm = self.clipnorm
+        global_clipnorm = self.global_clipnorm
+        if not (self.skip_nonfinite or clipnorm or global_clipnorm or self.unit_gradient):
             return Gradients(None, None, None)
         if self.skip_nonfinite:
             if squares is None:
                 squares = [norms.sum_squares(g) for g in grads]
-            finite = norms.is_finite(norms.added(squares))
-            nonfinite = [0.0 * (norms.HEADROOM * s) for s in squares]  # 0·∞ is NaN
-            norm = lambda some: ops.sqrt(norms.added([squares[i] for i in some]))  # noqa: E731
+            finite = norms.is_finite(norms.sum_scalars(squares))
+            marks = [0.0 * (norms.HEADROOM * square) for square in squares]  # 0·∞ is NaN.
+
+            def norm(positions):
+                return ops.sqrt(norms.sum_scalars([squares[i] for i in positions]))
+
         else:
-            finite = nonfinite = None
-            grads = [norms.limited(g) for g in grads]
-            norm = lambda some: norms.safe_norm([grads[i] for i in some])  # noqa: E731
+            finite = marks = None
+            grads = [norms.clip_to_squarable(g) for g in grads]
+
+            def norm(positions):
+                return norms.norm_without_overflow([grads[i] for i in positions])
+
         everything = range(len(grads))
         scales = None
-        if clip:
-            scales = [clip / ops.maximum(norm([i]), clip) for i in everything]
-        elif total:
-            scales = [total / ops.maximum(norm(everything), total)] * len(grads)
+        if clipnorm:
+            scales = [clipnorm / ops.maximum(norm([i]), clipnorm) for i in everything]
+        elif global_clipnorm:
+            scale = global_clipnorm / ops.maximum(norm(everything), global_clipnorm)
+            scales = [scale] * len(grads)
         elif self.unit_gradient:
             scales = [ops.divide_no_nan(1.0, norm(everything))] * len(grads)
-        return Gradients(finite, scales, nonfinite)
+        return Gradients(finite, scales, marks)
 
     def update_layer(
         self, plans, grads, params, slots, learning_rate, finite, scales, scalars, *, measure
     ):
-        """New values of the variables of one layer, which share a trust ratio.
+        """Returns new values of the variables of one layer, which share a trust ratio.
 
         Args:
-            plans: a `VariablePlan` for each variable. There is more than one only in a group.
-            grads: a float tensor for each variable, summed over the replicas; None for a member
-                of a group that has no gradient. It is not updated; the group's ‖x‖ contains it.
-            params: list of float tensors, the variables' values, of any dtype.
-            slots: for each variable the values of its slots, a tuple of float tensors.
-            learning_rate: float32 scalar η.
-            finite: boolean scalar; where it is False, all values are returned as they came in.
-                None: they never are.
-            scales: a float32 scalar for each gradient, or None.
-            scalars: what `self.scalars` returned.
-            measure: whether to measure a layer that is not adapted, too.
+            plans: List with a `VariablePlan` for each variable. Only a group has more than one.
+            grads: List with a float tensor for each variable, summed over the replicas. `None` for
+                a member of a group without a gradient: it is not updated, but counts in ‖x‖.
+            params: List of float tensors of any dtype, the variables' values.
+            slots: List with a tuple of float tensors for each variable, the values of its slots.
+            learning_rate: Float32 scalar η.
+            finite: Boolean scalar. If it is `False`, the old values are returned. `None` is the
+                same as `True`.
+            scales: List with a float32 scalar for each gradient, or `None`.
+            scalars: The result of `self.scalars`.
+            measure: Boolean. Whether to compute the norms of a layer that is not adapted.
 
         Returns:
-            `(params, slots, measured)`: lists like those that came in, and float32
-            (‖x‖, ‖u‖, ratio), scalars or [.., 1, ..]; None where it was not measured.
+            A tuple `(params, slots, measured)`. The lists are like the arguments. `measured` is
+            a tuple (‖x‖, ‖u‖, ratio) of float32 tensors, scalars or [..., 1, ...], or `None` if
+            the norms were not computed.
         """
 
         def select(new, old):
@@ -369,77 +421,86 @@ class Layerwise:
 
         xs = [ops.cast(x, "float32") for x in params]
         gs = [None if g is None else ops.cast(g, "float32") for g in grads]
-        moving = [i for i, g in enumerate(grads) if g is not None]
-        for i in moving:
+        updated = [i for i, g in enumerate(grads) if g is not None]
+        for i in updated:
             if not self.skip_nonfinite:
-                gs[i] = norms.limited(gs[i])
+                gs[i] = norms.clip_to_squarable(gs[i])
             if scales is not None:
                 gs[i] = gs[i] * scales[i]
             if self.clipvalue is not None:
                 gs[i] = ops.clip(gs[i], -self.clipvalue, self.clipvalue)
-        new_slots, moments = list(slots), [_wide(own) for own in slots]
+        new_slots = list(slots)
+        moments = [tuple(ops.cast(slot, "float32") for slot in own) for own in slots]
 
-        def move_slots(rate):
-            # What follows reads the values that are stored: a compiler can write over the old ones.
-            for i in moving:
-                moved = self.moments(gs[i], xs[i], moments[i], plans[i], rate)
-                pairs = zip(moved, moments[i], strict=True)
+        def update_slots(rate):
+            # The direction is computed from the selected moments, not from the unselected ones:
+            # the compiler can then overwrite the old slots in place.
+            for i in updated:
+                new_moments = self.moments(gs[i], xs[i], moments[i], plans[i], rate)
+                pairs = zip(new_moments, moments[i], strict=True)
                 moments[i] = tuple(select(new, old) for new, old in pairs)
                 pairs = zip(moments[i], slots[i], strict=True)
                 new_slots[i] = tuple(ops.cast(new, old.dtype) for new, old in pairs)
 
         if not self.rate_inside:
-            move_slots(1.0)
-        u = {i: self.direction(gs[i], xs[i], moments[i], scalars, plans[i]) for i in moving}
+            update_slots(1.0)
+        u = {i: self.direction(gs[i], xs[i], moments[i], scalars, plans[i]) for i in updated}
         rate = learning_rate * scalars.get("rate", 1.0)
         measured = None
         if plans[0].adapted or measure:
             x_norm = norms.layer_norm(xs, self.norm, plans[0].axes)
             u_norm = norms.layer_norm(list(u.values()), self.norm, plans[0].axes)
-            ratio, divisor = self.ratio(x_norm, u_norm, self._decay_norm(x_norm, xs, plans))
+            decay_norm = self._decay_norm(x_norm, xs, plans)
+            ratio, denominator = self.ratio(x_norm, u_norm, decay_norm)
             if plans[0].adapted:
                 rate = rate * ratio
             else:
                 ratio = ops.ones((), "float32")
-            measured = (x_norm, divisor, ratio)
+            measured = (x_norm, denominator, ratio)
         if self.rate_inside:
-            move_slots(rate)
+            update_slots(rate)
         new_params = list(params)
-        for i in moving:
+        for i in updated:
             delta = self.step(gs[i], xs[i], u[i], moments[i], rate, plans[i])
-            new_params[i] = select(_descended(params[i], xs[i], delta), params[i])
+            if "float64" in str(params[i].dtype):
+                new = params[i] - ops.cast(delta, params[i].dtype)
+            else:
+                new = xs[i] - delta
+            new_params[i] = select(new, params[i])
         return new_params, new_slots, measured
 
     def _decay_norm(self, x_norm, xs, plans):
-        """‖λx‖ of the layer; in a group, some members may not be decayed."""
+        """Returns ‖λx‖ of the layer. In a group, some members may not be decayed."""
         decays = [self.weight_decay if plan.decayed else 0.0 for plan in plans]
         if len(set(decays)) == 1:
             return decays[0] * x_norm
         return norms.layer_norm([d * x for d, x in zip(decays, xs, strict=True)], self.norm)
 
-    def _updated(self, index, grads, params, slots, learning_rate, step):
-        """New values of a whole model's variables and slots.
+    def _update_model(self, index, grads, params, slots, learning_rate, step):
+        """Returns new values of all variables and slots of a model.
 
         Args:
-            index: tuple of Python ints, positions of the variables that have a gradient.
-            grads: list of float tensors, summed over the replicas, one for each position.
-            params: list of float tensors, the values of all variables.
-            slots: one list of float tensors for each of `slot_names`, of all variables.
-            learning_rate, step: float32 scalars; `step` is 1 in the first update.
+            index: Tuple of integers, the positions of the variables that have a gradient.
+            grads: List of float tensors, summed over the replicas, one for each position.
+            params: List of float tensors, the values of all variables.
+            slots: List of float tensors of all variables, for each of `slot_names`.
+            learning_rate: Float32 scalar η.
+            step: Float32 scalar t, 1 in the first update.
 
         Returns:
-            `(values, finite, rows)`: the lists `(params, *slots)`; a boolean scalar, or None;
-            {position: [3] float32 telemetry} of the variables at `index`, or None.
+            A tuple `(values, finite, rows)`. `values` is a list `[params, *slots]`. `finite` is a
+            boolean scalar or `None`. `rows` is a dictionary {position: [3] float32 tensor} with
+            the telemetry of the variables at `index`, or `None`.
         """
         plan = self._built_plan()
         grads = [ops.cast(g, "float32") for g in grads]
         gradients = self.measure_gradients(grads)
         scalars = self.scalars(step)
-        at = {i: place for place, i in enumerate(index)}
-        values = [list(params), *(list(kind) for kind in slots)]
+        place_of = {i: place for place, i in enumerate(index)}
+        values = [list(params), *(list(slot) for slot in slots)]
         rows: dict[int, Any] | None = {} if self.telemetry else None
         for layer in plan.layers(index):
-            places = [at.get(i) for i in layer]
+            places = [place_of.get(i) for i in layer]
             scales = gradients.scales and [
                 None if p is None else gradients.scales[p] for p in places
             ]
@@ -447,7 +508,7 @@ class Layerwise:
                 [plan.variables[i] for i in layer],
                 [None if p is None else grads[p] for p in places],
                 [params[i] for i in layer],
-                [tuple(kind[i] for kind in slots) for i in layer],
+                [tuple(slot[i] for slot in slots) for i in layer],
                 learning_rate,
                 gradients.finite,
                 scales,
@@ -455,87 +516,117 @@ class Layerwise:
                 measure=self.telemetry,
             )
             for place, i, x, own in zip(places, layer, new_params, new_slots, strict=True):
-                for kind, value in zip(values, (x, *own), strict=True):
-                    kind[i] = value
+                for values_of_one_kind, value in zip(values, (x, *own), strict=True):
+                    values_of_one_kind[i] = value
                 if rows is not None and place is not None:
-                    rows[i] = telemetry_row(measured, gradients.nonfinite, place)
+                    rows[i] = telemetry_row(measured, gradients.nonfinite_marks, place)
         return values, gradients.finite, rows
 
     @property
     def skipped_steps(self) -> int:
-        """How many updates were skipped because a gradient was not finite."""
+        """Integer. The number of updates skipped because a gradient was not finite."""
         return int(ops.convert_to_numpy(self._built_plan().skipped))
 
     @property
     def telemetry_rows(self):
-        """[variables, 3] float32 NumPy array: ‖x‖, ‖u‖ and trust ratio of the last update.
+        """Float32 NumPy array [variables, 3]: ‖x‖, ‖u‖ and trust ratio of the last update.
 
         Raises:
-            ValueError: the optimizer was made without `telemetry=True`.
+            ValueError: If the optimizer was created without `telemetry=True`, or is not built.
         """
         rows = self._built_plan().telemetry
         if rows is None:
-            raise ValueError(f"Make the optimizer with {type(self).__name__}(telemetry=True).")
+            raise ValueError(
+                "The optimizer keeps no telemetry. "
+                f"Create it with {type(self).__name__}(telemetry=True)."
+            )
         return ops.convert_to_numpy(rows)
 
     def _built_plan(self) -> Plan:
+        """Returns the plan. Raises `ValueError` before the optimizer is built."""
         if self._plan is None:
             raise ValueError(
-                "This is known once the optimizer is built. Call "
+                "The optimizer is not built yet. Call "
                 "`optimizer.build(model.trainable_variables)` first."
             )
         return self._plan
 
     @property
     def layers(self) -> tuple[VariablePlan, ...]:
-        """What was decided for each variable, in the order the optimizer was built with."""
+        """Tuple of `VariablePlan`: what was decided for each variable, in the order of `build`.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+        """
         return self._built_plan().variables
 
     def layer_table(self, print_fn: Callable[[str], object] = print) -> None:
-        """Prints name, shape, whether decayed and adapted, and group, for each variable."""
+        """Prints a table of the variables: shape, whether decayed and adapted, and group.
+
+        Args:
+            print_fn: Function that is called with each line.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+        """
         for line in table_lines(self.layers):
             print_fn(line)
 
     def __repr__(self) -> str:
-        """The class with its flavour, and the arguments that are off their defaults."""
+        """Returns the class and the arguments that differ from their defaults."""
         own = self._own_parameters()
         base = self._base_parameters()
         shown = []
         for name, parameter in (base | own).items():
             if name == "name" and re.fullmatch(rf"{type(self).__name__}(_\d+)?", self.name, re.I):
-                continue  # chosen by Keras
+                continue  # The name was chosen by Keras.
             if name not in base and name not in self.hyperparameters:
-                continue  # an argument of a subclass
-            value = getattr(self, name) if name in base else self.hyperparameters[name]
-            value = rates.shown(self._learning_rate) if name == "learning_rate" else plain(value)
-            if value != plain(parameter.default):
+                continue  # An argument of a user's subclass.
+            if name == "learning_rate":
+                value = rates.to_repr(self._learning_rate)
+            else:
+                value = to_json(getattr(self, name) if name in base else self.hyperparameters[name])
+            if value != to_json(parameter.default):
                 shown.append(f"{name}={value!r}")
-        return f"{base_name(type(self))}({', '.join(shown)})"
+        module = type(self).__module__.removesuffix(".keras3")
+        return f"{module}.{type(self).__name__}({', '.join(shown)})"
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Not supported: what this Keras method sets is lost when the optimizer is saved."""
+        """Not supported, because Keras does not save what this method sets.
+
+        Raises:
+            RuntimeError: Always.
+        """
         raise RuntimeError(
-            "Exclusions are constructor data here, so that they are saved with the optimizer. "
+            "Exclusions are arguments of the constructor, so that they are saved with the "
+            "optimizer. "
             f"Write {type(self).__name__}(..., exclude_from_weight_decay=[patterns]). "
             f"Received: var_list={var_list}, var_names={var_names}."
         )
 
     def update_step(self, *unused_args, **unused_kwargs):
-        """Not supported: `apply` updates all variables in one call."""
+        """Not supported, because all variables are updated in one call.
+
+        Raises:
+            RuntimeError: Always.
+        """
         raise RuntimeError(
             f"{type(self).__name__} updates all variables in one call. "
             "Call `optimizer.apply_gradients(grads_and_vars)`."
         )
 
     def _apply_weight_decay(self, variables):
-        """Nothing: decay belongs inside the trust ratio, and the base would add it outside."""
+        """Does nothing: weight decay is part of u. Keras would apply it outside the ratio."""
 
     def _clip_gradients(self, grads):
-        """Nothing: Keras 3 clips before the sum over replicas; `update_layer` clips after it."""
+        """Returns the gradients unchanged: `update_layer` clips them after the sum over replicas.
+
+        Keras 3 clips before the sum.
+        """
         return grads
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain Python values."""
+        """Returns the constructor's arguments as JSON values."""
         config = {
             name: self.hyperparameters[name]
             for name in self._own_parameters()
@@ -543,20 +634,57 @@ class Layerwise:
             and (name in self._base_parameters() or name not in KERAS_3_ONLY)
         }
         config |= super().get_config()  # type: ignore[misc]
-        return {name: plain(value) for name, value in config.items()}
+        return {name: to_json(value) for name, value in config.items()}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """The optimizer that `get_config` described, without its state."""
+        """Creates an optimizer from the result of `get_config`, without its state."""
         return super().from_config(dict(config), custom_objects)
 
+    def _state_variables(self) -> list[Any]:
+        """Returns the variables that are saved: all but counters of skipped updates, telemetry."""
+        unsaved = () if self._plan is None else (self._plan.skipped, self._plan.telemetry)
+        variables = self.variables
+        return [v for v in variables if not any(v is other for other in unsaved)]
 
-def _wide(tensors):
-    return tuple(ops.cast(x, "float32") for x in tensors)
+    def save_own_variables(self, store):
+        """Saves the state, without the number of skipped updates and telemetry."""
+        for i, variable in enumerate(self._state_variables()):
+            store[str(i)] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` saved.
+
+        A file of version 0.1.0 also contains the number of skipped updates, and telemetry if it was
+        on, after the state. They are ignored. If the file has another number of variables, a
+        `UserWarning` says so and nothing is loaded, as in Keras.
+        """
+        variables = self._state_variables()
+        count = len(variables)
+        saved_count = len(store.keys())
+        plans = () if self._plan is None else self._plan.variables
+        ignored_shapes = [(), (len(plans), 3)][: max(saved_count - count, 0)]
+        rest = [tuple(store[str(i)].shape) for i in range(count, saved_count)]
+        if saved_count < count or rest != ignored_shapes:
+            hint = " This is likely because the optimizer has not been called/built yet."
+            warnings.warn(
+                f"Skipping variable loading for optimizer {self.name!r}, because it has {count} "
+                f"variables whereas the saved optimizer has {saved_count} variables."
+                + (hint if count <= 2 else ""),
+                stacklevel=2,
+            )
+            return
+        for i, variable in enumerate(variables):
+            value = np.asarray(store[str(i)])
+            # tf_keras stores a bfloat16 array in HDF5 as raw bytes, without its dtype.
+            variable.assign(value.view("bfloat16") if value.dtype.kind == "V" else value)
 
 
-def _parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
-    """Named parameters of the classes' own constructors; the first class's go before."""
+def _constructor_parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
+    """Returns the named parameters of the classes' own constructors.
+
+    If two classes have a parameter of the same name, that of the earlier class is returned.
+    """
     found: dict[str, inspect.Parameter] = {}
     for cls in classes:
         if cls is not object and "__init__" in vars(cls):
@@ -567,70 +695,53 @@ def _parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _descended(x, x_32, delta):
-    """x - δ in the wider of float32 and x's own dtype."""
-    if "float64" in str(x.dtype):
-        return x - ops.cast(delta, x.dtype)
-    return x_32 - delta
+def sum_duplicates(index, grads):
+    """Adds up the gradients of a variable that occurs more than once, as Keras's SGD does.
+
+    Args:
+        index: Positions of variables.
+        grads: List with a float32 tensor for each position.
+
+    Returns:
+        A tuple `(index, grads)` without duplicates.
+    """
+    sums: dict[int, Any] = {}
+    for i, g in zip(index, grads, strict=True):
+        sums[i] = sums[i] + g if i in sums else g
+    return tuple(sums), list(sums.values())
 
 
-def telemetry_row(measured, nonfinite, place):
-    """[3] float32: ‖x‖, ‖u‖ and ratio; of slices, their means; ‖u‖ is NaN for a bad gradient."""
+def telemetry_row(measured, nonfinite_marks, place):
+    """Returns [‖x‖, ‖u‖, ratio] of a variable, a float32 tensor.
+
+    Args:
+        measured: Tuple (‖x‖, ‖u‖, ratio) of tensors. If they are [..., 1, ...], their means are
+            returned.
+        nonfinite_marks: As in `Gradients`. ‖u‖ becomes NaN if the gradient is not finite.
+        place: Integer. The position of the variable's gradient in `nonfinite_marks`.
+    """
     x_norm, u_norm, ratio = (ops.mean(ops.cast(value, "float32")) for value in measured)
-    if nonfinite is not None:
-        u_norm = u_norm + nonfinite[place]
+    if nonfinite_marks is not None:
+        u_norm = u_norm + nonfinite_marks[place]
     return ops.stack([x_norm, u_norm, ratio])
 
 
-def with_rows(telemetry, rows):
-    """The telemetry ([variables, 3] tensor) with the rows of {position: [3]} replaced."""
+def replace_rows(telemetry, rows):
+    """Returns the [variables, 3] tensor `telemetry` with the rows in {position: [3]} replaced."""
     return ops.stack([rows[i] if i in rows else telemetry[i] for i in range(telemetry.shape[0])])
 
 
-def base_name(cls) -> str:
-    """`tf_lamb.LAMB` or `tf_lamb.tf_keras.LAMB`: the flavour is part of the name."""
-    module = cls.__module__.removesuffix(".keras3")
-    return f"{module}.{cls.__name__}"
-
-
 def check_hooks(caller: Callable, *called: str) -> None:
-    """Raises `RuntimeError` where a method of Keras does not call what is overridden.
+    """Raises `RuntimeError` if a method of Keras does not call the methods overridden here.
 
     Args:
-        caller: the method of the base class.
-        *called: names of methods that it must call.
+        caller: A method of Keras's `Optimizer`.
+        *called: Names of methods that it must call.
     """
     missing = [name for name in called if name not in inspect.unwrap(caller).__code__.co_names]
     if missing:
         raise RuntimeError(
-            f"This version of Keras does not call `{missing[0]}` in `{caller.__qualname__}`; "
-            "tf_lamb overrides it, and would silently give wrong results. Install a version of "
-            "Keras that the documentation names, or a newer tf_lamb."
+            f"This version of Keras does not call `{missing[0]}` in `{caller.__qualname__}`, "
+            "which tf_lamb overrides; training would silently give wrong results. Install a "
+            "supported version of Keras, or a newer version of tf_lamb."
         )
-
-
-def load_state(optimizer, store, variables) -> None:
-    """Assigns what `save_own_variables` stored, as Keras does.
-
-    Files of version 0.1.0 hold the number of skipped updates, and telemetry where it was on, after
-    the state. They are not part of the state, and are not read.
-    """
-    count, rest = len(variables), len(store.keys()) - len(variables)
-    shapes = [tuple(store[str(count + i)].shape) for i in range(max(rest, 0))]
-    plans = () if optimizer._plan is None else optimizer._plan.variables
-    observations = [(), (len(plans), 3)]
-    fits = rest >= 0 and shapes == observations[:rest]
-    if not fits:
-        warnings.warn(
-            f"Skipping variable loading for optimizer {optimizer.name!r}, because it has {count} "
-            f"variables whereas the saved optimizer has {len(store.keys())} variables."
-            + (
-                " This is likely because the optimizer has not been called/built yet."
-                if count <= 2
-                else ""
-            ),
-            stacklevel=3,
-        )
-        return
-    for i, variable in enumerate(variables):
-        variable.assign(store[str(i)])

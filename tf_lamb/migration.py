@@ -1,24 +1,34 @@
-"""Moments and step count of another library's LAMB or LARS, brought into ours.
+"""Copies the moments and the step count of another library's LAMB or LARS into ours.
 
-`foreign_state` reads them; here they are compared with ours and, if all of it fits, assigned.
+The source is an optimizer, or a TensorFlow checkpoint. Other libraries are recognized by the
+structure of their state and never imported; TensorFlow is, to read a checkpoint.
 """
 
 import collections
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Mapping
 
+import keras
 import numpy as np
 from keras import ops
 
-from tf_lamb.foreign_state import State, host_array, read_state
+from tf_lamb.layers import align_columns
 from tf_lamb.layerwise import Layerwise
-
-NO_STEP = "The source keeps no step count. Pass `step`, the number of updates it has made."
 
 
 @dataclasses.dataclass(frozen=True)
 class MovedLayer:
-    """One line of the report; `before` and `after` hold each slot's L2 norm, in float64."""
+    """One row of a `MigrationReport`.
+
+    Attributes:
+        name: String. Our name of the variable.
+        source_name: String. The source's name of the variable.
+        shape: Tuple of integers. The shape of the variable.
+        before: Dictionary {slot: L2 norm} before the migration.
+        after: Dictionary {slot: L2 norm} after the migration.
+    """
 
     name: str
     source_name: str
@@ -29,7 +39,13 @@ class MovedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class MigrationReport:
-    """What `migrate` did, layer by layer; `print(report)` shows it as a table."""
+    """The result of `migrate`; `print(report)` shows it as a table.
+
+    Attributes:
+        layers: Tuple with a `MovedLayer` for each variable.
+        step_before: Integer. Our number of updates before the migration.
+        step_after: Integer. The number of updates after the migration.
+    """
 
     layers: tuple[MovedLayer, ...]
     step_before: int
@@ -37,16 +53,31 @@ class MigrationReport:
 
     def __str__(self):
         slots = list(self.layers[0].before) if self.layers else []
-        heads = [f"‖{slot}‖ {when}" for slot in slots for when in ("before", "after")]
-        rows = [("variable", "from", "shape", *heads)]
+        headings = [f"‖{slot}‖ {when}" for slot in slots for when in ("before", "after")]
+        rows = [("variable", "from", "shape", *headings)]
         for layer in self.layers:
             norms = [f"{side[s]:.6g}" for s in slots for side in (layer.before, layer.after)]
             rows.append((layer.name, layer.source_name, str(layer.shape), *norms))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([*lines, f"step: {self.step_before} before, {self.step_after} after"])
+        last_line = f"step: {self.step_before} before, {self.step_after} after"
+        return "\n".join([*align_columns(rows), last_line])
+
+
+@dataclasses.dataclass(frozen=True)
+class _SourceState:
+    """The state of a source.
+
+    Attributes:
+        names: Tuple of strings. The names of its variables.
+        slots: Dictionary {our name of the slot: list of float32 arrays, in the order of `names`}.
+        step: Integer or `None`. The number of updates made.
+        rate_inside: Boolean. Whether the momentum of LARS contains the learning rate. `None` if
+            that is not known, and for LAMB.
+    """
+
+    names: tuple[str, ...]
+    slots: dict[str, list[np.ndarray]]
+    step: int | None
+    rate_inside: bool | None = None
 
 
 def migrate(
@@ -58,103 +89,111 @@ def migrate(
     by_order: bool = False,
     step: int | None = None,
 ) -> MigrationReport:
-    """Copies moments and step count from another library's optimizer into ours.
+    """Copies the moments and the step count from another library's optimizer.
 
-    The weights, the learning rate and the other settings are not touched: take those over
-    yourself (`LAMB.variant("tf-models", ...)`). Nothing is written before everything is checked.
+    Weights, learning rate and other settings are not copied. Set them yourself, for example with
+    `LAMB.variant("tf-models", ...)`. Everything is checked before anything is assigned.
 
     Args:
-        source: one of
-            - tf-models' or TensorFlow Addons' LAMB (slots m and v) or tf-models' LARS (momentum),
-              also inside a `LossScaleOptimizer`;
-            - the path of a `tf.train.Checkpoint` with such an optimizer, a prefix or a folder
-              whose latest is taken. Which form of LARS wrote it is not in there: `form` of ours
-              must be the one that matches ("tf-models", without classic momentum
-              "tf-models-scaled");
+        source: One of:
+            - LAMB of tf-models or TensorFlow Addons (slots m and v), or LARS of tf-models (slot
+              momentum), also inside a `LossScaleOptimizer`;
+            - the path of a `tf.train.Checkpoint` that contains such an optimizer: a prefix, or a
+              folder, of which the latest checkpoint is read. A checkpoint does not record the
+              version of LARS, so `form` of our optimizer must be the one that was trained with:
+              `"tf-models"`, or `"tf-models-scaled"` for `classic_momentum=False`;
             - `keras.optimizers.Lamb`, built;
-            - the state of `optax.lamb` (or any chain with one `ScaleByAdamState`), or of
+            - the state of `optax.lamb` (or of any chain with one `ScaleByAdamState`), or of
               `optax.lars`, whose trace is -m.
-        optimizer: a built `LAMB` or `LARS` of either flavour, or a `LossScaleOptimizer` around it.
-        rename: function from the source's name of a variable to ours. The source's names are
+        optimizer: A built `LAMB` or `LARS` of this package, also inside a `LossScaleOptimizer`.
+        rename: Function from the source's name of a variable to ours. The source's names are
             variable names without ":0", in Keras 3 paths, and in optax the keys of the parameters
-            joined by "/" (positions, where they are a list).
-        mapping: {our name: the source's name}, for variables that it names; before `rename`.
-        by_order: pairs the k-th variable with the k-th, whatever their names.
-        step: the number of updates made, for a source that does not say (`optax.lars` at a
-            constant rate), or instead of what it says.
+            joined with "/" (for a list, positions).
+        mapping: Dictionary {our name: the source's name}. Takes precedence over `rename`.
+        by_order: Boolean. Whether to match variables by position instead of by name.
+        step: Integer or `None`. The number of updates made. Needed for a source that does not store
+            it (`optax.lars` at a constant rate). Otherwise it replaces the source's number.
 
     Returns:
         A `MigrationReport`.
 
     Raises:
-        ValueError: the names or shapes do not match (both sides are listed), the source holds
-            other slots than ours, a momentum of another meaning or no step, or is none of the
-            above; or ours is not built. Nothing was changed.
+        ValueError: If names or shapes do not match (the message lists both sides), if the source
+            has other slots than our optimizer, another kind of momentum or no step count, if it is
+            none of the above, or if our optimizer is not built. Nothing is changed.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, Layerwise):
         raise ValueError(
             f"`optimizer` must be a LAMB or LARS of tf_lamb. Received: optimizer={optimizer!r}."
         )
-    layers = optimizer.layers  # raises where it is not built
-    state = read_state(source, optimizer.slot_names)
-    _check_meaning(state, optimizer)
+    layers = optimizer.layers  # Raises `ValueError` if the optimizer is not built.
+    state = _read_state(source, optimizer.slot_names)
+    _check_momentum(state, optimizer)
     step = state.step if step is None else step
     if step is None:
-        raise ValueError(NO_STEP)
+        raise ValueError(
+            "The source has no step count. Pass `step`, the number of updates it has made."
+        )
     if by_order:
-        pairs = list(range(len(state.names)))
+        places = list(range(len(state.names)))
     else:
-        pairs = _paired([layer.name for layer in layers], state.names, rename, mapping or {})
-    _check_shapes(layers, state, pairs)
-    return _written(optimizer, state, pairs, int(step))
+        places = _match_names([layer.name for layer in layers], state.names, rename, mapping or {})
+    _check_shapes(layers, state, places)
+    return _assign_state(optimizer, state, places, int(step))
 
 
-def _written(optimizer, state: State, pairs, step: int) -> MigrationReport:
-    """Assigns everything; `pairs[i]` is the source's position of our variable i."""
-    moved: tuple[dict[str, list[float]], ...] = ({}, {})
+def _assign_state(optimizer, state: _SourceState, places, step: int) -> MigrationReport:
+    """Assigns slots and step; `places[i]` is the source's position of our variable i."""
+    before: dict[str, list[float]] = {}
+    after: dict[str, list[float]] = {}
     for slot, variables in zip(optimizer.slot_names, optimizer._plan.slots, strict=True):
-        moved[0][slot] = [_norm(host_array(variable)) for variable in variables]
-        for variable, place in zip(variables, pairs, strict=True):
-            variable.assign(
-                ops.cast(ops.convert_to_tensor(state.slots[slot][place]), variable.dtype)
-            )
-        moved[1][slot] = [_norm(host_array(variable)) for variable in variables]
-    # Keras 3 counts gradients, of which accumulation takes several to an update.
-    per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    before = int(host_array(optimizer.iterations))
-    optimizer._iterations.assign(step * per_update)
-    lines = tuple(
+        before[slot] = [_l2_norm(variable) for variable in variables]
+        for variable, place in zip(variables, places, strict=True):
+            value = ops.convert_to_tensor(state.slots[slot][place])
+            variable.assign(ops.cast(value, variable.dtype))
+        after[slot] = [_l2_norm(variable) for variable in variables]
+    step_before = int(_to_numpy(optimizer.iterations))
+    # Keras 3 counts calls, several of which make an update with gradient accumulation.
+    calls_per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    optimizer._iterations.assign(step * calls_per_update)
+    moved = tuple(
         MovedLayer(
             layer.name,
             state.names[place],
             layer.shape,
-            *({slot: norms[i] for slot, norms in side.items()} for side in moved),
+            {slot: norms[i] for slot, norms in before.items()},
+            {slot: norms[i] for slot, norms in after.items()},
         )
-        for i, (layer, place) in enumerate(zip(optimizer.layers, pairs, strict=True))
+        for i, (layer, place) in enumerate(zip(optimizer.layers, places, strict=True))
     )
-    return MigrationReport(lines, before, step)
+    return MigrationReport(moved, step_before, step)
 
 
-def _norm(x) -> float:
-    return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
+def _l2_norm(variable) -> float:
+    return float(np.linalg.norm(_to_numpy(variable).astype(np.float64).ravel()))
 
 
-def _check_meaning(state: State, optimizer) -> None:
+def _check_momentum(state: _SourceState, optimizer) -> None:
+    """Raises `ValueError` if the source's momentum differs from ours by the learning rate."""
     form = getattr(optimizer, "form", None)
     if form is None or state.rate_inside is None:
         return
     if state.rate_inside != optimizer.rate_inside or form == "paper":
-        holds = "η r (g + λx)" if state.rate_inside else "g + λx, without the learning rate"
+        content = "η r (g + λx)" if state.rate_inside else "g + λx, without the learning rate"
         fitting = '"tf-models" or "mlperf"' if state.rate_inside else '"tf-models-scaled"'
         raise ValueError(
-            f"The source's momentum sums up {holds}; that of form={form!r} does not. Make ours "
-            f"with form={fitting}. Received: form={form!r}."
+            f"The source's momentum is a sum of {content}. That of form={form!r} is not. Create "
+            f"the optimizer with form={fitting}. Received: form={form!r}."
         )
 
 
-def _paired(ours, theirs, rename, mapping):
-    """For each of our variables the source's position; `ValueError` lists what is left over."""
+def _match_names(ours, theirs, rename, mapping):
+    """Returns the position in the source of each of our variables.
+
+    Raises:
+        ValueError: If names occur twice or do not match. The message lists them.
+    """
     renamed = [rename(name) if rename else name for name in theirs]
     explicit = {their_name: our_name for our_name, their_name in mapping.items()}
     renamed = [explicit.get(name, new) for name, new in zip(theirs, renamed, strict=True)]
@@ -163,11 +202,12 @@ def _paired(ours, theirs, rename, mapping):
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         if twice:
             raise ValueError(
-                f"Several variables {side} bear one name: {', '.join(twice)}. Tell them apart "
-                "with `mapping` or `rename`, or pass `by_order=True`. Nothing was changed."
+                f"Several variables {side} have the same name: {', '.join(twice)}. Distinguish "
+                "them with `mapping` or `rename`, or pass `by_order=True`. Nothing was changed."
             )
     unknown = (set(mapping) - set(ours)) | (set(explicit) - set(theirs))
-    missing, extra = set(ours) - set(renamed), set(renamed) - set(ours)
+    missing = set(ours) - set(renamed)
+    extra = set(renamed) - set(ours)
     if missing or extra or unknown:
         shown = [
             name if name == new else f"{name} (renamed to {new})"
@@ -175,38 +215,200 @@ def _paired(ours, theirs, rename, mapping):
             if new in extra
         ]
         sides = [("source", shown), ("optimizer", [name for name in ours if name in missing])]
-        sides += [("`mapping`, and on neither side", sorted(unknown))] if unknown else []
+        if unknown:
+            sides.append(("`mapping`, and on neither side", sorted(unknown)))
         listed = "\n".join(
             f"Only in the {side} ({len(names)}):" + "".join(f"\n  {name}" for name in names)
             for side, names in sides
         )
         raise ValueError(
-            "The names of the source's variables and of the optimizer's do not match; nothing was "
+            "The names of the source's variables do not match those of the optimizer. Nothing was "
             "changed. Pass `rename` or `mapping` (or `by_order=True`, if the order is the same).\n"
             + listed
         )
     return [renamed.index(name) for name in ours]
 
 
-def _check_shapes(layers, state: State, pairs) -> None:
-    if len(pairs) != len(layers):
-        ours, theirs = [layer.name for layer in layers], state.names
+def _check_shapes(layers, state: _SourceState, places) -> None:
+    """Raises `ValueError` if the number of variables differs, or a shape."""
+    if len(places) != len(layers):
+        ours = [layer.name for layer in layers]
         raise ValueError(
-            f"The source has {len(theirs)} variables and the optimizer {len(ours)}; nothing was "
-            "changed.\nIn the source:\n  "
-            + "\n  ".join(theirs)
+            f"The source has {len(state.names)} variables and the optimizer {len(ours)}. Nothing "
+            "was changed.\nIn the source:\n  "
+            + "\n  ".join(state.names)
             + "\nIn the optimizer:\n  "
             + "\n  ".join(ours)
         )
     wrong = [
         f"\n  {layer.name}: {layer.shape}; the source's {slot} of {state.names[place]}: {x.shape}"
         for slot, arrays in state.slots.items()
-        for layer, place in zip(layers, pairs, strict=True)
-        for x in [arrays[place]]
-        if x.shape != tuple(layer.shape)
+        for layer, place in zip(layers, places, strict=True)
+        if (x := arrays[place]).shape != tuple(layer.shape)
     ]
     if wrong:
         raise ValueError(
-            "The shapes of the source's variables and of the optimizer's do not match; nothing was "
+            "The shapes of the source's variables do not match those of the optimizer. Nothing was "
             "changed." + "".join(wrong)
         )
+
+
+# Reading a source.
+
+
+def _to_numpy(variable) -> np.ndarray:
+    """Converts a variable or array of any library to a float32 NumPy array."""
+    value = variable.numpy() if hasattr(variable, "numpy") else variable
+    return np.asarray(value).astype(np.float32)
+
+
+def _read_state(source, slot_names) -> _SourceState:
+    """Returns the state of any kind of source."""
+    if isinstance(source, str | os.PathLike):
+        return _read_checkpoint(os.fspath(source), slot_names)
+    if isinstance(source, tuple):
+        return _read_optax(source, slot_names)
+    source = getattr(source, "inner_optimizer", source)
+    if isinstance(source, keras.optimizers.Lamb):
+        return _read_keras(source, slot_names)
+    if hasattr(source, "get_slot_names") and hasattr(source, "_slots"):
+        return _read_legacy(source, slot_names)
+    raise ValueError(
+        "`source` must be a tf-models or TensorFlow Addons optimizer, a checkpoint's path, a "
+        f"`keras.optimizers.Lamb`, or an optax state. Received: a {type(source).__name__}."
+    )
+
+
+def _check_slots(found, slot_names):
+    """Raises `ValueError` if the source does not have our slots."""
+    if not set(slot_names) <= set(found):
+        raise ValueError(
+            f"The optimizer has the slots {', '.join(slot_names)}, and the source has "
+            f"{', '.join(map(str, found)) or 'none'} (an optimizer creates them in its first "
+            "update, or when it is built)."
+        )
+
+
+def _read_keras(source, slot_names) -> _SourceState:
+    """Reads the private attributes of Keras 3's LAMB."""
+    _check_slots(("m", "v") if source.built else (), slot_names)
+    names = tuple(variable.path for variable in source._trainable_variables)
+    moments = {"m": source._momentums, "v": source._velocities}
+    slots = {slot: [_to_numpy(x) for x in variables] for slot, variables in moments.items()}
+    return _SourceState(names, slots, int(_to_numpy(source.iterations)))
+
+
+def _read_legacy(source, slot_names) -> _SourceState:
+    """Reads an optimizer of tf-models or Addons.
+
+    Its `_slots` are {key of a variable: {name of a slot: variable}}. The key is the variable's
+    name, followed by "_" and a number in eager mode.
+    """
+    _check_slots(source.get_slot_names(), slot_names)
+    first_slot = slot_names[0]
+    names: list[str] = []
+    slots: dict[str, list[np.ndarray]] = {slot: [] for slot in slot_names}
+    for key, slot_variables in source._slots.items():
+        name = re.sub(r"_\d+$", "", key)
+        slot_path = slot_variables[first_slot].name.split(":")[0]
+        names.append(name if slot_path.endswith(f"{name}/{first_slot}") else key)
+        for slot in slot_names:
+            slots[slot].append(_to_numpy(slot_variables[slot]))
+    rate_inside = getattr(source, "classic_momentum", None)
+    return _SourceState(tuple(names), slots, int(_to_numpy(source.iterations)), rate_inside)
+
+
+def _read_checkpoint(path, slot_names) -> _SourceState:
+    """Reads an object-based checkpoint, whose object graph has the variable of each slot."""
+    import tensorflow as tf
+    from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+    reader = tf.train.load_checkpoint(path)
+    if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
+        raise ValueError(
+            "The checkpoint must be written by `tf.train.Checkpoint` or Keras, with an object "
+            f"graph. This one only has names. Received: {path!r}."
+        )
+    graph = trackable_object_graph_pb2.TrackableObjectGraph()
+    graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    nodes = graph.nodes
+    optimizers = [n for n in nodes if set(slot_names) <= {s.slot_name for s in n.slot_variables}]
+    if len(optimizers) != 1:
+        _check_slots(
+            dict.fromkeys(s.slot_name for n in nodes for s in n.slot_variables), slot_names
+        )
+        raise ValueError(
+            f"The checkpoint must contain one optimizer, and contains {len(optimizers)}. "
+            f"Received: {path!r}."
+        )
+    values: dict[int, dict[str, np.ndarray]] = {}  # Node of a variable: {slot: value}.
+    for slot in optimizers[0].slot_variables:
+        if slot.slot_name in slot_names:
+            key = nodes[slot.slot_variable_node_id].attributes[0].checkpoint_key
+            value = reader.get_tensor(key).astype(np.float32)
+            values.setdefault(slot.original_variable_node_id, {})[slot.slot_name] = value
+    names = [nodes[i].attributes[0].full_name for i in values]
+    counters = [c.node_id for c in optimizers[0].children if c.local_name == "iter"]
+    steps = [int(reader.get_tensor(nodes[i].attributes[0].checkpoint_key)) for i in counters]
+    slots = {name: [arrays[name] for arrays in values.values()] for name in slot_names}
+    return _SourceState(tuple(names), slots, steps[0] if steps else None)
+
+
+def _read_optax(source, slot_names) -> _SourceState:
+    """Reads a state of optax by the names of its types, so that optax need not be installed."""
+    found = list(_optax_states(source))
+    expected = {("m", "v"): "ScaleByAdamState", ("momentum",): "TraceState"}[tuple(slot_names)]
+    chosen = [(state, last) for state, last in found if type(state).__name__ == expected]
+    if len(chosen) != 1:
+        names = ", ".join(type(state).__name__ for state, _ in found)
+        raise ValueError(
+            f"The optax state must contain one {expected}, and contains {len(chosen)}. "
+            f"Received: {names}."
+        )
+    state, is_last = chosen[0]
+    if expected == "TraceState":
+        if not is_last:
+            raise ValueError(
+                "The optax state must be that of `optax.lars`, in which the trace comes last, "
+                "after the learning rate. Received: a TraceState followed by other states."
+            )
+        counts = [s.count for s, _ in found if type(s).__name__ == "ScaleByScheduleState"]
+        trace = _flatten(state.trace)
+        # optax adds the trace to the weights. We subtract the momentum.
+        slots = {"momentum": [-x for x in trace.values()]}
+        return _SourceState(
+            tuple(trace), slots, int(_to_numpy(counts[0])) if counts else None, True
+        )
+    m = _flatten(state.mu)
+    v = _flatten(state.nu)
+    return _SourceState(
+        tuple(m),
+        {"m": list(m.values()), "v": [v[name] for name in m]},
+        int(_to_numpy(state.count)),
+    )
+
+
+def _optax_states(state, is_last=True):
+    """Yields each named tuple in an optax state, and whether it belongs to the last transform."""
+    if hasattr(state, "_fields"):
+        yield state, is_last
+        for child in state:
+            yield from _optax_states(child, is_last)
+    elif isinstance(state, tuple):
+        for place, child in enumerate(state, start=1):
+            yield from _optax_states(child, is_last and place == len(state))
+    elif isinstance(state, Mapping):
+        for child in state.values():
+            yield from _optax_states(child, is_last)
+
+
+def _flatten(tree, path="") -> dict[str, np.ndarray]:
+    """Converts nested dictionaries, lists and tuples to {keys joined with "/": float32 array}."""
+    if tree is None or type(tree).__name__ == "MaskedNode":
+        return {}
+    if isinstance(tree, list | tuple):
+        tree = {str(i): child for i, child in enumerate(tree)}
+    if isinstance(tree, Mapping):
+        parts = [_flatten(x, f"{path}/{key}" if path else str(key)) for key, x in tree.items()]
+        return {name: x for part in parts for name, x in part.items()}
+    return {path: _to_numpy(tree)}

@@ -1,7 +1,7 @@
-"""Learning-rate schedules of the large-batch recipes, as functions of the step.
+"""Learning-rate schedules for large-batch training, as functions of the step.
 
-The classes are made for one Keras flavour in `tf_lamb.keras3` and for the other in
-`tf_lamb.tf_keras`; here stands what both share.
+These classes are the part that both versions of Keras share. `tf_lamb.keras3` and
+`tf_lamb.tf_keras` combine them with the `LearningRateSchedule` of their Keras.
 """
 
 from keras import ops
@@ -9,8 +9,8 @@ from keras import ops
 from tf_lamb.arguments import as_number, check_interval
 
 
-def _updates(step, gradient_accumulation_steps):
-    """The number of updates before call number `step`: a float32 scalar."""
+def _to_updates(step, gradient_accumulation_steps):
+    """Converts a count of calls to a count of updates, a float32 scalar."""
     if gradient_accumulation_steps:
         step = ops.floor_divide(step, gradient_accumulation_steps)
     return ops.cast(step, "float32")
@@ -20,54 +20,36 @@ def _check_accumulation(steps):
     return None if steps is None else check_interval("gradient_accumulation_steps", steps, 1)
 
 
-def warmup_polynomial_decay(
-    step,
-    *,
-    peak_learning_rate,
-    warmup_steps,
-    total_steps,
-    end_learning_rate,
-    power,
-    decay_from,
-    warmup_from,
-):
-    """η(t) of `WarmupPolynomialDecayRule`; `step` is a scalar, the result a float32 scalar."""
-    step = ops.cast(step, "float32")
-    done = ops.clip((step - decay_from) / (total_steps - decay_from), 0.0, 1.0)
-    decayed = (peak_learning_rate - end_learning_rate) * (1.0 - done) ** power + end_learning_rate
-    if warmup_steps == 0:
-        return decayed
-    warm = step - warmup_from
-    return ops.where(warm < warmup_steps, peak_learning_rate * (warm / warmup_steps), decayed)
-
-
 class WarmupPolynomialDecayRule:
     """Linear warm-up from 0, then polynomial decay.
 
         η(t) = η₀ (t-S)/W                                     for t < S + W
-        η(t) = (η₀ - η₁) (1 - (t-D)/(T-D))^p + η₁             for S + W <= t <= T, and η₁ after T
+        η(t) = (η₀ - η₁) (1 - (t-D)/(T-D))^p + η₁             for S + W <= t <= T
+        η(t) = η₁                                             for t > T
 
     Args:
-        peak_learning_rate: η₀, a float > 0.
-        warmup_steps: W, an int in [0, T).
-        total_steps: T, an int, warm-up included.
-        end_learning_rate: η₁, a float >= 0.
-        power: p, a float > 0; 1 is the LAMB paper's, 0.5 NVIDIA's, 2 MLPerf's for ResNet-50.
-        decay_from: D, the step the decay counts from, an int in [0, S + W]. `None` means S + W:
-            the decay starts at the peak. 0 is the formula of arXiv:1904.00962 and of BERT's own
-            code, η₀(1 - t/T), where the rate drops from η₀ to η₀(1 - W/T) as warm-up ends.
-        warmup_from: S, the step the warm-up counts from, an int in [-W, 0]: below 0 the first
-            step is that far into it (MLPerf's start_warmup_step).
-        gradient_accumulation_steps: int >= 1, as in the Keras 3 optimizer that takes the schedule,
-            or None for 1. Keras counts calls of the optimizer, of which so many make an update;
-            with this argument all counts above are of updates: `warmup_steps=100` are 100
-            updates.
+        peak_learning_rate: Float > 0. The rate η₀ at the end of warm-up.
+        warmup_steps: Integer in [0, T). The number of warm-up steps W.
+        total_steps: Integer. The number of steps T, including warm-up.
+        end_learning_rate: Float >= 0. The rate η₁ from step T on.
+        power: Float > 0. The exponent p of the decay. The LAMB paper uses 1, NVIDIA 0.5, and
+            MLPerf's ResNet-50 2.
+        decay_from: Integer in [0, S + W]. The step D from which the decay is counted. With `None`
+            it is S + W, so that the decay starts at the peak. With 0 the rate is η₀(1 - t/T), as
+            in arXiv:1904.00962 and in the BERT authors' program; it drops from η₀ to η₀(1 - W/T)
+            at the end of warm-up.
+        warmup_from: Integer in [-W, 0]. The step S from which the warm-up is counted. If it is
+            negative, training starts in the middle of the warm-up (`start_warmup_step` of MLPerf).
+        gradient_accumulation_steps: Integer >= 1 or `None`. The value that the Keras 3 optimizer
+            has. Keras calls a schedule with the number of micro-batches; if this argument is set,
+            all counts above are in updates: `warmup_steps=100` means 100 updates.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: If an argument is out of range.
 
     References:
-        You et al., arXiv:1904.00962v5, section 4; Goyal et al., arXiv:1706.02677, section 2.2.
+        - [You et al., 2020](https://arxiv.org/abs/1904.00962), section 4
+        - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677), section 2.2
 
     Example:
 
@@ -111,21 +93,25 @@ class WarmupPolynomialDecayRule:
         self.name = name
 
     def __call__(self, step):
-        """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
-        warmup_end = self.warmup_steps + self.warmup_from
-        return warmup_polynomial_decay(
-            _updates(step, self.gradient_accumulation_steps),
-            peak_learning_rate=self.peak_learning_rate,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-            end_learning_rate=self.end_learning_rate,
-            power=self.power,
-            decay_from=warmup_end if self.decay_from is None else self.decay_from,
-            warmup_from=self.warmup_from,
+        """Returns the learning rate, a float32 scalar, at `step`, an integer scalar from 0."""
+        step = _to_updates(step, self.gradient_accumulation_steps)
+        decay_from = self.decay_from
+        if decay_from is None:
+            decay_from = self.warmup_from + self.warmup_steps
+        done = ops.clip((step - decay_from) / (self.total_steps - decay_from), 0.0, 1.0)
+        height = self.peak_learning_rate - self.end_learning_rate
+        decayed = height * (1.0 - done) ** self.power + self.end_learning_rate
+        if self.warmup_steps == 0:
+            return decayed
+        warm = step - self.warmup_from
+        return ops.where(
+            warm < self.warmup_steps,
+            self.peak_learning_rate * (warm / self.warmup_steps),
+            decayed,
         )
 
     def get_config(self):
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {
             "peak_learning_rate": self.peak_learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -140,24 +126,28 @@ class WarmupPolynomialDecayRule:
 
 
 class WarmupStepDecayRule:
-    """Linear warm-up from 0, then the peak, times a factor more from each of some steps on.
+    """Linear warm-up from 0, then a piecewise constant rate.
 
         η(t) = η₀ t/W                                         for t < W
-        η(t) = η₀ fᵏ, k the number of steps D <= t            from then on
+        η(t) = η₀ fᵏ                                          for t >= W
 
-    Goyal et al., arXiv:1706.02677, train ResNet-50 with W = 5 epochs, f = 0.1 and D after 30, 60
-    and 80 of 90 epochs.
+    where k is the number of elements of `decay_steps` that are <= t.
 
     Args:
-        peak_learning_rate: η₀, a float > 0.
-        warmup_steps: W, an int in [0, T).
-        total_steps: T, an int, warm-up included.
-        decay_steps: the D, increasing ints in [W, T).
-        decay_factor: f, a float in (0, 1].
-        gradient_accumulation_steps: as in `WarmupPolynomialDecay`.
+        peak_learning_rate: Float > 0. The rate η₀ at the end of warm-up.
+        warmup_steps: Integer in [0, T). The number of warm-up steps W.
+        total_steps: Integer. The number of steps T, including warm-up.
+        decay_steps: List of increasing integers in [W, T). The steps from which the rate is
+            multiplied by f once more.
+        decay_factor: Float in (0, 1]. The factor f.
+        gradient_accumulation_steps: As in `WarmupPolynomialDecay`.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: If an argument is out of range.
+
+    References:
+        - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677): ResNet-50 with a warm-up of 5
+          epochs and a factor of 0.1 after 30, 60 and 80 of 90 epochs
     """
 
     def __init__(
@@ -176,29 +166,31 @@ class WarmupStepDecayRule:
         )
         total_steps = check_interval("total_steps", total_steps, 0, open_low=True)
         warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps)
-        least, decays = warmup_steps, []
-        for step in decay_steps:  # perhaps an iterator: read once
-            decays.append(check_interval("decay_steps", step, least, total_steps))
-            least = decays[-1] + 1
+        decay_steps = list(decay_steps)
+        earliest = warmup_steps
+        for i, step in enumerate(decay_steps):
+            decay_steps[i] = check_interval("decay_steps", step, earliest, total_steps)
+            earliest = decay_steps[i] + 1
         factor = as_number(decay_factor)
         if factor is None or not 0 < factor <= 1:
             raise ValueError(
-                f"`decay_factor` must lie in (0, 1]. Received: decay_factor={decay_factor}."
+                f"`decay_factor` must be a number in (0, 1]. "
+                f"Received: decay_factor={decay_factor!r}."
             )
         self.peak_learning_rate = peak_learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
-        self.decay_steps = decays
+        self.decay_steps = decay_steps
         self.decay_factor = factor
         self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
 
     def __call__(self, step):
-        """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
-        step = _updates(step, self.gradient_accumulation_steps)
+        """Returns the learning rate, a float32 scalar, at `step`, an integer scalar from 0."""
+        step = _to_updates(step, self.gradient_accumulation_steps)
         rate = ops.convert_to_tensor(self.peak_learning_rate, dtype="float32")
-        for number, start in enumerate(self.decay_steps, start=1):
-            lower = self.peak_learning_rate * self.decay_factor**number
+        for k, start in enumerate(self.decay_steps, start=1):
+            lower = self.peak_learning_rate * self.decay_factor**k
             rate = ops.where(step < start, rate, lower)
         if self.warmup_steps == 0:
             return rate
@@ -206,7 +198,7 @@ class WarmupStepDecayRule:
         return ops.where(step < self.warmup_steps, warm, rate)
 
     def get_config(self):
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {
             "peak_learning_rate": self.peak_learning_rate,
             "warmup_steps": self.warmup_steps,
@@ -219,19 +211,19 @@ class WarmupStepDecayRule:
 
 
 class PhasesRule:
-    """One schedule after another, each counting its own steps from 0.
+    """A sequence of schedules, each of which counts its own steps from 0.
 
-    BERT is pre-trained in two phases (arXiv:1904.00962, section 4.1); the second warms up again
-    from 0, because a smaller batch at the first one's rate can diverge.
+    BERT is pre-trained in two phases (arXiv:1904.00962, section 4.1). The second phase, with longer
+    sequences, warms up again from 0, because training would be unstable otherwise.
 
     Args:
-        phases: list of dictionaries, the arguments of one `WarmupPolynomialDecay` each, or, with
-            `decay_steps` among them, of one `WarmupStepDecay`. A phase lasts its `total_steps`;
-            after the last one, its end rate holds.
-        gradient_accumulation_steps: as in `WarmupPolynomialDecay`, for all phases.
+        phases: List of dictionaries with the arguments of a `WarmupPolynomialDecay`, or, if
+            `decay_steps` is one of them, of a `WarmupStepDecay`. A phase lasts `total_steps` steps.
+            After the last phase, the rate stays at that phase's final value.
+        gradient_accumulation_steps: As in `WarmupPolynomialDecay`, for all phases.
 
     Raises:
-        ValueError: no phases, or an argument of one outside its range.
+        ValueError: If there are no phases, or an argument of a phase is out of range.
     """
 
     _schedule: type
@@ -249,8 +241,8 @@ class PhasesRule:
         ]
 
     def __call__(self, step):
-        """The learning rate at `step`, an integer scalar counted from 0: a float32 scalar."""
-        step = _updates(step, self.gradient_accumulation_steps)
+        """Returns the learning rate, a float32 scalar, at `step`, an integer scalar from 0."""
+        step = _to_updates(step, self.gradient_accumulation_steps)
         ends = [schedule.total_steps for schedule in self._schedules]
         starts = [sum(ends[:i]) for i in range(len(ends))]
         rate = self._schedules[0](step)
@@ -259,7 +251,7 @@ class PhasesRule:
         return rate
 
     def get_config(self):
-        """The constructor's arguments."""
+        """Returns the constructor's arguments."""
         return {
             "phases": self.phases,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,

@@ -1,10 +1,11 @@
-"""Trust ratios out of the running training: JSON lines, TensorBoard, a heat map, an alarm.
+"""Records trust ratios during training: JSON lines, TensorBoard, a heat map and an alarm.
 
-The optimizer keeps the norms and ratios of its last update inside the compiled step
-(`telemetry=True`); here they come to the host, when asked, and nothing comes between.
-TensorFlow and matplotlib are imported where they are used: neither is a dependency of the library.
+With `telemetry=True`, the optimizer keeps norms and ratios of its last update in a variable. This
+module reads that variable when a record is due. TensorFlow and matplotlib are imported where they
+are used, because the library does not depend on them.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -15,34 +16,39 @@ import keras
 import numpy as np
 
 from tf_lamb.arguments import check_interval
-from tf_lamb.heat_map import COLUMNS, check_matplotlib, draw_heat_map
 from tf_lamb.layers import VariablePlan
 from tf_lamb.layerwise import Layerwise
 
 LOG = logging.getLogger("tf_lamb")
 RECORDS = "trust_ratios.jsonl"
 PICTURE = "trust_ratios.png"
+COLUMNS = ("weight_norm", "update_norm", "ratio")  # Of a layer in a record.
+MAX_COLUMNS = 1500  # Of the heat map. More records are averaged.
 
 
 class TrustRatioAlarm(RuntimeError):
-    """What is wrong with one layer in one step. It is logged, or handed to `on_alarm`.
+    """A problem with a layer in one step. It is logged, or passed to `on_alarm`.
 
-    It is an exception so that `on_alarm` may raise it, and stop the training.
+    It is an exception, so that `on_alarm` can raise it to stop training.
 
-    step: int, as given to `write`.
-    layer: the layer's name.
-    ratio: its trust ratio, a float.
-    reason: why, in words.
+    Attributes:
+        step: Integer. The step, as passed to `write`.
+        layer: String. The name of the layer.
+        ratio: Float. Its trust ratio.
+        reason: String. A description of the problem.
     """
 
     def __init__(self, step: int, layer: str, ratio: float, reason: str):
         super().__init__(f"step {step}, layer {layer}: {reason}")
-        self.step, self.layer, self.ratio, self.reason = step, layer, ratio, reason
+        self.step = step
+        self.layer = layer
+        self.ratio = ratio
+        self.reason = reason
 
 
-def _trouble(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
-    """What is wrong with [‖x‖, ‖u‖, ratio], or None."""
-    if layer.overwritten:  # the optimizer never updates it, so its row stays zero
+def _alarm_reason(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
+    """Returns what is wrong with a row [‖x‖, ‖u‖, ratio], or `None`."""
+    if layer.overwritten:  # Never updated, so its row stays zero.
         return None
     x_norm, u_norm, ratio = (float(value) for value in row)
     if not all(map(math.isfinite, (x_norm, u_norm, ratio))):
@@ -54,8 +60,8 @@ def _trouble(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
     return None
 
 
-def _labels(layers: Sequence[VariablePlan]) -> list[str]:
-    """The layers' names; of those that bear the same name, the second is "name#2"."""
+def _unique_labels(layers: Sequence[VariablePlan]) -> list[str]:
+    """Returns the layers' names. The second layer of a name is "name#2", and so on."""
     seen: dict[str, int] = {}
     labels = []
     for layer in layers:
@@ -64,24 +70,24 @@ def _labels(layers: Sequence[VariablePlan]) -> list[str]:
     return labels
 
 
-def _plain(value):
-    """The shortest decimal that is this float32; JSON has no NaN, so "nan", "inf" or "-inf"."""
+def _json_number(value):
+    """Returns the shortest decimal of a float32, or the string "nan", "inf" or "-inf"."""
     return float(str(value)) if np.isfinite(value) else str(value)
 
 
-def _tensorflow():
+def _import_tensorflow():
     try:
         import tensorflow as tf
     except ImportError:
         raise RuntimeError(
-            "TensorBoard's files are written with TensorFlow, which is not installed. "
+            "TensorFlow, which writes the files for TensorBoard, is not installed. Run "
             "`pip install tensorflow`, or pass `tensorboard=False`."
         ) from None
     return tf
 
 
 class TelemetryWriter:
-    """Writes an optimizer's trust ratios; for loops of one's own, once per step.
+    """Records the trust ratios of an optimizer, in a custom training loop.
 
         writer = TelemetryWriter("logs", optimizer, every_steps=100, max_ratio=10.0)
         for step, batch in enumerate(batches, start=1):
@@ -90,30 +96,32 @@ class TelemetryWriter:
         writer.heat_map()
         writer.close()
 
-    `logs/trust_ratios.jsonl` gets one line per record (`step`, `skipped_steps`, and under `layers`
-    each layer's `weight_norm`, `update_norm` and `ratio`; "nan" and "inf" are strings). It is
-    appended to, so a resumed run goes on in it. TensorBoard gets three scalars per layer and a
-    histogram of the ratios. Of a variable that stacks layers the figures are means; LARS's
-    `update_norm` is its ratio's divisor.
+    Each record is a line of `logs/trust_ratios.jsonl`, with the keys `step`, `skipped_steps` and
+    `layers`, which has `weight_norm`, `update_norm` and `ratio` of each layer. NaN and infinity are
+    the strings "nan" and "inf". A resumed run appends to the file. For TensorBoard, a record has
+    three scalars for each layer and a histogram of the ratios. If a variable stacks layers, their
+    means are recorded. For LARS, `update_norm` is the denominator of the ratio.
 
     Args:
-        log_dir: local folder, made if it is not there. In a multi-worker run make one writer,
-            on the chief.
-        optimizer: a `LAMB` or `LARS` of either flavour with `telemetry=True`, or a
-            `LossScaleOptimizer` around it. It may be built later, before the first `write`.
-        every_steps: int >= 1; of the steps given to `write`, the first in every so many is
-            recorded, the others touch nothing. A record of 199 layers takes about 10 ms and
-            29 kB.
-        max_ratio: float > 0, above which the ratio of an adapted layer raises the alarm; or None.
-        on_alarm: function of a `TrustRatioAlarm`, instead of a warning in the log "tf_lamb". It
-            is called when a layer's ratio (or a norm) is not finite, is 0 where other layers are
-            updated, or is above `max_ratio`; again only after the layer was well in between.
-        tensorboard: whether to write TensorBoard's files. None: where Keras runs on TensorFlow;
-            on JAX and torch TensorFlow would be loaded for them, and take the accelerator's memory.
+        log_dir: String or path. Local folder, which is created if needed. With several workers,
+            create one writer, on the chief.
+        optimizer: A `LAMB` or `LARS` with `telemetry=True`, of `tf_lamb` or `tf_lamb.tf_keras`,
+            also inside a `LossScaleOptimizer`. It must be built before the first record.
+        every_steps: Integer >= 1. The interval between records. Steps in between read nothing from
+            the device. A record of 199 layers takes about 10 ms and 29 kB.
+        max_ratio: Float > 0 or `None`. The trust ratio of an adapted layer above which there is an
+            alarm.
+        on_alarm: Function that is called with a `TrustRatioAlarm`, or `None` to log a warning in
+            the logger "tf_lamb". There is an alarm if the ratio or a norm of a layer is not finite,
+            if the ratio is 0 while other layers are updated, or if it is above `max_ratio`. It is
+            repeated only after a record in which the layer was in order.
+        tensorboard: Boolean or `None`. Whether to write files for TensorBoard. `None` means only if
+            Keras uses the TensorFlow backend. With other backends, TensorFlow would be loaded for
+            this purpose and take memory of the accelerator.
 
     Raises:
-        ValueError: an argument outside its range; an optimizer without telemetry.
-        RuntimeError: `tensorboard=True` without TensorFlow.
+        ValueError: If an argument is out of range, or the optimizer has no telemetry.
+        RuntimeError: If `tensorboard=True` and TensorFlow is not installed.
     """
 
     def __init__(
@@ -129,7 +137,7 @@ class TelemetryWriter:
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(optimizer, Layerwise) or not optimizer.telemetry:
             raise ValueError(
-                "`optimizer` must be a LAMB or LARS of tf_lamb, made with `telemetry=True`. "
+                "`optimizer` must be a LAMB or LARS of tf_lamb with `telemetry=True`. "
                 f"Received: optimizer={optimizer!r}."
             )
         check_interval("every_steps", every_steps, 1)
@@ -145,42 +153,45 @@ class TelemetryWriter:
         self._on_alarm = on_alarm or (lambda alarm: LOG.warning("%s", alarm))
         self._events = None
         if tensorboard:
-            self._events = _tensorflow().summary.create_file_writer(str(self.log_dir))
+            self._events = _import_tensorflow().summary.create_file_writer(str(self.log_dir))
         self._last_step: int | None = None
-        self._alarmed: dict[str, TrustRatioAlarm] = {}
+        self._layers_in_alarm: set[str] = set()
 
     def due(self, step: int) -> bool:
-        """Whether this step is the first that was asked about in its `every_steps`."""
+        """Returns whether a record is due.
+
+        It is due at the first step passed to this method in each interval of `every_steps` steps.
+        """
         last = step - 1 if self._last_step is None else self._last_step
         self._last_step = step
         return step // self._every_steps != last // self._every_steps
 
     def write(self, step: int) -> None:
-        """Records the last update, if this step is due; waits for the device only then."""
+        """Records the last update if a record is due. Only then it waits for the device."""
         if self.due(step):
             self.record(step)
 
     def record(self, step: int) -> None:
-        """Records the last update, whatever the step."""
+        """Records the last update, even if no record is due."""
         rows = self._optimizer.telemetry_rows
-        labels = _labels(self._optimizer.layers)
+        labels = _unique_labels(self._optimizer.layers)
         record = {
             "step": int(step),
             "skipped_steps": self._optimizer.skipped_steps,
             "layers": {
-                label: dict(zip(COLUMNS, map(_plain, row), strict=True))
+                label: dict(zip(COLUMNS, map(_json_number, row), strict=True))
                 for label, row in zip(labels, rows, strict=True)
             },
         }
         with open(self.log_dir / RECORDS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         if self._events is not None:
-            self._write_events(step, labels, rows)
-        self._sound_alarms(step, labels, rows)
+            self._write_tensorboard(step, labels, rows)
+        self._raise_alarms(step, labels, rows)
 
-    def _write_events(self, step, labels, rows):
-        tf = _tensorflow()
-        summary = tf.compat.v1.Summary()  # all scalars at once; tf.summary.scalar takes 0.2 ms each
+    def _write_tensorboard(self, step, labels, rows):
+        tf = _import_tensorflow()
+        summary = tf.compat.v1.Summary()  # All scalars at once: tf.summary.scalar takes 0.2 ms.
         for label, row in zip(labels, rows, strict=True):
             for column, value in zip(COLUMNS, row, strict=True):
                 summary.value.add(tag=f"{column}/{label}", simple_value=value)
@@ -189,74 +200,82 @@ class TelemetryWriter:
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
             tf.summary.histogram("ratios", ratios[np.isfinite(ratios)])
 
-    def _sound_alarms(self, step, labels, rows):
-        if not rows.any():  # no update yet: a loss scale skipped the first steps
+    def _raise_alarms(self, step, labels, rows):
+        """Calls `on_alarm` for each layer that was in order in the previous record."""
+        if not rows.any():  # No update yet: a loss scale skipped the first steps.
             return
-        layers = self._optimizer.layers
-        before, self._alarmed = self._alarmed, {}
-        for label, layer, row in zip(labels, layers, rows, strict=True):
-            reason = _trouble(layer, row, self._max_ratio)
+        alarms = {}
+        for label, layer, row in zip(labels, self._optimizer.layers, rows, strict=True):
+            reason = _alarm_reason(layer, row, self._max_ratio)
             if reason is not None:
-                self._alarmed[label] = TrustRatioAlarm(step, label, float(row[2]), reason)
-        for label, alarm in self._alarmed.items():
-            if label not in before:
+                alarms[label] = TrustRatioAlarm(step, label, float(row[2]), reason)
+        known = self._layers_in_alarm
+        self._layers_in_alarm = set(alarms)
+        for label, alarm in alarms.items():
+            if label not in known:
                 self._on_alarm(alarm)
 
     def heat_map(self, path=None) -> None:
-        """Draws all records as a PNG; `path` is `log_dir/trust_ratios.png` unless given.
+        """Draws the heat map of all records. See `draw_heat_map`.
+
+        Args:
+            path: Path of the PNG file. Defaults to `log_dir/trust_ratios.png`.
 
         Raises:
-            ValueError: nothing is recorded yet.
-            RuntimeError: matplotlib is not installed.
+            ValueError: If there are no records.
+            RuntimeError: If matplotlib is not installed.
         """
         draw_heat_map(self.log_dir / RECORDS, path or self.log_dir / PICTURE)
 
     def close(self) -> None:
-        """Writes out what TensorBoard's writer still holds."""
+        """Closes the file for TensorBoard."""
         if self._events is not None:
             self._events.close()
 
 
-class TelemetryCallbackRule:
-    """Writes the optimizer's trust ratios during `fit`, and draws their heat map at its end.
+class TelemetryCallbackMixin:
+    """Records the optimizer's trust ratios during `fit`, and draws their heat map at the end.
 
-    The files and the alarm are `TelemetryWriter`'s. A step is a batch; counting starts at the
-    optimizer's `iterations`, so a resumed run goes on where it was. Between two records nothing
-    is read from the device. With `steps_per_execution` only an execution's last step is seen.
+    See `TelemetryWriter` for the files and alarms. A step is a batch, counted from the optimizer's
+    `iterations`, so that a resumed run continues the count. Nothing is read from the device between
+    records. With `steps_per_execution`, only the last step of an execution can be recorded.
 
     Args:
-        log_dir, every_steps, max_ratio, on_alarm, tensorboard: as in `TelemetryWriter`.
-        heat_map: whether to draw `log_dir/trust_ratios.png` when training ends.
+        log_dir: As in `TelemetryWriter`.
+        every_steps: As in `TelemetryWriter`.
+        heat_map: Boolean. Whether to draw `log_dir/trust_ratios.png` at the end of training.
+        **writer_arguments: `max_ratio`, `on_alarm` and `tensorboard`, as in `TelemetryWriter`.
 
     Raises:
-        ValueError: when training begins; see `TelemetryWriter`.
-        RuntimeError: matplotlib or TensorFlow is asked for and not installed.
+        ValueError: As in `TelemetryWriter`, when training begins.
+        RuntimeError: If matplotlib or TensorFlow is needed and not installed.
     """
 
     def __init__(self, log_dir, *, every_steps=1, heat_map=True, **writer_arguments):
         super().__init__()
         if heat_map:
-            check_matplotlib()
+            _check_matplotlib()
         self.writer: TelemetryWriter | None = None
         self._heat_map = heat_map
         self._arguments = {"log_dir": log_dir, "every_steps": every_steps} | writer_arguments
-        self._step = self._epoch_start = 0
+        self._step = 0
+        self._epoch_start = 0
 
     def on_train_begin(self, logs=None):
-        """Opens the files, and finds out at which step training begins."""
+        """Opens the files and reads the step at which training begins."""
         self.writer = TelemetryWriter(optimizer=self.model.optimizer, **self._arguments)
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         self._step = int(keras.ops.convert_to_numpy(optimizer._iterations))
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Batches are numbered anew in each epoch."""
+        """Remembers the step at which the epoch begins, since batches are numbered from there."""
         self._epoch_start = self._step
 
     def on_train_batch_end(self, batch, logs=None):
-        """Records the last update, if the step is due."""
+        """Records the last update if a record is due."""
         self._step = self._epoch_start + batch + 1
         if self.writer.due(self._step):
-            _ = self.model  # read, it makes Keras on JAX bring the state back into the variables
+            _ = self.model  # On JAX, this access makes Keras write the state to the variables.
             self.writer.record(self._step)
 
     def on_train_end(self, logs=None):
@@ -266,5 +285,119 @@ class TelemetryCallbackRule:
         self.writer.close()
 
 
-class TelemetryCallback(TelemetryCallbackRule, keras.callbacks.Callback):  # noqa: D101
-    __doc__ = TelemetryCallbackRule.__doc__
+class TelemetryCallback(TelemetryCallbackMixin, keras.callbacks.Callback):  # noqa: D101
+    __doc__ = TelemetryCallbackMixin.__doc__
+
+
+def draw_heat_map(records_path, picture_path) -> None:
+    """Draws log10 of the trust ratios, layers x steps, from the records of `TelemetryWriter`.
+
+    Layers with a ratio of 1 in all steps are not adapted, and left out. If a step was recorded
+    twice, because a run was resumed, the later record is drawn.
+
+    Args:
+        records_path: Path of the JSON lines, `trust_ratios.jsonl`.
+        picture_path: Path of the PNG file to write. A layer is a row of 0.15 inches.
+
+    Raises:
+        ValueError: If there are no records.
+        RuntimeError: If matplotlib is not installed.
+    """
+    _check_matplotlib()
+    labels, steps, values = _read_records(records_path)
+    if not labels:
+        raise ValueError(f"There are no records to draw yet. Received: {str(records_path)!r}.")
+    adapted = [i for i in range(len(labels)) if np.any(values[i, :, 2] != 1.0)]
+    rows = adapted or range(len(labels))
+    figure = _draw_figure([labels[i] for i in rows], steps, _log_ratios(values[rows]))
+    title = f"Trust ratio of {len(rows)} layers"
+    if len(rows) < len(labels):
+        title += f" ({len(labels) - len(rows)} more are not adapted)"
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(picture_path, dpi=120)
+
+
+def _check_matplotlib():
+    """Raises `RuntimeError` if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "matplotlib, which draws the heat map, is not installed. Run "
+            "`pip install matplotlib`, or pass `heat_map=False`."
+        )
+
+
+def _read_records(records_path):
+    """Reads the last record of each step.
+
+    A line that was cut off is skipped.
+
+    Returns:
+        A tuple `(labels, steps, values)`. `values` is a float array [layers, steps, 3], with zeros
+        for a layer that a record does not have.
+    """
+    by_step = {}
+    with open(records_path, encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # The run was killed while it wrote the line.
+                continue
+            by_step[record["step"]] = record["layers"]
+    steps = sorted(by_step)
+    labels = list(dict.fromkeys(label for step in steps for label in by_step[step]))
+    empty = dict.fromkeys(COLUMNS, 0.0)
+    values = [
+        [[float(by_step[step].get(label, empty)[c]) for c in COLUMNS] for step in steps]
+        for label in labels
+    ]
+    return labels, steps, np.reshape(np.asarray(values, float), (len(labels), len(steps), 3))
+
+
+def _log_ratios(values):
+    """Returns log10 of the trust ratios, averaged over neighboring steps if there are many.
+
+    Args:
+        values: Float array [layers, steps, 3].
+
+    Returns:
+        A float array [layers, columns]. It is infinite where a value is not finite in one of the
+        steps, and NaN where the ratio is 0 in all of them.
+    """
+    ratios = values[:, :, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(ratios > 0, np.log10(ratios), np.nan)
+        logs = np.where(np.isfinite(values).all(axis=2), logs, np.inf)
+        columns = np.array_split(logs, min(MAX_COLUMNS, logs.shape[1]), axis=1)
+        known = [np.sum(~np.isnan(column), axis=1) for column in columns]
+        sums = [np.nansum(column, axis=1) for column in columns]
+        return np.stack(sums, axis=1) / np.stack(known, axis=1)  # 0/0 is NaN.
+
+
+def _draw_figure(labels, steps, logs):
+    """Returns the matplotlib figure. It has no window, whatever backend the program uses."""
+    from matplotlib import colors
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    inches = 0.15 * len(labels)
+    figure = Figure(figsize=(13, inches + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    bar_axes, axes = figure.subplots(2, 1, height_ratios=[0.15, inches])
+    finite = logs[np.isfinite(logs)]
+    low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (-1.0, 1.0)
+    settings = {"aspect": "auto", "interpolation": "nearest"}
+    shown = np.ma.masked_invalid(logs)
+    image = axes.imshow(shown, cmap="viridis", vmin=low, vmax=max(high, low + 0.01), **settings)
+    axes.set_facecolor("lightgrey")
+    broken = np.ma.masked_where(~np.isinf(logs), np.ones_like(logs))
+    axes.imshow(broken, cmap=colors.ListedColormap(["red"]), **settings)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    columns = np.unique(np.linspace(0, logs.shape[1] - 1, 11).astype(int))
+    first_steps = [steps[i * len(steps) // logs.shape[1]] for i in columns]
+    axes.set_xticks(columns, [f"{step:,}" for step in first_steps], fontsize=8)
+    axes.tick_params(axis="x", top=True, labeltop=True)
+    axes.set_xlabel("step", fontsize=9)
+    bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("log10 of the trust ratio; red: not finite, grey: no update", fontsize=9)
+    return figure

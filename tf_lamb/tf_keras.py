@@ -1,4 +1,12 @@
-"""LAMB and LARS for Keras 2 (`tf_keras`), the flavour that tf-models-official uses."""
+"""LAMB and LARS for Keras 2 (`tf_keras`), which tf-models-official uses.
+
+Prefer the `.keras` format to HDF5 (`.h5`) for a model with a `LossScaleOptimizer`. In HDF5,
+tf_keras writes the inner optimizer's class without its package, so that the class must be given:
+
+>>> tf_keras.models.load_model("model.h5", custom_objects={"LAMB": tf_lamb.tf_keras.LAMB})
+
+The state of a `LossScaleOptimizer` is not restored from HDF5, whatever the inner optimizer is.
+"""
 
 import dataclasses
 
@@ -6,51 +14,53 @@ import keras
 
 if keras.backend.backend() != "tensorflow":
     raise RuntimeError(
-        "tf_lamb.tf_keras runs on TensorFlow, and its update is written on Keras 3's `keras.ops`. "
+        "tf_lamb.tf_keras needs the TensorFlow backend of Keras 3, whose `keras.ops` it uses. "
         "Set the environment variable KERAS_BACKEND=tensorflow before the first import of keras. "
         f"Received: KERAS_BACKEND={keras.backend.backend()}."
     )
 
-import tensorflow as tf  # noqa: E402  the check above speaks first
+import tensorflow as tf  # noqa: E402  (after the check above)
 import tf_keras  # noqa: E402
 
 from tf_lamb import lamb, lars, schedules, xla  # noqa: E402
 from tf_lamb import learning_rate as rates  # noqa: E402
-from tf_lamb.layerwise import Plan, check_hooks, load_state  # noqa: E402
-from tf_lamb.telemetry import TelemetryCallbackRule  # noqa: E402
+from tf_lamb.layerwise import Plan, check_hooks  # noqa: E402
+from tf_lamb.telemetry import TelemetryCallbackMixin  # noqa: E402
 
 
 class Adapter(tf_keras.optimizers.Optimizer):
-    """A tf_keras optimizer that hands the whole model to its rule.
+    """A tf_keras optimizer that updates all variables at once.
 
-    It overrides the one private hook that runs after the gradients were summed (pinned by
-    tests/tf_lamb/test_contract.py), which in tf_keras also owns the EMA and the step counter.
+    It overrides the private method `_distributed_apply_gradients_fn`, which runs after the sum of
+    the gradients over replicas. In tf_keras this method also updates the moving averages and the
+    step counter. tests/tf_lamb/test_contract.py checks its signature.
     """
 
     schedule_class = tf_keras.optimizers.schedules.LearningRateSchedule
 
     def __init__(self, *, learning_rate, name, jit_compile, **arguments):
         super().__init__(name=name or type(self).__name__, **arguments)
-        # The base turns XLA off where there is no GPU.
+        # The base class turns `jit_compile` off where there is no GPU.
         self.jit_compile = jit_compile
+        # Of `aggregate_gradients`, for the update in the same call of `apply_gradients`.
         self._squares = None
         self._learning_rate = self._build_learning_rate(learning_rate)
 
     def _build_learning_rate(self, learning_rate):
-        """A variable and a callable stay what they are: the base would copy their value of now."""
+        """Keeps a variable or a callable as it is. The base class would copy its current value."""
         if isinstance(learning_rate, (float, self.schedule_class)):
             return super()._build_learning_rate(learning_rate)
         return learning_rate.value if isinstance(learning_rate, keras.Variable) else learning_rate
 
     @property
     def learning_rate(self):
-        """η of the next update: a variable, or what the callable says now."""
+        """The learning rate of the next update: a variable, or a callable's current value."""
         rate = super().learning_rate
         return rate() if callable(rate) else rate
 
     @learning_rate.setter
     def learning_rate(self, rate):
-        rate = rates.settable(self._learning_rate, rate, self.schedule_class)
+        rate = rates.check_assigned_rate(self._learning_rate, rate, self.schedule_class)
         if callable(rate) and not rates.is_variable(rate):
             self._learning_rate = self._build_learning_rate(rate)
         else:
@@ -58,25 +68,25 @@ class Adapter(tf_keras.optimizers.Optimizer):
 
     @property
     def lr(self):
-        """What the callbacks of tf_keras read and assign."""
+        """The learning rate, which the callbacks of tf_keras read and assign by this name."""
         if rates.is_variable(self._learning_rate):
             return self.learning_rate
-        return rates.FixedRate(float(self.learning_rate))
+        return rates.ReadOnlyRate(float(self.learning_rate))
 
     @lr.setter
     def lr(self, rate):
         self.learning_rate = rate
 
     def build(self, var_list):
-        """Creates the slots, and decides which variable is decayed and adapted.
+        """Creates the slots, and decides which variables are decayed and adapted.
 
         Args:
-            var_list: list of `tf.Variable` that will be updated.
+            var_list: List of `tf.Variable` to update.
 
         Raises:
-            ValueError: a variable that is not a real floating-point one, or that `layer_axes` or
-                `layer_groups` do not fit; a strategy that scatters variables over machines.
-            RuntimeError: this tf_keras does not call what is overridden here.
+            ValueError: If a variable is not a real floating-point one or does not fit `layer_axes`
+                or `layer_groups`, or under `ParameterServerStrategy`.
+            RuntimeError: If this version of tf_keras does not call the overridden methods.
         """
         if getattr(self, "_built", False):
             return
@@ -95,14 +105,14 @@ class Adapter(tf_keras.optimizers.Optimizer):
         )
         super().build(var_list)
         slots = tuple(
-            [self._slot(v, name, "float32" if k else self.moment_dtype) for v in var_list]
+            [self._add_slot(v, name, "float32" if k else self.moment_dtype) for v in var_list]
             for k, name in enumerate(self.slot_names)
         )
-        # These come last: `save_own_variables` leaves them out.
-        skipped = self._variable(tf.zeros([], tf.int64), "skipped_steps")
+        # `save_own_variables` leaves out the variables from here on.
+        skipped = self._add_variable(tf.zeros([], tf.int64), "skipped_steps")
         telemetry = None
         if self.telemetry:
-            telemetry = self._variable(tf.zeros([len(var_list), 3]), "telemetry")
+            telemetry = self._add_variable(tf.zeros([len(var_list), 3]), "telemetry")
         plan = Plan(plans, slots, skipped, telemetry)
         update = xla.Update(
             self,
@@ -113,19 +123,19 @@ class Adapter(tf_keras.optimizers.Optimizer):
             skipped=skipped,
             telemetry=telemetry,
             averages=list(self._model_variables_moving_average) if self.use_ema else None,
-            average_starts_at_first=False,
+            averages_start_at_first_update=False,
         )
         self._plan = dataclasses.replace(plan, update=update)
         self._built = True
 
-    def _slot(self, variable, name, dtype):
-        """A zero of the variable's shape beside it, whatever the variable's dtype."""
+    def _add_slot(self, variable, name, dtype):
+        """Creates a slot of zeros with the variable's shape, on its device."""
         with self._distribution_strategy.extended.colocate_vars_with(variable):
-            return self._variable(
+            return self._add_variable(
                 tf.zeros(variable.shape, dtype), f"{name}/{variable.name.split(':')[0]}"
             )
 
-    def _variable(self, value, name):
+    def _add_variable(self, value, name):
         variable = tf.Variable(value, name=name, trainable=False)
         self._variables.append(variable)
         return variable
@@ -134,22 +144,22 @@ class Adapter(tf_keras.optimizers.Optimizer):
         """Sums gradients over the replicas.
 
         Args:
-            grads_and_vars: list of (gradient, variable) pairs; a gradient may be None.
+            grads_and_vars: List of (gradient, variable) pairs. A gradient may be `None`.
 
         Returns:
-            The same pairs with the sums.
+            A list of the same pairs with the summed gradients.
         """
         pairs = list(grads_and_vars)
         present = [g for g, _ in pairs if g is not None]
         if not present:
             return pairs
-        # A TPU's replica is traced once, in one thread: the update that follows takes them.
+        # Only set on a TPU, whose replicas are traced once, in this thread. The update follows.
         sums, self._squares = xla.sum_over_replicas(self, present)
         sums = iter(sums)
         return [(None if g is None else next(sums), v) for g, v in pairs]
 
     def apply_gradients(self, grads_and_vars, *arguments, **named_arguments):
-        """Updates the variables; arguments and result are those of tf_keras."""
+        """Updates the variables. Arguments and result are those of tf_keras."""
         self._squares = None
         try:
             return super().apply_gradients(grads_and_vars, *arguments, **named_arguments)
@@ -157,11 +167,11 @@ class Adapter(tf_keras.optimizers.Optimizer):
             self._squares = None
 
     def _deduplicate_sparse_grad(self, grads):
-        """Nothing: sparse gradients are made dense."""
+        """Returns the gradients unchanged: `xla.Update` converts sparse gradients to dense."""
         return grads
 
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
-        """The hook in merge context, after the sum over the replicas."""
+        """Updates the variables, in merge context and after the sum over replicas."""
         grads, variables = zip(*grads_and_vars, strict=True)
         unknown = [v.name for v in variables if self._var_key(v) not in self._index_dict]
         if unknown:
@@ -173,48 +183,41 @@ class Adapter(tf_keras.optimizers.Optimizer):
         self._plan.update(distribution, index, grads, self.learning_rate, self._squares)
         return self.iterations.assign_add(1)
 
-    def save_own_variables(self, store):
-        """Saves the state; counters of skipped updates and telemetry are not saved."""
-        for i, variable in enumerate(self._state_variables()):
-            store[str(i)] = variable.numpy()
-
-    def load_own_variables(self, store):
-        """Loads the state; files of version 0.1.0 also hold counters and telemetry, at the end."""
-        load_state(self, store, self._state_variables())
-
     def set_weights(self, weights):
-        """Sets the optimizer's variables; the observations at their end may be missing.
+        """Sets the optimizer's variables.
 
         Args:
-            weights: list of arrays, in the order of `variables`.
+            weights: List of arrays in the order of `variables`. The number of skipped updates and
+                telemetry, which come last, are ignored and may be missing.
         """
         count = len(self._state_variables())
         if self._plan is not None and count <= len(weights) <= count + 2:
             weights = [*weights[:count], *(v.numpy() for v in self.variables[count:])]
         super().set_weights(weights)
 
-    def _state_variables(self):
-        observations = () if self._plan is None else (self._plan.skipped, self._plan.telemetry)
-        return [v for v in self.variables if not any(v is other for other in observations)]
-
     def get_config(self):
-        """What the base saves, and the learning rate, which it leaves to its subclasses."""
+        """Returns the configuration of the base class, and the learning rate.
+
+        Raises:
+            ValueError: If the learning rate is a callable that cannot be saved.
+        """
         rate = self._learning_rate
         rates.check_savable(rate)
         config = super().get_config()
-        del config["is_legacy_optimizer"]  # no argument of ours; Keras takes its absence for False
-        saved = rates.value if rates.is_variable(rate) else tf_keras.utils.serialize_keras_object
-        return config | {"learning_rate": saved(rate)}
+        del config["is_legacy_optimizer"]  # Not a constructor argument. Keras does not need it.
+        if rates.is_variable(rate):
+            return config | {"learning_rate": rates.to_float(rate)}
+        return config | {"learning_rate": tf_keras.utils.serialize_keras_object(rate)}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """The optimizer that `get_config` described, without its state."""
+        """Creates an optimizer from the result of `get_config`, without its state."""
         rate = config.get("learning_rate")
-        # The base reads schedules only: of a function that it does not find it makes its name.
+        # The base class only deserializes schedules. It returns a function's name as it is.
         if isinstance(rate, dict) and rate.get("class_name") in ("function", "__lambda__"):
             rate = tf_keras.utils.deserialize_keras_object(rate, custom_objects)
             config = config | {"learning_rate": rate}
-        # The HDF5 format writes a class's bare name, and looks among Keras's own schedules.
+        # The HDF5 format contains the bare class name, which is only looked up in Keras.
         elif isinstance(rate, dict) and rate.get("class_name") in SCHEDULES:
             rate = SCHEDULES[rate["class_name"]].from_config(rate["config"])
             config = config | {"learning_rate": rate}
@@ -252,8 +255,8 @@ class Phases(schedules.PhasesRule, tf_keras.optimizers.schedules.LearningRateSch
     _step_schedule = WarmupStepDecay
 
 
-class TelemetryCallback(TelemetryCallbackRule, tf_keras.callbacks.Callback):  # noqa: D101
-    __doc__ = TelemetryCallbackRule.__doc__
+class TelemetryCallback(TelemetryCallbackMixin, tf_keras.callbacks.Callback):  # noqa: D101
+    __doc__ = TelemetryCallbackMixin.__doc__
 
 
 SCHEDULES = {

@@ -1,4 +1,4 @@
-"""TensorFlow: how an update is compiled and placed. Both flavours of Keras call it."""
+"""How an update is compiled and placed on TensorFlow, for Keras 3 and tf_keras."""
 
 import collections
 import contextlib
@@ -14,10 +14,10 @@ from tensorflow.python.eager import context
 from tensorflow.python.ops import control_flow_util
 
 from tf_lamb import norms, xla_cpu
-from tf_lamb.layerwise import Gradients, telemetry_row, with_rows
+from tf_lamb.layerwise import Gradients, replace_rows, sum_duplicates, telemetry_row
 
-# Arguments that the program of a layer does not depend on.
-OUTSIDE_PROGRAMS = (
+# Arguments that do not change the program of a layer.
+NOT_IN_PROGRAMS = (
     "learning_rate",
     "exclude_from_weight_decay",
     "exclude_from_layer_adaptation",
@@ -38,14 +38,16 @@ OUTSIDE_PROGRAMS = (
     "based_on",
     "name",
 )
-# Programs by rule, arguments and layer: another optimizer with the same arguments compiles nothing.
+# A least-recently-used cache of programs by rule, arguments and layer. A second optimizer with the
+# same arguments compiles nothing.
 PROGRAMS: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 MAX_PROGRAMS = 512
-CHAIN = 2**21  # elements of the layers that one program may begin together on a CPU
+# On a CPU, a program that contains all layers updates them in waves of about this many elements.
+WAVE_ELEMENTS = 2**21
 
 
 def check_strategy(strategy) -> None:
-    """Raises `ValueError` for a strategy that scatters the variables over machines."""
+    """Raises `ValueError` for a strategy that distributes the variables over several servers."""
     if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
         raise ValueError(
             "A layer's norm needs the whole layer on one device, and ParameterServerStrategy "
@@ -56,7 +58,7 @@ def check_strategy(strategy) -> None:
 
 @functools.cache
 def _has_xla(device_type: str) -> bool:
-    """Whether XLA compiles for this type of device, found out with a program of one addition."""
+    """Returns whether XLA can compile for a type of device, by compiling one addition."""
     with tf.init_scope(), tf.device(device_type):
         try:
             tf.function(lambda x: x + 1.0, jit_compile=True)(tf.zeros([]))
@@ -77,18 +79,19 @@ def _warn_once(reason: str) -> None:
 def sum_over_replicas(rule, grads):
     """Sums gradients over the replicas.
 
-    On a TPU the sums of squares, which tell whether the gradients are finite, are taken of each
-    replica's own gradients: there XLA fuses them into the operations that make the gradients, and
-    reads nothing again. They are summed along. Since ‖Σᵣgᵣ‖² ≤ R Σᵣ‖gᵣ‖² for R replicas, the result
-    times R is an upper bound, which is finite only where the gradients' squares are.
+    On a TPU, each replica also computes the sums of squares of its own gradients, which tell
+    whether the gradients are finite. XLA fuses them into the operations that compute the gradients,
+    so that these are not read again. The sums of squares are then summed over the replicas as well.
+    Since ‖Σᵣgᵣ‖² ≤ R Σᵣ‖gᵣ‖² for R replicas, R times the result is an upper bound of the squared
+    norm of the summed gradient.
 
     Args:
-        rule: the optimizer.
-        grads: list of tensors, in replica context.
+        rule: The optimizer.
+        grads: List of tensors. In replica context they are summed, otherwise returned as they are.
 
     Returns:
-        `(grads, squares)`: the summed gradients; a [gradients] float32 tensor for
-        `Layerwise.measure_gradients`, or None.
+        A tuple `(grads, squares)`: the summed gradients, and the upper bounds as a float32 tensor
+        [gradients] for `Layerwise.measure_gradients`, or `None`.
     """
     replica = tf.distribute.get_replica_context()
     if replica is None:
@@ -101,42 +104,43 @@ def sum_over_replicas(rule, grads):
     return replica.all_reduce(tf.distribute.ReduceOp.SUM, grads), None
 
 
-def _in_xla() -> bool:
-    """Whether the graph being traced is compiled as a whole: `jit_compile=True` of the caller."""
+def _is_inside_xla() -> bool:
+    """Returns whether the caller compiles the graph being traced, with `jit_compile=True`."""
     return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
 
 
 def _device_type(variable) -> str:
-    """The type of device that holds the variable, or the replica's copy of it."""
+    """Returns the type of device of a variable, or of the current replica's copy of it."""
     if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
         return "TPU"
     return tf.DeviceSpec.from_string(variable.handle.device).device_type
 
 
 class Update:
-    """One update of a model's variables: called where gradients are summed over the replicas.
+    """The update of a model's variables, after the sum of gradients over replicas.
 
-    - On a CPU each layer is an XLA program, and layers that are alike share it. A graph calls
-      them, so several run at a time, and a first update compiles a few small programs.
-    - On a GPU the whole update is one XLA program: launching many costs more than running them.
-    - On a TPU, and inside a step that the caller compiles, the update is part of that program.
+    - On a CPU, each layer is an XLA program, and equal layers share one. TensorFlow runs several at
+      a time, and the first update compiles a few small programs.
+    - On a GPU, the whole update is one XLA program: to launch many programs would take longer than
+      to run them.
+    - On a TPU, and in a step that the caller compiles, the update is part of the caller's program.
 
     Args:
-        rule: the optimizer, a `Layerwise`.
-        plan: its `Plan`, `update` aside.
-        variables: list of `tf.Variable`, the model's.
-        slots: one list of `tf.Variable` for each slot, in the order of `variables`.
-        iterations: int `tf.Variable` that Keras raises by one after each call; a skipped update
-            takes `accumulation` from it beforehand.
-        skipped: int `tf.Variable`, raised by a skipped update.
-        telemetry: [variables, 3] `tf.Variable`, or None.
-        averages: list of `tf.Variable` or None, one for each variable; or None without EMA.
-        average_starts_at_first: whether the average takes the weights of the first update as its
-            start (Keras 3), or starts at the initial weights (tf_keras).
-        accumulators: list of `tf.Variable`, one for each variable; or None.
-        accumulation: how many calls make an update.
+        rule: The optimizer, a `Layerwise`.
+        plan: Its `Plan`, without `update`.
+        variables: List of `tf.Variable`, the model's variables.
+        slots: List of `tf.Variable` in the order of `variables`, for each slot.
+        iterations: Integer `tf.Variable` that Keras increments after each call. A skipped update
+            subtracts `accumulation_steps` from it.
+        skipped: Integer `tf.Variable` that a skipped update increments.
+        telemetry: Float32 `tf.Variable` of shape [variables, 3], or `None`.
+        averages: List with a `tf.Variable` or `None` for each variable. `None` without EMA.
+        averages_start_at_first_update: Boolean. Whether the averages start at the weights after the
+            first update, as in Keras 3, or at the initial weights, as in tf_keras.
+        accumulators: List of `tf.Variable`, one for each variable. `None` without accumulation.
+        accumulation_steps: Integer. The number of calls that make an update.
     """
 
     def __init__(
@@ -150,47 +154,55 @@ class Update:
         skipped,
         telemetry,
         averages=None,
-        average_starts_at_first=True,
+        averages_start_at_first_update=True,
         accumulators=None,
-        accumulation: int = 1,
+        accumulation_steps: int = 1,
     ) -> None:
-        self._rule, self._plan = rule._rule(), plan
-        self._jit_compile = rule.jit_compile
-        self._rule_key = (type(self._rule), self._rule.hyperparameters.key(OUTSIDE_PROGRAMS))
-        self._variables, self._slots = variables, slots
-        self._iterations, self._averages = iterations, averages
-        self._average_starts_at_first = average_starts_at_first
-        self._accumulators, self._accumulation = accumulators, accumulation
-        self._skipped, self._telemetry = skipped, telemetry
-        # Traced once for each device, since its name is part of the key.
+        self._rule = rule._rule_without_variables()
+        self._rule_key = (type(self._rule), self._rule.hyperparameters.key(NOT_IN_PROGRAMS))
+        self._plan = plan
+        self._variables = variables
+        self._slots = slots
+        self._iterations = iterations
+        self._skipped = skipped
+        self._telemetry = telemetry
+        self._averages = averages
+        self._averages_start_at_first_update = averages_start_at_first_update
+        self._accumulators = accumulators
+        self._accumulation_steps = accumulation_steps
+        # Traced once for each device, whose name is part of the key of a `tf.function`.
         self._staged = {
-            whole: tf.function(self._update, jit_compile=whole or None, autograph=False)
-            for whole in (False, True)
+            is_one_program: tf.function(
+                self._update, jit_compile=is_one_program or None, autograph=False
+            )
+            for is_one_program in (False, True)
         }
 
     def __call__(self, strategy, index: Sequence[int], grads, learning_rate, squares=None) -> None:
-        """Updates every replica's variables on its own device.
+        """Updates each replica's variables on its device. Called in merge context.
 
         Args:
-            strategy: the current one, or the default strategy; in merge context, or without one.
-            index: positions of the variables that have a gradient.
-            grads: list of float tensors (or `tf.IndexedSlices`), one for each position.
-            learning_rate: float scalar.
-            squares: what `sum_over_replicas` returned.
+            strategy: The current `tf.distribute.Strategy`.
+            index: Positions of the variables that have a gradient.
+            grads: List of float tensors or `tf.IndexedSlices`, one for each position.
+            learning_rate: Float scalar.
+            squares: As returned by `sum_over_replicas`.
         """
         index = tuple(index)
 
         def on_replica(_, grads, learning_rate, squares):
             on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-            update = self._update if on_tpu or _in_xla() else self._staged[self._is_one_program()]
+            is_inlined = on_tpu or _is_inside_xla()
+            update = self._update if is_inlined else self._staged[self._is_one_program()]
             update(
                 index,
-                [_dense(g, self._variables[i].shape) for i, g in zip(index, grads, strict=True)],
+                [_to_dense(g, self._variables[i].shape) for i, g in zip(index, grads, strict=True)],
                 tf.cast(tf.convert_to_tensor(learning_rate), tf.float32),
                 squares,
             )
 
-        # One call, anchored on the first variable, hands each replica its gradients and device.
+        # A single call, for the first variable, runs `on_replica` on each replica's device with the
+        # replica's gradients.
         strategy.extended.update(
             self._variables[index[0]],
             on_replica,
@@ -199,13 +211,14 @@ class Update:
         )
 
     def _is_one_program(self) -> bool:
+        """Returns whether the whole update is compiled as one program."""
         devices = {variable.handle.device for variable in self._variables}
         on_gpu = _device_type(self._variables[0]) == "GPU"
         return on_gpu and len(devices) == 1 and self._compiles("GPU")
 
     def _compiles(self, device_type: str) -> bool:
-        """Whether layers on such a device are compiled; where they cannot be, a warning says so."""
-        if not self._jit_compile:
+        """Returns whether to compile for a type of device. Warns if compilation is impossible."""
+        if not self._rule.jit_compile:
             return False
         if context.context().op_callbacks:
             _warn_once(
@@ -219,132 +232,152 @@ class Update:
         return True
 
     def _update(self, index, grads, learning_rate, squares) -> None:
-        """A call's part on one device: accumulation, then the update."""
-        summed: dict[int, Any] = {}
-        for i, g in zip(index, grads, strict=True):
-            g = tf.cast(g, tf.float32)
-            # A variable that is there twice moves by the sum, as in Keras's SGD.
-            summed[i] = summed[i] + g if i in summed else g
-        if len(summed) < len(index) or self._accumulators is not None:
-            squares = None  # of other gradients than those that are applied
-        index, grads = tuple(summed), list(summed.values())
+        """Accumulates the gradients or applies an update, on one device."""
+        positions, grads = sum_duplicates(index, [tf.cast(g, tf.float32) for g in grads])
         calls = _value(self._iterations)
         if self._accumulators is None:
-            self._apply(index, grads, learning_rate, calls, squares)
+            if len(positions) < len(index):
+                squares = None  # They are those of the gradients before `sum_duplicates`.
+            self._update_or_skip(positions, grads, learning_rate, calls, squares)
             return
-        accumulators = [self._accumulators[i] for i in index]
+        steps = self._accumulation_steps
+        accumulators = [self._accumulators[i] for i in positions]
         totals = [
-            tf.cast(_value(total), tf.float32) + g
-            for total, g in zip(accumulators, grads, strict=True)
+            tf.cast(_value(accumulator), tf.float32) + g
+            for accumulator, g in zip(accumulators, grads, strict=True)
         ]
 
         def apply():
-            mean = [total / self._accumulation for total in totals]
-            self._apply(index, mean, learning_rate, calls // self._accumulation, None)
-            for total in accumulators:
-                _assign(total, tf.zeros(total.shape, total.dtype))
+            means = [total / steps for total in totals]
+            self._update_or_skip(positions, means, learning_rate, calls // steps, None)
+            for accumulator in accumulators:
+                _assign(accumulator, tf.zeros(accumulator.shape, accumulator.dtype))
             return tf.constant(0)
 
         def accumulate():
-            for variable, total in zip(accumulators, totals, strict=True):
-                _assign(variable, tf.cast(total, variable.dtype))
+            for accumulator, total in zip(accumulators, totals, strict=True):
+                _assign(accumulator, tf.cast(total, accumulator.dtype))
             return tf.constant(0)
 
-        tf.cond((calls + 1) % self._accumulation == 0, apply, accumulate)
+        tf.cond((calls + 1) % steps == 0, apply, accumulate)
 
-    def _apply(self, index, grads, learning_rate, updates, squares) -> None:
-        """The update after `updates` others: variables, slots, averages, counters, telemetry."""
+    def _update_or_skip(self, index, grads, learning_rate, updates, squares) -> None:
+        """Updates everything, or skips the update if a gradient is not finite.
+
+        Args:
+            index: Tuple of positions of the variables that have a gradient.
+            grads: List of float32 tensors, one for each position.
+            learning_rate: Float32 scalar.
+            updates: Integer scalar, the number of earlier updates.
+            squares: As returned by `sum_over_replicas`.
+        """
         rule = self._rule
         step = tf.cast(updates, tf.float32) + 1.0
-        in_xla = _in_xla()
+        in_xla = _is_inside_xla()
         sums: Any = contextlib.nullcontext()
         if _device_type(self._variables[index[0]]) == "CPU":
-            sums = xla_cpu.inside_programs() if in_xla else xla_cpu.outside_programs()
+            sums = xla_cpu.xla_sums() if in_xla else xla_cpu.tensorflow_sums()
         with sums:
             squares = None if squares is None else tf.unstack(squares, len(grads))
             gradients: Gradients = rule.measure_gradients(grads, squares)
         scalars = rule.scalars(step)
         if gradients.finite is None or in_xla:
-            self._advance(index, grads, learning_rate, gradients, scalars, updates, in_xla)
+            self._update_variables(index, grads, learning_rate, gradients, scalars, updates, in_xla)
         else:
-            # Outside XLA nothing is computed for an update that is skipped, and no program has to
-            # choose between old and new values.
-            used = dataclasses.replace(gradients, finite=None)
+            # Outside XLA, a skipped update computes nothing, and programs need not select between
+            # old and new values.
+            finite_gradients = dataclasses.replace(gradients, finite=None)
 
-            def advance():
-                self._advance(index, grads, learning_rate, used, scalars, updates, in_xla)
+            def update():
+                self._update_variables(
+                    index, grads, learning_rate, finite_gradients, scalars, updates, in_xla
+                )
                 return tf.constant(0)
 
             def skip():
                 if self._telemetry is not None:
-                    marks = dict(zip(index, gradients.nonfinite, strict=True))
-                    nothing = tf.constant(0.0)
-                    column = [marks.get(i, nothing) for i in range(len(self._variables))]
+                    # ‖u‖ becomes NaN for each variable whose gradient is not finite.
+                    marks = dict(zip(index, gradients.nonfinite_marks, strict=True))
+                    zero = tf.constant(0.0)
+                    column = [marks.get(i, zero) for i in range(len(self._variables))]
                     rows = _value(self._telemetry)
-                    # The layer at fault shows as ‖u‖ = NaN.
                     _assign(self._telemetry, rows + tf.stack([[0.0, mark, 0.0] for mark in column]))
                 return tf.constant(0)
 
-            tf.cond(gradients.finite, advance, skip)
+            tf.cond(gradients.finite, update, skip)
         if gradients.finite is not None:
             missed = tf.logical_not(gradients.finite)
             _add(self._skipped, tf.cast(missed, self._skipped.dtype))
-            back = tf.cast(missed, self._iterations.dtype) * -self._accumulation
-            _add(self._iterations, back)
+            steps = tf.cast(missed, self._iterations.dtype) * self._accumulation_steps
+            _add(self._iterations, -steps)
 
-    def _advance(self, index, grads, learning_rate, gradients, scalars, updates, in_xla) -> None:
-        """Variables, slots, averages and telemetry of an update."""
-        rule, plan = self._rule, self._plan
-        at = {i: place for place, i in enumerate(index)}
+    def _update_variables(
+        self, index, grads, learning_rate, gradients, scalars, updates, in_xla
+    ) -> None:
+        """Updates variables, slots, averages and telemetry."""
+        rule = self._rule
+        plan = self._plan
+        place_of = {i: place for place, i in enumerate(index)}
         rows: dict[int, Any] = {}
-        begun, last, after = 0, None, None
+        wave_elements = 0
+        last_ratio = None
+        ratio_of_last_wave = None
         for layer in plan.layers(index):
-            places = [at.get(i) for i in layer]
+            places = [place_of.get(i) for i in layer]
             layer_grads = [None if place is None else grads[place] for place in places]
             scales = gradients.scales and [
                 None if place is None else gradients.scales[place] for place in places
             ]
+            is_adapted = plan.variables[layer[0]].adapted
             if in_xla and _device_type(self._variables[layer[0]]) == "CPU":
-                # Layers come in waves: all of one depend on the last ratio of the wave before it.
-                after, begun = (last, 0) if begun > CHAIN else (after, begun)
-                begun += sum(math.prod(plan.variables[i].shape) for i in layer)
+                # All layers of a wave depend on the last ratio of the wave before it.
+                if wave_elements > WAVE_ELEMENTS:
+                    ratio_of_last_wave = last_ratio
+                    wave_elements = 0
+                wave_elements += sum(math.prod(plan.variables[i].shape) for i in layer)
             devices = {self._variables[i].handle.device for i in layer}
             with tf.device(None if in_xla or len(devices) > 1 else devices.pop()):
                 arguments = (
                     [self._variables[i].handle for i in layer],
-                    [[kind[i].handle for kind in self._slots] for i in layer],
+                    [[slot[i].handle for slot in self._slots] for i in layer],
                     layer_grads,
                     learning_rate,
                     gradients.finite,
                     scales,
                     scalars,
-                    after,
+                    ratio_of_last_wave,
                 )
                 measured = None
-                if rule.telemetry and not plan.variables[layer[0]].adapted:
-                    # Apart, so that the update's program is the same without telemetry.
-                    measured = self._program(layer, in_xla, measure=True)(*arguments)
-                updated = self._program(layer, in_xla)(*arguments)
+                if rule.telemetry and not is_adapted:
+                    # A program of its own, so that telemetry does not change the update's program.
+                    measured = self._layer_program(layer, in_xla, measure=True)(*arguments)
+                updated = self._layer_program(layer, in_xla)(*arguments)
                 measured = updated if measured is None else measured
             if measured is not None:
-                last = measured[2] if plan.variables[layer[0]].adapted else last
+                last_ratio = measured[2] if is_adapted else last_ratio
                 for place, i in zip(places, layer, strict=True):
                     if rule.telemetry and place is not None:
-                        rows[i] = telemetry_row(measured, gradients.nonfinite, place)
-        self._average(gradients.finite, updates)
+                        rows[i] = telemetry_row(measured, gradients.nonfinite_marks, place)
+        self._update_averages(gradients.finite, updates)
         if rule.telemetry:
-            _assign(self._telemetry, with_rows(_value(self._telemetry), rows))
+            _assign(self._telemetry, replace_rows(_value(self._telemetry), rows))
 
-    def _program(self, layer, in_xla, measure=False):
-        """The update of a layer as a function of handles and tensors: one for all that are alike.
+    def _layer_program(self, layer, in_xla, measure=False):
+        """Returns the function that updates a layer, given handles of variables and tensors.
 
-        Alike are layers of the same shapes and dtypes that are decayed and adapted alike. With
-        `measure` it writes nothing, and measures a layer that is not adapted, too.
+        Layers share a function if their shapes, dtypes, decay and adaptation are equal. It returns
+        (‖x‖, ‖u‖, ratio), as `Layerwise.update_layer` does.
+
+        Args:
+            layer: Tuple of positions of the layer's variables.
+            in_xla: Boolean. Whether the caller compiles the graph being traced.
+            measure: Boolean. Whether the function assigns nothing, and only computes the norms,
+                also of a layer that is not adapted.
         """
         rule = self._rule
         plans = [self._plan.variables[i] for i in layer]
         dtypes = [_dtype(self._variables[i]) for i in layer]
-        slot_dtypes = [[_dtype(kind[i]) for kind in self._slots] for i in layer]
+        slot_dtypes = [[_dtype(slot[i]) for slot in self._slots] for i in layer]
         on_cpu = _device_type(self._variables[layer[0]]) == "CPU"
         elements = sum(math.prod(plan.shape) for plan in plans)
         jit = not in_xla and self._compiles(_device_type(self._variables[layer[0]]))
@@ -363,13 +396,14 @@ class Update:
             on_cpu,
             measure,
         )
-        if on_cpu and (jit or in_xla) and plans[0].adapted and elements > xla_cpu.LARGE:
-            rule = xla_cpu.recomputing(rule)
+        is_large = elements > xla_cpu.RECOMPUTE_ABOVE
+        if on_cpu and (jit or in_xla) and plans[0].adapted and is_large:
+            rule = xla_cpu.make_recomputing(rule)
         if key in PROGRAMS:
             PROGRAMS.move_to_end(key)
             return PROGRAMS[key]
 
-        def program(handles, slot_handles, grads, learning_rate, finite, scales, scalars, after):
+        def program(handles, slot_handles, grads, learning_rate, finite, scales, scalars, ratio):
             params = [
                 _read(handle, dtype, plan.shape)
                 for handle, dtype, plan in zip(handles, dtypes, plans, strict=True)
@@ -378,13 +412,12 @@ class Update:
                 tuple(_read(h, d, plan.shape) for h, d in zip(own, own_dtypes, strict=True))
                 for own, own_dtypes, plan in zip(slot_handles, slot_dtypes, plans, strict=True)
             ]
-            if after is not None:
-                params = [xla_cpu.depend_on(after, x) for x in params]
-                grads = [g if g is None else xla_cpu.depend_on(after, g) for g in grads]
+            if ratio is not None:
+                params = [xla_cpu.depend_on(ratio, x) for x in params]
+                grads = [g if g is None else xla_cpu.depend_on(ratio, g) for g in grads]
             sums: Any = contextlib.nullcontext()
             if on_cpu:
-                inside = jit or in_xla
-                sums = xla_cpu.inside_programs() if inside else xla_cpu.outside_programs()
+                sums = xla_cpu.xla_sums() if jit or in_xla else xla_cpu.tensorflow_sums()
             with sums:
                 new_params, new_slots, measured = rule.update_layer(
                     plans,
@@ -397,7 +430,7 @@ class Update:
                     scalars,
                     measure=measure,
                 )
-            # Reads and writes stand in one program: XLA writes into the buffers it read.
+            # Reads and writes are in one program, so that XLA can update the buffers in place.
             for i, g in enumerate(grads):
                 if g is not None and not measure:
                     _write(handles[i], new_params[i])
@@ -408,14 +441,14 @@ class Update:
         if jit:
             program = tf.function(program, jit_compile=True, autograph=False)
         if in_xla:
-            return program  # a part of the caller's graph, which must not be kept alive
+            return program  # Not cached: it would keep the caller's graph alive.
         PROGRAMS[key] = program
         if len(PROGRAMS) > MAX_PROGRAMS:
             PROGRAMS.popitem(last=False)
         return program
 
-    def _average(self, finite, updates) -> None:
-        """Keras's exponential moving average of all weights, and the overwriting with it."""
+    def _update_averages(self, finite, updates) -> None:
+        """Updates Keras's moving averages, and overwrites the weights with them when it is due."""
         rule = self._rule
         if self._averages is None:
             return
@@ -425,9 +458,10 @@ class Update:
         for variable, average in zip(self._variables, self._averages, strict=True):
             if average is None:
                 continue
-            x, old = _value(variable), _value(average)
+            x = _value(variable)
+            old = _value(average)
             mu = tf.constant(rule.ema_momentum, x.dtype)
-            if self._average_starts_at_first:
+            if self._averages_start_at_first_update:
                 mu = mu * tf.cast(updates != 0, x.dtype)
             new = mu * tf.cast(old, x.dtype) + (1 - mu) * x
             if finite is not None:
@@ -438,17 +472,17 @@ class Update:
                 _assign(variable, tf.where(written, new, x))
 
 
-def _dense(g, shape):
-    """The gradient as a dense tensor of static shape."""
+def _to_dense(g, shape):
+    """Converts a gradient to a dense tensor of static shape."""
     if isinstance(g, tf.SparseTensor):
         g = tf.sparse.to_dense(g)
     g = tf.convert_to_tensor(g)
-    g.set_shape(shape)  # a sparse gradient made dense may have lost it
+    g.set_shape(shape)  # Conversion of a sparse gradient may lose the static shape.
     return g
 
 
 def _dtype(variable):
-    """The dtype of what is stored, also where a policy shows another."""
+    """Returns the dtype in memory, which differs from `dtype` under autocasting."""
     return getattr(variable, "true_dtype", variable.dtype)
 
 

@@ -1,8 +1,8 @@
-"""What XLA needs on a CPU to update a model fast; other devices do without it.
+"""Sums and scheduling that make an update fast with XLA on a CPU. Other devices do not need them.
 
-On a CPU each layer is a program of its own (`xla`), so that layers of one shape are compiled once,
-and a layer's temporaries are freed before the next layer needs memory. What is here changes how a
-sum is written, and the order of layers where a user's program holds all of them.
+On a CPU, `xla` compiles each layer on its own. Layers of the same shape share a program, and the
+temporaries of one layer are freed before the next layer is updated. This module changes how sums
+are computed. Where the caller's program contains all layers, it also controls their order.
 """
 
 import math
@@ -11,51 +11,62 @@ import tensorflow as tf
 
 from tf_lamb import norms
 
-ROW = 256  # elements: long enough to keep vector instructions busy
-SMALL = 4096  # elements: a plain sum is as fast
-LARGE = 2**22  # elements: u takes fresh memory, which costs more than computing u twice
+MIN_ROW = 256  # Elements of a row: long enough for vector instructions.
+MAX_PLAIN_SUM = 4096  # Elements up to which a plain sum is as fast.
+# Elements of a layer above which u is recomputed: to store it would need newly allocated memory,
+# which costs more time than computing u twice.
+RECOMPUTE_ABOVE = 2**22
 
 
-def outside_programs():
-    """Sums of squares in one pass, with one kernel of TensorFlow's: there is nothing to compile."""
-    return norms.computed_by(sum_squares=lambda x: 2.0 * tf.nn.l2_loss(x))
+def tensorflow_sums():
+    """A context in which sums of squares use a single TensorFlow kernel, without compilation."""
+    return norms.sums_computed_by(sum_squares=lambda x: 2.0 * tf.nn.l2_loss(x))
 
 
-def inside_programs():
-    """Sums as products with ones, row by row.
+def xla_sums():
+    """A context in which a tensor is summed as a matrix-vector product with ones.
 
-    XLA for CPUs writes the terms of a plain sum to memory and adds them without vector
-    instructions. It fuses them into a product (33 ms and 4 ms for six tensors of 768 x 3072).
+    XLA for CPUs compiles a plain sum of squares to code that writes the squares to memory and adds
+    them without vector instructions. It fuses them into a product (33 ms and 4 ms for six tensors
+    of shape 768 x 3072).
     """
-    return norms.computed_by(total=_row_sum, sum_squares=lambda x: _row_sum(tf.square(x)))
+    return norms.sums_computed_by(total=_row_sum, sum_squares=lambda x: _row_sum(tf.square(x)))
 
 
 def _row_sum(x):
-    if math.prod(x.shape) > SMALL:
-        row = _row(x.shape)
+    """Returns the sum of a tensor, computed row by row."""
+    if math.prod(x.shape) > MAX_PLAIN_SUM:
+        row = _row_length(x.shape)
         x = tf.linalg.matvec(tf.reshape(x, (-1, row)), tf.ones((row,), x.dtype))
     return tf.reduce_sum(x)
 
 
-def _row(shape):
-    """Elements of the fewest last axes that make a row, but not of all axes, if there are two."""
+def _row_length(shape):
+    """Returns the size of the fewest trailing axes that have at least `MIN_ROW` elements.
+
+    All axes together are a row only if the tensor has no other row.
+    """
     sizes = [math.prod(shape[axis:]) for axis in reversed(range(len(shape)))]
-    parts = [size for size in sizes if size < sizes[-1]] or sizes
-    return next((size for size in parts if size >= ROW), parts[-1])
+    rows = [size for size in sizes if size < sizes[-1]] or sizes
+    return next((size for size in rows if size >= MIN_ROW), rows[-1])
 
 
 def depend_on(ratio, x):
-    """Returns x, with a data dependency on `ratio`, a tensor of floats > 0. At 0, -0.0 becomes 0.0.
+    """Returns `x`, with a data dependency on `ratio`.
 
-    Within one program XLA for CPUs begins all layers before it finishes one, and keeps the
-    temporaries of all. A layer that depends on the ratio of an earlier one is begun after it.
+    In a single program, XLA for CPUs begins all layers before it finishes one, and keeps the
+    temporaries of all. A layer that depends on the ratio of an earlier layer is begun after it.
+
+    Args:
+        ratio: Float tensor with elements > 0. If one is 0, then -0.0 in `x` becomes 0.0.
+        x: Float tensor.
     """
-    # x - 0.0 is x, also for x = -0.0; the compiler cannot know that the subtrahend is 0.0.
+    # x - 0.0 is x, including x = -0.0. The compiler cannot know that the subtrahend is 0.0.
     return x - tf.cast(tf.nn.relu(-tf.reduce_min(ratio)), x.dtype)
 
 
 class _Recomputing:
-    """A rule whose u is computed twice, for the norm and for the step, and is never stored."""
+    """Mixin for a rule that computes u twice, for the norm and the step, and never stores it."""
 
     def direction(self, g, x, slots, scalars, plan):
         self.__dict__["_scalars"] = scalars
@@ -67,10 +78,10 @@ class _Recomputing:
         return super().step(g, x, u, slots, rate, plan)
 
 
-def recomputing(rule):
-    """The same rule for a layer of more than `LARGE` elements."""
+def make_recomputing(rule):
+    """Returns a copy of the rule for a layer of more than `RECOMPUTE_ABOVE` elements."""
     if rule.rate_inside:
-        return rule  # its step is the momentum, which is stored anyway
-    twin = object.__new__(type(type(rule).__name__, (_Recomputing, type(rule)), {}))
-    twin.__dict__.update(rule.__dict__)
-    return twin
+        return rule  # Its step is the momentum, which is stored anyway.
+    recomputing = object.__new__(type(type(rule).__name__, (_Recomputing, type(rule)), {}))
+    recomputing.__dict__.update(rule.__dict__)
+    return recomputing

@@ -97,7 +97,7 @@ def test_scaling_keeps_proportions_and_goes_back():
     again = [dataclasses.replace(phase, examples=None) for phase in back.phases]
     assert tuple(again) == mixed.phases
     # 3 is not the first phase's batch size in whole examples of the second.
-    with pytest.raises(ValueError, match="no whole number .* phase 2, .* Take a multiple of 2"):
+    with pytest.raises(ValueError, match="no whole number .* phase 2, .* Use a multiple of 2"):
         recipes.scale_recipe(mixed, 3)
 
 

@@ -116,7 +116,7 @@ def test_a_bad_field_is_refused(changes, said):
 def test_step_decay_and_polynomial_decay_exclude_one_another():
     recipe, phase = find("momentum-8k")
     bad = dataclasses.replace(phase, power=2.0)
-    with pytest.raises(ValueError, match="decay_steps leaves no use for power"):
+    with pytest.raises(ValueError, match="power has no effect with decay_steps"):
         dataclasses.replace(recipe, phases=(bad,)).check()
 
 

@@ -46,7 +46,7 @@ BAD = [
     ("both", {"zzzzzz": 1}, r"takes no argument `zzzzzz`\. Received: zzzzzz=1\."),
     ("both", {"exclude_from_weight_decay": ["bias", "(x"]}, r"regular expressions.*'\(x' \("),
     ("both", {"exclude_from_weight_decay": 3}, r"a list of regular expressions\. Received: .*=3\."),
-    ("both", {"exclude_from_weight_decay": [3]}, r"hold regular expressions.* Received: 3 \("),
+    ("both", {"exclude_from_weight_decay": [3]}, r"contain regular expressions.* Received: 3 \("),
     ("both", {"exclude_from_layer_adaptation": ["*"]}, r"`exclude_from_layer_adaptation`.*'\*' \("),
 ]
 

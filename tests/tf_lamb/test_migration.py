@@ -220,7 +220,7 @@ def test_other_names(flavour):
         migrate(original.optimizer, optimizer)
     with refused(optimizer, "model/conv/bias", "conv/bias (renamed to x/conv/bias)"):
         migrate(original.optimizer, optimizer, rename=lambda name: f"x/{name}")
-    with refused(optimizer, "bear one name: model"):
+    with refused(optimizer, "have the same name: model"):
         migrate(original.optimizer, optimizer, rename=lambda name: "model")
     with refused(optimizer, "on neither side (2)", "nothing", "nobody"):
         mapping = {"nothing": "nobody"}
@@ -248,10 +248,10 @@ def test_another_rule(flavour, tmp_path):
     lamb, lars = Original("tf-models LAMB"), Original("tf-models LARS")
     scaled = Original("tf-models LARS, rate at the end")
     ours, _ = lamb.ours(flavour)
-    with refused(ours, "takes the slots m, v, and the source has momentum"):
+    with refused(ours, "has the slots m, v, and the source has momentum"):
         migrate(lars.optimizer, ours)
     path = tf.train.Checkpoint(v=list(lars.variables), o=lars.optimizer).save(str(tmp_path / "a"))
-    with refused(ours, "takes the slots m, v, and the source has momentum"):
+    with refused(ours, "has the slots m, v, and the source has momentum"):
         migrate(path, ours)
     inside, _ = lars.ours(flavour)
     with refused(inside, "without the learning rate", "form='tf-models'"):
@@ -278,7 +278,7 @@ def test_a_checkpoint_without_one_optimizer(keras3, tmp_path):
     other = Original("tf-models LAMB")
     both = tf.train.Checkpoint(v=[original.variables, other.variables])
     both.optimizers = [original.optimizer, other.optimizer]
-    with refused(ours, "holds 2 optimizers"):
+    with refused(ours, "one optimizer, and contains 2"):
         migrate(both.save(str(tmp_path / "both")), ours)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         x = tf.compat.v1.get_variable("x", [2])
@@ -315,9 +315,9 @@ def test_a_state_of_optax_lamb(flavour):
     for i, name in enumerate(["kernel", "bias"]):
         for slot, factor in zip(optimizer._plan.slots, (1, 10), strict=True):
             np.testing.assert_array_equal(slot[i].numpy(), factor * mu["dense"][name])
-    with refused(optimizer, "one ScaleByAdamState, and holds 0. Received: TraceState"):
+    with refused(optimizer, "one ScaleByAdamState, and contains 0. Received: TraceState"):
         migrate((TraceState(mu),), optimizer)
-    with refused(optimizer, "holds 2"):
+    with refused(optimizer, "contains 2"):
         migrate((chain, chain), optimizer)
     listed = [mu["dense"]["kernel"], mu["dense"]["bias"]]
     in_a_list = (ScaleByAdamState(6, listed, listed),)

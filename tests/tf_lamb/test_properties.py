@@ -1,7 +1,7 @@
 """What holds for any model: no NaN out of finite input, exclusions, invariances (Hypothesis).
 
-On the rules themselves, `Layerwise._updated`, without a program around them; shapes from scalar to
-4-D and empty, norms from 1e-30 to 1e30, every dtype of the weights.
+On the rules themselves, `Layerwise._update_model`, without a program around them; shapes from
+scalar to 4-D and empty, norms from 1e-30 to 1e30, every dtype of the weights.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def larses():
 
 
 SETTINGS = {"LAMB": lambs(), "LARS": larses()}
-SUMS = st.sampled_from([contextlib.nullcontext, xla_cpu.inside_programs, xla_cpu.outside_programs])
+SUMS = st.sampled_from([contextlib.nullcontext, xla_cpu.xla_sums, xla_cpu.tensorflow_sums])
 
 
 def array(rng, shape, power, dtype="float32"):
@@ -96,7 +96,7 @@ def walk(rule, weights, gradients, plan, arguments, sums=contextlib.nullcontext)
     for step, grads in enumerate(gradients, start=1):
         params, *slots = state
         with sums():
-            state, _, rows = optimizer._updated(
+            state, _, rows = optimizer._update_model(
                 index, grads, params, slots, rate, tf.constant(float(step))
             )
         yield state, None if rows is None else [rows[i] for i in index]

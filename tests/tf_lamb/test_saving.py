@@ -121,6 +121,14 @@ def test_a_saved_model_goes_on(flavour, rule, uninterrupted, tmp_path, file, how
     assert_goes_on(loaded, uninterrupted)
 
 
+def test_moments_in_bfloat16_are_saved(flavour, tmp_path):
+    model = make_model(flavour, flavour.lamb.LAMB(0.1, moment_dtype="bfloat16"))
+    fit(model, 1)
+    model.save(tmp_path / "model.keras")
+    loaded = flavour.keras.models.load_model(tmp_path / "model.keras")
+    assert state(loaded) == state(model)
+
+
 def test_a_checkpoint_goes_on(flavour, rule, uninterrupted, tmp_path):
     model = make_model(flavour, make_optimizer(flavour, rule))
     fit(model, 2)

@@ -156,7 +156,10 @@ BAD_STEPS = [
     ({"decay_steps": [9]}, r"`decay_steps` .* \[10, 90\)\. Received: decay_steps=9\."),
     ({"decay_steps": [90]}, r"`decay_steps` .* Received: decay_steps=90\."),
     ({"decay_steps": [30, 30]}, r"`decay_steps` .* \[31, 90\)\. Received: decay_steps=30\."),
-    ({"decay_factor": 0}, r"`decay_factor` must lie in \(0, 1\]\. Received: decay_factor=0\."),
+    (
+        {"decay_factor": 0},
+        r"`decay_factor` must be a number in \(0, 1\]\. Received: decay_factor=0\.",
+    ),
     ({"warmup_steps": 90}, r"`warmup_steps` .* Received: warmup_steps=90\."),
 ]
 

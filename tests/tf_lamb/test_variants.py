@@ -245,3 +245,9 @@ def test_an_unknown_variant_is_refused(flavour, rule):
         rule_class.variant("papper")
     with pytest.raises(ValueError, match="Received: based_on='papper'"):
         rule_class(based_on="papper")
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_an_optimizer_of_a_variant_can_have_a_name(flavour, rule):
+    optimizer = getattr(flavour.lamb, rule).variant("paper", 1e-3, name="my")
+    assert (optimizer.name, optimizer.based_on) == ("my", "paper")

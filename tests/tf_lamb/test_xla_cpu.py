@@ -11,7 +11,7 @@ import tf_lamb
 from tf_lamb import norms, xla, xla_cpu
 
 SHAPES = [(700, 40), (40,), (3, 3, 64, 80), (), (1, 1, 90, 64), (0, 4), (9000,), (30, 12, 64)]
-SUMS = [contextlib.nullcontext, xla_cpu.inside_programs, xla_cpu.outside_programs]
+SUMS = [contextlib.nullcontext, xla_cpu.xla_sums, xla_cpu.tensorflow_sums]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -39,11 +39,11 @@ def test_one_bad_element_among_many_is_seen(bad, sums):
     arrays = [np.ones(shape, np.float32) for shape in SHAPES]
     with sums():
         gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
-        assert gradients.finite and not any(map(float, gradients.nonfinite))
+        assert gradients.finite and not any(map(float, gradients.nonfinite_marks))
         arrays[2].flat[12345] = bad
         gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
     assert not gradients.finite
-    seen = [bool(np.isnan(value)) for value in gradients.nonfinite]
+    seen = [bool(np.isnan(value)) for value in gradients.nonfinite_marks]
     assert seen == [i == 2 for i in range(len(SHAPES))]
 
 
@@ -87,12 +87,12 @@ def plainly(make, grads, params):
     for step in (1.0, 2.0):
         params, *slots = values
         rate, step = tf.constant(0.1), tf.constant(step)
-        values, _, rows = optimizer._updated(index, grads, params, slots, rate, step)
+        values, _, rows = optimizer._update_model(index, grads, params, slots, rate, step)
     return [np.asarray(x) for kind in values for x in kind], np.stack([rows[i] for i in index])
 
 
 # Programs are shared among optimizers, so each case has arguments that nothing else has: its
-# programs are made while LARGE is what the test sets.
+# programs are made while RECOMPUTE_ABOVE is what the test sets.
 CASES = {
     "LAMB": ("LAMB", {"beta_1": 0.6875}),
     "LAMB, groups": ("LAMB", {"beta_1": 0.703125, "layer_groups": ["w[04]$"]}),
@@ -108,8 +108,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_for_a_cpu_gives_the_same_update(monkeypatch, case, whole):
     """Of waves of 20,000 elements, with u computed twice in what has more than 1,000."""
-    monkeypatch.setattr(xla_cpu, "LARGE", 1000)
-    monkeypatch.setattr(xla, "CHAIN", 20_000)
+    monkeypatch.setattr(xla_cpu, "RECOMPUTE_ABOVE", 1000)
+    monkeypatch.setattr(xla, "WAVE_ELEMENTS", 20_000)
     rule, told = CASES[case]
     shapes = [shape for shape in SHAPES if 0 not in shape]
     params, grads = arrays(1, shapes), arrays(2, shapes)
@@ -118,9 +118,9 @@ def test_what_is_written_for_a_cpu_gives_the_same_update(monkeypatch, case, whol
         return getattr(tf_lamb, rule)(0.1, global_clipnorm=1.0, telemetry=True, **told)
 
     recomputed = []
-    recomputing = xla_cpu.recomputing
+    recomputing = xla_cpu.make_recomputing
     monkeypatch.setattr(
-        xla_cpu, "recomputing", lambda rule: recomputed.append(rule) or recomputing(rule)
+        xla_cpu, "make_recomputing", lambda rule: recomputed.append(rule) or recomputing(rule)
     )
     plain, plain_rows = plainly(make, grads, params)
     assert not recomputed
@@ -141,7 +141,7 @@ def test_waves_are_chained_by_a_ratio(monkeypatch):
     monkeypatch.setattr(
         xla_cpu, "depend_on", lambda ratio, x: chained.append(x.shape) or depend_on(ratio, x)
     )
-    monkeypatch.setattr(xla, "CHAIN", 100)
+    monkeypatch.setattr(xla, "WAVE_ELEMENTS", 100)
     shapes = [(60,), (61,), (62,), (63,), (64,)]
     params, grads = arrays(1, shapes), arrays(2, shapes)
 

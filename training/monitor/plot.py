@@ -15,8 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tf_lamb.heat_map import draw_heat_map
-from tf_lamb.telemetry import PICTURE, RECORDS
+from tf_lamb.telemetry import PICTURE, RECORDS, draw_heat_map
 from training.monitor.history import EVALUATIONS, HISTORY, read_rows
 from training.monitor.trust_ratios import FOLDER
 
