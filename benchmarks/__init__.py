@@ -1,1 +1,1 @@
-"""Side-by-side timings. Never run by pytest: speed is measured here, correctness there."""
+"""Side-by-side timings. pytest never runs them: it checks correctness, not speed."""

@@ -1,4 +1,4 @@
-"""What benchmarks/engine.py times beside the engine: the bare step, and Keras's `model.fit`."""
+"""What benchmarks/engine.py compares with the engine: the bare step, and Keras's `model.fit`."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from training.step import ReplicaStep
 
 @dataclasses.dataclass
 class Parts:
-    """What a training program is made of, in a scope and with a task of its own."""
+    """The parts of a training program."""
 
     recipe: object
     where: tf.distribute.Strategy
@@ -24,11 +24,11 @@ class Parts:
     state: RunState
 
     def batches(self):
-        """The made-up batches, distributed."""
+        """The synthetic batches, distributed."""
         return self.where.distribute_datasets_from_function(self.task.train_batches(0, 0))
 
     def replica_step(self, optimizer):
-        """The engine's own step with that optimizer."""
+        """The engine's training step with an optimizer."""
         return ReplicaStep(
             *(self.model, optimizer, self.task.sums, self.task.counts),
             seed=1,
@@ -38,7 +38,7 @@ class Parts:
 
 
 def make_recipe(global_batch_size: int, save_every_steps: int):
-    """BERT-tiny as in the demo, long enough never to end."""
+    """The demo's BERT-tiny, with more steps than are timed."""
     recipe = recipes.resized(
         recipes.find_recipe("bert-mini-demo"),
         steps=1_000_000,
@@ -48,7 +48,7 @@ def make_recipe(global_batch_size: int, save_every_steps: int):
 
 
 def make_parts(recipe, where, folder) -> Parts:
-    """A task and a model; the same for all, weights too."""
+    """A task and a model, with the same weights in each call."""
     tf_keras.utils.set_random_seed(1)
     task = TASKS["bert"](
         recipe,
@@ -64,7 +64,7 @@ def make_parts(recipe, where, folder) -> Parts:
 
 
 def plain_optimizer(parts):
-    """The recipe's LAMB without what the engine adds to it."""
+    """The recipe's LAMB without the engine's additions."""
     recipe = parts.recipe
     with parts.where.scope():
         optimizer = optimizers.LAMB(
@@ -77,7 +77,7 @@ def plain_optimizer(parts):
 
 
 def bare_block(parts, steps):
-    """A function that runs a block of bare steps."""
+    """A function that runs a block of steps without the engine."""
     replica_step = parts.replica_step(plain_optimizer(parts))
     batch = next(iter(parts.batches()))
     step = tf.function(lambda: parts.where.run(replica_step.train, args=(batch, parts.state.step)))
@@ -91,7 +91,7 @@ def bare_block(parts, steps):
 
 
 def fit_block(parts, steps, **compiled):
-    """A function that runs a block of steps of `model.fit`."""
+    """A function that runs a block of steps with `model.fit`."""
     weights = {"mlm_logits": "masked_lm_weights", "next_sentence": "example_weights"}
     labels = {"mlm_logits": "masked_lm_ids", "next_sentence": "next_sentence_labels"}
 

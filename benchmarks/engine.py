@@ -1,16 +1,15 @@
-"""Times the training engine beside the bare step and Keras: python -m benchmarks.engine
+"""Times the training engine, the bare step and Keras: python -m benchmarks.engine
 
-One process holds four copies of one BERT on one strategy and one made-up batch, and blocks of
-their steps take turns, so that a slow moment of the machine falls on all. Where other work shares
-the cores, the seconds of the processor are the steadier figure:
+One process trains four copies of a BERT on one strategy with one synthetic batch. Blocks of their
+steps take turns, so that other load on the machine affects all of them. If other programs use the
+cores, compare CPU seconds.
 
-- the engine, all of it: Orbit's loop, TensorBoard, history, trust ratios, and a checkpoint every
-  500 steps;
-- the bare step: the same compiled step, called from Python, and nothing read or written;
-- `tf_keras` `model.fit` without callbacks, once compiled by XLA with as many steps per execution
-  as the engine's loop has, once as it comes.
+- The engine: Orbit's loop, TensorBoard, history, trust ratios, and a checkpoint every 500 steps.
+- The bare step: the same compiled step, called from Python; nothing is read or written.
+- `tf_keras` `model.fit` without callbacks: once with `jit_compile=True` and as many steps per
+  execution as the engine's loop has, once with default arguments.
 
-Then the program itself is started, stopped after its first step, and started again.
+Then `train.py` is started, stopped after its first step, and started again.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 import numpy as np
 import psutil
@@ -40,20 +39,20 @@ from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SAVE_EVERY = 500
-WARM_UP = 2  # blocks; the first compiles, the second saves and draws its first histograms
+WARM_UP = 2  # blocks; the first one compiles, the second one saves and writes histograms
 
 
 class Done(Exception):
-    """Enough blocks were timed."""
+    """Ends training when enough blocks are timed."""
 
 
 def clocks():
-    """[2] seconds: the wall's, and the processor's for this process."""
+    """[2] seconds: wall time, and CPU time of this process."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 class TimedTrainer(trainer.Trainer):
-    """Notes how long each loop of steps is on the device, its results read."""
+    """Records the time of each loop of steps on the device, until its results are read."""
 
     device_seconds: list = []
 
@@ -66,24 +65,26 @@ class TimedTrainer(trainer.Trainer):
 
 
 class Turns:
-    """The engine's action after each loop of steps: then it is the others' turn.
+    """Called by the engine after each loop of steps; then runs a block of each other program.
 
-    others: name -> function that runs a block.
-    blocks: how many are timed, after the first ones.
-    model_dir: where the engine saves.
+    Args:
+        others: name -> function that runs a block.
+        blocks: number of blocks to time, after the warm-up.
+        steps: steps per block.
+        model_dir: where the engine saves.
     """
 
     def __init__(self, others, blocks, steps, model_dir):
         self._others, self._blocks, self._steps = others, blocks, steps
         self._model_dir, self._begun = model_dir, None
         self.seconds = {name: [] for name in ("engine", *others)}
-        self.saved = []  # of each block of the engine's, whether it began with a checkpoint
+        self.saved = []  # whether each block of the engine starts with a checkpoint
 
     deferred = contextlib.nullcontext
     number = None
 
     def __call__(self, output=None):
-        """Takes the engine's time since its last turn; raises `Done` when there are enough."""
+        """Records the engine's time since its last turn; raises `Done` after enough blocks."""
         now = clocks()
         if output is None:
             self._begun = now
@@ -103,7 +104,7 @@ class Turns:
 
 
 def run_engine(parts, turns, steps, model_dir):
-    """The whole engine, as train.py puts it together, until `turns` has had enough."""
+    """Runs the engine, assembled as in train.py, until `turns` raises `Done`."""
     with parts.where.scope():
         schedule = RunSchedule(make_schedule(parts.recipe), parts.state)
         optimizer = make_optimizer(parts.recipe, schedule)
@@ -123,7 +124,12 @@ def run_engine(parts, turns, steps, model_dir):
 
 
 def time_blocks(options):
-    """(name -> [2] seconds per step, of wall and processor; the same of the host's share)."""
+    """Times the blocks.
+
+    Returns:
+        Name -> [2] seconds per step (wall, CPU); [2] the host's share of the engine's time; [2]
+        seconds per checkpoint.
+    """
     steps = options.steps_per_loop
     with tempfile.TemporaryDirectory() as folder:
         where, recipe = strategy.connect(""), make_recipe(options.global_batch_size, SAVE_EVERY)
@@ -152,16 +158,13 @@ def time_blocks(options):
         "engine without checkpoints": quiet / steps,
         "engine": quiet / steps + per_save / SAVE_EVERY,
         "model.fit, jit_compile": median["jit"] / steps,
-        "model.fit as it comes": median["fit"] / steps,
+        "model.fit, default": median["fit"] / steps,
     }
     return results, np.median((1 - device / blocks["engine"])[~saved], axis=0), per_save
 
 
 def first_step(model_dir, batch):
-    """[2] seconds, of wall and processor, from the command to the first line about a step.
-
-    The run is stopped after it.
-    """
+    """[2] seconds (wall, CPU) from the command to the first progress line; then stops the run."""
     command = [
         *(sys.executable, str(ROOT / "train.py"), "--synthetic", "--steps=100"),
         *("--steps_per_loop=1", f"--model_dir={model_dir}", f"--global_batch_size={batch}"),
@@ -181,7 +184,7 @@ def first_step(model_dir, batch):
 
 
 def time_starts(options):
-    """[2] seconds to the first step, fresh and from a checkpoint, in turns: medians."""
+    """Median [2] seconds to the first step of a new run and of a resumed run."""
     fresh, resumed = [], []
     for _ in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
@@ -193,11 +196,11 @@ def time_starts(options):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="of 500 steps and a checkpoint each")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of 500 steps each")
     parser.add_argument("--steps_per_loop", type=int, default=100)
     parser.add_argument("--global_batch_size", type=int, default=64)
-    parser.add_argument("--starts", type=int, default=3, help="pairs of fresh start and resume")
-    parser.add_argument("--json", help="a file for the figures")
+    parser.add_argument("--starts", type=int, default=3, help="pairs of a new and a resumed run")
+    parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     size, figures = bert.SIZES["tiny"], {}
     print(f"BERT-tiny ({size.layers} x {size.width}), {options.global_batch_size} sequences of 64")
@@ -210,7 +213,7 @@ def main():
         fresh, resumed = time_starts(options)
         print(
             f"command to first step {fresh[0]:.1f} s ({fresh[1]:.1f} s of CPU); resumed "
-            f"{resumed[0]:.1f} s ({resumed[1]:.1f}), {resumed[0] / fresh[0]:.2f} of it "
+            f"{resumed[0]:.1f} s ({resumed[1]:.1f}), ratio {resumed[0] / fresh[0]:.2f} "
             f"({resumed[1] / fresh[1]:.2f})"
         )
         figures |= {"fresh": list(fresh), "resumed": list(resumed)}
@@ -219,14 +222,14 @@ def main():
 
 
 def show_steps(steps, host, save, steps_per_loop):
-    """Prints what `time_blocks` found."""
+    """Prints the results of `time_blocks`."""
     bare = steps["the bare step"]
-    print(f"{'a step of':28} {'ms':>7} {'of bare':>8} {'CPU ms':>8} {'of bare':>8}")
+    print(f"{'one step':28} {'ms':>7} {'/ bare':>8} {'CPU ms':>8} {'/ bare':>8}")
     for name, (wall, cpu) in steps.items():
         beside = wall / bare[0], cpu / bare[1]
         print(f"{name:28} {1e3 * wall:7.1f} {beside[0]:8.3f} {1e3 * cpu:8.1f} {beside[1]:8.3f}")
     print(
-        f"on the host, {steps_per_loop} steps a loop: {host[0]:.2%} of the engine's time, "
+        f"host, {steps_per_loop} steps per loop: {host[0]:.2%} of the engine's time, "
         f"{host[1]:.2%} of its CPU time; a checkpoint: {save[0]:.2f} s, {save[1]:.2f} of CPU"
     )
 

@@ -1,22 +1,22 @@
-"""What the ready exclusion lists leave alone: python -m benchmarks.exclusions [WORD ...]
+"""Checks the default exclusion lists on many networks: python -m benchmarks.exclusions [WORD ...]
 
-Builds models of keras.applications, tf_keras.applications and tf-models and, where they are
-installed, of KerasHub and Hugging Face, with new weights; nothing is downloaded. What cannot be
-built takes one line. With WORDs only those are built whose name has one of them. What a variable
-is follows from the layer that owns it, and not from its path:
+Builds models of keras.applications, tf_keras.applications and tf-models and, if they are
+installed, of KerasHub and Hugging Face, with new weights; downloads nothing. A model that cannot be
+built is reported in one line. With WORDs, builds only models whose name contains one of them. The
+kind of a variable follows from the layer that owns it, not from its path:
 
-    norm   a normalisation layer's scale or offset
-    bias   what a layer keeps as its bias
-    gain   one factor per channel that no normalisation comes before (LayerScale)
+    norm   scale or offset of a normalization layer
+    bias   bias of a layer
+    gain   one factor per channel without a preceding normalization (LayerScale)
     table  a bias for each relative position
     other  kernels, embeddings and the rest
 
-The columns say how many of these there are, and how many each list decides wrongly: norms and
-biases that it misses, and others that it finds. Gains and tables may go either way; the last
-column has how many of them are left alone.
+The columns count the variables of each kind, and how many each list decides wrongly: norms and
+biases that it does not match, and others that it matches. Gains and tables may be excluded or not;
+the last column counts those that are.
 
-`--json=FILE` writes the paths, one of those that differ in numbers alone. The tests' file is such
-a one, of all these libraries:
+`--json=FILE` writes the paths; of paths that differ only in numbers, one. The test data is such a
+file, of all these libraries:
 
     pip install kagglehub "transformers<5"
     PYTHONPATH=KERAS_HUB_CHECKOUT python -m benchmarks.exclusions --json=FILE
@@ -30,7 +30,7 @@ import os
 import re
 import warnings
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 import keras
 import tensorflow as tf
@@ -40,12 +40,15 @@ from benchmarks import model_zoo
 from tf_lamb import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 
 KINDS = ("norm", "bias", "gain", "table", "other")
-NORM = re.compile(r"(?<!Spectral)(Norm(alization)?|GRN)(V\d|\dd|Gated)?$")  # a class, not a wrapper
+# Class names of normalization layers, without wrappers.
+NORM = re.compile(
+    r"(?<!Spectral)(Norm(alization)?|GRN)(V\d|\dd|Gated)?$"
+)  # the class of a layer, not of a wrapper
 LISTS = {"BERT": BERT_EXCLUSIONS, "RESNET": RESNET_EXCLUSIONS}
 
 
 def parts(model) -> list:
-    """A model's layers and modules, itself among them."""
+    """A model and all its layers and modules."""
     found = [model, *model._flatten_layers()] if hasattr(model, "_flatten_layers") else [model]
     if isinstance(model, tf.Module):
         found += model.submodules
@@ -53,7 +56,7 @@ def parts(model) -> list:
 
 
 def owners(model) -> dict[int, list[tuple[str, str]]]:
-    """id of each variable -> the (class, attribute) pairs that hold it."""
+    """id of a variable -> the (class, attribute) pairs that hold it."""
     held = {}
     for part in parts(model):
         for attribute, value in list(vars(part).items()):
@@ -69,7 +72,7 @@ def owners(model) -> dict[int, list[tuple[str, str]]]:
 
 
 def kind_of(shape, pairs) -> str:
-    """What a variable is, of `KINDS`, by the classes and attributes that hold it."""
+    """The kind of a variable, one of `KINDS`, by the (class, attribute) pairs that hold it."""
     names = [f"{kind}.{attribute}" for kind, attribute in pairs]
     if any(NORM.search(kind) for kind, _ in pairs):
         return "norm"
@@ -82,40 +85,44 @@ def kind_of(shape, pairs) -> str:
 
 
 def path_of(variable) -> str:
-    """What the optimizers search the patterns in."""
+    """The path in which the optimizers search the patterns."""
     return variable.path if hasattr(variable, "path") else variable.name.split(":")[0]
 
 
 def variables(model) -> list[tuple[str, str]]:
-    """(path, kind) of each variable that is trained."""
+    """(path, kind) of each trainable variable."""
     held = owners(model)
     return [(path_of(v), kind_of(v.shape, held.get(id(v), []))) for v in model.trainable_variables]
 
 
-def left_alone(patterns, path: str) -> bool:
+def is_excluded(patterns, path: str) -> bool:
     """Whether an optimizer with these exclusions neither decays nor adapts the variable."""
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def wrong(patterns, path: str, kind: str) -> bool:
-    """Whether a list misses a norm or bias, or finds one of the others."""
+def is_wrong(patterns, path: str, kind: str) -> bool:
+    """Whether a list does not match a norm or bias, or matches a variable of kind "other"."""
     if kind in ("gain", "table"):
         return False
-    return left_alone(patterns, path) != (kind in ("norm", "bias"))
+    return is_excluded(patterns, path) != (kind in ("norm", "bias"))
 
 
 def row(of) -> str:
-    """A model's counts, and a line for each odd one."""
+    """A model's counts, and a line for each wrong decision, gain and table.
+
+    Args:
+        of: (path, kind) of each variable.
+    """
     kinds = [kind for _, kind in of]
     counts = [kinds.count(kind) for kind in KINDS]
-    bad = [[one for one in of if wrong(patterns, *one)] for patterns in LISTS.values()]
-    odd = [path for path, kind in of if kind in ("gain", "table")]
-    alone = sum(left_alone(BERT_EXCLUSIONS, path) for path in odd)
-    numbers = [len(of), *counts, *map(len, bad), f"{alone}/{len(odd)}" if odd else "-"]
+    wrong = [[one for one in of if is_wrong(patterns, *one)] for patterns in LISTS.values()]
+    either = [path for path, kind in of if kind in ("gain", "table")]
+    excluded = sum(is_excluded(BERT_EXCLUSIONS, path) for path in either)
+    numbers = [len(of), *counts, *map(len, wrong), f"{excluded}/{len(either)}" if either else "-"]
     lines = ["".join(f"{number:>7}" for number in numbers)]
-    lines += sorted({f"    wrong: {path} ({kind})" for some in bad for path, kind in some})
+    lines += sorted({f"    wrong: {path} ({kind})" for some in wrong for path, kind in some})
     lines += [
-        f"    {kind}{' left alone' if left_alone(BERT_EXCLUSIONS, path) else ''}: {path}"
+        f"    {kind}{' excluded' if is_excluded(BERT_EXCLUSIONS, path) else ''}: {path}"
         for path, kind in distinct(of)
         if kind in ("gain", "table")
     ]
@@ -123,25 +130,25 @@ def row(of) -> str:
 
 
 def distinct(of) -> list[tuple[str, str]]:
-    """The first of those (path, kind) that differ in numbers alone."""
-    return list({(like(path), kind): (path, kind) for path, kind in of[::-1]}.values())
+    """One (path, kind) of those that differ only in numbers."""
+    return list({(without_numbers(path), kind): (path, kind) for path, kind in of[::-1]}.values())
 
 
-def like(path: str) -> str:
+def without_numbers(path: str) -> str:
     """A path without its numbers."""
     return re.sub(r"_?\d+", "", path)
 
 
 def main():
-    """Builds, prints and, where that is asked, writes."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="WORD")
-    parser.add_argument("--json", metavar="FILE", help="where the paths go (.json.gz)")
+    parser.add_argument("--json", metavar="FILE", help="write the paths to this file (.json.gz)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    columns = ["all", *KINDS, *(f"{name:.4}?" for name in LISTS), "alone"]
+    columns = ["all", *KINDS, *(f"{name:.4}?" for name in LISTS), "excl."]
     print(f"{'model':44}", *(f"{name:>7}" for name in columns), sep="")
     found = {}
     for library, models in model_zoo.libraries().items():
@@ -159,7 +166,7 @@ def main():
             gc.collect()
             try:
                 of = variables(make())
-            except Exception as error:  # whatever a library's model fails with
+            except Exception as error:  # a model of another library may fail in any way
                 print(f"{full:44}not built: {brief(error)}")
                 continue
             print(f"{full:44}{row(of)}", flush=True)
@@ -171,12 +178,12 @@ def main():
 
 
 def brief(error) -> str:
-    """An exception, on what is left of a line."""
+    """An exception, shortened to fit on the line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:70]
 
 
 def write(found, file):
-    """As JSON: model -> kind -> paths."""
+    """Writes JSON, compressed by gzip: model -> kind -> paths."""
     text = json.dumps(found, indent=0, sort_keys=True)
     with open(file, "wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed:
         packed.write(text.encode())

@@ -1,9 +1,9 @@
-"""Times training batches at 224 beside tf-models' own: python -m benchmarks.image_inputs DATA_DIR
+"""Times image pipelines, ours and tf-models': python -m benchmarks.image_inputs DATA_DIR
 
-DATA_DIR/train holds shards of JPEGs from `inputs.images.prepare`; tf-models reads the same images
-from TFRecords that are made of them. All take turns in one run. Images per second of CPU time are
-what one core does, whatever else the machine is doing; the limit is decoding the same crops and
-nothing else.
+DATA_DIR/train contains shards of JPEGs from `inputs.images.prepare`; tf-models reads the same
+images from TFRecords. Training batches are 224 pixels wide. The pipelines take turns in one run.
+Images per second of CPU time are the rate of one core, independent of other load on the machine.
+The limit is a pipeline that only decodes the same crops.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 import tensorflow as tf
 from official.core import config_definitions, input_reader
@@ -25,7 +25,7 @@ IMAGE_SIZE, CLASSES = 224, 1_000
 
 
 def write_records(data: examples.Images, path: str) -> None:
-    """The images as a TFRecord file in the layout that tf-models reads."""
+    """Writes the images as a TFRecord file that tf-models reads."""
     with tf.io.TFRecordWriter(path) as writer:
         for image, label in data.files(data.number):
             features = {
@@ -52,7 +52,7 @@ def tf_models_batches(path: str, batch_size: int, dtype: str) -> tf.data.Dataset
 
 
 def decoding_alone(data: examples.Images, batch_size: int) -> tf.data.Dataset:
-    """The crops of our pipeline decoded, neither scaled nor put into batches."""
+    """Decodes the crops of our pipeline, without resizing or batching them."""
     files = [image for image, _ in data.files(data.number)]
     sizes = [tf.image.extract_jpeg_shape(image).numpy() for image in files]
     height, width = (tf.constant([size[axis] for size in sizes], tf.int64) for axis in (0, 1))
@@ -72,7 +72,7 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
     figures: dict[str, list] = {name: [] for name in batches}
     for _ in range(rounds):
         for name, iterator in iterators.items():
-            for _ in range(4):  # what the others have left in its buffers, and warm-up
+            for _ in range(4):  # warm-up, and batches that were buffered before
                 next(iterator)
             count, wall, cpu = 0, time.perf_counter(), time.process_time()
             while time.perf_counter() - wall < seconds:
@@ -81,7 +81,7 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
             figures[name].append(
                 (count / (time.perf_counter() - wall), count / (time.process_time() - cpu))
             )
-            time.sleep(0.5)  # its threads fill their buffers and come to rest
+            time.sleep(0.5)  # wait until its threads have filled their buffers
     return {
         name: tuple(statistics.median(row[column] for row in rows) for column in (0, 1))
         for name, rows in figures.items()
@@ -89,13 +89,13 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
 
 
 def main() -> None:
-    """Prints the table."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data_dir")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each in each round")
-    parser.add_argument("--json", default="", help="file for the figures")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per pipeline and round")
+    parser.add_argument("--json", default="", help="write the figures to this file")
     flags = parser.parse_args()
     folder = os.path.join(flags.data_dir, "train")
     ours = examples.Images(folder, IMAGE_SIZE, seed=1)
@@ -114,7 +114,7 @@ def main() -> None:
             flags.seconds,
         )
     limit, own = figures["decoding alone"][1], figures["tf_lamb, uint8"][1]
-    print(f"{'':22}{'images/s':>10}{'a core':>10}{'of limit':>10}{'ours is':>10}")
+    print(f"{'':22}{'images/s':>10}{'per core':>10}{'of limit':>10}{'ours':>10}")
     for name, (wall, cpu) in figures.items():
         print(f"{name:22}{wall:10.0f}{cpu:10.0f}{cpu / limit:10.2f}{own / cpu:9.2f}x")
     if flags.json:

@@ -1,9 +1,9 @@
-"""Times the text inputs: python -m benchmarks.inputs --text=wiki.jsonl.gz --vocab=vocab.txt
+"""Times the text pipeline: python -m benchmarks.inputs --text=wiki.jsonl.gz --vocab=vocab.txt
 
-First the tokenising of a text into shards, beside its tokenizer alone; then batches from these
-shards beside tf-models' `pretrain_text_dataloader` on the same text, and beside a copy of as many
-bytes. Contenders take turns in one process, so that a slow moment of the machine falls on all; the
-figures to compare are the ratios.
+First measures tokenization into shards, and the tokenizer alone. Then measures batches from these
+shards, tf-models' `pretrain_text_dataloader` on the same text, and a copy of as many bytes. The
+pipelines take turns in one process, so that other load on the machine affects all of them; compare
+the ratios.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 import numpy as np
 import psutil
@@ -32,21 +32,22 @@ from inputs.text.tokenizing import Tokenizer
 BATCH = 64
 PREDICTIONS = {128: 20, 512: 76}
 ROUND_SECONDS = 1.0
-# For tf-models, whose time does not depend on how much there is.
+# For tf-models, whose rate does not depend on the amount of text.
 ARTICLES = 2_000
-# tf-models makes a sequence of two lines, and fills no sequence: it gets lines as long as half of
-# one. With a sentence a line, as it is documented, its sequences are a third as long as ours.
+# tf-models makes a sequence from two lines and does not fill it up, so its lines are half as long
+# as a sequence. With one sentence per line, as documented, its sequences are a third as long as
+# ours.
 AS_FULL = "tf-models, as full"
 
 
 def read(path):
-    """The documents of a text."""
+    """Yields the documents of a text."""
     records = BadRecords(0.001, skip=True, say=print)
     return documents.read_documents(documents.find_files(path), records)
 
 
 def cpu_seconds(command) -> tuple[float, float]:
-    """(wall, CPU) seconds of a command and of all processes that it starts."""
+    """(wall, CPU) seconds of a command and all its child processes."""
     start, spent = time.perf_counter(), {}
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
@@ -56,7 +57,7 @@ def cpu_seconds(command) -> tuple[float, float]:
             for member in family:
                 times = member.cpu_times()
                 spent[member.pid] = times.user + times.system
-        except psutil.Error:  # it ended between two looks
+        except psutil.Error:  # the process ended
             pass
         time.sleep(0.1)
     if process.returncode:
@@ -65,7 +66,7 @@ def cpu_seconds(command) -> tuple[float, float]:
 
 
 def tokenizing(path, vocab, folder) -> dict:
-    """Tokens per second: the library's tokenizer alone, and text to shards."""
+    """Measures tokens per second: text to shards, and the tokenizer alone."""
     wall, cpu = cpu_seconds(
         [sys.executable, "-m", "inputs.text.prepare"]
         + [f"--input={path}", f"--vocab={vocab}", f"--output={folder}"]
@@ -95,9 +96,16 @@ def tokenizing(path, vocab, folder) -> dict:
 
 
 def write_records(path, vocabulary, file, line_tokens) -> str:
-    """The text as tf-models wants it: a record a document, lines that become segments.
+    """Writes the text for tf-models: one record per document, with lines that become segments.
 
-    A line is a sentence, or, as in our pairs, so many of them as fit `line_tokens`.
+    Args:
+        path: the text.
+        vocabulary: list of word pieces.
+        file: the TFRecord file to write.
+        line_tokens: a line has as many sentences as fit in this many tokens; one if 0.
+
+    Returns:
+        `file`.
     """
     tokenizer = Tokenizer(vocabulary)
     with tf.io.TFRecordWriter(file) as writer:
@@ -119,8 +127,8 @@ def write_records(path, vocabulary, file, line_tokens) -> str:
     return file
 
 
-def contenders(path, folder, records, vocab, length) -> dict:
-    """name -> iterator over batches."""
+def pipelines(path, folder, records, vocab, length) -> dict:
+    """Name -> iterator over batches."""
     training, _, vocabulary, _ = prepared.load_prepared(
         folder, "", BadRecords(0, skip=False, say=print)
     )
@@ -147,12 +155,13 @@ def contenders(path, folder, records, vocab, length) -> dict:
 
 
 def rate(iterator) -> tuple[float, float, float]:
-    """(sequences, text tokens) per second, sequences per CPU second, in about `ROUND_SECONDS`.
+    """Measures a pipeline for about `ROUND_SECONDS`.
 
-    The last one is the one to trust where other programs want the cores too: there the wall's
-    seconds favour who has more threads.
+    Returns:
+        Sequences per second, tokens per second, and sequences per CPU second. Prefer the last one
+        if other programs use the cores: wall time then favours pipelines with more threads.
     """
-    settle()
+    wait_for_idle()
     start, sequences, tokens, cpu = time.perf_counter(), 0, 0, time.process_time()
     while (spent := time.perf_counter() - start) < ROUND_SECONDS:
         mask = next(iterator)["input_mask"].numpy()
@@ -162,8 +171,8 @@ def rate(iterator) -> tuple[float, float, float]:
     return sequences / spent, tokens / spent, sequences / cpu
 
 
-def settle() -> None:
-    """Waits until the buffers of whoever was measured before are full again."""
+def wait_for_idle() -> None:
+    """Waits until the threads of the pipeline measured before have filled their buffers."""
     for _ in range(40):
         before = time.process_time()
         time.sleep(0.05)
@@ -184,11 +193,11 @@ def copy_rate(batch) -> float:
 
 
 def reading(path, folder, records, vocab, length, rounds) -> list[dict]:
-    """A row for each contender: median rates, median ratios to tf-models."""
-    made = contenders(path, folder, records, vocab, length)
+    """One row per pipeline: median rates, and median ratios to tf-models."""
+    made = pipelines(path, folder, records, vocab, length)
     first = {name: next(iterator) for name, iterator in made.items()}
     for iterator in made.values():
-        rate(iterator)  # until its buffers and its autotuning have settled
+        rate(iterator)  # warm-up and autotuning
     found = [
         {name: (*rate(iterator), copy_rate(first[name])) for name, iterator in made.items()}
         for _ in range(rounds)
@@ -219,15 +228,15 @@ def main():
     parser.add_argument("--text", required=True, help="files, globs or folders")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the figures here too")
+    parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shards = os.path.join(folder, "shards")
         figures = {"tokenizing": tokenizing(flags.text, flags.vocab, shards), "reading": []}
         for name, value in figures["tokenizing"].items():
             print(f"{name:44} {value:16,.1f}")
-        print(f"\n{'':26}sequences/s      tokens/s  times tf-models: of sequences, of them per")
-        print(f"{'':53}CPU second, of tokens; share of a copy")
+        print(f"\n{'':26}sequences/s      tokens/s  times tf-models: sequences, sequences per")
+        print(f"{'':53}CPU second, tokens; share of a copy")
         for length in PREDICTIONS:
             for row in reading(flags.text, shards, folder, flags.vocab, length, flags.rounds):
                 figures["reading"].append(row)

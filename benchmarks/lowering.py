@@ -1,9 +1,10 @@
-"""Traces a recipe's training step and lowers it by XLA, at the shapes that one replica of its pod
-sees: python -m benchmarks.lowering --recipe=bert-large-64k-32k [--replicas=2048]
+"""Lowers a recipe's training step with XLA, at the shapes of one replica of its pod.
 
-The step is the one that `train.py` runs, `training.step.ReplicaStep`, forward, backward and update
-in one program, as a TPU replica runs it. Nothing is computed: an operation without an XLA form,
-or a shape that is not static, stops it. Prints seconds and this process's peak memory.
+    python -m benchmarks.lowering --recipe=bert-large-64k-32k [--replicas=2048]
+
+The step is the one that `train.py` runs, `training.step.ReplicaStep`: forward, backward and update
+in one program, as on a TPU replica. Nothing is computed. An operation that XLA does not support, or
+a shape that is not static, is an error. Prints the seconds and peak memory of this process.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 import tensorflow as tf
 import tf_keras
@@ -28,10 +29,14 @@ REPLICAS = 2_048  # cores of the 1,024 TPUv3 chips of arXiv:1904.00962, Table 1
 
 
 def replica_recipe(recipe: Recipe, replicas: int) -> Recipe:
-    """The recipe with the batches that one of so many replicas sees.
+    """The recipe with the batch sizes of one replica.
+
+    Args:
+        recipe: the recipe.
+        replicas: number of replicas.
 
     Raises:
-        ValueError: a batch that they cannot share.
+        ValueError: a batch size does not divide by `replicas`.
     """
     changes = []
     for number, phase in enumerate(recipe.phases, start=1):
@@ -46,7 +51,7 @@ def replica_recipe(recipe: Recipe, replicas: int) -> Recipe:
 
 
 def make_step(task, recipe: Recipe):
-    """The replica step of a run of the recipe, and the run's state."""
+    """The `ReplicaStep` of a run of the recipe, and the `RunState`."""
     state = RunState()
     schedule = RunSchedule(optimizers.make_schedule(recipe), state)
     optimizer = optimizers.make_optimizer(recipe, schedule)
@@ -59,13 +64,13 @@ def make_step(task, recipe: Recipe):
         task.counts,
         seed=1,
         accumulation=recipe.accumulation,
-        jit_compile=False,  # as on a TPU: the whole step is one program
+        jit_compile=False,  # the caller compiles the whole step, as on a TPU
     )
     return step, state
 
 
-def lowered(step: ReplicaStep, state: RunState, batch) -> str:
-    """The step's program, HLO as text, for batches of this one's static shapes."""
+def lower(step: ReplicaStep, state: RunState, batch) -> str:
+    """The step's program as HLO text, for batches with the static shapes of `batch`."""
     one_step = tf.function(
         lambda batch: step.train(batch, state.step), jit_compile=True, autograph=False
     )
@@ -73,38 +78,43 @@ def lowered(step: ReplicaStep, state: RunState, batch) -> str:
 
 
 def peak_gib() -> float:
-    """The most memory that this process has held (VmHWM), in GiB."""
+    """Peak memory of this process (VmHWM) in GiB."""
     with open("/proc/self/status", encoding="utf-8") as file:
         (line,) = (line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
 
-def measure(recipe: Recipe, say=print) -> list[str]:
-    """Lowers every phase of a recipe, whose batches are one replica's; returns the programs."""
+def measure(recipe: Recipe, log=print) -> list[str]:
+    """Lowers every phase of a recipe from `replica_recipe`; returns the programs as HLO text."""
     if recipe.compute_dtype != "float32":
         tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             task = TASKS[recipe.task](
-                recipe, data_dir="", vocab="", model_dir=folder, seed=1, synthetic_data=True,
-                log=say,
-            )  # fmt: skip
+                recipe,
+                data_dir="",
+                vocab="",
+                model_dir=folder,
+                seed=1,
+                synthetic_data=True,
+                log=log,
+            )
         start = time.perf_counter()
         step, state = make_step(task, recipe)
         parameters = sum(v.shape.num_elements() for v in step.model.trainable_variables)
-        say(
-            f"{recipe.name}: {parameters:,} parameters, model and optimizer made in "
+        log(
+            f"{recipe.name}: {parameters:,} parameters, model and optimizer built in "
             f"{time.perf_counter() - start:.0f} s"
         )
         programs = []
-        for number, phase in enumerate(recipe.phases):
+        for phase_index, phase in enumerate(recipe.phases):
             start = time.perf_counter()
-            batch = next(iter(task.train_batches(number, 0)(None)))
-            programs.append(lowered(step, state, batch))
+            batch = next(iter(task.train_batches(phase_index, 0)(None)))
+            programs.append(lower(step, state, batch))
             shape = max(batch.values(), key=tf.size).shape
-            say(
-                f"phase {number + 1}: batch {phase.global_batch_size} per replica, {tuple(shape)}: "
-                f"{programs[-1].count(' = '):,} instructions, "
+            log(
+                f"phase {phase_index + 1}: batch {phase.global_batch_size} per replica, "
+                f"{tuple(shape)}: {programs[-1].count(' = '):,} instructions, "
                 f"{time.perf_counter() - start:.0f} s, peak memory {peak_gib():.2f} GiB"
             )
         return programs

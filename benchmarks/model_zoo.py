@@ -1,6 +1,6 @@
-"""Small models of the families that the installed libraries build, with new weights.
+"""Small models from the installed libraries, with new weights.
 
-Each function gives name -> a function that makes the model, of one library.
+For each library, a function returns a dict: name -> function that builds the model.
 """
 
 import functools
@@ -19,7 +19,7 @@ APPLICATIONS = (
     "NASNetMobile RegNetX002 RegNetY002 ResNet50 ResNet50V2 ResNetRS50 VGG16 Xception"
 ).split()
 LEAST_SIZES = {"InceptionResNetV2": 75, "InceptionV3": 75, "Xception": 71}
-# The fields that make Hugging Face's default configurations small, where they have them.
+# Fields that make Hugging Face's default configurations smaller, if a configuration has them.
 FEWER_LAYERS = (
     "num_hidden_layers n_layer n_layers num_layers num_decoder_layers encoder_layers "
     "decoder_layers l_layers x_layers r_layers"
@@ -30,7 +30,7 @@ WIDE = ("blenderbot", "ctrl", "gptj", "idefics", "mistral", "xlm")
 
 
 def applications(library) -> dict:
-    """One of each family of keras.applications or tf_keras.applications."""
+    """One model per family of keras.applications or tf_keras.applications."""
     return {
         name: functools.partial(
             getattr(library.applications, name),
@@ -44,7 +44,7 @@ def applications(library) -> dict:
 
 
 def layers(library) -> dict:
-    """The layers with variables, under the names that Keras gives them."""
+    """Models of the layers that have variables, with Keras's own names."""
     kinds = library.layers
 
     def sequence(shape, *made):
@@ -80,13 +80,13 @@ def layers(library) -> dict:
 
 
 def called(model, *inputs, **arguments):
-    """The model, after a call that makes its variables."""
+    """The model, after a call that creates its variables."""
     model(*inputs, **arguments)
     return model
 
 
 def tf_models() -> dict:
-    """tf-models': encoders of text and the models around them, blocks, backbones, detectors."""
+    """Models of tf-models: text encoders and models around them, blocks, backbones, detectors."""
     from official.nlp.modeling import layers, models, networks
     from official.nlp.modeling.models import t5
     from official.nlp.modeling.networks.bert_encoder import BertEncoderV2
@@ -265,13 +265,13 @@ def tf_models() -> dict:
 
 
 def keras_hub() -> dict:
-    """KerasHub's backbones, in the sizes of its tests, which a checkout has beside the code."""
+    """KerasHub's backbones, in the sizes of its tests, which a source checkout contains."""
     import keras_hub
 
     folder = pathlib.Path(keras_hub.__file__).parent / "src" / "models"
     files = sorted(folder.glob("**/*_backbone_test.py"))
     if not files:
-        raise ValueError("no tests; PYTHONPATH should have a checkout of KerasHub")
+        raise ValueError("KerasHub has no tests here; put a source checkout on PYTHONPATH")
     test_case = importlib.import_module("keras_hub.src.tests.test_case").TestCase
 
     class Made(Exception):  # noqa: N818
@@ -296,9 +296,9 @@ def keras_hub() -> dict:
                         getattr(test, name)()
                     except Made as made:
                         return made.args[0]
-                    except Exception:  # another test, that needs what is not there
+                    except Exception:  # a test with other requirements
                         continue
-        raise ValueError("no test makes this backbone")
+        raise ValueError("no test builds this backbone")
 
     return {
         path.stem.removesuffix("_backbone_test"): functools.partial(make, path) for path in files
@@ -306,7 +306,7 @@ def keras_hub() -> dict:
 
 
 def transformers() -> dict:
-    """Hugging Face's models for TensorFlow (transformers 4), of two layers where that is asked."""
+    """Hugging Face's TensorFlow models (transformers 4), with two layers where configurable."""
     import transformers
     from transformers.models.auto.modeling_tf_auto import TF_MODEL_MAPPING_NAMES
 
@@ -335,7 +335,7 @@ def transformers() -> dict:
 
 
 def libraries() -> dict:
-    """Library -> a function that gives its models."""
+    """Library -> function that returns its models."""
     return {
         "keras.applications": lambda: applications(keras),
         "keras.layers": lambda: layers(keras),

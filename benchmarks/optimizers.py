@@ -1,8 +1,8 @@
-"""Times one update of each optimizer beside a plain copy: python -m benchmarks.optimizers
+"""Times one update of each optimizer, relative to a memory copy: python -m benchmarks.optimizers
 
-Everything is measured in one process and one run. A contender's updates alternate with a copy
-that moves as many floats as the rule must at least read and write (LAMB 10 N, LARS 7 N), so that
-a slow moment of the machine falls on both; the figure to compare is the ratio of the two.
+Measures everything in one process. The updates of an optimizer alternate with a copy that moves as
+many floats as the rule must read and write at least (LAMB 10 N, LARS 7 N for N parameters), so that
+other load on the machine affects both; compare the ratios.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import statistics
 import threading
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is installed JAX waits for a TPU
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX would wait for a TPU
 
 import keras
 import numpy as np
@@ -34,8 +34,8 @@ FLOATS_MOVED = {"lamb": 10, "lars": 7}
 WAYS = ("eager", "function", "jit")
 
 
-def contenders(rule, excluded):
-    """name -> a function that makes the optimizer; every one decays weights."""
+def optimizers(rule, excluded):
+    """Name -> function that makes the optimizer; all of them use weight decay."""
     ours = {"exclude_from_weight_decay": list(excluded)}
     if rule == "lamb":
         return {
@@ -57,14 +57,14 @@ def contenders(rule, excluded):
 
 
 def tensorflow_update(make, layers, way):
-    """A function that makes one update and waits for it, of new variables of these layers."""
+    """A function that runs one update of new variables with these shapes, and waits for it."""
     optimizer = make()
-    of_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
+    is_keras_3 = isinstance(optimizer, keras.optimizers.Optimizer)
     rng = np.random.default_rng(0)
     variables = []
     for name, shape in layers:
         value = 0.02 * rng.standard_normal(shape, np.float32)
-        if of_keras_3:
+        if is_keras_3:
             variable = keras.Variable(value, name=name.replace("/", "_"))
         else:
             variable = tf.Variable(value, name=name)
@@ -75,22 +75,22 @@ def tensorflow_update(make, layers, way):
         optimizer.apply_gradients(zip(grads, variables, strict=True))
 
     if isinstance(optimizer, tf_keras.optimizers.legacy.Optimizer):
-        optimizer._create_all_weights(variables)  # a compiled function may not make them
+        optimizer._create_all_weights(variables)  # a compiled function cannot create them
     else:
         optimizer.build(variables)
     if way != "eager":
         apply = tf.function(apply, jit_compile=way == "jit", autograph=False)
-    last = variables[-1].value if of_keras_3 else variables[-1]
+    last = variables[-1].value if is_keras_3 else variables[-1]
 
     def update():
         apply(*grads)
-        last.numpy()  # eager calls and functions on a CPU return when they are done
+        last.numpy()  # on a CPU, eager calls and functions return only when the update is done
 
     return update
 
 
 def optax_update(rule, layers):
-    """As `tensorflow_update`, for optax in a jitted function that may reuse its inputs."""
+    """Like `tensorflow_update`, for optax in a jitted function that donates its inputs."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -118,7 +118,11 @@ def optax_update(rule, layers):
 
 
 class Copy:
-    """Copies so many floats between two buffers, on all cores; half are reads, half writes."""
+    """Copies between two buffers on all cores.
+
+    Args:
+        floats: number of floats moved; half of them are reads, half writes.
+    """
 
     def __init__(self, floats: int):
         self._parts = np.array_split(np.ones(floats // 2, np.float32), os.cpu_count())
@@ -137,32 +141,33 @@ class Copy:
 
 
 def seconds(function) -> float:
-    """How long a call takes."""
+    """Duration of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def memory(field: str) -> int:
-    """A figure of this process in /proc, in bytes: VmRSS is held now, VmHWM the most so far."""
+    """A field of /proc/self/status in bytes: VmRSS is the current memory, VmHWM the peak."""
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith(field))
     return 1024 * int(line.split()[1])
 
 
 def temporary_bytes(function) -> int:
-    """The most memory held while the function ran, above what was held before."""
+    """Peak memory while the function runs, minus the memory before."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls freed still counts as held
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM starts anew
+        file.write("5")  # reset VmHWM
     before = memory("VmRSS")
     function()
     return memory("VmHWM") - before
 
 
 def measure(make_update, copy, rounds: int) -> dict:
-    """First two updates (trace and compile), median update, its ratio to the copy, temporaries."""
+    """Time of the first two updates (tracing and compilation), median time of an update, its ratio
+    to the copy, and temporary memory."""
     update = make_update()
     first = seconds(update) + seconds(update)
     temporaries = temporary_bytes(update)
@@ -181,23 +186,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=shapes.MODELS, action="append")
     parser.add_argument("--rule", choices=FLOATS_MOVED, action="append")
-    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="write the rows here too")
+    parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
     if not importlib.util.find_spec("optax"):
-        print("optax is not installed, and left out: pip install -e .[train,bench]")
+        print("optax is not installed and is skipped. Install it: pip install -e .[train,bench]")
     rows = []
     print(f"{'':68}update   ratio to copy    first two   temporaries")
     for model in flags.model or shapes.MODELS:
         layers = shapes.MODELS[model]()
-        number = sum(int(np.prod(shape)) for _, shape in layers)
+        num_parameters = sum(int(np.prod(shape)) for _, shape in layers)
         for rule in flags.rule or FLOATS_MOVED:
-            copy = Copy(FLOATS_MOVED[rule] * number)
+            copy = Copy(FLOATS_MOVED[rule] * num_parameters)
             copy()
             cases = [
                 (name, way, functools.partial(tensorflow_update, make, layers, way))
-                for name, make in contenders(rule, shapes.EXCLUDED[model]).items()
+                for name, make in optimizers(rule, shapes.EXCLUDED[model]).items()
                 for way in WAYS
             ]
             if importlib.util.find_spec("optax"):
@@ -211,7 +216,7 @@ def main():
                 print(
                     f"{model:10} {rule:5} {name:32} {way:9} {1e3 * row['update_seconds']:14.1f} ms "
                     f"{row['ratio']:12.2f} {row['first_two_seconds']:12.1f} s "
-                    f"{row['temporary_bytes'] / (4 * number):8.2f} N",
+                    f"{row['temporary_bytes'] / (4 * num_parameters):8.2f} N",
                     flush=True,
                 )
     if flags.json:

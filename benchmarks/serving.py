@@ -1,11 +1,11 @@
-"""Exported models beside the same models called from Python, on the CPU.
+"""Times exported models, and the same models called from Python, on the CPU.
 
     python -m benchmarks.serving SQUAD.json[.gz] VOCAB.txt [--size=base]
 
-exports a BERT of that size with random weights, and asks each signature the file's questions and
-contexts: milliseconds for one string, and strings per second in batches of 32. "Python" is the
-code that was exported, run as it stands: the tokenizer's ops one by one, then the Keras model.
-Both answer in turn, so that a slow moment of the machine falls on both.
+Exports BERT models with random weights, and calls each signature with the questions and contexts
+of the file: milliseconds for one string, and strings per second in batches of 32. "Python" runs the
+exported code eagerly: the tokenizer's ops one by one, then the Keras model. The two take turns, so
+that other load on the machine affects both.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import tensorflow as tf
@@ -32,7 +32,7 @@ POSITIONS = 512
 
 
 def exports(size: str, pieces: list[str]):
-    """name -> an export with random weights."""
+    """Name -> export of a model with random weights."""
     made = bert.SIZES[size], len(pieces), POSITIONS
     weights = {"dropout": 0.1, "initializer_stddev": 0.02}
     return {
@@ -44,14 +44,14 @@ def exports(size: str, pieces: list[str]):
 
 
 def calls(read: squad.Squad):
-    """(export, signature, function of (first string, their number) that makes its arguments)."""
+    """(export, signature, description, function (first, count) -> arguments) for each call."""
     questions = [question.text for question in read.questions]
     contexts = [read.contexts[question.context] for question in read.questions]
     masked = [f"{question} [MASK]" for question in questions]
 
     def of(**columns):
-        return lambda first, number: {
-            key: tf.constant(column[first : first + number]) for key, column in columns.items()
+        return lambda first, count: {
+            key: tf.constant(column[first : first + count]) for key, column in columns.items()
         }
 
     return [
@@ -61,14 +61,14 @@ def calls(read: squad.Squad):
     ]
 
 
-def seconds(functions, make, number: int, repeats: int) -> list[float]:
-    """Each function's median seconds for `number` strings; other strings every time."""
+def seconds(functions, make, count: int, repeats: int) -> list[float]:
+    """Median seconds of each function for `count` strings; different strings in each repeat."""
     for function in functions:
-        function(**make(0, number))
+        function(**make(0, count))
     taken = [[] for _ in functions]
     for repeat in range(1, repeats + 1):
         for times, function in zip(taken, functions, strict=True):
-            arguments = make(repeat * number, number)
+            arguments = make(repeat * count, count)
             begin = time.perf_counter()
             result = function(**arguments)
             [value.numpy() for value in result.values()]
@@ -77,7 +77,7 @@ def seconds(functions, make, number: int, repeats: int) -> list[float]:
 
 
 def main():
-    """Measures, and prints a table."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("squad")
     parser.add_argument("vocab")

@@ -1,10 +1,12 @@
-"""The variables of the two networks that the papers train, as (path, shape)."""
+"""The variables of the networks in the papers, as (path, shape)."""
 
 
 def bert_base(vocabulary: int = 30_522, blocks: int = 12) -> list[tuple[str, tuple[int, ...]]]:
     """BERT-base's encoder with pooler: 199 tensors, 109,482,240 parameters (arXiv:1810.04805).
 
-    `blocks`: how many encoder layers; fewer for what need not be the whole network.
+    Args:
+        vocabulary: number of word pieces.
+        blocks: number of encoder layers.
     """
     width, inner, heads = 768, 3072, 12
     layers = [

@@ -1,9 +1,9 @@
-"""SQuAD features per second, and every answer encoded and decoded again.
+"""Times the SQuAD pipeline, and checks that word pieces decode to the annotated answers.
 
     python -m benchmarks.squad_inputs SQUAD.json[.gz] VOCAB.txt
 
-prints how long reading and tokenising take, how many windows a second come out of the pipeline,
-and which answers do not come back from their word pieces, by cause.
+Prints the time of reading and tokenization, windows per second of the pipeline, and the answers
+that differ after encoding and decoding, by cause.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import dataclasses
 import os
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 from inputs.squad import features as squad_features
 from inputs.squad import files as squad
@@ -23,13 +23,11 @@ SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}
 
 
 def lost_answers(features):
-    """[(cause, annotated, decoded, question)] of those that differ from their pieces."""
+    """[(cause, annotated, decoded, question)] of answers that differ after decoding."""
     lost = []
-    for number, question in enumerate(features.squad.questions):
+    for i, question in enumerate(features.squad.questions):
         wanted = question.answers[0][1]
-        found = features.text_of(
-            number, features.first_pieces[number], features.last_pieces[number]
-        )
+        found = features.text_of(i, features.first_pieces[i], features.last_pieces[i])
         if found == wanted:
             continue
         at = found.find(wanted)
@@ -42,18 +40,18 @@ def lost_answers(features):
     return lost
 
 
-def same_normalised(found: str, question: squad.Question) -> bool:
-    """Whether the official metric takes the decoded answer for the annotated one."""
+def same_normalized(found: str, question: squad.Question) -> bool:
+    """Whether the decoded answer is an exact match by the official metric."""
     one = squad.Squad([], [dataclasses.replace(question, answers=question.answers[:1])], "")
     return squad_answers.metrics(one, {question.id: found})["exact_match"] == 100
 
 
 def main():
-    """Measures, and prints."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("squad")
     parser.add_argument("vocab")
-    parser.add_argument("--batches", type=int, default=500, help="of 64 windows, that are timed")
+    parser.add_argument("--batches", type=int, default=500, help="batches of 64 windows to time")
     arguments = parser.parse_args()
     pieces = vocabulary.load_vocabulary(arguments.vocab)
     begin = time.perf_counter()
@@ -67,21 +65,21 @@ def main():
     whole = ready - begin + features.number / per_second
     print(
         f"{len(read.questions):,} questions, {features.number:,} windows of 384\n"
-        f"read and checked in {parsed - begin:.1f} s, tokenised in {ready - parsed:.1f} s, "
+        f"read and checked in {parsed - begin:.1f} s, tokenized in {ready - parsed:.1f} s, "
         f"then {per_second:,.0f} windows/s\n"
-        f"the first epoch from the file on: {features.number / whole:,.0f} windows/s"
+        f"the first epoch, with reading and tokenization: {features.number / whole:,.0f} windows/s"
     )
     lost = lost_answers(features)
-    counted = [entry for entry in lost if not same_normalised(*entry[2:])]
-    number = len(read.questions)
+    counted = [entry for entry in lost if not same_normalized(*entry[2:])]
+    total = len(read.questions)
     print(
-        f"encode, decode: {number - len(lost):,} of {number:,} answers to the letter "
-        f"({1 - len(lost) / number:.2%}), {number - len(counted):,} after normalisation "
-        f"({1 - len(counted) / number:.2%})"
+        f"encoded and decoded: {total - len(lost):,} of {total:,} answers are identical "
+        f"({1 - len(lost) / total:.2%}), {total - len(counted):,} after normalization "
+        f"({1 - len(counted) / total:.2%})"
     )
     for cause, count in collections.Counter(entry[0] for entry in counted).most_common():
         first = next(entry for entry in counted if entry[0] == cause)
-        print(f"  {count} {cause}, for one {first[1]!r} in {first[2]!r}")
+        print(f"  {count} {cause}, such as {first[1]!r} in {first[2]!r}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Memory traffic of one update on a TPU, no TPU needed: python -m benchmarks.tpu_bytes
+"""Memory traffic of one update on a TPU, without a TPU: python -m benchmarks.tpu_bytes
 
-The TPU compiler (the extras `preflight` and `bench` bring it and optax) compiles the update of a
-whole model and says how many bytes the program reads and writes. In floats per parameter (N) that
-is at least 10 for LAMB and 7 for LARS. Clipping by the global norm reads the gradients once more.
-So does skipping in LAMB, whose moments may not be written before all gradients are known; the
-first pass of LARS writes nothing, and takes the check along. Nothing here is a time. It takes ten
-minutes on two cores.
+The TPU compiler compiles the update of a whole model and reports how many bytes the program reads
+and writes (the extras `preflight` and `bench` install it and optax). In floats per parameter (N)
+the minimum is 10 for LAMB and 7 for LARS. Clipping by the global norm reads the gradients once
+more. So does skipping in LAMB, which may not write its moments before all gradients are known to be
+finite; the first pass of LARS writes nothing and includes the check. No times are measured. Takes
+ten minutes on two cores.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import math
 import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
 from preflight.compile import compile_program, from_hlo, open_topology  # isort: skip
 import jax
@@ -37,17 +37,17 @@ CASES = {
 
 
 def tpu(topology="v3:2x2"):
-    """A device to compile for, of a TPU that need not be there."""
+    """A device of a TPU topology to compile for; no such TPU needs to exist."""
     return open_topology(topology)[0]
 
 
 def parameters(layers) -> int:
-    """N, of (path, shape) pairs."""
+    """Number of parameters, N, of (path, shape) pairs."""
     return sum(math.prod(shape) for _, shape in layers)
 
 
 def make_optimizer(rule, layers, excluded, **arguments):
-    """Our optimizer, built for variables of these layers."""
+    """Our optimizer, built for variables with these shapes."""
     variables = [
         keras.Variable(np.zeros(shape, np.float32), name=name.replace("/", "_"))
         for name, shape in layers
@@ -58,16 +58,16 @@ def make_optimizer(rule, layers, excluded, **arguments):
 
 
 def update_program(optimizer, layers) -> bytes:
-    """The optimizer's update of float32 layers, as TensorFlow lowers it: StableHLO.
+    """The optimizer's update of float32 layers as StableHLO, lowered by TensorFlow.
 
-    Its arguments are the weights, each slot's tensors, the gradients, the rate and the step. The
-    new weights and slots come first among its results, in that order.
+    The program's arguments are the weights, the tensors of each slot, the gradients, the learning
+    rate and the step. Its first results are the new weights and slots, in that order.
     """
     number = len(layers)
     index = tuple(range(number))
 
-    # A function of tensors alone: TensorFlow lowers nothing that reads a variable without giving
-    # it a value. The step comes as float32; the power of an int64 one confuses the cost model.
+    # A function of tensors only, because TensorFlow cannot lower reads of uninitialized variables.
+    # The step is float32, because the cost model has no estimate for powers of int64.
     def update(*tensors):
         *tensors, learning_rate, step = tensors
         params, *slots, grads = (
@@ -87,14 +87,14 @@ def update_program(optimizer, layers) -> bytes:
 
 
 def compile_ours(rule, layers, excluded, device, **arguments):
-    """The executable of our update."""
+    """Compiles our update."""
     optimizer = make_optimizer(rule, layers, excluded, **arguments)
     donated = len(layers) * (1 + len(optimizer.slot_names))
     return compile_program(update_program(optimizer, layers), [device], donated)
 
 
 def compile_optax(rule, layers, device):
-    """The executable of optax's update, which writes over the weights and state it reads."""
+    """Compiles optax's update, which donates the weights and the state."""
     import optax
 
     optimizer = {
@@ -117,13 +117,18 @@ def compile_optax(rule, layers, device):
 
 
 def figures(executable, number: int) -> dict:
-    """The compiler's counts in floats per parameter, of `number` parameters.
+    """The compiler's counts in floats per parameter.
+
+    Args:
+        executable: the compiled update.
+        number: number of parameters.
 
     Returns:
-        moved: reads and writes of main memory. A tensor counts as it lies there, filled up to
-            whole tiles (a vector to 1,024 floats), and so does each layer's scalar (to 256).
-        arguments: what the arguments occupy; 4 for LAMB and 3 for LARS, but for the tiles.
-        temporary: memory beside arguments and results.
+        A dict of
+        moved: reads and writes of HBM. Tensors count with their padding to tiles: a vector is
+            padded to 1,024 floats, each layer's scalar to 256.
+        arguments: memory of the arguments; 4 for LAMB and 3 for LARS, plus padding.
+        temporary: memory besides arguments and results.
     """
     memory = executable.get_compiled_memory_stats()
     counts = {
@@ -135,9 +140,9 @@ def figures(executable, number: int) -> dict:
 
 
 def our_figures(rule, case, layers, excluded, device) -> dict:
-    """`figures` of our update in one of `CASES`."""
+    """`figures` of our update in a case of `CASES`."""
     executable = compile_ours(rule, layers, excluded, device, **CASES[case])
-    gc.collect()  # an optimizer holds itself, and its slots are as large as the model
+    gc.collect()  # frees the optimizer, which is in a reference cycle, and its slots
     return figures(executable, parameters(layers))
 
 
@@ -152,7 +157,7 @@ def main():
     parser.add_argument("--topology", default="v3:2x2")
     parser.add_argument("--model", choices=shapes.MODELS, action="append")
     parser.add_argument("--rule", choices=OPTIMIZERS, action="append")
-    parser.add_argument("--json", help="write the rows here too")
+    parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
     device = tpu(flags.topology)
     rows = []

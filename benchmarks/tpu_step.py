@@ -1,11 +1,10 @@
-"""A whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
+"""Estimates a whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
 
-The TPU compiler's own estimates of the replica's real step (`preflight.program`) and of
-its update apart: ours; ours where a gradient that is not finite skips nothing; ours with tf-models'
-optimizer; and, of BERT, also with the dropout and the losses that tf-models' own task has (Keras's,
-whose masks a resumed run does not repeat). No TPU is needed, and nothing here is a measured time.
-The extra `preflight` brings the compiler. BERT-Large takes some 7 GB and, on two free cores, more
-than a quarter of an hour.
+The TPU compiler's estimates of a replica's training step (`preflight.program`) and of its update
+alone, in variants: ours; ours with `skip_nonfinite=False`; ours with tf-models' optimizer; and, for
+BERT, also with the dropout and losses of tf-models' task (those of Keras, whose dropout masks
+differ after a resume). No TPU is needed and no time is measured. The extra `preflight` installs the
+compiler. BERT-Large takes about 7 GB and, on two free cores, more than a quarter of an hour.
 """
 
 import argparse
@@ -15,9 +14,9 @@ import json
 import os
 from unittest import mock
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
-from preflight import compile as tpu  # isort: skip  its settings come before JAX
+from preflight import compile as tpu  # isort: skip  sets the environment before JAX is imported
 import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lamb, lars
@@ -29,10 +28,10 @@ from training import dropout as randomness
 from training import optimizers
 
 
-def _peer(base):
-    """An optimizer of tf-models, called as ours is."""
+def _adapted(base):
+    """A subclass of a tf-models optimizer with the methods that `Replica` calls on ours."""
 
-    class Peer(base):
+    class Adapted(base):
         def build(self, variables):
             self._create_all_weights(variables)
 
@@ -41,24 +40,24 @@ def _peer(base):
                 pairs, experimental_aggregate_gradients=not skip_gradients_aggregation
             )
 
-    return Peer
+    return Adapted
 
 
 def never_skipping(recipe, schedule):
-    """The recipe's own optimizer, but that it takes every gradient: what skipping costs."""
+    """The recipe's optimizer with `skip_nonfinite=False`, to show the cost of skipping."""
     return optimizers.make_optimizer(dataclasses.replace(recipe, skip_nonfinite=False), schedule)
 
 
 def tf_models_optimizer(recipe, schedule):
-    """The recipe's rule as tf-models-official has it."""
+    """The recipe's optimizer from tf-models-official."""
     if recipe.optimizer == "lars":
-        return _peer(lars.LARS)(
+        return _adapted(lars.LARS)(
             schedule,
             momentum=recipe.momentum,
             weight_decay_rate=recipe.weight_decay,
             exclude_from_weight_decay=list(recipe.exclude_from_weight_decay),
         )
-    return _peer(lamb.LAMB)(
+    return _adapted(lamb.LAMB)(
         schedule,
         beta_1=recipe.beta_1,
         beta_2=recipe.beta_2,
@@ -70,7 +69,7 @@ def tf_models_optimizer(recipe, schedule):
 
 @contextlib.contextmanager
 def tf_models_task():
-    """Inside, dropout and losses are what `official.nlp.tasks.masked_lm` has of tf_keras."""
+    """Replaces dropout and losses by those that `official.nlp.tasks.masked_lm` uses."""
 
     def cross_entropy(logits, labels, weights):
         logits = tf.cast(logits, tf.float32)
@@ -88,8 +87,8 @@ def tf_models_task():
         yield
 
 
-def rows(recipe, number, batch, topology):
-    """Yields for each variant and program what the compiler says."""
+def rows(recipe, phase_index, batch, topology):
+    """Yields the compiler's figures for each variant and program."""
     devices = tpu.open_topology(topology)
     variants = {
         "ours": (optimizers.make_optimizer, contextlib.nullcontext),
@@ -100,7 +99,7 @@ def rows(recipe, number, batch, topology):
         variants["tf-models' step"] = tf_models_optimizer, tf_models_task
     for name, (make, task) in variants.items():
         with task():
-            replica = Replica(recipe, number, len(devices), make)
+            replica = Replica(recipe, phase_index, len(devices), make)
             programs = {"step": replica.step_program(batch, recipe.accumulation)}
             if task is not tf_models_task:
                 programs["update"] = replica.update_program()
@@ -114,23 +113,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="bert-large-64k-32k")
     parser.add_argument("--phase", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=32, help="examples of a replica")
+    parser.add_argument("--batch", type=int, default=32, help="examples per replica")
     parser.add_argument("--topology", default="v3:2x2")
     parser.add_argument("--set", action="append", default=[], help="field=value of the recipe")
-    parser.add_argument("--json", help="write the rows here too")
+    parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
     recipe = recipes.override(
         recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
     )
     found = []
-    print("variant           program  estimated ms       GB   floats a parameter   GiB   sums")
+    print(
+        "variant           program  estimated ms       GB     floats/parameter   GiB  all-reduces"
+    )
     for row in rows(recipe, flags.phase - 1, flags.batch, flags.topology):
         found.append(row)
         moved = row["bytes_accessed"]
         print(
             f"{row['variant']:17} {row['program']:7} {1e3 * row['seconds']:12.3f} "
             f"{moved / 1e9:8.3f} {moved / 4 / row['parameters']:20.2f} "
-            f"{row['hbm_bytes'] / 2**30:5.2f} {row['all_reduces']:6}",
+            f"{row['hbm_bytes'] / 2**30:5.2f} {row['all_reduces']:12}",
             flush=True,
         )
     if flags.json:

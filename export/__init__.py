@@ -1,1 +1,1 @@
-"""SavedModels that take raw data, their model cards, and the clients that call them."""
+"""SavedModels that take raw data, their model cards, and a client that calls them."""

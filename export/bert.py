@@ -1,4 +1,4 @@
-"""The SavedModel of a pre-trained BERT: fills masks, and turns sentences into vectors."""
+"""The SavedModel of a pre-trained BERT: fills masks and encodes sentences."""
 
 import functools
 
@@ -15,40 +15,41 @@ TOP_K = 5
 
 
 class PretrainedBert(tf.Module):
-    """Fills each `[MASK]` of raw strings, and encodes them, with a pre-trained BERT.
+    """Fills the `[MASK]`s of raw strings and encodes strings, with a pre-trained BERT.
 
     Args:
         model: from `models.bert.build_pretrainer`.
         vocabulary: list of word pieces.
-        max_sequence_length: word pieces per string; the rest is cut off.
+        max_sequence_length: word pieces per string; longer strings are truncated.
     """
 
     def __init__(self, model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int):
         super().__init__()
         self._length = max_sequence_length
-        # Only the weights are saved; a tracked model would bring all its layers' own functions.
+        # Tracks only the weights; a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._outputs = functools.partial(model, training=False)
         self._encoded = functools.partial(bert.encoder_of(model), training=False)
         self.tokenizer = make_tokenizer(vocabulary)
         self.pieces = tf.Variable(vocabulary, trainable=False, name="vocabulary")
-        self._pad, self._cls, self._sep, self._mask = (
-            vocabulary.index(token) for token in (PAD, CLS, SEP, MASK)
-        )
+        self._pad = vocabulary.index(PAD)
+        self._cls = vocabulary.index(CLS)
+        self._sep = vocabulary.index(SEP)
+        self._mask = vocabulary.index(MASK)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
     def fill(self, text):
-        """The likeliest fillings of every `[MASK]`.
+        """The most likely word pieces for every `[MASK]`.
 
         Args:
             text: [N] strings; "[MASK]" stands for the missing word.
 
         Returns:
-            `tokens`: [N, M, K] strings, K word pieces for each mask, the likeliest first ("##ing"
-            goes on the word before it); M is the most masks of a string, and places beyond a
-            string's own masks hold "". `probabilities`: [N, M, K] float32, 0 there. `masks`: [N]
-            int32, how many masks of each string were answered; those after the first
-            `max_sequence_length` - 2 pieces are not.
+            `tokens`: [N, M, K] strings, the K most likely word pieces for each mask in descending
+            order ("##ing" continues the preceding word). M is the largest number of masks in a
+            string; strings with fewer masks are padded with "". `probabilities`: [N, M, K]
+            float32, padded with 0. `masks`: [N] int32, number of masks filled in each string;
+            masks after the first `max_sequence_length` - 2 pieces are ignored.
         """
         inputs = self._rows(text)
         ids = inputs["input_word_ids"]
@@ -71,15 +72,15 @@ class PretrainedBert(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
     def encode(self, text):
-        """The vectors of whole strings and of their word pieces.
+        """Encodes strings and their word pieces as vectors.
 
         Args:
             text: [N] strings.
 
         Returns:
-            `pooled_output`: [N, H] float32, the pooler's. `sequence_output`: [N, L, H] float32,
-            the last layer's; the first vector is that of [CLS], the last ones may be padding.
-            `mask`: [N, L] int32, 0 where they are.
+            `pooled_output`: [N, H] float32, output of the pooler. `sequence_output`: [N, L, H]
+            float32, output of the last layer; the first vector belongs to [CLS], the last ones
+            may be padding. `mask`: [N, L] int32, 0 at padding.
         """
         inputs = self._rows(text)
         encoded = self._encoded(inputs)
@@ -89,10 +90,10 @@ class PretrainedBert(tf.Module):
         return vectors | {"mask": inputs["input_mask"]}
 
     def _rows(self, text):
-        # "[MASK]" is no word to the tokenizer.
+        # The tokenizer does not know "[MASK]", so split the strings there.
         parts = tf.strings.split(text, MASK)  # [N, (parts)]
         ids = self.tokenizer.tokenize(parts.flat_values)
-        # A mask before each part, then the first one of every string taken away again.
+        # Put a mask before each part, then remove the first mask of every string.
         marks = tf.fill([ids.nrows(), 1], self._mask)
         ids = tf.concat([marks, ids], axis=1)
         joined = tf.RaggedTensor.from_row_splits(

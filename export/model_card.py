@@ -1,4 +1,4 @@
-"""The model card beside an export: what was trained, on what, how well, with which versions."""
+"""The model card of an export: model, data, results on held-out data, and versions."""
 
 import platform
 from importlib import metadata
@@ -7,13 +7,13 @@ PACKAGES = ("tensorflow", "tensorflow-text", "tf_keras", "tf-models-official", "
 
 
 def make_card(task, parameters: int, results: dict[str, float], usage: str) -> str:
-    """The card as Markdown.
+    """The card in Markdown.
 
     Args:
-        task: a task of `tasks`, for its recipe, its data and its facts.
-        parameters: how many the model has.
-        results: as the task's `results` returns them.
-        usage: Python that calls the SavedModel, `model`.
+        task: a task of `tasks`: its recipe, data and facts.
+        parameters: number of the model's parameters.
+        results: metric name -> value, from the task's `results`.
+        usage: Python code that calls the SavedModel `model`.
     """
     recipe = task.recipe
     versions = [("Python", platform.python_version())]
@@ -26,8 +26,8 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
             f"{recipe.task} {recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps of "
             f"{recipe.phases[-1].global_batch_size} {task.unit}.",
             "",
-            f"- Recipe: {recipe.name}, after {recipe.reference}. As run, with every field: "
-            "`recipe.json` in the run's folder.",
+            f"- Recipe: {recipe.name}, after {recipe.reference}. `recipe.json` in the run's folder "
+            "has all its fields.",
             f"- Data: {task.data}",
             f"- Amount: {task.amount}",
             *(f"- Fingerprint of the {name}: {value}" for name, value in task.facts.items()),

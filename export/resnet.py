@@ -1,4 +1,4 @@
-"""A SavedModel that takes the bytes of image files: decoding and scaling are in the graph."""
+"""The SavedModel of an image classifier: takes the bytes of image files and decodes them."""
 
 import functools
 
@@ -9,28 +9,29 @@ from export.saved_model import Export
 from inputs.images.decoding import decode_centre
 
 TOP_K = 5
-NO_IMAGE = "no JPEG, PNG, BMP or GIF that can be decoded"
+NO_IMAGE = "no JPEG, PNG, BMP or GIF that can be decoded"  # an output: keep the text
 
 
 class ImageClassifier(tf.Module):
-    """Names what is in images.
+    """Classifies images.
 
     Args:
         model: from `models.resnet.build_classifier`.
         classes: (wnid, name) of each class, in the order of the labels.
-        image_size: pixels each way, S.
-        padding: as `decode_centre` takes it.
+        image_size: height and width in pixels, S.
+        padding: as for `decode_centre`.
     """
 
     def __init__(self, model: tf_keras.Model, classes, image_size: int, padding: int):
         super().__init__()
-        self._size, self._padding = image_size, padding
-        # Only the weights are saved; a tracked model would bring all its layers' own functions.
-        self.weights, self._logits = model.variables, functools.partial(model, training=False)
-        self.wnids, self.names = (
-            tf.Variable(column, trainable=False, name=name)
-            for column, name in zip(zip(*classes, strict=True), ("wnids", "names"), strict=True)
-        )
+        self._size = image_size
+        self._padding = padding
+        # Tracks only the weights; a tracked model would also save the functions of all its layers.
+        self.weights = model.variables
+        self._logits = functools.partial(model, training=False)
+        wnids, names = zip(*classes, strict=True)
+        self.wnids = tf.Variable(wnids, trainable=False, name="wnids")
+        self.names = tf.Variable(names, trainable=False, name="names")
         self.classify_files = tf.function(
             self._classify_files, input_signature=[tf.TensorSpec([None], tf.string, name="image")]
         )
@@ -38,15 +39,16 @@ class ImageClassifier(tf.Module):
         self.classify_pixels = tf.function(self._classify_pixels, input_signature=[pixels])
 
     def _classify_files(self, image):
-        """The likeliest classes of each image file.
+        """The most likely classes of each image file.
 
         Args:
             image: [N] strings, the bytes of JPEG, PNG, BMP or GIF files.
 
         Returns:
-            `names`, `wnids`: [N, K] strings, the likeliest first; `probabilities`: [N, K] float32;
-            `error`: [N] strings, "" for an image. What is no image has an error, empty names and
-            probabilities of 0, and leaves the others alone.
+            `names`, `wnids`: [N, K] strings, the K most likely classes in descending order;
+            `probabilities`: [N, K] float32; `error`: [N] strings, "" for an image. A file that is
+            not an image gets an error, empty names and probabilities of 0; the other files are
+            classified.
         """
         pixels, decoded = self._decoded(image)
         answer = self._classify_pixels(tf.cast(pixels, tf.float32))
@@ -58,7 +60,7 @@ class ImageClassifier(tf.Module):
         return shown | {"error": tf.where(decoded, "", NO_IMAGE)}
 
     def _classify_pixels(self, pixels):
-        """The same of pixels [N, S, S, 3] float32 in [0, 255], cut and scaled already."""
+        """Classifies pixels [N, S, S, 3], float32 in [0, 255], already cropped and resized."""
         logits = tf.cast(self._logits(pixels), tf.float32)
         best = tf.math.top_k(tf.nn.softmax(logits), min(TOP_K, logits.shape[-1]))
         return {
@@ -68,12 +70,14 @@ class ImageClassifier(tf.Module):
         }
 
     def _decoded(self, files):
-        """(pixels [N + 1, S, S, 3] uint8, [N] bool which of the files were images).
+        """Decodes files.
 
-        The last row is black: the network does not bear an empty batch.
+        Returns:
+            Pixels, [N + 1, S, S, 3] uint8, and [N] bool: which files are images. The last row of
+            pixels is black, because the network cannot process an empty batch.
         """
         count = tf.size(files, tf.int64)
-        # A graph cannot catch an error, but a data set can pass over the element that has it.
+        # A graph cannot catch an error, but a data set can skip an element that raises one.
         images = (
             tf.data.Dataset.from_tensor_slices((tf.range(count), files))
             .map(self._decode, num_parallel_calls=tf.data.AUTOTUNE)
@@ -85,12 +89,15 @@ class ImageClassifier(tf.Module):
         place = tf.scatter_nd(rows[:, tf.newaxis], tf.range(tf.size(rows)) + 1, [count + 1]) - 1
         return tf.gather(pixels, tf.maximum(place, 0)), place[:-1] >= 0
 
-    def _decode(self, number, file):
-        return number, decode_centre(file, self._size, self._padding)
+    def _decode(self, index, file):
+        return index, decode_centre(file, self._size, self._padding)
 
 
 def classifier_export(model, classes, image_size: int, padding: int) -> Export:
-    """What is written of a trained classifier; arguments as `ImageClassifier`'s."""
+    """The export of a trained classifier; arguments as for `ImageClassifier`.
+
+    Its signatures are `serving_default`, which takes files, and `pixels`.
+    """
     module = ImageClassifier(model, classes, image_size, padding)
     signatures = {"serving_default": module.classify_files, "pixels": module.classify_pixels}
     return Export(module, signatures)

@@ -1,4 +1,4 @@
-"""An export: a SavedModel that takes raw data, its model card, and weights for tf-models."""
+"""Writes an export: a SavedModel that takes raw data, its model card, weights for tf-models."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,14 @@ CARD, WEIGHTS = "model_card.md", "tf_models"
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What is written.
+    """What `write_export` writes.
 
-    module: holds the weights, the tokenizer and the vocabulary.
-    signatures: name -> `tf.function` of the module.
-    encoder: the BERT inside, if there is one: its weights are also written for tf-models'
-        `BertEncoder` (its `init_checkpoint`), into the folder tf_models.
-    vocabulary: its word pieces.
+    Attributes:
+        module: holds the weights, the tokenizer and the vocabulary.
+        signatures: name -> `tf.function` of the module.
+        encoder: the BERT encoder, or None. Its weights are also written to the folder tf_models,
+            as an `init_checkpoint` for tf-models' `BertEncoder`.
+        vocabulary: word pieces of the encoder, or None.
     """
 
     module: tf.Module
@@ -35,35 +36,40 @@ class Export:
 
 
 def check_export_dir(export_dir: str, model_dir: str) -> None:
-    """Raises `InputError` unless the SavedModel can be written there without loss.
+    """Checks that an export can be written without losing anything but an older SavedModel.
 
-    What an export may replace is an older SavedModel, and nothing else.
+    Args:
+        export_dir: the folder to write.
+        model_dir: the run's folder, which must not lie in `export_dir`.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
     """
     inner, outer = os.path.realpath(model_dir), os.path.realpath(export_dir)
     if os.path.commonpath([inner, outer]) == outer:
         raise InputError(
-            f"--export_dir: {export_dir} holds --model_dir, and an export replaces the folder. "
-            "Give a folder of its own."
+            f"--export_dir: {export_dir} contains --model_dir, and an export replaces the folder. "
+            "Choose a separate folder."
         )
-    kept = os.path.isfile(export_dir) or (
+    occupied = os.path.isfile(export_dir) or (
         os.path.isdir(export_dir)
         and os.listdir(export_dir)
         and not os.path.exists(os.path.join(export_dir, "saved_model.pb"))
     )
-    if kept:
+    if occupied:
         raise InputError(
-            f"--export_dir: {export_dir} exists and is no SavedModel. Choose another folder."
+            f"--export_dir: {export_dir} exists and is not a SavedModel. Choose another folder."
         )
     check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
 
 
 def write_export(export: Export, card: str, export_dir: str) -> None:
-    """Writes the SavedModel; an older one of that name is replaced when the new one is whole.
+    """Writes a SavedModel; replaces an older one only when the new one is complete.
 
     Args:
         export: what to write.
-        card: the model card's text, kept as model_card.md.
-        export_dir: the folder; `check_export_dir` has said that it can be written.
+        card: text of the model card, written as model_card.md.
+        export_dir: the folder, checked by `check_export_dir`.
     """
     with replacing(export_dir) as fresh:
         tf.saved_model.save(export.module, fresh, signatures=export.signatures)
@@ -77,9 +83,14 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
 
 @contextlib.contextmanager
 def replacing(export_dir: str):
-    """Yields a path to write a folder at; afterwards it takes the place of `export_dir`."""
+    """Yields the path of a new folder, which replaces `export_dir` when the context ends.
+
+    If the body raises, `export_dir` stays as it was.
+    """
     parent, name = os.path.split(os.path.abspath(export_dir))
-    aside = os.path.join(parent, f".{name}.new")  # always that name: a killed run's goes, too
+    aside = os.path.join(
+        parent, f".{name}.new"
+    )  # one fixed name, so that the rest of a killed run is removed
     shutil.rmtree(aside, ignore_errors=True)
     try:
         fresh = os.path.join(aside, "new")
@@ -91,14 +102,18 @@ def replacing(export_dir: str):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def run_apart(module: str, export_dir: str, *arguments: str) -> None:
-    """Runs `python -m module export_dir arguments` in a process of its own, on the CPU.
+def run_client(export_dir: str, *inputs: str) -> None:
+    """Runs `python -m export.client` in a separate process, on the CPU.
+
+    Args:
+        export_dir: folder of the SavedModel.
+        inputs: as the client takes them.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the client failed.
     """
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-m", module, os.path.abspath(export_dir), *arguments]
-    # This process may hold all memory of a GPU.
+    command = [sys.executable, "-m", "export.client", os.path.abspath(export_dir), *inputs]
+    # The training process may hold all memory of the GPU.
     on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
     subprocess.run(command, cwd=folder, env=on_cpu, check=True)

@@ -1,4 +1,4 @@
-"""The SavedModel that answers questions: raw strings in, the answer and its place out."""
+"""The SavedModel of a SQuAD model: takes raw strings, returns answers and their positions."""
 
 import functools
 
@@ -12,7 +12,7 @@ from inputs.text.vocabulary import CLS, PAD, SEP
 from models import bert
 from models.squad import IMPOSSIBLE, best_spans
 
-WINDOWS_PER_CALL = 32  # that go through the model at once; bounds the memory of a long context
+WINDOWS_PER_CALL = 32  # batch size of the model; bounds the memory that a long context needs
 
 
 class QuestionAnswerer(tf.Module):
@@ -21,14 +21,15 @@ class QuestionAnswerer(tf.Module):
     Args:
         model: from `models.squad.build_span_labeler`.
         vocabulary: list of word pieces.
-        recipe: a `recipes.squad.SquadRecipe`: lengths, stride and n-best of the run.
+        recipe: a `recipes.squad.SquadRecipe`, for its lengths, stride and n-best.
     """
 
     def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe):
         super().__init__()
         self._recipe = recipe
-        # Only the weights are saved; a tracked model would bring all its layers' own functions.
-        self.weights, self._logits = model.variables, functools.partial(model, training=False)
+        # Tracks only the weights; a tracked model would also save the functions of all its layers.
+        self.weights = model.variables
+        self._logits = functools.partial(model, training=False)
         self.tokenizer = OffsetTokenizer(vocabulary)
         self._special = {
             key: vocabulary.index(token)
@@ -42,17 +43,18 @@ class QuestionAnswerer(tf.Module):
         ]
     )
     def answer(self, question, context):
-        """The likeliest answer to each question in the context of the same number.
+        """The most likely answer to each question in its context.
 
-        A context longer than the model's rows is read in overlapping windows, all of it.
+        A context that is longer than the model's input is split into overlapping windows.
 
         Args:
-            question, context: [N] strings. Malformed UTF-8 counts as U+FFFD.
+            question: [N] strings. Malformed UTF-8 is read as U+FFFD.
+            context: [N] strings, one per question.
 
         Returns:
-            `answer`: [N] strings, cut out of the contexts. `start`, `end`: [N] int32, where it
-            stands, in characters. `score`: [N] float32, the sum of its start and end logits. If a
-            context has no word, the answer is "", its place 0 to 0 and its score the lowest
+            `answer`: [N] strings, spans of the contexts. `start`, `end`: [N] int32, position of
+            the answer in characters. `score`: [N] float32, sum of its start and end logits. If a
+            context has no words, the answer is "", its position 0 to 0 and its score the lowest
             float.
         """
         question, context = sanitized(question), sanitized(context)
@@ -73,7 +75,7 @@ class QuestionAnswerer(tf.Module):
 
         def place(of_piece, index):
             index = tf.where(found, base + tf.cast(index, tf.int64), 0)
-            # One more, for contexts without a single piece.
+            # The extra element is for contexts without any word piece.
             return tf.where(found, tf.gather(tf.concat([of_piece.flat_values, [0]], 0), index), 0)
 
         start, end = place(starts, first), place(ends, last)
@@ -85,8 +87,8 @@ class QuestionAnswerer(tf.Module):
         }
 
     def _best_of_windows(self, cut, question_ids, context_ids):
-        """Score and first and last word piece, in its context, of each window's best span."""
-        # No longer than the longest window: short contexts cost little.
+        """Score, first and last word piece of each window's best span, counted in its context."""
+        # As long as the longest window, so that short contexts cost little.
         used = cut.question + cut.length + windows.SPECIAL
         length = tf.reduce_max(tf.concat([used, [windows.SPECIAL]], axis=0))
         tables = [
@@ -121,7 +123,7 @@ class QuestionAnswerer(tf.Module):
 
 
 def _first_of_the_best(scores, example, examples):
-    """[N] int32: which window of each example has the highest score, the first of equals."""
+    """[N] int32: the window of each example with the highest score; the first one if equal."""
     highest = tf.math.unsorted_segment_max(scores, example, examples)
     is_highest = scores == tf.gather(highest, example)
     index = tf.where(is_highest, tf.range(tf.size(scores)), tf.size(scores))

@@ -1,4 +1,4 @@
-"""Weights in tf-models' own layout, that of the published BERT TF2 checkpoints."""
+"""Weights in the layout of tf-models, which the published BERT TF2 checkpoints have."""
 
 import json
 import os
@@ -12,13 +12,17 @@ PREFIX, CONFIG = "bert_model.ckpt", "bert_config.json"
 
 
 def save_encoder(encoder: networks.BertEncoderV2, folder: str) -> None:
-    """Writes a checkpoint of `tfm.nlp.networks.BertEncoder` and its bert_config.json.
+    """Writes a checkpoint of `tfm.nlp.networks.BertEncoder` and bert_config.json.
 
-    tf-models reads it as `init_checkpoint`, or by
+    tf-models reads the checkpoint as `init_checkpoint`, or with
     `tf.train.Checkpoint(encoder=networks.BertEncoder(...)).read(...)`.
+
+    Args:
+        encoder: the encoder to save.
+        folder: where to write.
     """
     config = encoder.get_config()
-    same = networks.BertEncoder(
+    copy = networks.BertEncoder(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         num_layers=config["num_layers"],
@@ -27,11 +31,11 @@ def save_encoder(encoder: networks.BertEncoderV2, folder: str) -> None:
         type_vocab_size=config["type_vocab_size"],
         inner_dim=config["inner_dim"],
     )
-    variables = bert.encoder_variables(same)
+    variables = bert.encoder_variables(copy)
     for name, variable in bert.encoder_variables(encoder).items():
         variables[name].assign(variable.numpy())
-    tf.train.Checkpoint(encoder=same).save(os.path.join(folder, PREFIX))
-    # The names of google-research/bert, which tf-models' converter reads.
+    tf.train.Checkpoint(encoder=copy).save(os.path.join(folder, PREFIX))
+    # Field names of google-research/bert, which tf-models' converter reads.
     settings = {
         "attention_probs_dropout_prob": config["attention_dropout"],
         "hidden_act": "gelu",

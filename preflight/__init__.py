@@ -1,1 +1,1 @@
-"""Whether a run can start here or on a TPU: this machine, the compiled program, the estimate."""
+"""Checks before a run: this machine, and estimates for TPU pods that need not exist."""

@@ -1,9 +1,10 @@
-"""Runs lowering and compilation in processes of their own, so that neither can take the run down.
+"""Runs lowering and compilation in child processes, so that a crash there does not end the run.
 
-What TensorFlow lowers is handed to the compiler as a file. Results of the compiler are kept in
-`~/.cache/tf_lamb/preflight`, by program, compiler version and topology.
+TensorFlow's lowered programs are passed to the compiler as files. The compiler's results are
+cached in `~/.cache/tf_lamb/preflight`, by program, compiler version and topology.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -17,148 +18,247 @@ import tempfile
 import time
 
 import psutil
+import rich.console
+import rich.progress
 
 from inputs.errors import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = pathlib.Path("~/.cache/tf_lamb/preflight").expanduser()
-WANTED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` pins them
+REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the extra `preflight` pins the same
 TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
-TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # made last by `make preflight-tpu` and `make tpu`
-SPARE_BYTES = 512 * 2**20  # of the host's memory, left to the others
-SAY_EVERY_SECONDS = 15
+TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
+RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
+LINE_EVERY_SECONDS = 15
 
 
 def check_installed() -> None:
-    """Raises `InputError` unless the TPU compiler is installed, in the version that was tried."""
-    for name, wanted in WANTED.items():
+    """Raises `InputError` unless the tested version of the TPU compiler is installed."""
+    for name, wanted in REQUIRED_VERSIONS.items():
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        if found != wanted:
+            installed = "none"
+        if installed != wanted:
             raise InputError(
-                f"--preflight needs {name} {wanted}, and finds {found}. Install the extra: "
-                "pip install -c constraints.txt -e .[train,preflight] (0.3 GB to load, 1.1 GB on "
-                "the disk)."
+                f"--preflight needs {name} {wanted}; installed: {installed}. Install the extra: "
+                "pip install -c constraints.txt -e .[train,preflight] (0.3 GB to download, 1.1 GB "
+                "on disk)."
             )
 
 
 def check_strict_installed() -> None:
-    """Raises `InputError` unless there is the environment of `preflight_strict`."""
+    """Raises `InputError` unless the environment for `--preflight_strict` exists."""
     if not TPU_INSTALLED.exists():
         raise InputError(
-            "--preflight_strict needs tensorflow-tpu in an environment of its own, and there is no "
-            f"{TPU_INSTALLED}. Make it: make preflight-tpu (3.1 GB on the disk)."
+            "--preflight_strict needs tensorflow-tpu in a separate environment, and "
+            f"{TPU_INSTALLED} does not exist. Run: make preflight-tpu (3.1 GB on disk)."
         )
+
+
+class Lines:
+    """Shows progress as plain lines, for a file or a pipe.
+
+    Args:
+        write: function that takes a line.
+    """
+
+    def __init__(self, write):
+        self._write = write
+        self._last = 0.0
+
+    def update(self, task: str, seconds: float) -> None:
+        """Reports that a task has been running for so many seconds; 0 when it starts."""
+        if seconds and seconds - self._last < LINE_EVERY_SECONDS:
+            return
+        self._last = seconds
+        self._write(f"{task} ... {seconds:.0f} s" if seconds else f"{task} ...")
+
+    def advance(self) -> None:
+        """Reports that one of the results is complete."""
+
+    def title(self, text: str) -> None:
+        """Names the group of tasks that follows."""
+        self._write(text)
+
+
+class Bar:
+    """Shows progress as a bar on a terminal; methods as those of `Lines`.
+
+    Args:
+        live: a started `rich.progress.Progress`.
+        total: number of results to come.
+    """
+
+    def __init__(self, live: rich.progress.Progress, total: int):
+        self._live = live
+        self._bar = live.add_task("", total=total)
+
+    def update(self, task: str, seconds: float) -> None:
+        """Shows the running task and its seconds."""
+        self._live.update(self._bar, description=f"{task}, {seconds:.0f} s")
+        self._live.refresh()
+
+    def advance(self) -> None:
+        """Advances the bar by one result."""
+        self._live.advance(self._bar)
+
+    def title(self, text: str) -> None:
+        """Prints the name of the group of tasks that follows above the bar."""
+        self._live.console.print(text)
+
+
+@contextlib.contextmanager
+def show_progress(write, total: int, stream=None):
+    """Yields a `Bar` if `stream` is a terminal, else `Lines`.
+
+    Args:
+        write: function that takes a line; used where there is no terminal.
+        total: number of results to come.
+        stream: where the bar goes; standard error by default.
+    """
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield Lines(write)
+        return
+    columns = (
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.description}"),
+    )
+    console = rich.console.Console(file=stream)
+    # No refresh thread: `Children` updates the bar twice per second.
+    live = rich.progress.Progress(
+        *columns, console=console, auto_refresh=False, redirect_stdout=False
+    )
+    with live:
+        yield Bar(live, total)
 
 
 class ChildFailed(InputError):
-    """A process ended without an answer; the message says why."""
+    """A child process ended without a result; the message says why."""
 
 
 class Children:
-    """Lowers and compiles; remembers what it has lowered.
+    """Lowers and compiles programs in child processes.
 
     Args:
-        log: takes lines of progress.
-        folder: where programs are written; a temporary one.
+        progress: from `show_progress`.
+        folder: a temporary folder for the programs.
 
     Attributes:
-        facts: about the model: `parameters`, and the bytes of a replica's `weight_bytes` and
-            `slot_bytes`; None before `lower`.
+        facts: about the model: `parameters`, and `weight_bytes` and `slot_bytes` of a replica;
+            None before `lower`.
     """
 
-    def __init__(self, log, folder: str):
-        self._log, self._folder = log, pathlib.Path(folder)
+    def __init__(self, progress, folder: str):
+        self._progress = progress
+        self._folder = pathlib.Path(folder)
         self._lowered = {}
         self.facts = None
 
-    def lower(self, recipe, number: int, programs: list[tuple[int | None, int]]) -> None:
-        """Lowers programs of one phase in one process, those that were not lowered before.
+    def lower(self, recipe, phase_index: int, programs: list[tuple[int | None, int]]) -> None:
+        """Lowers programs of one phase in one process; skips those that are lowered already.
 
         Args:
             recipe: a checked recipe.
-            number: the phase's, from 0.
-            programs: (examples of a replica, or None for the update alone; micro-batches).
+            phase_index: the phase, from 0.
+            programs: (examples per replica, or None for the update alone; micro-batches).
 
         Raises:
-            ChildFailed: they cannot be lowered.
-            InputError: the host's memory does not suffice.
+            ChildFailed: a program cannot be lowered.
+            InputError: the host's memory is not sufficient.
         """
-        missing = [p for p in dict.fromkeys(programs) if (number, *p) not in self._lowered]
+        missing = [p for p in dict.fromkeys(programs) if (phase_index, *p) not in self._lowered]
         if not missing:
             return
         paths = [
-            str(self._folder / f"phase{number}-{batch}-{parts}.hlo") for batch, parts in missing
+            str(self._folder / f"phase{phase_index}-{batch}-{accumulation}.hlo")
+            for batch, accumulation in missing
         ]
         job = [(*program, path) for program, path in zip(missing, paths, strict=True)]
-        said = f"phase {number + 1}: tracing {len(job)} program(s)"
         self.facts = self._run(
             "preflight.program",
-            said,
-            {"recipe": recipe, "number": number, "programs": job},
+            f"phase {phase_index + 1}: tracing {len(job)} program(s)",
+            {"recipe": recipe, "phase_index": phase_index, "programs": job},
         )
-        self._lowered |= {(number, *p): path for p, path in zip(missing, paths, strict=True)}
+        self._lowered |= {
+            (phase_index, *program): path for program, path in zip(missing, paths, strict=True)
+        }
 
-    def compile(self, number: int, batch: int | None, parts: int, topology: str) -> dict:
-        """The figures of a program that was lowered, or {"error": why there are none}."""
-        what = "the update" if batch is None else f"{batch} examples a replica"
-        if parts > 1:
-            what += f" in {parts} micro-batches"
+    def compile(
+        self, phase_index: int, batch: int | None, accumulation: int, topology: str
+    ) -> dict:
+        """Compiles a program that has been lowered.
+
+        Args:
+            phase_index: the phase, from 0.
+            batch: examples per replica, or None for the update alone.
+            accumulation: micro-batches.
+            topology: such as "v3:32x32".
+
+        Returns:
+            As `preflight.compile.compile_file`: the compiler's figures or {"error": reason}.
+        """
+        program = "the update" if batch is None else f"{batch} examples per replica"
+        if accumulation > 1:
+            program += f" in {accumulation} micro-batches"
         job = {
-            "path": self._lowered[number, batch, parts],
+            "path": self._lowered[phase_index, batch, accumulation],
             "topology": topology,
             "cache": str(CACHE),
         }
         try:
-            said = f"phase {number + 1}: compiling {what} for {topology}"
-            return self._run("preflight.compile", said, job)
+            task = f"phase {phase_index + 1}: compiling {program} for {topology}"
+            return self._run("preflight.compile", task, job)
         except ChildFailed as error:
             return {"error": str(error)}
 
-    def ask_kernels(self, recipe, number: int) -> dict:
-        """What `preflight_strict.examine` says of phase `number`, from 0."""
+    def check_kernels(self, recipe, phase_index: int) -> dict:
+        """`preflight.strict.check_kernels` of a phase, from 0."""
         return self._run(
             "preflight.strict",
-            f"phase {number + 1}: asking TensorFlow's own TPU kernels",
-            {"recipe": recipe, "number": number},
+            f"phase {phase_index + 1}: checking TensorFlow's TPU kernels",
+            {"recipe": recipe, "phase_index": phase_index},
             python=str(TPU_PYTHON),
         )
 
-    def _run(self, module: str, what: str, job: dict, python: str = sys.executable) -> dict:
+    def _run(self, module: str, task: str, job: dict, python: str = sys.executable) -> dict:
+        """Runs `python -m module JOB ANSWER`; returns the answer."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            task, answer = os.path.join(folder, "job"), os.path.join(folder, "answer")
-            with open(task, "wb") as file:
+            job_path = os.path.join(folder, "job")
+            answer_path = os.path.join(folder, "answer")
+            with open(job_path, "wb") as file:
                 pickle.dump(job, file)
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             }
-            environment.pop("TPU_LIBRARY_PATH", None)  # JAX sets it; each Python has a libtpu
-            with open(os.path.join(folder, "errors"), "w+b") as errors:
+            environment.pop("TPU_LIBRARY_PATH", None)  # JAX sets it; each Python has its own libtpu
+            with open(os.path.join(folder, "output"), "w+b") as output:
                 child = subprocess.Popen(
-                    [python, "-m", module, task, answer],
+                    [python, "-m", module, job_path, answer_path],
                     env=environment,
-                    stdout=errors,
-                    stderr=errors,
+                    stdout=output,
+                    stderr=output,
                 )
                 try:
-                    self._watch(child, what)
+                    self._wait(child, task)
                 finally:
                     child.kill()
                     child.wait()
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()
+                output.seek(0)
+                printed = output.read().decode(errors="replace").strip()
             if child.returncode:
-                raise ChildFailed(f"{what} failed: {_reason(said, child.returncode)}")
-            with open(answer, encoding="utf-8") as file:
+                raise ChildFailed(f"{task} failed: {_reason(printed, child.returncode)}")
+            with open(answer_path, encoding="utf-8") as file:
                 return json.load(file)
 
-    def _watch(self, child, what: str) -> None:
-        """Waits for the child, says what it does, and ends it before the host is out of memory."""
-        start = said = time.monotonic()
-        self._log(f"{what} ...")
+    def _wait(self, child, task: str) -> None:
+        """Waits for a child and shows progress; raises if the host runs out of memory."""
+        start = time.monotonic()
+        self._progress.update(task, 0)
         while True:
             try:
                 child.wait(timeout=0.5)
@@ -166,23 +266,21 @@ class Children:
             except subprocess.TimeoutExpired:
                 pass
             free = psutil.virtual_memory().available
-            if free < SPARE_BYTES:
+            if free < RESERVED_BYTES:
                 used = psutil.Process(child.pid).memory_info().rss / 2**30
                 raise InputError(
-                    f"{what}: the host's memory does not suffice; it took {used:.1f} GiB and "
-                    f"{free / 2**30:.1f} GiB were left. End other programs, or take a larger host."
+                    f"{task}: the host's memory is not sufficient. The process used {used:.1f} GiB "
+                    f"and {free / 2**30:.1f} GiB were free. End other programs, or use a larger "
+                    "host."
                 )
-            now = time.monotonic()
-            if now - said >= SAY_EVERY_SECONDS:
-                said = now
-                self._log(f"{what} ... {now - start:.0f} s")
+            self._progress.update(task, time.monotonic() - start)
 
 
-def _reason(said: str, status: int) -> str:
-    """The first line of the exception that ended a process, which names the operation."""
+def _reason(output: str, status: int) -> str:
+    """Why a process ended: the first line of its exception, which names the operation."""
     if status == -signal.SIGKILL:
-        return "it was killed, most likely because the host's memory did not suffice"
-    lines = said.splitlines()
+        return "the process was killed, most likely because the host ran out of memory"
+    lines = output.splitlines()
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    last = (raised or lines or [f"status {status}"])[-1]
+    last = (raised or lines or [f"exit status {status}"])[-1]
     return last.removeprefix("inputs.errors.InputError: ")

@@ -1,7 +1,7 @@
-"""The TPU compiler without a TPU: HLO in, the compiler's own figures out.
+"""Compiles HLO for a TPU without a TPU, and returns the compiler's figures.
 
-Only a process of its own may import this: JAX and libtpu read their settings once, from the
-environment, when they are loaded. The extra `preflight` installs both.
+Import this in a separate process only: JAX and libtpu read their settings from the environment
+once, when they are loaded. The extra `preflight` installs both.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ import re
 import sys
 import tempfile
 
-# What libtpu asks of the machine's metadata server before it compiles; then it asks nothing.
+# libtpu would request these from the metadata server of a TPU VM before it compiles.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened, so none is shared
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX looks for no device to run on
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX must not look for a TPU
 
 import jax
 import numpy as np
@@ -30,31 +30,38 @@ from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
 
-FORMAT = 1  # of `figures`; older results are not read
-LONGEST = 400  # characters of an error
+FORMAT = 1  # version of `figures` in the cache
+MAX_ERROR_LENGTH = 400  # characters
 
 
 def open_topology(name: str) -> list:
-    """The devices of a TPU that need not be there, to compile for."""
-    # The two cores of a v4 chip act as one device, as Cloud TPU has them.
+    """Devices of a TPU topology to compile for; no such TPU needs to exist.
+
+    Args:
+        name: such as "v3:2x2".
+    """
+    # The two cores of a v4 chip act as one device, as on Cloud TPU.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     return list(described.devices)
 
 
 def from_hlo(hlo: bytes) -> bytes:
-    """StableHLO of a serialized HLO module, as TensorFlow lowers it."""
+    """Converts a serialized HLO module, as TensorFlow lowers it, to StableHLO."""
     return _jax.mlir.hlo_to_stablehlo(hlo)
 
 
 def compile_program(program: bytes, devices, donated: int | None = None):
-    """The executable of a StableHLO program, a copy of which runs on each of the devices.
+    """Compiles a StableHLO program that runs on each of the devices.
 
     Args:
         program: from `from_hlo`.
         devices: from `open_topology`.
-        donated: how many of the first results are written over the first arguments; None for
-            what the program itself says.
+        donated: number of leading arguments whose buffers the leading results reuse; None to keep
+            the program's own aliasing.
+
+    Returns:
+        A `jaxlib` executable.
     """
     with jax.interpreters.mlir.make_ir_context():
         module = ir.Module.parse(program)
@@ -69,7 +76,7 @@ def compile_program(program: bytes, devices, donated: int | None = None):
                     for i in range(len(main.arguments))
                 ]
             )
-        _settle(module.operation, len(devices))
+        _prepare(module.operation, len(devices))
         options = xla_client.CompileOptions()
         options.num_replicas, options.num_partitions = len(devices), 1
         options.device_assignment = xla_client.DeviceAssignment.create(
@@ -79,13 +86,13 @@ def compile_program(program: bytes, devices, donated: int | None = None):
         return client.compile(module, xla_client.DeviceList(tuple(devices)), options)
 
 
-def _settle(operation, replicas: int) -> None:
-    """Lets every sum run over all replicas, and drops copies that StableHLO does not know."""
+def _prepare(operation, replicas: int) -> None:
+    """Makes every all-reduce span all replicas, and removes copies, which StableHLO lacks."""
     for region in operation.regions:
         for block in region:
             for inner in list(block.operations):
                 inner = inner.operation
-                _settle(inner, replicas)
+                _prepare(inner, replicas)
                 if inner.name == "mhlo.copy":
                     inner.results[0].replace_all_uses_with(inner.operands[0])
                     inner.erase()
@@ -95,16 +102,17 @@ def _settle(operation, replicas: int) -> None:
 
 
 def figures(executable) -> dict:
-    """What the compiler says of a program, for one device.
+    """The compiler's figures for a program, per device.
 
     Returns:
-        flops, bytes_accessed: of one run; bytes of main memory, tensors filled up to whole tiles.
-        seconds: its own estimate of one run.
+        A dict of
+        flops, bytes_accessed: of one run; bytes of HBM traffic, with tensors padded to tiles.
+        seconds: the compiler's estimate of one run.
         argument_bytes, temporary_bytes, code_bytes: memory.
-        hbm_bytes: in all, results that take the place of arguments counted once.
-        all_reduce_bytes: that one device puts into sums over the replicas.
-        all_reduces, asynchronous: how many sums there are, and how many of them run beside
-            other work.
+        hbm_bytes: total memory; results that reuse arguments' buffers count once.
+        all_reduce_bytes: bytes that one device contributes to all-reduces.
+        all_reduces, asynchronous: number of all-reduces, and how many of them overlap with other
+            work.
     """
     counts, memory = executable.cost_analysis(), executable.get_compiled_memory_stats()
     text = executable.hlo_modules()[0].to_string()
@@ -112,7 +120,7 @@ def figures(executable) -> dict:
     return {
         "flops": counts["flops"],
         "bytes_accessed": counts["bytes accessed"],
-        "seconds": counts["optimal_seconds"] + _unknown(text),
+        "seconds": counts["optimal_seconds"] + _count_untimed(text),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -124,18 +132,18 @@ def figures(executable) -> dict:
     }
 
 
-def _unknown(text: str) -> int:
-    """How many operations the compiler has no time for: it counts each as -1 second.
+def _count_untimed(text: str) -> int:
+    """Number of operations without a time estimate, each of which the compiler counts as -1 s.
 
-    They are the halves that it splits a 64-bit integer into, such as the step, and joins.
+    They split and join 64-bit integers such as the step counter.
     """
-    fused, unknown = False, 0
+    fused, untimed = False, 0
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             fused = line.startswith("%fused")
         elif not fused and " custom-call(" in line:
-            unknown += 1
-    return unknown
+            untimed += 1
+    return untimed
 
 
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "pred": 1}
@@ -158,57 +166,73 @@ PRODUCTS = ("stablehlo.convolution", "stablehlo.dot", "stablehlo.dot_general")
 
 
 def count_products(program: bytes) -> dict:
-    """Matrix products and convolutions of a StableHLO program, and those of float32 among them.
+    """Counts matrix products and convolutions of a StableHLO program.
 
-    A TPU multiplies bfloat16; a product of float32 takes it several passes.
+    A TPU multiplies in bfloat16; a float32 product takes several passes.
+
+    Returns:
+        `products`, and the `float32_products` among them.
     """
     with jax.interpreters.mlir.make_ir_context():
-        factors = list(_factors(ir.Module.parse(program).operation))
-    return {"products": len(factors), "float32_products": sum("f32" in pair for pair in factors)}
+        operand_types = list(_operand_types(ir.Module.parse(program).operation))
+    return {
+        "products": len(operand_types),
+        "float32_products": sum("f32" in types for types in operand_types),
+    }
 
 
-def _factors(operation):
+def _operand_types(operation):
+    """Yields the element types of the operands of each product."""
     for region in operation.regions:
         for block in region:
             for inner in block.operations:
                 inner = inner.operation
-                yield from _factors(inner)
+                yield from _operand_types(inner)
                 if inner.name in PRODUCTS:
                     yield [str(ir.ShapedType(value.type).element_type) for value in inner.operands]
 
 
-def attempt(path: str, topology: str, cache: str) -> dict:
-    """`figures` and products of a file of HLO; or {"error": one sentence, "hbm_bytes": if that was
-    too much}."""
+def compile_file(path: str, topology: str, cache: str) -> dict:
+    """Compiles a file of HLO.
+
+    Args:
+        path: the file.
+        topology: such as "v3:2x2".
+        cache: folder for results.
+
+    Returns:
+        `figures` and `count_products`; or, if the program does not compile, `error`: one sentence,
+        and `hbm_bytes` if it needs too much memory.
+    """
     with open(path, "rb") as file:
         program = from_hlo(file.read())
-    return _attempt(program, topology, cache) | count_products(program)
+    return _compile_cached(program, topology, cache) | count_products(program)
 
 
-def _attempt(program, topology, cache):
+def _compile_cached(program, topology, cache):
     version = importlib.metadata.version("libtpu")
     key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
-    kept = pathlib.Path(cache, f"{key}.json")
-    with contextlib.suppress(OSError, ValueError):  # none there, or torn
-        return json.loads(kept.read_text(encoding="utf-8"))
+    cached = pathlib.Path(cache, f"{key}.json")
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged
+        return json.loads(cached.read_text(encoding="utf-8"))
     try:
         result = figures(compile_program(program, open_topology(topology)))
     except jax.errors.JaxRuntimeError as error:
-        result = _in_words(str(error))
-        if "hbm_bytes" not in result:  # another time it may be another
+        result = _describe_error(str(error))
+        if "hbm_bytes" not in result:  # the reason may be temporary: do not cache it
             return result
-    with contextlib.suppress(OSError):  # what cannot be kept is compiled again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+    with contextlib.suppress(OSError):  # the cache is optional
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
             json.dump(result, file)
-        os.replace(file.name, kept)
+        os.replace(file.name, cached)
     return result
 
 
-def _in_words(message: str) -> dict:
-    """What stops a program, with the operation and line that it names."""
+def _describe_error(message: str) -> dict:
+    """The compiler's error in one sentence, with the operation and source line that it names."""
     first = next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")
-    result = {"error": first[:LONGEST]}
+    result = {"error": first[:MAX_ERROR_LENGTH]}
     for pattern in (r'op_name="([^"]+)"', r'source_file="([^"]+)" source_line=(\d+)'):
         found = re.search(pattern, message)
         if found:
@@ -221,6 +245,6 @@ def _in_words(message: str) -> dict:
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as job:
-        answer = attempt(**pickle.load(job))
+        answer = compile_file(**pickle.load(job))
     with open(sys.argv[2], "w", encoding="utf-8") as out:
         json.dump(answer, out)

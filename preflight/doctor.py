@@ -1,140 +1,390 @@
-"""Says whether training can start on this machine: python -m preflight.doctor [MODEL_DIR]
+"""Checks whether training can start on this machine: python -m preflight.doctor [MODEL_DIR]
 
-Each finding comes with its cure. The exit status is 0 if training can start, 1 if not.
+Checks the Python version, the installed packages, TensorFlow with its devices and XLA, free disk
+space for MODEL_DIR, and free memory. Each problem comes with a fix. The exit status is 0 if
+training can start, and 1 if not.
 """
 
 import configparser
+import dataclasses
+import glob
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
-import re
+import shutil
+import signal
+import subprocess
 import sys
 
-from preflight.doctor_machine import Finding, machine_findings, probe_findings, run_probe
+# This file runs without any installed package.
+try:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+except ImportError:
+    Requirement = Version = None
+
+    def canonicalize_name(name: str) -> str:
+        """The normalized name, for the names that this file compares."""
+        return name.lower().replace("_", "-")
+
+
+from preflight.probe import IMPORTS, STAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
-PYTHON = ((3, 10), (3, 13))  # from, up to: setup.cfg's python_requires
+GIB = 2**30
+# Supported Python versions: from, below. TensorFlow 2.20 or a package that depends on it has no
+# wheel for others.
+PYTHON_VERSIONS = ((3, 10), (3, 13))
 
-# All of these install the package `tensorflow`, over one another's files.
-WHEELS = (
+# All of these wheels install the package `tensorflow`, and overwrite each other's files.
+TENSORFLOW_WHEELS = (
     *("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-tpu", "tensorflow-intel"),
     *("tensorflow-macos", "tensorflow-rocm", "tensorflow-aarch64", "tensorflow-cpu-aws"),
     *("intel-tensorflow", "tf-nightly", "tf-nightly-cpu", "tf-nightly-gpu", "tf-nightly-tpu"),
 )
-# These go together by major and minor version: compiled code, or private parts of one another.
-FAMILY = (*WHEELS, "tensorflow-text", "tf-keras", "tf-models-official")
-MOST_NAMED = 5
+# Must have the tested major and minor version: compiled against each other, or use private APIs.
+SAME_MINOR = (*TENSORFLOW_WHEELS, "tensorflow-text", "tf-keras", "tf-models-official")
+MAX_LISTED = 5  # packages listed by name
+
+MIN_DISK = (1 * GIB, 20 * GIB)  # error, warning; three checkpoints of BERT-Large take 12 GiB
+MIN_MEMORY = (1 * GIB, 4 * GIB)  # error, warning; BERT-base with its slots takes 2 GiB
+PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
+GOOGLE_PCI_VENDOR = "0x1ae0"
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+STYLES = {OK: "green", WARNING: "yellow", ERROR: "bold red"}
 
 
-def plain(name: str) -> str:
-    """A package's name as an index compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        level: `OK`, `WARNING` (training can start) or `ERROR` (it cannot).
+        check: what was checked.
+        message: what was found.
+        fix: what to do about it; "" if nothing.
+    """
+
+    level: str
+    check: str
+    message: str
+    fix: str = ""
+
+
+# Packages
+
+
+def installed_packages() -> dict[str, str]:
+    """Normalized name -> version of each installed package."""
+    return {
+        canonicalize_name(found.metadata["Name"]): found.version
+        for found in importlib.metadata.distributions()
+        if found.metadata["Name"]
+    }
 
 
 def read_pins(path) -> dict[str, str]:
-    """name -> version of a constraints file."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
-    return {plain(name): version.strip() for name, version in pairs}
+    """Normalized name -> version of each `name==version` in a constraints file."""
+    pins = {}
+    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line:
+            requirement = Requirement(line)
+            (pin,) = requirement.specifier
+            pins[canonicalize_name(requirement.name)] = pin.version
+    return pins
 
 
 def needed_packages() -> list[str]:
-    """What the training program imports, by setup.cfg."""
+    """Normalized names of the packages that the training program needs, from setup.cfg."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = config["options"]["install_requires"] + config["options.extras_require"]["train"]
-    return [plain(re.match(r"[\w.-]+", line)[0]) for line in lines.split("\n") if line.strip()]
+    requirements = [Requirement(line) for line in lines.splitlines() if line.strip()]
+    return [
+        canonicalize_name(requirement.name)
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate()
+    ]
 
 
-def python_finding(version) -> Finding:
-    """About the interpreter; `version` as `sys.version_info`."""
-    said = ".".join(map(str, version[:3]))
-    first, end = (".".join(map(str, bound)) for bound in PYTHON)
-    if PYTHON[0] <= tuple(version[:2]) < PYTHON[1]:
-        return Finding("ok", "Python", said)
-    cure = f"make the environment with a Python from {first} to below {end}"
-    return Finding("bad", "Python", f"{said}, which TensorFlow 2.20 or a peer does not have", cure)
+def check_python(version) -> Finding:
+    """Checks the interpreter's version, given as in `sys.version_info`."""
+    text = ".".join(map(str, version[:3]))
+    first, end = (".".join(map(str, bound)) for bound in PYTHON_VERSIONS)
+    if PYTHON_VERSIONS[0] <= tuple(version[:2]) < PYTHON_VERSIONS[1]:
+        return Finding(OK, "Python", text)
+    message = f"{text} is not supported by TensorFlow 2.20 or a package that needs it"
+    return Finding(ERROR, "Python", message, f"create the environment with Python >={first},<{end}")
 
 
-def wheel_findings(installed: dict[str, str]) -> list[Finding]:
-    """About the TensorFlow wheels among the installed packages (name -> version)."""
-    wheels = [name for name in WHEELS if name in installed]
-    said = ", ".join(f"{name} {installed[name]}" for name in wheels)
-    if not wheels:
-        return [Finding("bad", "TensorFlow", "is not installed", install_line(installed))]
-    if len(wheels) == 1:
-        return [Finding("ok", "TensorFlow", said)]
-    cure = f"pip uninstall -y {' '.join(wheels)}, then {install_line(installed)}"
-    return [Finding("bad", "TensorFlow", f"wheels over one another's files: {said}", cure)]
-
-
-def install_line(installed: dict[str, str]) -> str:
-    """The command that installs the tested set."""
+def install_command(installed: dict[str, str]) -> str:
+    """The command that installs the tested versions."""
     if "tensorflow-tpu" in installed:
         return "pip install --no-deps --force-reinstall -r constraints-tpu.txt"
     return "pip install -c constraints.txt -e .[train]; on a TPU VM: make tpu"
 
 
-def version_findings(installed, pins, needed) -> list[Finding]:
-    """Compares what is installed with what was tested, both name -> version."""
-    cure = install_line(installed)
+def check_wheels(installed: dict[str, str]) -> Finding:
+    """Checks that exactly one TensorFlow wheel is installed (name -> version)."""
+    wheels = [name for name in TENSORFLOW_WHEELS if name in installed]
+    listed = ", ".join(f"{name} {installed[name]}" for name in wheels)
+    if not wheels:
+        return Finding(ERROR, "TensorFlow", "is not installed", install_command(installed))
+    if len(wheels) == 1:
+        return Finding(OK, "TensorFlow", listed)
+    message = f"several wheels overwrite each other's files: {listed}"
+    fix = f"pip uninstall -y {' '.join(wheels)}, then {install_command(installed)}"
+    return Finding(ERROR, "TensorFlow", message, fix)
+
+
+def check_versions(installed, pins, needed) -> list[Finding]:
+    """Compares the installed versions with the tested ones.
+
+    Args:
+        installed: name -> version.
+        pins: name -> tested version.
+        needed: names of packages that must be installed.
+    """
+    fix = install_command(installed)
+    findings = []
     missing = [name for name in needed if name not in installed and name != "tensorflow"]
-    said = f"not installed: {', '.join(missing)}"
-    found = [Finding("bad", "Packages", said, cure)] if missing else []
-    other = {name for name in pins if name in installed and installed[name] != pins[name]}
-    for name in sorted(other & {*FAMILY, "libtpu"}):
-        said = f"{installed[name]} where {pins[name]} was tested"
-        same_minor = installed[name].split(".")[:2] == pins[name].split(".")[:2]
-        level = "warn" if same_minor and name != "libtpu" else "bad"
-        found.append(Finding(level, name, said, cure))
-    rest = sorted(other - {*FAMILY, "libtpu"})
-    if rest:
-        named = [f"{name} {installed[name]} ({pins[name]})" for name in rest[:MOST_NAMED]]
-        more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
-        said = f"{len(rest)} not as tested: {', '.join(named)}{more}"
-        found.append(Finding("warn", "Packages", said, cure))
-    if not found:
-        found.append(Finding("ok", "Packages", "the versions that were tested"))
-    return found
+    if missing:
+        message = f"not installed: {', '.join(missing)}"
+        findings.append(Finding(ERROR, "Packages", message, fix))
+    different = {name for name in pins if name in installed and installed[name] != pins[name]}
+    strict = {*SAME_MINOR, "libtpu"}
+    for name in sorted(different & strict):
+        message = f"{installed[name]}; tested with {pins[name]}"
+        same_minor = Version(installed[name]).release[:2] == Version(pins[name]).release[:2]
+        level = WARNING if same_minor and name != "libtpu" else ERROR
+        findings.append(Finding(level, name, message, fix))
+    others = sorted(different - strict)
+    if others:
+        listed = [f"{name} {installed[name]} ({pins[name]})" for name in others[:MAX_LISTED]]
+        more = f" and {len(others) - MAX_LISTED} more" if len(others) > MAX_LISTED else ""
+        message = (
+            f"{len(others)} differ from the tested versions (in brackets): "
+            f"{', '.join(listed)}{more}"
+        )
+        findings.append(Finding(WARNING, "Packages", message, fix))
+    return findings or [Finding(OK, "Packages", "the tested versions")]
 
 
-def examine(model_dir: str) -> list[Finding]:
-    """All findings about this machine and this environment."""
-    installed = {
-        plain(found.metadata["Name"]): found.version
-        for found in importlib.metadata.distributions()
-        if found.metadata["Name"]
-    }
+def check_packages(installed: dict[str, str]) -> list[Finding]:
+    """Compares the installed packages (name -> version) with setup.cfg and the constraints."""
+    if Requirement is None:
+        message = "the package `packaging` is not installed: versions were not compared"
+        return [Finding(ERROR, "Packages", message, install_command(installed))]
     tpu = "tensorflow-tpu" in installed
     pins = read_pins(ROOT / ("constraints-tpu.txt" if tpu else "constraints.txt"))
-    findings = [python_finding(sys.version_info), *wheel_findings(installed)]
-    findings += version_findings(installed, pins, needed_packages())
-    if set(WHEELS) & set(installed):
-        findings += probe_findings(*run_probe(ROOT), tpu_wheel=tpu, cure=install_line(installed))
-    return findings + machine_findings(model_dir)
+    return check_versions(installed, pins, needed_packages())
+
+
+# TensorFlow and its devices
+
+
+def has_tpu() -> bool:
+    """Whether a TPU is attached to this machine."""
+    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
+    return any(pathlib.Path(path).read_text().strip() == GOOGLE_PCI_VENDOR for path in vendors)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver of an NVIDIA GPU is loaded."""
+    return bool(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def run_probe(root) -> tuple[list[dict], str]:
+    """Runs `preflight.probe` in a child process, which may crash or hang.
+
+    Args:
+        root: folder that contains the package `preflight`.
+
+    Returns:
+        The stages that it printed, and how it failed: "" if it did not.
+    """
+    environment = dict(os.environ)
+    if not has_tpu():
+        # Without a TPU, libtpu would query a metadata server for minutes.
+        environment.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    command = [sys.executable, "-m", "preflight.probe"]
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=PROBE_SECONDS)
+            failure = "" if process.returncode == 0 else f"exit status {process.returncode}"
+            if process.returncode < 0:
+                failure = f"killed by {signal.Signals(-process.returncode).name}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, _ = process.communicate()
+            failure = f"no answer within {PROBE_SECONDS} s"
+    lines = [line for line in printed.decode().splitlines() if line.startswith('{"stage"')]
+    return [json.loads(line) for line in lines], failure
+
+
+def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
+    """Turns the results of `run_probe` into findings.
+
+    Args:
+        stages: list of dicts.
+        failure: how the probe failed, or "".
+        tpu_wheel: whether tensorflow-tpu is installed.
+        fix: the fix for packages that cannot be imported.
+    """
+    found = {stage["stage"]: stage for stage in stages}
+    findings = []
+    for name in IMPORTS:
+        if "error" in found.get(name, {}):
+            message = f"cannot be imported: {found[name]['error']}"
+            findings.append(Finding(ERROR, name, message, fix))
+    if "error" not in found.get("tensorflow", {"error": ""}):
+        findings += _check_devices(found, tpu_wheel)
+    if failure:
+        stage = next((stage for stage in STAGES if stage not in found), STAGES[-1])
+        findings.append(Finding(ERROR, "Trial run", f"{failure}, in stage {stage!r}", fix))
+    return findings
+
+
+def _check_devices(found, tpu_wheel) -> list[Finding]:
+    devices = found.get("devices")
+    if devices is None:
+        return []
+    findings = [_check_tpu(devices)] if tpu_wheel or has_tpu() else []
+    if not tpu_wheel:
+        findings.append(_check_gpu(devices))
+    if "XLA" in found:
+        findings.append(_check_xla(found["XLA"], devices, tpu_wheel))
+    return findings
+
+
+def _check_xla(xla, devices, tpu_wheel) -> Finding:
+    if "error" not in xla:
+        return Finding(OK, "XLA", f"compiles and runs on {xla['device']}")
+    if tpu_wheel and not devices.get("tpus"):
+        message = "not checked: tensorflow-tpu compiles only for TPUs, and found none"
+        return Finding(ERROR, "XLA", message, "see TPU")
+    fix = "reinstall TensorFlow, and a driver that supports its CUDA version (see nvidia-smi)"
+    return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", fix)
+
+
+def _check_tpu(devices) -> Finding:
+    if devices.get("tpus"):
+        return Finding(OK, "TPU", f"{devices['tpus']} cores; train with --tpu=local")
+    if not has_tpu():
+        message = "this machine has none, and tensorflow-tpu needs one"
+        fix = "use a TPU VM, or install the tensorflow of constraints.txt for GPU and CPU"
+        return Finding(ERROR, "TPU", message, fix)
+    if "error" in devices:
+        fix = "end the process that uses it (`sudo lsof /dev/accel* /dev/vfio/*`) and try again"
+        return Finding(ERROR, "TPU", f"cannot be initialized: {devices['error']}", fix)
+    message = "attached, but this TensorFlow does not support it"
+    return Finding(WARNING, "TPU", message, "make clean tpu")
+
+
+def _check_gpu(devices) -> Finding:
+    gpus = devices.get("gpus", [])
+    if gpus:
+        return Finding(OK, "GPU", ", ".join(gpus))
+    if not has_nvidia_gpu():
+        return Finding(OK, "GPU", "none in this machine; training runs on the CPU")
+    if not devices.get("cuda_build"):
+        message = "present, but this TensorFlow is built without CUDA"
+        return Finding(WARNING, "GPU", message, "pip install tensorflow==2.20.*")
+    fix = "pip install tensorflow[and-cuda]==2.20.*, and check that nvidia-smi works"
+    return Finding(WARNING, "GPU", "present, but TensorFlow does not find it", fix)
+
+
+# Disk and memory
+
+
+def check_machine(model_dir: str) -> list[Finding]:
+    """Checks free disk space for `model_dir`, which need not exist, and free memory."""
+    folder = pathlib.Path(model_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    fix = "remove old runs, or use a --model_dir on another disk"
+    findings = [_check_amount("Disk", free, MIN_DISK, f"free at {folder}", fix)]
+    if not os.access(folder, os.W_OK):
+        message = f"{folder} is not writable"
+        findings.append(Finding(ERROR, "Disk", message, "use another --model_dir"))
+    memory = free_memory()
+    if memory is not None:
+        fix = "end other programs, or use a smaller model or batch"
+        findings.append(_check_amount("Memory", memory, MIN_MEMORY, "free", fix))
+    return findings
+
+
+def _check_amount(check, amount, limits, text, fix) -> Finding:
+    error_below, warning_below = limits
+    message = f"{amount / GIB:.1f} GiB {text}"
+    if amount >= warning_below:
+        return Finding(OK, check, message)
+    return Finding(ERROR if amount < error_below else WARNING, check, message, fix)
+
+
+def free_memory() -> int | None:
+    """Bytes that a process can allocate, by the machine and the control group; None if unknown."""
+    known = []
+    try:
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                known.append(int(line.split()[1]) * 1024)
+        group = pathlib.Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            known.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(known, default=None)
+
+
+# The command
+
+
+def check_all(model_dir: str) -> list[Finding]:
+    """Runs all checks."""
+    installed = installed_packages()
+    findings = [check_python(sys.version_info), check_wheels(installed)]
+    findings += check_packages(installed)
+    if set(TENSORFLOW_WHEELS) & set(installed):
+        tpu_wheel = "tensorflow-tpu" in installed
+        findings += check_probe(
+            *run_probe(ROOT), tpu_wheel=tpu_wheel, fix=install_command(installed)
+        )
+    return findings + check_machine(model_dir)
 
 
 def show(findings: list[Finding], stream) -> None:
-    """A table on a terminal, else a line for each finding and one for its cure."""
+    """Prints a table on a terminal, else one line per finding and per fix."""
     if stream.isatty() and importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        styles = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-        table = Table("", "what", "found", "cure")
-        for finding in findings:
-            level = Text(finding.level, styles[finding.level])
-            # As Text: a cure's ".[train]" would be read as a style.
-            table.add_row(level, *map(Text, (finding.what, finding.said, finding.cure)))
-        Console(file=stream).print(table)
+        _show_table(findings, stream)
         return
-    width = max(len(finding.what) for finding in findings)
+    width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        print(f"{finding.level:4}  {finding.what:{width}}  {finding.said}", file=stream)
-        if finding.cure:
-            print(f"{'':6}{'':{width}}  cure: {finding.cure}", file=stream)
+        print(f"{finding.level:7}  {finding.check:{width}}  {finding.message}", file=stream)
+        if finding.fix:
+            print(f"{'':9}{'':{width}}  fix: {finding.fix}", file=stream)
+
+
+def _show_table(findings, stream):
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "check", "found", "fix")
+    for finding in findings:
+        level = Text(finding.level, STYLES[finding.level])
+        # As `Text`, so that ".[train]" is not read as a style.
+        table.add_row(level, *map(Text, (finding.check, finding.message, finding.fix)))
+    Console(file=stream).print(table)
 
 
 def main(arguments: list[str]) -> int:
@@ -142,11 +392,14 @@ def main(arguments: list[str]) -> int:
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print(__doc__, file=sys.stderr)
         return 1
-    findings = examine(arguments[0] if arguments else os.curdir)
+    findings = check_all(arguments[0] if arguments else os.curdir)
     show(findings, sys.stdout)
-    bad = sum(finding.level == "bad" for finding in findings)
-    print(f"Training cannot start: {bad} bad." if bad else "Training can start.")
-    return 1 if bad else 0
+    errors = sum(finding.level == ERROR for finding in findings)
+    if errors:
+        print(f"Training cannot start: {errors} error{'s' if errors > 1 else ''}.")
+        return 1
+    print("Training can start.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Writes docs/results/preflight.md: recipes on their own pods, beside what was published.
+"""Writes docs/results/preflight.md: estimates for the recipes, next to the published times.
 
-`make preflight` runs it, or for a page of some recipes alone python -m preflight.document
-NAME...
+    python -m preflight.document [NAME...]
+
+`make preflight` runs it for all recipes. With names it writes a page of those recipes only.
 """
 
 import pathlib
@@ -11,13 +12,13 @@ import recipes
 from inputs.errors import InputError
 from preflight import estimate
 from preflight import run as preflight
-from preflight.children import check_installed
+from preflight.children import check_installed, show_progress
 from preflight.report import LEGEND
 from preflight.topology import parse_topologies
 
 PATH = pathlib.Path("docs/results/preflight.md")
-# Where each recipe was published, or is meant to run. The other columns of the paper's tables have
-# the programs of their largest one: 16 examples a core.
+# The pod that each recipe was published on, or is meant for. The other columns of the paper's
+# tables run the program of the largest one: 16 examples per core.
 PODS = {
     "bert-mini-demo": "v3:2x2",
     "bert-mini": "v3:2x2",
@@ -36,11 +37,11 @@ PODS = {
     "resnet50-adamw-16k": "v3:16x32",
     "resnet50-adagrad-16k": "v3:16x32",
 }
-# Whose largest batch is looked for, which compiles a phase several times.
+# Recipes to search the largest batch of, which takes several compilations per phase.
 SEARCHED = ("bert-mini-demo", "bert-mini", "bert-large-64k-32k")
-# Minutes on 1,024 v3 chips: arXiv:1904.00962v3, Table 1; MLPerf training v0.6, Google, ResNet.
+# Minutes on 1,024 v3 chips: arXiv:1904.00962v3, Table 1; MLPerf Training v0.6, Google, ResNet.
 PUBLISHED = {"bert-large-32k": 101.2, "bert-large-64k-32k": 76.19, "resnet50-lars-32k": 76.9 / 60}
-# The same table's columns of 16 examples a core: batch, chips, minutes.
+# Columns of the same table with 16 examples per core: batch, topology, minutes.
 COLUMNS = (
     (512, "v3:4x4", 82.8 * 60),
     (1_024, "v3-64", 43.2 * 60),
@@ -51,61 +52,69 @@ COLUMNS = (
     (32_768, "v3-2048", 101.2),
 )
 HEAD = (
-    "| recipe | phase | TPU | examples a core | fits up to | GiB of HBM | TFLOP | GB moved | "
-    "compiler, ms | update, ms | floats a parameter | all-reduce, ms | step, ms | of peak | "
-    "minutes |\n|" + "---|" * 15
+    "| recipe | phase | TPU | examples per core | largest that fits | GiB of HBM | TFLOP | "
+    "GB moved | compiler, ms | update, ms | floats per parameter | all-reduce, ms | step, ms | "
+    "of peak | minutes |\n|" + "---|" * 15
 )
 GAPS = """
-Why the estimates are below what was published. Each operation is taken at the chip's peak rate and
-the links at theirs, and what is around the step is left out: they say what the chips must do at the
-least, not what they did in 2019. BERT: in the published time its chips did the last column's share
-of their peak. Part of the gap is the XLA of then, part what no step contains (input, checkpoints,
-evaluation, waiting for the slowest of 2,048 replicas); the paper says nothing from which to tell
-them apart. ResNet-50: MLPerf's time has the evaluations in it, and the first reading of the data.
+Why the estimates are below the published times: each operation and each link is taken at its peak
+rate, and everything around the step is left out. The estimates say what the chips must do at least,
+not what they did in 2019. For BERT, the last column is the share of the peak that the chips reached
+in the published time. Part of the gap is the XLA of that time; part is outside the step (input,
+checkpoints, evaluation, waiting for the slowest of 2,048 replicas). The paper gives no figures that
+separate them. For ResNet-50, MLPerf's time includes the evaluations and the first pass over the
+data.
 
-Why the scaling is better than the published one, which falls to 76.7 %: replicas that wait
-for one another are not in the model. Above 100 %: a pod's mesh is closed to rings in a dimension
-only where the slice is as long as the pod, so the two largest have more links for the same sum.
+Why the scaling is better than the published one, which falls to 76.7 %: the model does not contain
+replicas that wait for each other. Above 100 %: a mesh has wrap-around links only in a dimension as
+long as the pod, so the two largest slices have more links for the same all-reduce.
 
-No constant here was fitted to close a gap."""
+No constant was fitted to close a gap."""
 
 
-def row(name: str, finding) -> str:
-    """One phase of a recipe as a line of the table."""
-    start = f"| {name} | {finding.phase} | {finding.topology.name} | {finding.replica_batch_size}"
-    if finding.error:
-        return f"{start} | does not compile: {finding.error}" + " |" * 11
-    program, time = finding.program, finding.time
-    if finding.accumulation > 1:
-        start += f" / {finding.accumulation}"
+def row(name: str, result) -> str:
+    """The table row of one phase of a recipe."""
+    start = f"| {name} | {result.phase} | {result.topology.name} | {result.replica_batch_size}"
+    if result.error:
+        return f"{start} | does not compile: {result.error}" + " |" * 11
+    program, time = result.program, result.time
+    if result.accumulation > 1:
+        start += f" / {result.accumulation}"
     values = (
-        finding.largest or "-",
+        result.largest or "-",
         f"{program['hbm_bytes'] / 2**30:.2f}",
         f"{program['flops'] / 1e12:.3g}",
         f"{program['bytes_accessed'] / 1e9:.3g}",
         f"{1e3 * time.compiler:.3g}",
         f"{1e3 * time.update:.3g}",
-        f"{finding.update['bytes_accessed'] / 4 / finding.parameters:.2f}",
+        f"{result.update['bytes_accessed'] / 4 / result.parameters:.2f}",
         f"{1e3 * time.all_reduce:.3g}",
         f"{1e3 * time.step:.3g}",
-        f"{finding.utilisation:.0%}",
-        f"{finding.minutes:.3g}",
+        f"{result.utilization:.0%}",
+        f"{result.minutes:.3g}",
     )
     return f"{start} | {' | '.join(map(str, values))} |"
 
 
-def yardsticks(found: dict) -> list[str]:
-    """Whole recipes beside the published times; `found` holds the findings by recipe."""
+def published_table(results_of: dict) -> list[str]:
+    """Lines of the table of whole recipes next to the published times.
+
+    Args:
+        results_of: recipe name -> list of `PhaseResult`.
+
+    Returns:
+        The lines; an empty list if no published recipe compiles.
+    """
     lines = [
-        "| recipe | estimated minutes | published | estimated / published | FLOP/s of the peak, "
-        "estimated | in the published time |",
+        "| recipe | estimated minutes | published | estimated / published | estimated share of the "
+        "peak FLOP/s | share in the published time |",
         "|---|---|---|---|---|---|",
     ]
     for name, published in PUBLISHED.items():
-        findings = found.get(name, ())
-        if findings and not any(finding.error for finding in findings):
-            total = sum(finding.minutes for finding in findings)
-            busy = sum(finding.minutes * finding.utilisation for finding in findings)
+        results = results_of.get(name, ())
+        if results and not any(result.error for result in results):
+            total = sum(result.minutes for result in results)
+            busy = sum(result.minutes * result.utilization for result in results)
             lines.append(
                 f"| {name} | {total:.3g} | {published:.4g} | {total / published:.0%} | "
                 f"{busy / total:.0%} | {busy / published:.0%} |"
@@ -113,9 +122,17 @@ def yardsticks(found: dict) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def scaling(findings) -> list[str]:
-    """The paper's columns, each with the program of 32K: all have 16 examples a core."""
-    if not findings:  # nobody asked for it
+def scaling_table(results) -> list[str]:
+    """Lines of the table of the paper's columns, all with 16 examples per core.
+
+    Args:
+        results: list of `PhaseResult` of bert-large-32k, whose program all columns run; may be
+            empty.
+
+    Returns:
+        The lines; an empty list without results.
+    """
+    if not results:
         return []
     lines = [
         "| batch | chips | estimated minutes | published | estimated speed-up | published |",
@@ -125,57 +142,67 @@ def scaling(findings) -> list[str]:
     for batch, name, published in COLUMNS:
         (topology,) = parse_topologies(name)
         minutes = 0.0
-        for finding in findings:
-            if finding.error or finding.replica_batch_size != 16:
+        for result in results:
+            if result.error or result.replica_batch_size != 16:
                 return []
-            time = estimate.step_time(topology, finding.program, finding.update, 1)
-            steps = finding.steps * finding.global_batch_size / batch
+            time = estimate.step_time(topology, result.program, result.update, 1)
+            steps = result.steps * result.global_batch_size / batch
             minutes += steps * time.step / 60
         first = first or (minutes, published, topology.chips)
-        more = topology.chips / first[2]
+        times_chips = topology.chips / first[2]
         ours, theirs = first[0] / minutes, first[1] / published
         lines.append(
             f"| {batch:,} | {topology.chips:,} | {minutes:,.0f} | {published:,.1f} | "
-            f"{ours:.1f} ({ours / more:.1%}) | {theirs:.1f} ({theirs / more:.1%}) |"
+            f"{ours:.1f} ({ours / times_chips:.1%}) | {theirs:.1f} ({theirs / times_chips:.1%}) |"
         )
     return lines
 
 
+def page(results_of: dict) -> str:
+    """The page in Markdown.
+
+    Args:
+        results_of: recipe name -> list of `PhaseResult`.
+    """
+    table = [row(name, result) for name, results in results_of.items() for result in results]
+    text = ["# Pre-flight", "", "Written by `make preflight`, without a TPU.", "", HEAD, *table]
+    text += ["", *LEGEND.strip().splitlines()]
+    if results_of.keys() & PUBLISHED.keys():
+        text += ["", "## Next to the published runs", "", *published_table(results_of), ""]
+        text += [*scaling_table(results_of.get("bert-large-32k", ())), GAPS]
+    return "\n".join(text) + "\n"
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(names: list[str]) -> int:
-    """Runs the pre-flights and writes the page; returns the exit status."""
-
-    def log(line):
-        print(line, file=sys.stderr, flush=True)
-
-    found = {}
+    """Examines the recipes and writes the page; returns the exit status."""
     try:
         check_installed()
-        for name in names or PODS:
+        for name in names:
             if name not in PODS:
-                raise InputError(f"{name} has no pod here. There are: {', '.join(PODS)}.")
-            recipe = recipes.override(recipes.find_recipe(name), ["compute_dtype=bfloat16"])
-            topologies = parse_topologies(PODS[recipe.name])
-            log(f"{name} on {PODS[name]}")
-            found[name] = preflight.findings_of(
-                recipe, topologies, log=log, search=name in SEARCHED
-            )
-            PATH.write_text(page(found), encoding="utf-8")  # all of them take an hour
+                raise InputError(f"{name}: no pod is listed for it. Known: {', '.join(PODS)}.")
+        chosen = {name: recipes.find_recipe(name) for name in names or PODS}
+        results_of = {}
+        phases = sum(len(recipe.phases) for recipe in chosen.values())
+        with show_progress(_print_line, total=phases) as progress:
+            for name, recipe in chosen.items():
+                progress.title(f"{name} on {PODS[name]}")
+                results_of[name] = preflight.examine(
+                    recipes.override(recipe, ["compute_dtype=bfloat16"]),
+                    parse_topologies(PODS[name]),
+                    progress=progress,
+                    search=name in SEARCHED,
+                )
+                # All recipes together take an hour: keep what is done.
+                PATH.write_text(page(results_of), encoding="utf-8")
     except ValueError as error:
-        log(f"preflight.document: {error}")
+        _print_line(f"preflight.document: {error}")
         return 1
-    log(f"Written: {PATH}")
+    _print_line(f"Written: {PATH}")
     return 0
-
-
-def page(found: dict) -> str:
-    """The page in Markdown; `found` holds the findings by recipe."""
-    table = [row(name, finding) for name, findings in found.items() for finding in findings]
-    text = ["# Pre-flight", "", "Written by `make preflight`; no TPU was there.", "", HEAD, *table]
-    text += ["", *LEGEND.strip().splitlines()]
-    if found.keys() & PUBLISHED.keys():
-        text += ["", "## Beside the published runs", "", *yardsticks(found), ""]
-        text += [*scaling(found.get("bert-large-32k", ())), GAPS]
-    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

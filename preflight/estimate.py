@@ -1,7 +1,7 @@
-"""From the compiler's figures to a step's time: what is modelled, as pure functions.
+"""Estimates a step's time from the compiler's figures.
 
-Nothing here was fitted to a measurement. Peaks and link rates are the published ones of
-`preflight_topology`.
+Pure functions. No constant is fitted to a measurement: peak rates are the published ones of
+`training.chips`.
 """
 
 import dataclasses
@@ -9,73 +9,99 @@ from collections.abc import Callable
 
 from preflight.topology import Topology
 
-# Seconds a message takes from chip to chip ("How to Scale Your Model", part 3: about 1 us a hop).
+# Latency of one link ("How to Scale Your Model", part 3: about 1 us per hop).
 HOP_SECONDS = 1e-6
-BACKWARD_SHARE = 2 / 3  # of forward and backward: two of a layer's three products
-TILE = 8  # examples that a batch is rounded down to: a tile's rows
-TRIES = 2  # compilations of the search, which take minutes for a large model
+BACKWARD_SHARE = 2 / 3  # of forward and backward: two of the three matrix products of a layer
+TILE_ROWS = 8  # batches are rounded down to a multiple of this
+MAX_TRIES = 2  # compilations per search; one takes minutes for a large model
 
 
-def all_reduce_seconds(topology: Topology, size: int) -> float:
-    """A sum of `size` bytes from every replica over the torus, at the links' peak.
+def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
+    """Time of a sum over all replicas on the torus, with the links at their peak rate.
 
-    Every chip has a part of the sum and hears the other parts, each over all its links at once:
-    2·size·(n-1)/n bytes leave a chip. An open row is as slow as its ends, which have one link.
-    Each way takes `hops` messages. The memory that the sum reads and writes is in the compiler's
-    time.
-    """
-    chips = topology.chips
-    sent = 2 * size * (chips - 1) / chips
-    on_links = sent / (topology.link_ends * topology.generation.link_bandwidth)
-    return on_links + 2 * topology.hops * HOP_SECONDS
-
-
-def largest_batch(needed: Callable[[int], int], start: int, fixed: int, limit: int, most: int):
-    """The largest batch found that needs no more than `limit` bytes; 0 if none that was tried.
-
-    Memory grows in a straight line with the batch, until the compiler recomputes to save some.
-    So two points give the next, and each is compiled.
+    Each chip reduces a part of the sum and receives the other parts over all its links at once,
+    so 2·num_bytes·(n-1)/n bytes leave a chip. Latency is twice the diameter of the mesh. The
+    compiler's time already contains the memory traffic of the sum.
 
     Args:
-        needed: `examples -> bytes`.
-        start: examples to begin with.
-        fixed: bytes without any example: weights and slots.
-        limit: bytes.
-        most: examples beyond which nobody asks.
+        topology: the slice.
+        num_bytes: bytes that each replica contributes.
+
+    Returns:
+        Seconds.
     """
-    points = {0: fixed, start: needed(start)}
-    for _ in range(TRIES):
+    chips = topology.chips
+    sent = 2 * num_bytes * (chips - 1) / chips
+    on_links = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
+    return on_links + 2 * topology.diameter * HOP_SECONDS
+
+
+def largest_batch(
+    memory_needed: Callable[[int], int],
+    start: int,
+    fixed_bytes: int,
+    limit_bytes: int,
+    max_examples: int,
+) -> int:
+    """Searches for the largest batch that fits in memory.
+
+    Memory grows linearly with the batch until the compiler starts to recompute activations, so
+    the next batch to try is extrapolated from two points.
+
+    Args:
+        memory_needed: number of examples -> bytes; compiles a program.
+        start: number of examples to try first.
+        fixed_bytes: memory without any example: weights and slots.
+        limit_bytes: memory of a device.
+        max_examples: upper bound of the search.
+
+    Returns:
+        The largest number of examples that was tried and fits; 0 if none fits.
+    """
+    points = {0: fixed_bytes, start: memory_needed(start)}
+    for _ in range(MAX_TRIES):
         (low, below), (high, above) = sorted(
-            sorted(points.items(), key=lambda point: abs(point[1] - limit))[:2]
+            sorted(points.items(), key=lambda point: abs(point[1] - limit_bytes))[:2]
         )
-        each = max((above - below) / (high - low), 1e-9)
-        batch = min(int(low + (limit - below) / each), most)
-        batch = max(1, batch // TILE * TILE or batch)
+        per_example = max((above - below) / (high - low), 1e-9)
+        batch = min(int(low + (limit_bytes - below) / per_example), max_examples)
+        batch = max(1, batch // TILE_ROWS * TILE_ROWS or batch)
         if batch in points:
             break
-        points[batch] = needed(batch)
-    return max(batch for batch, size in points.items() if batch == 0 or size <= limit)
+        points[batch] = memory_needed(batch)
+    return max(batch for batch, size in points.items() if batch == 0 or size <= limit_bytes)
 
 
 def needed_accumulation(replica_batch_size: int, largest: int, least: int) -> int | None:
-    """Micro-batches, `least` or more, that divide the batch into parts that fit; None if none."""
-    for parts in range(least, replica_batch_size + 1):
-        if replica_batch_size % parts == 0 and replica_batch_size // parts <= largest:
-            return parts
+    """Smallest number of micro-batches, from `least` up, that divides the batch and fits.
+
+    Args:
+        replica_batch_size: examples per replica and step.
+        largest: examples of the largest micro-batch that fits.
+        least: smallest number of micro-batches to consider.
+
+    Returns:
+        The number of micro-batches, or None if not even single examples fit.
+    """
+    for count in range(least, replica_batch_size + 1):
+        if replica_batch_size % count == 0 and replica_batch_size // count <= largest:
+            return count
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """A step's estimated seconds, taken apart.
+    """The estimated time of one step and its parts, in seconds.
 
-    compiler: forward, backward and update, by the compiler; the memory that the sum over the
-        replicas touches included.
-    update: of these, the optimizer's.
-    compute: flops at the peak rate; `memory`: bytes at the peak rate. Each within `compiler`.
-    all_reduce: by the link model.
-    hideable: of that, what could run beside the backward pass if the compiler arranged it.
-    hidden: what it does run beside it.
+    Attributes:
+        compiler: forward, backward and update, by the compiler's estimate; includes the memory
+            traffic of the all-reduce.
+        update: the optimizer's share of `compiler`.
+        compute: time of the FLOPs at the peak rate.
+        memory: time of the memory traffic at the peak bandwidth.
+        all_reduce: time on the links.
+        hideable: part of `all_reduce` that could overlap with the backward pass.
+        hidden: part of `all_reduce` that does overlap in the compiled program.
     """
 
     compiler: float
@@ -88,32 +114,36 @@ class StepTime:
 
     @property
     def step(self) -> float:
-        """One whole step."""
+        """The whole step."""
         return self.compiler + self.all_reduce - self.hidden
 
     @property
     def bound(self) -> str:
-        """What the chip waits for most."""
+        """What limits the step: "compute" or "memory"."""
         return "compute" if self.compute > self.memory else "memory"
 
 
 def whole_step(topology: Topology, program: dict, update: dict, accumulation: int) -> dict:
-    """`flops`, `bytes_accessed` and `seconds` of a step of several micro-batches.
+    """Costs of a step of several micro-batches.
 
-    The compiler's own for such a step count one turn of the loop over them.
+    The compiler's own figures for such a step count one iteration of the loop over micro-batches.
 
     Args:
-        topology: where.
-        program: `preflight_compile.figures` of a step on one micro-batch.
-        update: of the update alone.
-        accumulation: micro-batches in a step.
+        topology: the slice.
+        program: `preflight.compile.figures` of a step with one micro-batch.
+        update: `preflight.compile.figures` of the update alone.
+        accumulation: micro-batches per step.
+
+    Returns:
+        `flops`, `bytes_accessed` and `seconds`.
     """
-    generation, size = topology.generation, program["all_reduce_bytes"]
-    bandwidth = generation.hbm_bandwidth / generation.devices_per_chip
-    # Once a step: the update, and the sum over the replicas, which is read and written. With each
-    # micro-batch the running sum is read and written, and the new gradients read.
-    once, each = 2 * size, 3 * size if accumulation > 1 else 0
-    moved = accumulation * each - (accumulation - 1) * once
+    chip, gradient_bytes = topology.chip, program["all_reduce_bytes"]
+    bandwidth = chip.hbm_bandwidth / chip.devices_per_chip
+    # Update and all-reduce run once per step; the all-reduce reads and writes the gradients. Each
+    # micro-batch reads its gradients, and reads and writes the accumulated ones.
+    per_step = 2 * gradient_bytes
+    per_micro_batch = 3 * gradient_bytes if accumulation > 1 else 0
+    moved = accumulation * per_micro_batch - (accumulation - 1) * per_step
     added = {"flops": 0, "bytes_accessed": moved, "seconds": moved / bandwidth}
     return {
         name: accumulation * program[name] - (accumulation - 1) * update[name] + more
@@ -122,19 +152,18 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
 
 
 def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
-    """The time of a step; arguments as `whole_step` has them."""
-    generation = topology.generation
+    """Estimated time of a step; arguments as for `whole_step`."""
+    chip = topology.chip
     whole = whole_step(topology, program, update, accumulation)
     on_links = all_reduce_seconds(topology, program["all_reduce_bytes"])
     backward = BACKWARD_SHARE * (program["seconds"] - update["seconds"])
     hideable = min(on_links, backward)
     share = program["asynchronous"] / program["all_reduces"] if program["all_reduces"] else 0
-    per_chip = generation.devices_per_chip
     return StepTime(
         compiler=whole["seconds"],
         update=update["seconds"],
-        compute=whole["flops"] * per_chip / generation.flops,
-        memory=whole["bytes_accessed"] * per_chip / generation.hbm_bandwidth,
+        compute=whole["flops"] * chip.devices_per_chip / chip.flops,
+        memory=whole["bytes_accessed"] * chip.devices_per_chip / chip.hbm_bandwidth,
         all_reduce=on_links,
         hideable=hideable,
         hidden=share * hideable,

@@ -1,19 +1,26 @@
-"""Tries what training needs, one thing after the other: python -m preflight.probe
+"""Tries what training needs: imports, devices, and a function compiled by XLA.
 
-`preflight.doctor` runs it as a process of its own, since each of these can crash or hang. It prints
-one JSON object per stage: `stage`, and `error` or what was found.
+    python -m preflight.probe
+
+`preflight.doctor` runs it in a child process, because each stage can crash or hang. It prints one
+JSON object per stage: `stage`, and either `error` or what was found.
 """
 
 import importlib
 import json
 
-# What each stage but the first needs is done by the ones before it.
-STAGES = ("tensorflow", "tensorflow_text", "tf_keras", "official", "orbit", "devices", "XLA")
+IMPORTS = ("tensorflow", "tensorflow_text", "tf_keras", "official", "orbit")
+STAGES = (*IMPORTS, "devices", "XLA")
 
 
-def _devices(tf):
-    wheel = tf.sysconfig.get_build_info()
-    found = {"cuda_build": bool(wheel.get("is_cuda_build")), "gpus": [], "tpus": 0}
+def find_devices(tf) -> dict:
+    """The devices that TensorFlow finds.
+
+    Returns:
+        `cuda_build`: whether TensorFlow is built with CUDA. `gpus`: names. `tpus`: number of cores.
+    """
+    build = tf.sysconfig.get_build_info()
+    found = {"cuda_build": bool(build.get("is_cuda_build")), "gpus": [], "tpus": 0}
     for gpu in tf.config.list_physical_devices("GPU"):
         details = tf.config.experimental.get_device_details(gpu)
         found["gpus"].append(details.get("device_name", gpu.name))
@@ -24,35 +31,39 @@ def _devices(tf):
     return found
 
 
-def _compile(tf):
-    """A product of two matrices of ones, by XLA, where training would compute it."""
+def run_xla(tf) -> dict:
+    """Multiplies two matrices of ones with XLA on the device that training would use.
+
+    Returns:
+        `device`: where it ran.
+    """
 
     def product():
         return tf.reduce_sum(tf.matmul(tf.ones([64, 64]), tf.ones([64, 64])))
 
     if tf.config.list_logical_devices("TPU"):
         strategy = tf.distribute.TPUStrategy()
-        one = strategy.experimental_local_results(strategy.run(tf.function(product)))[0]
+        result = strategy.experimental_local_results(strategy.run(tf.function(product)))[0]
     else:
-        one = tf.function(product, jit_compile=True)()
-    if float(one) != 64**3:
-        raise ArithmeticError(f"64 x 64 x 64 ones came out as {float(one)}")
-    return {"device": one.device}
+        result = tf.function(product, jit_compile=True)()
+    if float(result) != 64**3:
+        raise ArithmeticError(f"the sum of a 64 x 64 x 64 product of ones is {float(result)}")
+    return {"device": result.device}
 
 
 def main():
-    """Goes through the stages; one that fails does not keep the others from being tried."""
+    """Runs all stages; a stage that fails does not prevent the following ones."""
     modules = {}
     for stage in STAGES:
         found = {"stage": stage}
         try:
             if stage == "devices":
-                found |= _devices(modules["tensorflow"])
+                found |= find_devices(modules["tensorflow"])
             elif stage == "XLA":
-                found |= _compile(modules["tensorflow"])
+                found |= run_xla(modules["tensorflow"])
             else:
                 modules[stage] = importlib.import_module(stage)
-        except Exception as error:  # whatever it is, it is the finding
+        except Exception as error:  # any error is a result
             lines = [line for line in str(error).splitlines() if line.strip()]
             found["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
         print(json.dumps(found), flush=True)

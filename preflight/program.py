@@ -1,8 +1,8 @@
-"""The replica's training step as a TPU would get it: traced and lowered on the host, never run.
+"""Traces and lowers a replica's training step as on a TPU, without running it.
 
-TensorFlow lowers for a TPU only where TPU support is compiled in. Here it lowers for a CPU, and
-the three places where that would give another program are exchanged: the strategy, the sum over
-the replicas, and the random bits (`PodStrategy`, `_tpu_random_bits`).
+Stock TensorFlow lowers for a CPU only. Three parts that would give a different program than on a
+TPU are replaced: the strategy, the all-reduce and the random bits (`PodStrategy`,
+`_tpu_random_bits`).
 """
 
 import contextlib
@@ -41,48 +41,50 @@ class _PodExtended(OneDeviceExtended):
             with tf.Graph().as_default():
                 value = value()
         if tf.is_tensor(value) and value.shape.num_elements() > 1:
-            # Memory that is never touched takes no room; no program here reads its values.
+            # The operating system allocates no memory for values that are never touched.
             value = tf.raw_ops.Empty(shape=value.shape, dtype=value.dtype)
             kwargs["initial_value"] = value
         return super()._create_variable(next_creator, **kwargs)
 
     def _reduce_to(self, reduce_op, value, destinations, options):
-        return tf.nest.map_structure(self._summed, value)
+        return tf.nest.map_structure(self._all_reduce, value)
 
     def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
-        return [tf.nest.map_structure(self._summed, value) for value, _ in value_destination_pairs]
+        return [
+            tf.nest.map_structure(self._all_reduce, value) for value, _ in value_destination_pairs
+        ]
 
-    def _summed(self, value):
+    def _all_reduce(self, value):
         if self._replicas == 1:
             return value
-        everyone = [list(range(self._replicas))]
+        all_replicas = [list(range(self._replicas))]
         return gen_xla_ops.xla_all_reduce(
-            value, group_assignment=everyone, reduce_op="Add", mode="CrossReplica"
+            value, group_assignment=all_replicas, reduce_op="Add", mode="CrossReplica"
         )
 
 
 class PodStrategy(tf.distribute.TPUStrategy):
-    """What one replica of a TPUStrategy sees, without the TPU: each sum is an XLA all-reduce.
+    """A `TPUStrategy` without a TPU, for tracing one replica; reductions are XLA all-reduces.
 
-    It is a TPUStrategy to whoever asks, so that the same branches are traced. Its variables hold
-    no values.
+    It subclasses `TPUStrategy` so that code that checks the type traces the same branches.
+    Variables are not initialized.
 
     Args:
-        replicas: how many cores share a global batch.
+        replicas: number of replicas that share a global batch.
     """
 
     def __init__(self, replicas: int):
-        # Not TPUStrategy's own: that one connects to a TPU.
+        # TPUStrategy.__init__ would connect to a TPU.
         tf.distribute.Strategy.__init__(self, _PodExtended(self, replicas))
 
 
 @contextlib.contextmanager
 def _tpu_random_bits():
-    """Inside, uniform numbers come from the TPU's own generator, as TensorFlow has it on a TPU.
+    """Generates uniform numbers as on a TPU while the context is active.
 
-    tf2xla takes Philox for a CPU and writes it out in integer arithmetic, which would count for
-    a third of a step; for a TPU it takes `RngBitGenerator` with the default algorithm
-    (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc). Floats are made of 23 bits.
+    For a CPU, tf2xla expands Philox into integer arithmetic, which would be a third of a step. For
+    a TPU it uses `RngBitGenerator` with the default algorithm
+    (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc). Floats have 23 random bits.
     """
 
     def integers(shape, key, counter, alg, dtype=tf.uint32, name=None):
@@ -108,17 +110,20 @@ def _tpu_random_bits():
 
 
 class Replica:
-    """Model, optimizer and step of a recipe, as one replica has them.
+    """Model, optimizer and training step of a recipe on one replica.
 
     Args:
         recipe: a checked `recipes.types.Recipe`.
-        number: which phase of it, from 0.
-        replicas: how many share a global batch.
-        optimizer: `(recipe, schedule) -> optimizer` instead of the recipe's own.
+        phase_index: the phase, from 0.
+        replicas: number of replicas that share a global batch.
+        optimizer: function `(recipe, schedule) -> optimizer`; the recipe's own by default.
     """
 
-    def __init__(self, recipe, number: int, replicas: int, optimizer=optimizers.make_optimizer):
-        self.recipe, self.number = recipe, number
+    def __init__(
+        self, recipe, phase_index: int, replicas: int, optimizer=optimizers.make_optimizer
+    ):
+        self.recipe = recipe
+        self.phase_index = phase_index
         if recipe.compute_dtype != "float32":
             tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
         self.strategy = PodStrategy(replicas)
@@ -145,18 +150,18 @@ class Replica:
         )
 
     def step_program(self, replica_batch_size: int, accumulation: int) -> bytes:
-        """Serialized HLO of one whole step on a batch of that many examples."""
+        """Serialized HLO of a whole step on a batch of this many examples."""
         step, spec = self._step(replica_batch_size, accumulation)
         return self._lowered(lambda **batch: step.train(batch, self._state.step), **spec)
 
     def traced_step(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
-        """The same, traced alone, with the recipe's own accumulation."""
+        """A whole step with the recipe's accumulation, traced but not lowered."""
         step, spec = self._step(replica_batch_size, self.recipe.accumulation)
         function = self._function(lambda **batch: step.train(batch, self._state.step))
         return function.get_concrete_function(**spec)
 
     def traced_gradients(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
-        """Forward and backward alone, of one micro-batch."""
+        """Forward and backward of one micro-batch, traced but not lowered."""
         step, spec = self._step(replica_batch_size, 1)
         counts = TASKS[self.recipe.task].counts
         function = tf.function(
@@ -166,7 +171,7 @@ class Replica:
         return function.get_concrete_function(spec, tf.TensorSpec([2], tf.int32))
 
     def _step(self, replica_batch_size, accumulation):
-        """The `ReplicaStep`, and what its batches look like."""
+        """The `ReplicaStep`, and the element spec of its batches."""
         task = self._task(replica_batch_size)
         step = ReplicaStep(
             self.model,
@@ -178,10 +183,10 @@ class Replica:
             jit_compile=False,
             measure_noise=self.recipe.measure_noise_scale,
         )
-        return step, task.train_batches(self.number, 0)(None).element_spec
+        return step, task.train_batches(self.phase_index, 0)(None).element_spec
 
     def update_program(self) -> bytes:
-        """Serialized HLO of the update alone, its gradients given as arguments."""
+        """Serialized HLO of the update alone, with the gradients as arguments."""
         variables = self.model.trainable_variables
 
         def update(*gradients):
@@ -197,7 +202,7 @@ class Replica:
             return lower(stage="hlo_serialized")
 
     def _function(self, function):
-        """The function in replica context, to be traced for XLA."""
+        """A `tf.function` for XLA that runs the function in replica context."""
         run = self.strategy.extended.call_for_each_replica
         return tf.function(
             lambda *args, **kwargs: run(function, args, kwargs), jit_compile=True, autograph=False
@@ -205,17 +210,17 @@ class Replica:
 
     @property
     def parameters(self) -> int:
-        """Trainable ones."""
+        """Number of trainable parameters."""
         return sum(v.shape.num_elements() for v in self.model.trainable_variables)
 
     @property
     def weight_bytes(self) -> int:
-        """Of all the model's variables."""
+        """Bytes of all variables of the model."""
         return _bytes(self.model.variables)
 
     @property
     def slot_bytes(self) -> int:
-        """Of the optimizer's variables."""
+        """Bytes of all variables of the optimizer."""
         return _bytes(self.optimizer.variables)
 
 
@@ -224,15 +229,18 @@ def _bytes(variables):
 
 
 def main(job_path: str, answer_path: str) -> None:
-    """Lowers what the pickled job says, and writes facts about the model as JSON.
+    """Lowers the programs of a job and writes facts about the model as JSON.
 
-    The job: `recipe`, `number` (of its phase), and `programs`: a list of (examples of a replica,
-    or None for the update alone; micro-batches; the path where the HLO goes). A program is that
-    of two replicas; the compiler's part lets the sums run over as many as a topology has.
+    Programs are lowered for two replicas; `preflight.compile` sets the replicas of the all-reduces.
+
+    Args:
+        job_path: a pickled dict of `recipe`, `phase_index`, and `programs`: a list of (examples
+            per replica, or None for the update alone; micro-batches; path for the HLO).
+        answer_path: file for `parameters`, `weight_bytes` and `slot_bytes`.
     """
     with open(job_path, "rb") as file:
         job = pickle.load(file)
-    replica = Replica(job["recipe"], job["number"], replicas=2)
+    replica = Replica(job["recipe"], job["phase_index"], replicas=2)
     for batch, accumulation, path in job["programs"]:
         if batch is None:
             program = replica.update_program()

@@ -1,99 +1,106 @@
-"""The findings of a pre-flight in words."""
+"""Shows the results of a pre-flight as text and as a picture."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 GIB = 2**30
 LEGEND = """
-Estimates. The compiler's: memory, FLOPs, bytes, and the time of forward, backward and update, each
-operation at the chip's peak. A model's: the sum over the replicas, 2·bytes·(n-1)/n over a chip's
-links at their peak, and 1 us a hop. Left out: waiting for the host and for the slowest replica,
-random bits, evaluation, saving, start-up, and what a real kernel loses against the peak."""
+All figures are estimates. By the compiler: memory, FLOPs, bytes, and the time of forward, backward
+and update, each operation at the chip's peak. By a model: the all-reduce, 2·bytes·(n-1)/n over a
+chip's links at their peak, and 1 us per hop. Not included: waiting for the host and for the slowest
+replica, random bits, evaluation, checkpoints, start-up, and what a real kernel loses against the
+peak."""
 
-# Examples/s that a core made: docs/results/text.md (`pairs`) and images.md, on two cores.
-CORE_RATES = (
+# Measured examples/s per CPU core: docs/results/text.md (two cores, `pairs`) and images.md.
+EXAMPLES_PER_CORE = (
     ("bert", 128, 124_777 / 2, "benchmarks.inputs"),
     ("bert", 512, 51_511 / 2, "benchmarks.inputs"),
     ("resnet", 224, 653, "benchmarks.image_inputs"),
 )
 
 
-def in_words(recipe, findings) -> str:
-    """All findings: a block for each phase and topology, the whole recipe, efficiency."""
+def describe(recipe, results) -> str:
+    """The report: a block per phase and topology, then the whole recipe with its efficiency."""
     blocks = [f"Pre-flight {recipe.name}: {recipe.task} {recipe.model}, {recipe.compute_dtype}"]
-    blocks += [_block(recipe, finding) for finding in findings]
-    blocks += _whole(findings)
+    blocks += [_block(recipe, result) for result in results]
+    blocks += _whole_recipe(results)
     return "\n".join([*blocks, LEGEND])
 
 
-def _block(recipe, finding) -> str:
-    topology = finding.topology
+def _block(recipe, result) -> str:
+    topology = result.topology
     head = (
-        f"\nPhase {finding.phase}: {finding.steps:,} steps of {finding.global_batch_size:,} on "
+        f"\nPhase {result.phase}: {result.steps:,} steps of {result.global_batch_size:,} on "
         f"{topology.name}, {topology.chips:,} chips, {topology.replicas:,} replicas"
     )
-    lines = [head, _line("batch", _batch(finding))]
-    if finding.error:
-        by_kernels = finding.time is not None  # the compiler took it
-        label = "kernels" if by_kernels else "compiles"
-        return "\n".join([*lines, _line(label, f"NO: {finding.error}")])
-    return "\n".join([*lines, *_figures(recipe, finding)])
+    lines = [head, _line("batch", _describe_batch(result))]
+    if result.error:
+        compiled = result.time is not None
+        label = "kernels" if compiled else "compiles"
+        return "\n".join([*lines, _line(label, f"NO: {result.error}")])
+    return "\n".join([*lines, *_figures(recipe, result)])
 
 
-def _figures(recipe, finding):
-    topology, program, time = finding.topology, finding.program, finding.time
-    limit = topology.generation.hbm_bytes
-    split = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
+def _figures(recipe, result):
+    topology, program, time = result.topology, result.program, result.time
+    limit = topology.chip.hbm_bytes
+    split = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result.memory.items())
     intensity = program["flops"] / program["bytes_accessed"]
-    floats = finding.update["bytes_accessed"] / 4 / finding.parameters
-    yield _line("compiles", f"yes; {program['all_reduces']} sums over the replicas")
-    if finding.operations:
+    floats = result.update["bytes_accessed"] / 4 / result.parameters
+    yield _line("compiles", f"yes; {program['all_reduces']} all-reduces")
+    if result.num_operations:
         yield _line(
             "kernels",
-            f"TensorFlow's own for TPUs have all {finding.operations} kinds of operation; forward "
-            "and backward lower with them",
+            f"TensorFlow has TPU kernels for all {result.num_operations} kinds of operation; "
+            "forward and backward lower with them",
         )
     yield _line(
-        "memory", f"{program['hbm_bytes'] / GIB:.2f} of {limit / GIB:.2f} GiB a replica: {split}"
+        "memory",
+        f"{program['hbm_bytes'] / GIB:.2f} of {limit / GIB:.2f} GiB per replica: {split}",
     )
     yield _line(
         "work",
-        f"{program['flops'] / 1e12:.3g} TFLOP, {program['bytes_accessed'] / 1e9:.3g} GB a replica, "
-        f"{intensity:.0f} FLOP/byte: bound by {time.bound}; {program['float32_products']} of "
-        f"{program['products']} products in float32",
+        f"{program['flops'] / 1e12:.3g} TFLOP, {program['bytes_accessed'] / 1e9:.3g} GB per "
+        f"replica, {intensity:.0f} FLOP/byte: bound by {time.bound}; "
+        f"{program['float32_products']} of {program['products']} products in float32",
     )
     yield _line(
         "step",
-        f"{_time(time.step)}: {_time(time.compiler)} by the compiler, of it the update "
-        f"{_time(time.update)} ({time.update / time.compiler:.0%}, {floats:.2f} floats moved a "
-        f"parameter); FLOP/s {finding.utilisation:.0%} of the peak",
+        f"{format_seconds(time.step)}: {format_seconds(time.compiler)} by the compiler, of which "
+        f"the update takes {format_seconds(time.update)} ({time.update / time.compiler:.0%}, "
+        f"{floats:.2f} floats moved per parameter); {result.utilization:.0%} of the peak FLOP/s",
     )
     yield _line(
         "all-reduce",
-        f"{_time(time.all_reduce)} for {program['all_reduce_bytes'] / 1e6:,.1f} MB over "
-        f"{topology.link_ends} links of {topology.generation.link_bandwidth / 1e9:.0f} GB/s, "
-        f"{topology.hops} hops; {_time(time.hideable)} could hide behind the backward pass, "
-        f"{_time(time.hidden)} does",
+        f"{format_seconds(time.all_reduce)} for {program['all_reduce_bytes'] / 1e6:,.1f} MB over "
+        f"{topology.links_per_chip} links of {topology.chip.link_bandwidth / 1e9:.0f} GB/s, "
+        f"{topology.diameter} hops; {format_seconds(time.hideable)} could overlap with the "
+        f"backward pass, {format_seconds(time.hidden)} does",
     )
-    yield _line("input", _input(recipe, finding))
-    yield _line("phase", f"{finding.minutes:,.1f} minutes")
+    yield _line("input", _describe_input(recipe, result))
+    yield _line("phase", f"{result.minutes:,.1f} minutes")
 
 
-def _input(recipe, finding) -> str:
-    topology = finding.topology
-    rate = finding.replica_batch_size * topology.replicas_per_host / finding.time.step
-    text = f"{rate:,.0f} examples/s from each host of {topology.replicas_per_host}"
-    phase = recipe.phases[finding.phase - 1]
+def _describe_input(recipe, result) -> str:
+    topology = result.topology
+    per_host = result.replica_batch_size * topology.replicas_per_host / result.time.step
+    text = f"{per_host:,.0f} examples/s from each host of {topology.replicas_per_host} replicas"
+    phase = recipe.phases[result.phase - 1]
     length = getattr(phase, "sequence_length", getattr(recipe, "image_size", None))
-    for task, size, of_core, command in CORE_RATES:
+    for task, size, per_core, command in EXAMPLES_PER_CORE:
         if (recipe.task, length) == (task, size):
-            text += f": {rate / of_core:.2g} cores as fast as those where {command} was run"
+            text += f": {per_host / per_core:.2g} CPU cores, at the rate that {command} measured"
     return text
 
 
-def _batch(finding) -> str:
-    text = f"{finding.replica_batch_size:,} a replica"
-    if finding.accumulation and finding.accumulation > 1:
-        text += f", in {finding.accumulation} micro-batches"
-    if finding.largest is not None:
-        text += f"; the largest tried that fits is {finding.largest:,}"
+def _describe_batch(result) -> str:
+    text = f"{result.replica_batch_size:,} per replica"
+    if result.accumulation and result.accumulation > 1:
+        text += f", in {result.accumulation} micro-batches"
+    if result.largest is not None:
+        text += f"; the largest tried that fits is {result.largest:,}"
     return text
 
 
@@ -101,36 +108,97 @@ def _line(name: str, text: str) -> str:
     return f"  {name:10} {text}"
 
 
-def _time(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Such as "1.23 s" or "45.6 ms"."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def whole_minutes(findings) -> dict[str, float]:
-    """Topology's name: minutes of all phases, where all of them compile."""
+def whole_minutes(results) -> dict[str, float]:
+    """Topology name -> minutes of all phases, for topologies where all phases compile."""
     minutes = {}
-    for finding in findings:
-        minutes.setdefault(finding.topology.name, []).append(finding.minutes)
+    for result in results:
+        minutes.setdefault(result.topology.name, []).append(result.minutes)
     return {name: sum(parts) for name, parts in minutes.items() if None not in parts}
 
 
-def efficiencies(findings) -> dict[str, float]:
-    """Topology's name: speed a chip over that of the smallest of its kind; whole recipe."""
-    minutes, chips, result = whole_minutes(findings), {}, {}
-    for finding in findings:
-        chips.setdefault(finding.topology.name, finding.topology.chips)
+def efficiencies(results) -> dict[str, float]:
+    """Topology name -> speed per chip, relative to the smallest slice with the same chips."""
+    minutes = whole_minutes(results)
+    chips = {result.topology.name: result.topology.chips for result in results}
+    efficiency = {}
     for name in minutes:
         kind = name.split(":")[0]
         least = min((n for n in minutes if n.split(":")[0] == kind), key=chips.get)
-        result[name] = minutes[least] * chips[least] / (minutes[name] * chips[name])
-    return result
+        efficiency[name] = minutes[least] * chips[least] / (minutes[name] * chips[name])
+    return efficiency
 
 
-def _whole(findings):
-    minutes, efficiency = whole_minutes(findings), efficiencies(findings)
+def _whole_recipe(results):
+    minutes, efficiency = whole_minutes(results), efficiencies(results)
     lines = ["\nWhole recipe"] if minutes else []
     for name, value in minutes.items():
         line = f"{value:,.1f} minutes"
         if efficiency[name] != 1:
-            line += f", efficiency {efficiency[name]:.1%} against the smallest"
+            line += f", efficiency {efficiency[name]:.1%} relative to the smallest slice"
         lines.append(_line(name, line))
     return lines
+
+
+def draw(recipe, results, path: str) -> None:
+    """Writes a PNG with three panels: memory, time of a step, efficiency."""
+    compiled = [result for result in results if result.time]
+    labels = [f"{r.topology.name}\nphase {r.phase}" for r in compiled]
+    size = (max(9, 1.2 * len(compiled) + 5), 9)
+    figure, (memory, time, scaling) = plt.subplots(3, figsize=size, layout="constrained")
+    memory.set_title(f"Pre-flight {recipe.name}")
+    _draw_stacks(memory, labels, [_gib(r.memory) for r in compiled])
+    for place, result in enumerate(compiled):
+        limit = result.topology.chip.hbm_bytes / GIB
+        memory.hlines(limit, place - 0.4, place + 0.4, "black", label="" if place else "HBM")
+    memory.set_ylabel("GiB per replica")
+    _draw_stacks(time, labels, [_milliseconds(r.time) for r in compiled])
+    time.set_ylabel("ms per step, estimated")
+    _draw_efficiency(scaling, results)
+    for panel in (memory, time, scaling):
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_efficiency(panel, results):
+    efficiency = efficiencies(results)
+    chips = {r.topology.name: r.topology.chips for r in results}
+    for kind in sorted({name.split(":")[0] for name in efficiency}):
+        line = sorted(
+            (chips[name], 100 * value)
+            for name, value in efficiency.items()
+            if name.startswith(f"{kind}:")
+        )
+        panel.plot(*zip(*line, strict=True), marker="o", label=kind)
+    panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 110))
+
+
+def _gib(memory):
+    return {name: size / GIB for name, size in memory.items()}
+
+
+def _milliseconds(time):
+    """Parts of a step that add up to its time."""
+    compute = min(time.compute, time.compiler - time.update)
+    parts = {
+        "compute": compute,
+        "waiting for memory": time.compiler - time.update - compute,
+        "optimizer": time.update,
+        "all-reduce": time.all_reduce - time.hidden,
+    }
+    return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def _draw_stacks(panel, labels, rows):
+    bottom = [0.0] * len(rows)
+    for name in rows[0] if rows else ():
+        heights = [row[name] for row in rows]
+        panel.bar(range(len(rows)), heights, 0.6, bottom, label=name)
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    panel.set_xticks(range(len(labels)), labels)

@@ -1,7 +1,7 @@
-"""What a recipe needs on a TPU pod, before the pod is rented: python train.py --preflight=v3:32x32
+"""Estimates what a recipe needs on a TPU pod: python train.py --preflight=v3:32x32
 
-Each phase's step is lowered, and compiled by the real TPU compiler for each topology, in
-processes of their own. No TPU is needed, and nothing here is imported in training.
+The training step of each phase is lowered, and compiled by the TPU compiler for each topology, in
+child processes. No TPU is needed. Training imports nothing from this package.
 """
 
 import dataclasses
@@ -10,61 +10,72 @@ import os
 import tempfile
 
 from inputs.errors import InputError
-from preflight import estimate as model
+from preflight import estimate
 from preflight.children import (
     ChildFailed,
     Children,
     check_installed,
     check_strict_installed,
+    show_progress,
 )
 from preflight.topology import Topology, parse_topologies
 
-GIB, PICTURE = 2**30, ".png"
-START = 32  # examples of a replica that the search for the largest batch begins with at most
+GIB = 2**30
+PICTURE_SUFFIX = ".png"
+MAX_START = 32  # examples per replica that the search for the largest batch starts with
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """One phase on one topology: what the compiler says, and what is modelled from it.
+class PhaseResult:
+    """One phase on one topology: the compiler's figures and the estimates made from them.
 
-    replica_batch_size, accumulation: examples of one replica and step, in how many micro-batches.
-    largest: largest micro-batch that was found to fit; None if nobody looked.
-    program: `preflight_compile.figures` of the step, with its `error` if there is one; FLOPs,
-        bytes and seconds are those of all its micro-batches.
-    memory: bytes by what they are for.
-    time: None if the program does not compile.
-    operations: kinds of operation that TensorFlow's own TPU kernels were asked for; None if nobody
-        asked.
+    Attributes:
+        phase: number of the phase, from 1.
+        steps: steps of the phase.
+        global_batch_size: examples per step over all replicas.
+        topology: the slice.
+        replica_batch_size: examples per replica and step.
+        error: why the step does not compile or has no kernels; None if it does.
+        accumulation: micro-batches per step; None if no micro-batch fits.
+        largest: largest micro-batch found to fit, in examples; None without a search.
+        parameters: trainable parameters.
+        program: `preflight.compile.figures` of the step; FLOPs, bytes and seconds cover all its
+            micro-batches. Holds `error` if the step does not compile.
+        update: `preflight.compile.figures` of the update alone.
+        memory: purpose -> bytes per replica.
+        time: None if the step does not compile.
+        num_operations: kinds of operations checked for TPU kernels; None without that check.
     """
 
     phase: int
     steps: int
     global_batch_size: int
     topology: Topology
-    error: str | None
     replica_batch_size: int
-    accumulation: int | None
-    largest: int | None
-    parameters: int
-    program: dict
-    update: dict
-    memory: dict
-    time: model.StepTime | None
-    operations: int | None = None
+    error: str | None = None
+    accumulation: int | None = None
+    largest: int | None = None
+    parameters: int = 0
+    program: dict = dataclasses.field(default_factory=dict)
+    update: dict = dataclasses.field(default_factory=dict)
+    memory: dict = dataclasses.field(default_factory=dict)
+    time: estimate.StepTime | None = None
+    num_operations: int | None = None
 
     @property
     def minutes(self) -> float | None:
-        """Of the whole phase."""
+        """Estimated time of the whole phase."""
         return self.time and self.steps * self.time.step / 60
 
     @property
-    def utilisation(self) -> float:
-        """The program's FLOPs over what the chips could do in the time of a step."""
+    def utilization(self) -> float:
+        """FLOP/s of the step as a fraction of the chips' peak."""
         return self.time.compute / self.time.step
 
     def row(self) -> dict:
-        """As the JSON has it."""
-        found = self.time is not None
+        """The result as `--preflight_json` writes it."""
+        estimated = self.time is not None
+        update_bytes = self.update.get("bytes_accessed", 0)
         return {
             "phase": self.phase,
             "topology": self.topology.name,
@@ -74,145 +85,174 @@ class Finding:
             "replica_batch_size": self.replica_batch_size,
             "accumulation": self.accumulation,
             "hbm_bytes": self.program.get("hbm_bytes"),
-            "hbm_limit_bytes": self.topology.generation.hbm_bytes,
+            "hbm_limit_bytes": self.topology.chip.hbm_bytes,
             "flops": self.program.get("flops"),
             "bytes_accessed": self.program.get("bytes_accessed"),
-            "compiler_seconds": self.time.compiler if found else None,
-            "update_bytes_per_parameter": self.update.get("bytes_accessed", 0) / self.parameters
-            if found
-            else None,
+            "compiler_seconds": self.time.compiler if estimated else None,
+            "update_bytes_per_parameter": update_bytes / self.parameters if estimated else None,
             "all_reduce_bytes": self.program.get("all_reduce_bytes"),
-            "all_reduce_seconds": self.time.all_reduce if found else None,
-            "step_seconds": self.time.step if found else None,
+            "all_reduce_seconds": self.time.all_reduce if estimated else None,
+            "step_seconds": self.time.step if estimated else None,
             "phase_minutes": self.minutes,
         }
 
 
 def replica_batch_size(
-    recipe, phase, topology: Topology, flag="--preflight", cure="--global_batch_size"
+    recipe, phase, topology: Topology, flag="--preflight", batch_flag="--global_batch_size"
 ) -> int:
-    """Examples of each replica and step; `InputError`, by the flags' names, unless they divide."""
+    """Examples per replica and step.
+
+    Args:
+        recipe: the recipe.
+        phase: one of its phases.
+        topology: the slice.
+        flag: the flag that named the topology, for the error message.
+        batch_flag: the flag that sets the batch size, for the error message.
+
+    Raises:
+        InputError: the batch does not divide evenly; the message suggests one that does.
+    """
     size, rest = divmod(phase.global_batch_size, topology.replicas)
     if rest or not size or size % recipe.accumulation:
-        whole = topology.replicas * recipe.accumulation
+        unit = topology.replicas * recipe.accumulation
         raise InputError(
             f"{flag}={topology.name}: the batch of {phase.global_batch_size} does not divide "
-            f"by {topology.replicas} replicas of {recipe.accumulation} micro-batch(es). Take "
-            f"{cure}={max(1, phase.global_batch_size // whole) * whole}."
+            f"by {topology.replicas} replicas of {recipe.accumulation} micro-batch(es). Try "
+            f"{batch_flag}={max(1, phase.global_batch_size // unit) * unit}."
         )
     return size
 
 
-class _DoesNotCompile(Exception):
-    """For another reason than memory; the message says which."""
+class _CompileError(Exception):
+    """A program does not compile, for another reason than memory; the message says which."""
 
 
-class Examiner:
-    """Compiles what is asked for.
+class PhaseExaminer:
+    """Compiles the programs of a recipe, each one once.
 
     Args:
         recipe: a checked recipe.
-        topologies: all that will be asked for.
-        children: runs the lowering and the compiler.
-        search: whether to look for the largest batch where the recipe's own fits.
+        topologies: all topologies that will be examined.
+        children: lowers and compiles.
+        search: whether to search for the largest batch even where the recipe's own fits.
     """
 
     def __init__(self, recipe, topologies, children: Children, search: bool):
-        self._recipe, self._children, self._search = recipe, children, search
-        self._topologies, self._largest = topologies, {}
+        self._recipe = recipe
+        self._topologies = topologies
+        self._children = children
+        self._search = search
+        self._largest = {}
         self._compiled = {}
 
-    def examine(self, number: int, topology: Topology) -> Finding:
-        """Phase `number`, from 0, on a topology."""
-        phase = self._recipe.phases[number]
-        whole = replica_batch_size(self._recipe, phase, topology)
-        found = Finding(
-            number + 1, phase.steps, phase.global_batch_size, topology, None, whole, None, None, 0,
-            {}, {}, {}, None,
-        )  # fmt: skip
+    def examine(self, phase_index: int, topology: Topology) -> PhaseResult:
+        """The result for a phase, counted from 0, on a topology."""
+        phase = self._recipe.phases[phase_index]
+        result = PhaseResult(
+            phase=phase_index + 1,
+            steps=phase.steps,
+            global_batch_size=phase.global_batch_size,
+            topology=topology,
+            replica_batch_size=replica_batch_size(self._recipe, phase, topology),
+        )
         try:
-            return self._examined(number, topology, found)
-        except (ChildFailed, _DoesNotCompile) as error:
-            return dataclasses.replace(found, error=str(error))
+            return self._examine(phase_index, topology, result)
+        except (ChildFailed, _CompileError) as error:
+            return dataclasses.replace(result, error=str(error))
 
-    def _examined(self, number, topology, found):
-        phase, least = self._recipe.phases[number], self._recipe.accumulation
-        whole = found.replica_batch_size
-        self._children.lower(self._recipe, number, self._foreseen(phase, least))
-        update, facts = self._step(number, topology, None, 1), self._children.facts
-        largest, parts = None, least
-        if self._search or whole // least > START:
-            start = min(whole // least, START)
-            largest = self._largest_batch(number, topology, start, update)
-            parts = model.needed_accumulation(whole, largest, least)
+    def _examine(self, phase_index, topology, result):
+        phase = self._recipe.phases[phase_index]
+        least = self._recipe.accumulation
+        batch = result.replica_batch_size
+        self._children.lower(self._recipe, phase_index, self._first_programs(phase, least))
+        update = self._figures(phase_index, topology, None, 1)
+        facts = self._children.facts
+        largest, accumulation = None, least
+        if self._search or batch // least > MAX_START:
+            start = min(batch // least, MAX_START)
+            largest = self._largest_batch(phase_index, topology, start, update)
+            accumulation = estimate.needed_accumulation(batch, largest, least)
         while True:
-            found = dataclasses.replace(
-                found, accumulation=parts, largest=largest, parameters=facts["parameters"],
+            result = dataclasses.replace(
+                result,
+                accumulation=accumulation,
+                largest=largest,
+                parameters=facts["parameters"],
                 update=update,
-            )  # fmt: skip
-            if parts is None:
-                return dataclasses.replace(found, error="no micro-batch fits: not even one example")
-            program = self._step(number, topology, whole // parts, 1)
-            accumulated = self._step(number, topology, whole, parts) if parts > 1 else program
-            # The sums over the micro-batches take room of their own.
-            if largest is None or parts == 1 or not {"error", "hbm_bytes"} <= accumulated.keys():
+            )
+            if accumulation is None:
+                return dataclasses.replace(result, error="not even a single example fits in memory")
+            program = self._figures(phase_index, topology, batch // accumulation, 1)
+            step = program
+            if accumulation > 1:
+                step = self._figures(phase_index, topology, batch, accumulation)
+            # The accumulated gradients need memory, too: use smaller micro-batches if that is
+            # what does not fit.
+            if largest is None or accumulation == 1 or not {"error", "hbm_bytes"} <= step.keys():
                 break
-            parts = model.needed_accumulation(whole, largest, parts + 1)
-        error = accumulated.get("error") or program.get("error") or update.get("error")
-        found = dataclasses.replace(found, program=accumulated, error=error)
+            accumulation = estimate.needed_accumulation(batch, largest, accumulation + 1)
+        error = step.get("error") or program.get("error") or update.get("error")
+        result = dataclasses.replace(result, program=step, error=error)
         if error:
-            return found
+            return result
         return dataclasses.replace(
-            found,
-            program=accumulated | model.whole_step(topology, program, update, parts),
-            memory=_split(facts, accumulated, update),
-            time=model.step_time(topology, program, update, parts),
+            result,
+            program=step | estimate.whole_step(topology, program, update, accumulation),
+            memory=_memory_by_purpose(facts, step, update),
+            time=estimate.step_time(topology, program, update, accumulation),
         )
 
-    def _foreseen(self, phase, least):
-        """Programs that will be needed whatever the search finds: lowered in one process."""
+    def _first_programs(self, phase, least):
+        """Programs that every search needs, so that one process can lower them together."""
         sizes = {replica_batch_size(self._recipe, phase, topology) for topology in self._topologies}
-        sizes = sorted({min(size // least, START) for size in sizes})
+        sizes = sorted({min(size // least, MAX_START) for size in sizes})
         return [(None, 1), *((size, 1) for size in sizes)]
 
-    def _step(self, number, topology, batch, parts):
-        """Figures of a program, on the largest topology of a kind: the others differ in none."""
-        self._children.lower(self._recipe, number, [(batch, parts)])
-        of_kind = [t for t in self._topologies if t.generation == topology.generation]
-        name = max(of_kind, key=lambda t: t.replicas).name
-        key = batch, parts, name, None if batch is None else number
+    def _figures(self, phase_index, topology, batch, accumulation):
+        """Figures of a program, compiled for the largest topology with the same chips.
+
+        A program's figures do not depend on the number of chips.
+        """
+        self._children.lower(self._recipe, phase_index, [(batch, accumulation)])
+        same_chips = [t for t in self._topologies if t.chip == topology.chip]
+        name = max(same_chips, key=lambda t: t.replicas).name
+        key = batch, accumulation, name, None if batch is None else phase_index
         if key not in self._compiled:
-            self._compiled[key] = self._children.compile(number, batch, parts, name)
+            self._compiled[key] = self._children.compile(phase_index, batch, accumulation, name)
         return self._compiled[key]
 
-    def _largest_batch(self, number, topology, start, update):
-        """On this kind of TPU; searched once."""
-        key = number, topology.generation.name
+    def _largest_batch(self, phase_index, topology, start, update):
+        """The largest batch that fits on these chips; searched once."""
+        key = phase_index, topology.chip.name
         if key not in self._largest:
-            limit = topology.generation.hbm_bytes
+            limit = topology.chip.hbm_bytes
 
-            def needed(batch):
-                program = self._step(number, topology, batch, 1)
+            def memory_needed(batch):
+                program = self._figures(phase_index, topology, batch, 1)
                 if "error" in program and "hbm_bytes" not in program:
-                    raise _DoesNotCompile(program["error"])
+                    raise _CompileError(program["error"])
                 size = program["hbm_bytes"]
-                # The compiler has the last word: it recomputes what does not fit.
+                # The compiler decides what fits: it may recompute activations to save memory.
                 return max(size, limit + 1) if "error" in program else min(size, limit)
 
-            most = self._recipe.phases[number].global_batch_size
-            fixed = update.get("argument_bytes", 0)
-            self._largest[key] = model.largest_batch(needed, start, fixed, limit, most)
+            self._largest[key] = estimate.largest_batch(
+                memory_needed,
+                start,
+                fixed_bytes=update.get("argument_bytes", 0),
+                limit_bytes=limit,
+                max_examples=self._recipe.phases[phase_index].global_batch_size,
+            )
         return self._largest[key]
 
 
-def _split(facts, program, update):
-    """Bytes of one replica, by what they are for."""
+def _memory_by_purpose(facts, program, update):
+    """Purpose -> bytes of one replica."""
     state = facts["weight_bytes"] + facts["slot_bytes"]
     return {
         "parameters": facts["weight_bytes"],
         "slots": facts["slot_bytes"],
-        "batch and tiles": max(0, program["argument_bytes"] - state),
-        # One heap, whose parts take each other's place: the compiler says no more of it.
+        "batch and padding": max(0, program["argument_bytes"] - state),
+        # One heap in which buffers share memory; the compiler reports only its size.
         "activations, gradients and temporaries": program["temporary_bytes"],
         "program": program["code_bytes"],
     }
@@ -221,21 +261,23 @@ def _split(facts, program, update):
 def run(
     recipe, names: str, *, json_path: str, log, search: bool = True, strict: bool = False
 ) -> int:
-    """The command; returns the exit status: 1 if something does not compile.
+    """The command behind `--preflight`.
 
     Args:
         recipe: a checked recipe.
-        names: of topologies, comma-separated.
-        json_path: where the rows go as JSON, and beside it the picture; "" for neither.
-        log: takes lines of progress.
-        search: as for `Examiner`.
-        strict: whether TensorFlow's own TPU kernels are asked, too.
+        names: topologies, separated by commas.
+        json_path: file for the results as JSON; a picture is written beside it. "" for neither.
+        log: function that takes a line of progress.
+        search: as for `PhaseExaminer`.
+        strict: whether to check TensorFlow's TPU kernels, too.
+
+    Returns:
+        The exit status: 1 if something does not compile.
     """
-    # Matplotlib and the report are for this command alone.
-    from preflight import picture as preflight_picture
+    # Imports Matplotlib, which the planner does not need.
     from preflight import report
 
-    topologies = sorted(parse_topologies(names), key=lambda t: (t.generation.name, t.chips))
+    topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
     check_installed()
     if json_path:
         _check_json_path(json_path)
@@ -244,47 +286,65 @@ def run(
     for topology in topologies:
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
-    findings = findings_of(recipe, topologies, log=log, search=search, strict=strict)
-    print(report.in_words(recipe, findings))
+    with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
+        results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+    print(report.describe(recipe, results))
     if json_path:
-        _write(json_path, json.dumps([finding.row() for finding in findings], indent=1))
-        picture = os.path.splitext(json_path)[0] + PICTURE
+        _write(json_path, json.dumps([result.row() for result in results], indent=1))
+        picture = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
         try:
-            preflight_picture.draw(recipe, findings, picture)
+            report.draw(recipe, results, picture)
         except OSError as error:
             raise InputError(f"{picture} cannot be written ({error.strerror}).") from None
         print(f"\nWritten    {json_path}, {picture}")
-    return int(any(finding.error for finding in findings))
+    return int(any(result.error for result in results))
 
 
-def findings_of(recipe, topologies, *, log, search, strict=False) -> list[Finding]:
-    """Each phase on each topology."""
+def examine(recipe, topologies, *, progress, search, strict=False) -> list[PhaseResult]:
+    """The results for each phase on each topology.
+
+    Args:
+        recipe: a checked recipe.
+        topologies: list of `Topology`.
+        progress: from `preflight.children.show_progress`; advanced once per result.
+        search: as for `PhaseExaminer`.
+        strict: whether to check TensorFlow's TPU kernels, too.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        children = Children(log, folder)
-        examiner, findings = Examiner(recipe, topologies, children, search), []
-        for number in range(len(recipe.phases)):
-            of_phase = [examiner.examine(number, topology) for topology in topologies]
+        children = Children(progress, folder)
+        examiner = PhaseExaminer(recipe, topologies, children, search)
+        results = []
+        for phase_index in range(len(recipe.phases)):
+            of_phase = []
+            for topology in topologies:
+                of_phase.append(examiner.examine(phase_index, topology))
+                progress.advance()
             if strict:
-                parts = max(f.accumulation or recipe.accumulation for f in of_phase)
-                asked = children.ask_kernels(
-                    dataclasses.replace(recipe, accumulation=parts), number
-                )
-                of_phase = [
-                    dataclasses.replace(
-                        finding,
-                        operations=asked["operations"],
-                        error=finding.error or asked["error"],
-                    )
-                    for finding in of_phase
-                ]
-            findings += of_phase
-        return findings
+                of_phase = _with_kernel_check(recipe, phase_index, of_phase, children)
+            results += of_phase
+        return results
+
+
+def _with_kernel_check(recipe, phase_index, results, children):
+    accumulation = max(r.accumulation or recipe.accumulation for r in results)
+    answer = children.check_kernels(
+        dataclasses.replace(recipe, accumulation=accumulation), phase_index
+    )
+    return [
+        dataclasses.replace(
+            result, num_operations=answer["operations"], error=result.error or answer["error"]
+        )
+        for result in results
+    ]
 
 
 def _check_json_path(path: str) -> None:
-    """Compiling takes long: whether its results can be kept is asked before."""
-    if path.endswith(PICTURE):
-        raise InputError(f"--preflight_json={path}: the picture has that name. End it in .json.")
+    """Checks before the long compilation that the results can be written."""
+    if path.endswith(PICTURE_SUFFIX):
+        raise InputError(
+            f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
+            ".json."
+        )
     _write(path, "", keep=False)
 
 

@@ -1,10 +1,10 @@
-"""Whether TensorFlow for TPUs has all that a step needs: a process of `.venv-tpu`'s Python.
+"""Checks that TensorFlow has TPU kernels for all operations of a training step.
 
-The stock TensorFlow lowers for a CPU, whose kernels are not all there for a TPU. The wheel
-`tensorflow-tpu` brings the TPU's own, which need no TPU to be asked. It lowers no function that
-writes variables unless a TPU holds them, so the step is looked at twice: each operation of the
-whole step, update and sums over the replicas included, must have a kernel for its types; and
-forward and backward, the weights given as arguments, are lowered with these kernels.
+Runs with the Python of `.venv-tpu`. Stock TensorFlow lowers for a CPU and has kernels that a TPU
+lacks. The wheel `tensorflow-tpu` contains the TPU kernels and needs no TPU to list them. It cannot
+lower a function that writes variables unless a TPU holds them, so there are two checks: each
+operation of the whole step, including update and all-reduces, must have a kernel for its types; and
+forward and backward, with the weights as arguments, must lower with these kernels.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import os
 import pickle
 import sys
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU is asked for
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not search for a TPU
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
@@ -23,17 +23,18 @@ from tensorflow.python.framework import kernels
 from preflight.program import Replica
 
 PLATFORM, KERNELS = "TPU", "XLA_TPU_JIT"
-# Which operations there are does not depend on the size of the network.
-SMALL = {"bert": "tiny", "squad": "tiny", "resnet": "resnet-50-narrow"}
-EXAMPLES = 4  # of a replica
-FUNCTIONS = operator.attrgetter("library.function")  # of a graph
+# Small models that use the same operations as the recipes' models.
+SMALL_MODELS = {"bert": "tiny", "squad": "tiny", "resnet": "resnet-50-narrow"}
+EXAMPLES = 4  # per replica
+FUNCTIONS = operator.attrgetter("library.function")  # functions of a GraphDef
 WRITES = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
-# The compiler's own: arguments and results.
+# Arguments and results, which need no kernel.
 STRUCTURE = {"Placeholder", "_Arg", "_Retval", "NoOp"}
 
 
-def registered() -> dict[str, list]:
-    """operation: its kernels for a TPU's compiler, which are known once it was used."""
+def registered_kernels() -> dict[str, list]:
+    """Operation name -> its TPU kernels."""
+    # TensorFlow registers them when it first lowers for a TPU.
     trivial = tf.function(lambda x: x + 1.0, jit_compile=True)
     lower = trivial.experimental_get_compiler_ir(tf.TensorSpec([], tf.float32))
     lower(stage="hlo_serialized", platform_name=PLATFORM)
@@ -44,40 +45,48 @@ def registered() -> dict[str, list]:
     return found
 
 
-def fits(kernel, node) -> bool:
-    """Whether the kernel takes the node's types."""
+def supports(kernel, node) -> bool:
+    """Whether a kernel supports the types of a node."""
     allowed = {c.name: set(c.allowed_values.list.type) for c in kernel.constraint}
     return all(set(types_of(node.attr[name])) <= types for name, types in allowed.items())
 
 
 def types_of(attribute) -> list[int]:
-    """The types that a node's attribute names: of one tensor, or of several."""
+    """The types in a node's attribute, which holds one type or a list."""
     return list(attribute.list.type) or [attribute.type]
 
 
-def without_kernel(graph_def, known: dict[str, list]) -> list[str]:
-    """What no kernel takes, an example each: operation (types) at node."""
+def unsupported_operations(graph_def, kernels_of: dict[str, list]) -> list[str]:
+    """Operations that no kernel supports.
+
+    Args:
+        graph_def: the graph.
+        kernels_of: operation name -> kernels, from `registered_kernels`.
+
+    Returns:
+        One "operation (types) at node" per operation and types.
+    """
     functions = {function.signature.name: function for function in FUNCTIONS(graph_def)}
     nodes = [*graph_def.node, *(n for f in functions.values() for n in f.node_def)]
     missing = {}
     for node in nodes:
         if node.op in STRUCTURE or node.op in functions:
             continue
-        if not any(fits(kernel, node) for kernel in known.get(node.op, ())):
+        if not any(supports(kernel, node) for kernel in kernels_of.get(node.op, ())):
             types = [tf.as_dtype(a.type).name for a in node.attr.values() if a.type]
-            said = f"{node.op} ({', '.join(types)})" if types else node.op
-            missing.setdefault(said, f"{said} at {node.name}")
+            signature = f"{node.op} ({', '.join(types)})" if types else node.op
+            missing.setdefault(signature, f"{signature} at {node.name}")
     return list(missing.values())
 
 
-def of_arguments(traced):
-    """A function of the same results whose variables are arguments; it writes none.
+def with_variables_as_arguments(traced):
+    """Turns the variables of a function into arguments, and removes writes to them.
 
     Args:
         traced: a concrete function that reads its variables in its own graph.
 
     Returns:
-        A `tf.function` for XLA, and the `tf.TensorSpec`s that it takes.
+        A `tf.function` for XLA with the same results, and the `tf.TensorSpec`s of its arguments.
     """
     weights = {
         inner.op.name: variable
@@ -102,19 +111,19 @@ def of_arguments(traced):
 
 
 def _without_variables(source, weights):
-    """A graph in which each resource of `weights` is a tensor of its variable's shape and type."""
+    """Replaces each resource of `weights` by a tensor of the variable's shape and type."""
     result = tf.compat.v1.GraphDef()
     result.CopyFrom(source)
     result.ClearField("node")
     axis = result.node.add(name="axis_0", op="Const")
     axis.attr["dtype"].type = tf.int32.as_datatype_enum
     axis.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(0))
-    gone = {f"^{node.name}" for node in source.node if node.op in WRITES}
+    removed = {f"^{node.name}" for node in source.node if node.op in WRITES}
     for node in source.node:
-        if f"^{node.name}" in gone:
+        if f"^{node.name}" in removed:
             continue
         new = result.node.add(name=node.name, op=node.op)
-        new.input.extend(name for name in node.input if name not in gone)
+        new.input.extend(name for name in node.input if name not in removed)
         new.attr.MergeFrom(node.attr)
         if node.name in weights:
             variable = weights[node.name]
@@ -132,25 +141,29 @@ def _without_variables(source, weights):
     return result
 
 
-def examine(recipe, number: int) -> dict:
-    """What the kernels say of a recipe's phase, from 0.
+def check_kernels(recipe, phase_index: int) -> dict:
+    """Checks the training step of a recipe's phase.
+
+    Args:
+        recipe: a checked recipe.
+        phase_index: the phase, from 0.
 
     Returns:
-        operations: how many kinds the step has. error: one sentence, what has no kernel or why
-            forward and backward cannot be lowered; or None.
+        `operations`: number of kinds of operation in the step. `error`: one sentence that names
+        the operations without a kernel, or why forward and backward cannot be lowered; or None.
     """
-    known = registered()
-    recipe = dataclasses.replace(recipe, model=SMALL[recipe.task])
-    if hasattr(recipe, "init_from"):  # its checkpoint is of the size that the recipe had
+    kernels_of = registered_kernels()
+    recipe = dataclasses.replace(recipe, model=SMALL_MODELS[recipe.task])
+    if hasattr(recipe, "init_from"):  # the checkpoint does not fit the small model
         recipe = dataclasses.replace(recipe, init_from="random")
-    replica = Replica(recipe, number, replicas=2)
+    replica = Replica(recipe, phase_index, replicas=2)
     graph_def = replica.traced_step(EXAMPLES * recipe.accumulation).graph.as_graph_def()
     kinds = {n.op for n in graph_def.node}
     kinds |= {n.op for f in FUNCTIONS(graph_def) for n in f.node_def}
-    missing = without_kernel(graph_def, known)
+    missing = unsupported_operations(graph_def, kernels_of)
     error = f"TensorFlow has no TPU kernel for {'; '.join(missing)}" if missing else None
     try:
-        function, specs = of_arguments(replica.traced_gradients(EXAMPLES))
+        function, specs = with_variables_as_arguments(replica.traced_gradients(EXAMPLES))
         lower = function.experimental_get_compiler_ir(*specs)
         lower(stage="hlo_serialized", platform_name=PLATFORM)
     except (tf.errors.OpError, ValueError) as reason:
@@ -160,6 +173,6 @@ def examine(recipe, number: int) -> dict:
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as job:
-        answer = examine(**pickle.load(job))
+        answer = check_kernels(**pickle.load(job))
     with open(sys.argv[2], "w", encoding="utf-8") as out:
         json.dump(answer, out)

@@ -7,7 +7,7 @@ import numpy as np
 
 from export.bert import pretrained_export
 from export.model_card import make_card
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from inputs import shards, synthetic
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
@@ -191,7 +191,7 @@ class BertPretraining:
             ("no sentence of 6 to 24 pieces was held out [MASK]", "?")
         ]
         sentences, words = zip(*questions, strict=True)
-        run_apart("export.fill_mask", export_dir, *sentences)
+        run_client(export_dir, *sentences)
         print(f"The words behind the masks: {', '.join(words)}")
 
     def _questions(self) -> list[tuple[str, str]]:

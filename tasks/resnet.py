@@ -8,7 +8,7 @@ import tempfile
 
 from export.model_card import make_card
 from export.resnet import classifier_export
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from inputs import synthetic
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
@@ -167,7 +167,7 @@ class ImageClassification:
                 paths.append(os.path.join(folder, f"{len(paths)} {name}"))
                 with open(paths[-1], "wb") as file:
                     file.write(data)
-            run_apart("export.classify", export_dir, *paths)
+            run_client(export_dir, *paths)
 
     def export(self, model, export_dir: str, results: dict[str, float]) -> None:
         """Writes the SavedModel that names images."""

@@ -3,7 +3,7 @@
 import os
 
 from export.model_card import make_card
-from export.saved_model import run_apart, write_export
+from export.saved_model import run_client, write_export
 from export.squad import answering_export
 from inputs import synthetic
 from inputs.errors import InputError
@@ -204,7 +204,7 @@ class SquadFineTuning:
             # A command line bears neither every length nor every character.
             question, context = (text[:SHOWN].replace("\0", " ") for text in texts)
         print("Answered, by the SavedModel in a process of its own:", flush=True)
-        run_apart("export.answer", export_dir, context, question)
+        run_client(export_dir, context, question)
 
     def export(self, model, export_dir: str, results: dict[str, float]) -> None:
         """Writes the SavedModel that answers questions."""

@@ -1,7 +1,8 @@
-"""Run in a process of its own: what a SavedModel answers, with nothing but tensorflow.
+"""Calls an image classifier's SavedModel in a process that imports only TensorFlow.
 
-python clean_classify.py EXPORT_DIR FILE.npz ANSWER.npz; FILE.npz holds `files`, bytes of images,
-and `pixels`, [N, S, S, 3] float32.
+    python clean_classify.py EXPORT_DIR FILE.npz ANSWER.npz
+
+FILE.npz contains `files`, the bytes of images, and `pixels`, [N, S, S, 3] float32.
 """
 
 import sys

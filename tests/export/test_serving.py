@@ -1,6 +1,8 @@
-"""Exports against the models they were made from: 100 strings, in a process of their own."""
+"""Exports agree with the models they were made from: 100 strings, in a separate process."""
 
 import json
+import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from models import squad as span_model
 from recipes.squad import SQUAD_MINI
 from tasks import squad_answers
 
+ROOT = pathlib.Path(__file__).parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éßжя東京"
 VOCABULARY = [*SPECIAL_TOKENS, *LETTERS, *(f"##{x}" for x in LETTERS), *".,?!'-", "the", "ада"]
 LENGTH, POSITIONS = 40, 48
@@ -30,14 +33,17 @@ RECIPE = SQUAD_MINI.__class__(
     **{**SQUAD_MINI.__dict__, "sequence_length": LENGTH, "max_query_length": 9, "doc_stride": 13}
 )
 
-# In a process that imports nothing but TensorFlow and the tokenizer's ops.
+# Runs in a process that imports only export.client, TensorFlow and the tokenizers' ops.
 CLIENT = """
 import json, sys
-import tensorflow as tf, tensorflow_text
+from export import client
+import tensorflow as tf
 def text(value):
     return [text(x) for x in value] if isinstance(value, list) else value.decode()
+requests = json.load(sys.stdin)
+assert client.main([requests[0][0], "the [MASK] the"]) == 0
 answers = []
-for folder, name, batches in json.load(sys.stdin):
+for folder, name, batches in requests:
     signature = tf.saved_model.load(folder).signatures[name]
     for batch in batches:
         texts = {
@@ -49,18 +55,19 @@ for folder, name, batches in json.load(sys.stdin):
         for key in {"answer", "tokens"} & set(answer):
             answer[key] = text(answer[key])
         answers.append(answer)
-forbidden = {"official", "orbit", "tf_lamb", "tensorflow_models", "tf_keras", "inputs", "models"}
+forbidden = {"official", "orbit", "tensorflow_models", "tf_keras"}
+forbidden |= {"tf_lamb", "inputs", "models", "training"}
 assert not forbidden & set(sys.modules)
 print(json.dumps(answers))
 """
 
 
 def sentences():
-    """100 byte strings: plain ones, an empty one, long ones, other scripts, broken UTF-8."""
+    """100 byte strings: words, an empty one, long ones, other scripts, malformed UTF-8."""
     rng = random.Random(4)
 
-    def words(number, letters):
-        return " ".join("".join(rng.choices(letters, k=rng.randrange(1, 7))) for _ in range(number))
+    def words(count, letters):
+        return " ".join("".join(rng.choices(letters, k=rng.randrange(1, 7))) for _ in range(count))
 
     plain = [words(rng.randrange(1, 60), LETTERS[:36]).encode() for _ in range(60)]
     other = [words(rng.randrange(1, 30), LETTERS + "한국ÉЖ́½ℵ🙂").encode() for _ in range(25)]
@@ -82,7 +89,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def models():
-    """Random weights, large enough that no two answers are alike."""
+    """A pre-trainer and a span labeler; weights are large enough that all outputs differ."""
     tf_keras.utils.set_random_seed(5)
     size = bert.SIZES["tiny"]
     return bert.build_pretrainer(size, len(VOCABULARY), POSITIONS, **RANDOM), labeler()
@@ -101,7 +108,7 @@ def batches(size, **columns):
 
 @pytest.fixture(scope="module")
 def served(models, texts, tmp_path_factory):
-    """signature -> its answers to all 100, at batch 1 and at 32, from one clean process."""
+    """Signature -> its outputs for the 100 strings with batches of 1 and 32, from one process."""
     folders = [str(tmp_path_factory.mktemp("export") / name) for name in ("pretrained", "squad")]
     made = (
         pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS),
@@ -120,11 +127,20 @@ def served(models, texts, tmp_path_factory):
         for size in (1, 32)
     ]
     requests.append((folders[1], "serving_default", [{"question": [], "context": []}]))
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     client = subprocess.run(
-        [sys.executable, "-c", CLIENT], input=json.dumps(requests), capture_output=True, text=True
+        [sys.executable, "-c", CLIENT],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
     assert client.returncode == 0, client.stderr[-2000:]
-    answers = iter(json.loads(client.stdout))
+    assert not client.stderr  # no start-up messages
+    *shown, answers = client.stdout.splitlines()
+    assert shown[0] == "  the [MASK] the" and shown[1].count(" %") == pretrained_export.TOP_K
+    answers = iter(json.loads(answers))
     found = {}
     for kind, (_, _, asked) in zip(
         ["fill"] * 2 + ["encode"] * 2 + ["answer"] * 2, requests, strict=False
@@ -141,7 +157,7 @@ def masked(texts):
 
 
 def rows_of(texts, length):
-    """The model's inputs, made by hand: one row each, its own length."""
+    """Yields the model's inputs for each text: one row without padding."""
     tokenizer = make_tokenizer(VOCABULARY)
     for text in texts:
         parts = [tokenizer.tokenize([part])[0].numpy().tolist() for part in text.split(b"[MASK]")]
@@ -156,44 +172,44 @@ def rows_of(texts, length):
         }
 
 
-def test_masks_are_filled_as_by_the_model(models, texts, served):
+def test_masks_are_filled_like_the_model_fills_them(models, texts, served):
     filled = 0
-    for number, inputs in enumerate(rows_of(masked(texts), POSITIONS)):
+    for i, inputs in enumerate(rows_of(masked(texts), POSITIONS)):
         places = np.nonzero(inputs["input_word_ids"][0] == VOCABULARY.index(MASK))[0]
         for column in served["fill"]:
-            assert column["masks"][number] == len(places)
+            assert column["masks"][i] == len(places)
         if not len(places):
             continue
         logits = models[0](inputs | {"masked_lm_positions": tf.constant([places], tf.int32)})
         best = tf.math.top_k(tf.nn.softmax(logits["mlm_logits"])[0, 0], pretrained_export.TOP_K)
         for column in served["fill"]:
             np.testing.assert_allclose(
-                column["probabilities"][number][0], best.values, rtol=1e-4, atol=1e-6
+                column["probabilities"][i][0], best.values, rtol=1e-4, atol=1e-6
             )
-            assert column["tokens"][number][0] == np.take(VOCABULARY, best.indices).tolist()
+            assert column["tokens"][i][0] == np.take(VOCABULARY, best.indices).tolist()
         filled += 1
     assert filled > 70
 
 
-def test_sentences_are_encoded_as_by_the_model(models, texts, served):
+def test_sentences_are_encoded_like_the_model_encodes_them(models, texts, served):
     encoder = bert.encoder_of(models[0])
-    for number, inputs in enumerate(rows_of(texts, POSITIONS)):
+    for i, inputs in enumerate(rows_of(texts, POSITIONS)):
         expected = encoder(inputs)
         length = inputs["input_word_ids"].shape[1]
         for column in served["encode"]:
-            assert sum(column["mask"][number]) == length
+            assert sum(column["mask"][i]) == length
             np.testing.assert_allclose(
-                column["pooled_output"][number], expected["pooled_output"][0], atol=1e-4
+                column["pooled_output"][i], expected["pooled_output"][0], atol=1e-4
             )
             np.testing.assert_allclose(
-                column["sequence_output"][number][:length],
+                column["sequence_output"][i][:length],
                 expected["sequence_output"][0],
                 atol=1e-4,
             )
 
 
-def test_questions_are_answered_as_in_training(models, texts, served, mirrored):
-    """Against what evaluates a fine-tuning, on two replicas: texts and spans by another road."""
+def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mirrored):
+    """Compares with the code that evaluates a fine-tuned model, on two replicas."""
     contexts = [text.decode("utf-8", "replace") for text in texts]
     questions = [text.decode("utf-8", "replace") for text in texts[::-1]]
     whole = [i for i, context in enumerate(contexts) if context.strip(" \n\t\x00")]
@@ -210,13 +226,13 @@ def test_questions_are_answered_as_in_training(models, texts, served, mirrored):
     expected = squad_answers.n_best_answers(features, spans, RECIPE.n_best)
     assert len(features.question_of) > 500 and len(whole) == 98
     for column in served["answer"]:
-        for number, context in enumerate(contexts):
+        for i, context in enumerate(contexts):
             text, start, end, score = (
-                column[key][number] for key in ("answer", "start", "end", "score")
+                column[key][i] for key in ("answer", "start", "end", "score")
             )
             assert context[start:end] == text
-            if str(number) in expected:
-                best = expected[str(number)][0]
+            if str(i) in expected:
+                best = expected[str(i)][0]
                 assert (context[start:end], score) == (
                     best["text"],
                     pytest.approx(best["score"], abs=1e-4),
@@ -225,7 +241,9 @@ def test_questions_are_answered_as_in_training(models, texts, served, mirrored):
                 assert (start, end, score) == (0, 0, tf.float32.min)
 
 
-def test_the_folder_holds_card_and_weights_and_nothing_half_written(models, tmp_path, monkeypatch):
+def test_an_export_has_a_card_and_weights_and_replaces_an_older_one_only_when_complete(
+    models, tmp_path, monkeypatch
+):
     made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS)
     folder = tmp_path / "model"
     saved_model.write_export(made, "first", str(folder))

@@ -66,7 +66,7 @@ def test_it_is_found_from_the_parts_of_each_batch(mirrored, accumulation, tmp_pa
     assert means["gradient_noise"] == pytest.approx(SCALE * DISTANCE**2, rel=0.02)
     assert means["noise_scale"] == pytest.approx(SCALE, rel=0.06)
     append_row(tmp_path / "history.jsonl", {"step": 1, "phase": 1} | means)
-    assert plan.given_noise_scale(str(tmp_path)) == pytest.approx(means["noise_scale"])
+    assert plan.parse_noise_scale(str(tmp_path)) == pytest.approx(means["noise_scale"])
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_a_gradient_that_is_not_finite_counts_for_nothing():
 
 
 def test_the_planner_takes_a_number_or_a_run_that_measured(tmp_path):
-    assert plan.given_noise_scale("5000") == 5000.0
+    assert plan.parse_noise_scale("5000") == 5000.0
     with pytest.raises(InputError, match="--noise_scale must be positive"):
-        plan.given_noise_scale("-1")
+        plan.parse_noise_scale("-1")
     with pytest.raises(InputError, match="history.jsonl has no gradient noise"):
-        plan.given_noise_scale(str(tmp_path))
+        plan.parse_noise_scale(str(tmp_path))
     rows = [
         {"step": 1, "phase": 1, "gradient_signal": 1.0, "gradient_noise": 7.0},
         {"step": 2, "phase": 2, "gradient_signal": 1.0, "gradient_noise": 9.0},

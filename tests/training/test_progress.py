@@ -12,6 +12,7 @@ import tf_keras
 
 from recipes.types import profile_window
 from tf_lamb.tf_keras import LAMB
+from training import chips
 from training.checkpoint.state import RunState
 from training.monitor import display, mfu, plot, profile
 from training.monitor.divergence import Watch
@@ -244,15 +245,17 @@ def test_waiting_for_input_is_noticed(two_cpus):
 @pytest.mark.parametrize(
     ("peak", "teraflops"),
     [
-        (mfu.gpu_peak("NVIDIA H200", "bfloat16"), 989.4),
-        (mfu.gpu_peak("NVIDIA H100 PCIe", "float32"), 378.0),
-        (mfu.gpu_peak("NVIDIA A100-SXM4-80GB", "bfloat16"), 312.0),
-        (mfu.gpu_peak("Tesla V100-SXM2-16GB", "bfloat16"), None),
-        (mfu.gpu_peak("A card of tomorrow", "float32"), None),
-        (mfu.tpu_peak("v3-8"), 4 * 123),
-        (mfu.tpu_peak("v5litepod-4"), 4 * 197),
-        (mfu.tpu_peak("v9-8"), None),
-        (mfu.tpu_peak(""), None),
+        (chips.gpu_peak_flops("NVIDIA H200", "bfloat16"), 989.4),
+        (chips.gpu_peak_flops("NVIDIA H100 PCIe", "float32"), 378.0),
+        (chips.gpu_peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16"), 312.0),
+        (chips.gpu_peak_flops("Tesla V100-SXM2-16GB", "bfloat16"), None),
+        (chips.gpu_peak_flops("A card of tomorrow", "float32"), None),
+        (chips.tpu_peak_flops("v3-8"), 4 * 123),
+        (chips.tpu_peak_flops("v5litepod-4"), 4 * 197),
+        (chips.tpu_peak_flops("v5e-16"), 16 * 197),
+        (chips.tpu_peak_flops("v2-8"), 4 * 45),
+        (chips.tpu_peak_flops("v9-8"), None),
+        (chips.tpu_peak_flops(""), None),
     ],
 )
 def test_peaks(peak, teraflops):

@@ -11,26 +11,9 @@ import urllib.request
 
 import tensorflow as tf
 
+from training.chips import gpu_peak_flops, tpu_peak_flops
+
 BACKWARD = 2  # times the forward pass: the gradients of both factors of each product
-
-# Teraflop/s of a chip in bfloat16, what its matrix unit multiplies float32 in, too: Jouppi et al.,
-# arXiv:2304.01433 (v2 to v4), cloud.google.com/tpu/docs/system-architecture-tpu-vm (the others).
-# Of the accelerator type's number, the older generations count cores, two on a chip.
-TPU_TERAFLOPS = {"v2": 46, "v3": 123, "v4": 275, "v5litepod": 197, "v5p": 459, "v6e": 918}
-CHIPS_COUNTED = ("v5litepod", "v6e")
-
-# Dense teraflop/s of a GPU, NVIDIA's data sheets; float32 is TF32 where there is TF32, which
-# TensorFlow takes by itself. The first entry all of whose words are in the name counts.
-GPU_TERAFLOPS = (
-    (("H200", "NVL"), {"float32": 417.5, "bfloat16": 835.5}),
-    (("H200",), {"float32": 494.7, "bfloat16": 989.4}),
-    (("H100", "NVL"), {"float32": 417.5, "bfloat16": 835.5}),
-    (("H100", "PCIe"), {"float32": 378.0, "bfloat16": 756.0}),
-    (("H100",), {"float32": 494.7, "bfloat16": 989.4}),
-    (("A100",), {"float32": 156.0, "bfloat16": 312.0}),
-    (("V100", "PCIE"), {"float32": 14.0}),
-    (("V100", "SXM2"), {"float32": 15.7}),
-)
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type"
 
@@ -38,29 +21,12 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 def peak_flops(strategy: tf.distribute.Strategy, compute_dtype: str) -> float | None:
     """Floating-point operations per second of all devices together; None where it is not known."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
-        return tpu_peak(accelerator_type())
+        return tpu_peak_flops(accelerator_type())
     if not tf.config.list_physical_devices("GPU"):
         return None
     details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-    one = gpu_peak(details.get("device_name", ""), compute_dtype)
+    one = gpu_peak_flops(details.get("device_name", ""), compute_dtype)
     return one and one * strategy.num_replicas_in_sync
-
-
-def gpu_peak(name: str, compute_dtype: str) -> float | None:
-    """Of one GPU by the name that its driver gives it, such as "NVIDIA H200"."""
-    for words, teraflops in GPU_TERAFLOPS:
-        if all(word.lower() in name.lower() for word in words):
-            return teraflops[compute_dtype] * 1e12 if compute_dtype in teraflops else None
-    return None
-
-
-def tpu_peak(accelerator: str) -> float | None:
-    """Of a whole slice by its type, such as "v3-8"."""
-    generation, _, size = accelerator.partition("-")
-    if generation not in TPU_TERAFLOPS or not size.isdigit():
-        return None
-    chips = int(size) if generation in CHIPS_COUNTED else int(size) / 2
-    return chips * TPU_TERAFLOPS[generation] * 1e12
 
 
 def accelerator_type() -> str:

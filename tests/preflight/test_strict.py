@@ -1,26 +1,26 @@
-"""The check of TensorFlow's TPU kernels, with kernels that are made up: no TPU wheel is needed."""
+"""The check of TensorFlow's TPU kernels, with invented kernels instead of the TPU wheel's."""
 
 import types
 
 import numpy as np
 import tensorflow as tf
 
-from preflight.strict import of_arguments, without_kernel
+from preflight.strict import unsupported_operations, with_variables_as_arguments
 
 
 def kernel(**allowed):
-    def values(kinds):
-        kinds = [kind.as_datatype_enum for kind in kinds]
-        return types.SimpleNamespace(list=types.SimpleNamespace(type=kinds))
+    def values(dtypes):
+        dtypes = [dtype.as_datatype_enum for dtype in dtypes]
+        return types.SimpleNamespace(list=types.SimpleNamespace(type=dtypes))
 
     constraints = [
-        types.SimpleNamespace(name=name, allowed_values=values(kinds))
-        for name, kinds in allowed.items()
+        types.SimpleNamespace(name=name, allowed_values=values(dtypes))
+        for name, dtypes in allowed.items()
     ]
     return types.SimpleNamespace(constraint=constraints)
 
 
-def test_an_operation_without_a_kernel_for_its_type_is_named_once():
+def test_an_operation_without_a_kernel_for_its_type_is_listed_once():
     @tf.function
     def inner(x):
         return tf.unique(x)[0]
@@ -30,18 +30,18 @@ def test_an_operation_without_a_kernel_for_its_type_is_named_once():
         return tf.identity_n([x * x, inner(x)])[0] * x
 
     graph_def = outer.get_concrete_function(tf.TensorSpec([3], tf.float64)).graph.as_graph_def()
-    known = {
+    kernels_of = {
         "Mul": [kernel(T=[tf.float32])],
         "Identity": [kernel(T=[tf.float32]), kernel(T=[tf.float64])],
         "IdentityN": [kernel(T=[tf.float64])],
         "PartitionedCall": [kernel()],
         "StatefulPartitionedCall": [kernel()],
     }
-    missing = without_kernel(graph_def, known)
+    missing = unsupported_operations(graph_def, kernels_of)
     assert sorted(m.split()[0] for m in missing) == ["Mul", "Unique"]
     assert "Mul (float64) at mul" in missing
-    assert not without_kernel(
-        graph_def, known | {"Mul": [kernel(T=[tf.float64])], "Unique": [kernel()]}
+    assert not unsupported_operations(
+        graph_def, kernels_of | {"Mul": [kernel(T=[tf.float64])], "Unique": [kernel()]}
     )
 
 
@@ -53,9 +53,9 @@ def test_variables_become_arguments():
         return tf.gather(rows, index) * scale.read_value() + scale
 
     traced = tf.function(function).get_concrete_function(tf.TensorSpec([2], tf.int32))
-    again, specs = of_arguments(traced)
+    again, specs = with_variables_as_arguments(traced)
     given = {(): 10.0, (3, 2): -rows.numpy(), (2,): np.array([2, 0], np.int32)}
     (result,) = again(*(tf.constant(given[tuple(spec.shape)], spec.dtype) for spec in specs))
-    # The write is gone: 10, not 11.
+    # Without the write the scale is 10, not 11.
     np.testing.assert_array_equal(result, -rows.numpy()[[2, 0]] * 10.0 + 10.0)
     assert scale.numpy() == 2.0

@@ -1,0 +1,127 @@
+"""Calls an exported model: python -m export.client EXPORT_DIR INPUT...
+
+The SavedModel's signature says what it takes:
+
+    a pre-trained BERT     TEXT...              fills every [MASK] of each text
+    a SQuAD model          CONTEXT QUESTION...  answers each question about the context
+    an image classifier    FILE...              names what is in each image file
+
+This file imports only tensorflow, and tensorflow_text, which text models need.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+
+import tensorflow as tf
+
+with contextlib.suppress(ImportError):
+    import tensorflow_text  # noqa: F401  registers the tokenizers' ops
+
+SIGNATURE = "serving_default"
+
+
+class ClientError(Exception):
+    """The input cannot be used; the message is one sentence for the user."""
+
+
+def load_signature(export_dir: str):
+    """The default signature of a SavedModel.
+
+    Raises:
+        ClientError: the folder does not exist or is not a SavedModel that can be loaded.
+    """
+    if not tf.io.gfile.isdir(export_dir):
+        raise ClientError(f"{export_dir} is not a folder.")
+    if not tf.saved_model.contains_saved_model(export_dir):
+        raise ClientError(f"{export_dir} is not a SavedModel: it has no saved_model.pb.")
+    try:
+        signatures = tf.saved_model.load(export_dir).signatures
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if "tensorflow_text" not in sys.modules:
+            reason += " (tensorflow_text is not installed; text models need it)"
+        raise ClientError(f"{export_dir} cannot be loaded: {reason}") from None
+    if SIGNATURE not in signatures:
+        raise ClientError(
+            f"{export_dir} has no signature {SIGNATURE!r}. Its signatures: "
+            f"{', '.join(signatures) or 'none'}."
+        )
+    return signatures[SIGNATURE]
+
+
+def fill_masks(signature, *texts: str) -> None:
+    """Prints each text and, for each of its masks, the most likely word pieces."""
+    outputs = signature(text=tf.constant(texts))
+    columns = (outputs[key].numpy() for key in ("tokens", "probabilities", "masks"))
+    for text, tokens, probabilities, masks in zip(texts, *columns, strict=True):
+        print(f"  {text}")
+        for mask in range(masks):
+            best = zip(tokens[mask], probabilities[mask], strict=True)
+            print("     " + ", ".join(f"{t.decode()} {100 * p:.0f} %" for t, p in best))
+
+
+def answer_questions(signature, context: str, *questions: str) -> None:
+    """Prints the context, and each question with its answer and its place in the context."""
+    if not questions:
+        raise ClientError("this model answers questions about a context. Give CONTEXT QUESTION...")
+    contexts = tf.fill([len(questions)], context)
+    outputs = signature(question=tf.constant(questions), context=contexts)
+    columns = (outputs[key].numpy() for key in ("answer", "start", "end", "score"))
+    print(f"  {context}")
+    for question, answer, start, end, score in zip(questions, *columns, strict=True):
+        print(f"  {question}")
+        print(f"     {answer.decode()!r}, characters {start} to {end}, score {score:.2f}")
+
+
+def classify_images(signature, *paths: str) -> None:
+    """Prints the most likely classes of each image file."""
+    try:
+        files = [pathlib.Path(path).read_bytes() for path in paths]
+    except OSError as error:
+        raise ClientError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    outputs = signature(image=tf.constant(files))
+    columns = (outputs[key].numpy() for key in ("names", "probabilities", "error"))
+    for path, names, probabilities, error in zip(paths, *columns, strict=True):
+        best = zip(names, probabilities, strict=True)
+        line = ", ".join(f"{name.decode()} {100 * p:.0f} %" for name, p in best)
+        print(f"  {path}: {error.decode() or line}")
+
+
+# Arguments of the signature -> the function that calls it.
+TASKS = {
+    frozenset({"text"}): fill_masks,
+    frozenset({"question", "context"}): answer_questions,
+    frozenset({"image"}): classify_images,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if len(arguments) < 2:
+        print(__doc__, file=sys.stderr)
+        return 1
+    export_dir, *inputs = arguments
+    try:
+        signature = load_signature(export_dir)
+        names = frozenset(signature.structured_input_signature[1])
+        if names not in TASKS:
+            raise ClientError(
+                f"{export_dir} takes {', '.join(sorted(names)) or 'nothing'}. This client calls "
+                "models that take text, question and context, or image."
+            )
+        TASKS[names](signature, *inputs)
+    except ClientError as error:
+        print(f"export.client: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

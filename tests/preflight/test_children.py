@@ -1,0 +1,94 @@
+"""Child processes: their errors as one sentence each, and the display of their progress."""
+
+import io
+
+import pytest
+
+import recipes
+from inputs.errors import InputError
+from preflight import children as children_module
+
+
+@pytest.fixture
+def children(tmp_path):
+    return children_module.Children(children_module.Lines(lambda line: None), str(tmp_path))
+
+
+def test_a_missing_compiler_is_reported_with_its_size(monkeypatch):
+    monkeypatch.setattr(children_module, "REQUIRED_VERSIONS", {"no-such-package": "1.0"})
+    with pytest.raises(InputError, match="no-such-package 1.0; installed: none.*1.1 GB"):
+        children_module.check_installed()
+
+
+def test_a_crash_and_too_little_memory_are_one_sentence_each(children, monkeypatch, tmp_path):
+    (tmp_path / "crashing_child.py").write_text("raise SystemExit('the compiler gave up')")
+    (tmp_path / "waiting_child.py").write_text("import time; time.sleep(100)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match="^the task failed: the compiler gave up$"):
+        children._run("crashing_child", "the task", {})
+    monkeypatch.setattr(children_module, "RESERVED_BYTES", 2**60)
+    with pytest.raises(InputError, match="host's memory is not sufficient"):
+        children._run("waiting_child", "the task", {})
+
+
+def test_the_reason_is_the_exception_and_not_the_last_line():
+    output = """Traceback (most recent call last):
+  File "step.py", line 3, in train
+tensorflow.python.framework.errors_impl.InvalidArgumentError: Detected unsupported operations: Foo
+Stack trace for op definition:
+tf2xla conversion failed. Run with TF_DUMP_GRAPH_PREFIX=/path"""
+    reason = children_module._reason
+    assert reason(output, 1).endswith("Detected unsupported operations: Foo")
+    assert reason("a line\ninputs.errors.InputError: --set x: no.", 1) == "--set x: no."
+    assert "was killed" in reason("a warning", -9)
+    assert reason("", 3) == "exit status 3"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show(stream):
+    """Plain lines that a task of 40 seconds writes with this stream."""
+    lines = []
+    with children_module.show_progress(lines.append, total=2, stream=stream) as progress:
+        for seconds in (0, 1, 14, 16, 20, 32, 40):
+            progress.update("compiling", seconds)
+        progress.advance()
+        progress.update("tracing", 0)
+    return lines
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    assert show(terminal) == []
+    assert "1/2" in terminal.getvalue() and "compiling, 40 s" in terminal.getvalue()
+
+
+def test_progress_is_plain_lines_in_a_file():
+    file = io.StringIO()
+    assert show(file) == [
+        "compiling ...",
+        "compiling ... 16 s",
+        "compiling ... 32 s",
+        "tracing ...",
+    ]
+    assert not file.getvalue()
+
+
+def test_the_strict_check_says_how_to_install_its_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(children_module, "TPU_INSTALLED", tmp_path / "installed")
+    with pytest.raises(InputError, match="installed does not exist. Run: make preflight-tpu"):
+        children_module.check_strict_installed()
+
+
+@pytest.mark.skipif(
+    not children_module.TPU_INSTALLED.exists(), reason="make preflight-tpu was not run"
+)
+def test_the_published_recipes_have_tpu_kernels(children):
+    for name in ("bert-mini", "resnet50-lars-32k"):
+        answer = children.check_kernels(recipes.find_recipe(name), 0)
+        assert answer["operations"] > 40 and answer["error"] is None
