@@ -24,7 +24,7 @@ test: $(VENV)/test lint
 	@# In four processes, two at a time: each program that XLA compiles takes memory maps, of which
 	@# Linux gives a process 65,530 (vm.max_map_count), and memory, which it keeps: 23 GB by two.
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tf_lamb tests/test_*.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes tests/inputs tests/models tests/tasks tests/training tests/export tests/preflight
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/recipes tests/inputs tests/models tests/tasks tests/training tests/export tests/preflight tests/examples
 
 test: docs  # a quarter of a minute of processor time
 
@@ -64,7 +64,7 @@ $(VENV)/preflight: $(VENV)/train
 	touch $@
 
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e .[train,test,preflight]
+	$(PIP) -e .[train,test,preflight,examples]
 	touch $@
 
 $(VENV)/docs: $(VENV)/train
