@@ -29,7 +29,7 @@ exclude_patterns = ["_build", "_ext", "results/bert_batches/table.md"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
-smartquotes = False  # "--flag" keeps its dashes
+smartquotes_action = "D"  # dashes; quotation marks are often code
 
 autosummary_generate = False
 autodoc_member_order = "bysource"

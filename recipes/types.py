@@ -158,12 +158,13 @@ class Recipe:
     beta_1: float = 0.9  # decay of the first moment
     beta_2: float = 0.999  # decay of the second moment
     epsilon: float = 1e-6  # added to the denominator of the update
-    weight_decay: float = 0.01  # λ; inside the trust ratio of LAMB and LARS
+    weight_decay: float = 0.01  # of LAMB and LARS: inside the trust ratio
     momentum: float = 0.9  # of LARS and SGD
-    # None in the next three: the default of the class or of the variant.
-    trust_coefficient: float | None = None
-    global_clipnorm: float | None = None  # maximum norm of all gradients together
-    exclude_from_layer_adaptation: tuple[str, ...] | None = None  # patterns of variable paths
+    trust_coefficient: float | None = None  # κ of LARS; None: that of the class or variant
+    # Maximum norm of all gradients together; None: that of the class or variant.
+    global_clipnorm: float | None = None
+    # Patterns of variable paths; None: those of the class or variant.
+    exclude_from_layer_adaptation: tuple[str, ...] | None = None
     exclude_from_weight_decay: tuple[str, ...] = ()  # patterns of variable paths
     evaluation_examples: int = 10_000  # maximum of held-out examples in an evaluation
     save_every_steps: int = 1_000  # steps between two checkpoints

@@ -38,7 +38,7 @@ def sentence(text: str) -> str:
     if not text:
         return ""
     first = text.split()[0]
-    if first.rstrip(",:;.").isalpha() and first.islower():
+    if re.fullmatch("[a-z-]+[,:;.]?", first):
         text = text[0].upper() + text[1:]
     return text if text.endswith((".", "?", "!")) else text + "."
 
