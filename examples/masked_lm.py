@@ -92,6 +92,7 @@ def main(epochs=5, steps_per_epoch=40):
         max_sequence_length=SEQUENCE_LENGTH,
     )
     backbone.get_layer("pooled_dense").trainable = False  # the masked-LM head does not use it
+    preprocessor.build(None)  # has no weights, but Keras 3.15 warns where it is not built
     masked_lm = keras_hub.models.BertMaskedLM(backbone, preprocessor)
 
     total_steps = epochs * steps_per_epoch

@@ -63,8 +63,6 @@ def test_every_script_has_a_test_and_says_how_to_run_it_and_imports_the_library_
         assert text.startswith('"""') and "\nIt prints " in text, path.name
 
 
-# KerasHub 0.29.1 under Keras 3.15 builds its model in a way that Keras warns about.
-@pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer:UserWarning")
 def test_masked_lm(example, capsys):
     pytest.importorskip("keras_hub", reason="KerasHub is not installed (extra `examples`)")
     example("masked_lm").main(epochs=1, steps_per_epoch=3)
