@@ -1,9 +1,10 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
 # make test   installs what tests need, lints, runs all tests
 # make lint   ruff, and mypy on the library
+# make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
-# make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/preflight.md
+# make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/results/preflight.md
 # make preflight-tpu  installs into .venv-tpu what --preflight_strict asks
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
 #             (inputs: .venv/bin/python -m benchmarks.inputs --text=... --vocab=...)
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint soak tpu preflight preflight-tpu bench clean
+.PHONY: demo test lint docs soak tpu preflight preflight-tpu bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py
@@ -26,6 +27,8 @@ test: $(VENV)/test lint
 	$(PYTEST) tests/tf_lamb tests/test_*.py
 	$(PYTEST) tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
 
+test: docs  # a quarter of a minute of processor time
+
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)
 
@@ -33,6 +36,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs docs/_build
 
 tpu: $(TPU_VENV)/installed
 	$(TPU_VENV)/bin/python -m preflight.doctor
@@ -62,6 +68,10 @@ $(VENV)/test: $(VENV)/train
 	$(PIP) -e .[train,test,preflight,examples]
 	touch $@
 
+$(VENV)/docs: $(VENV)/train
+	$(PIP) -e .[train,preflight,bench,docs]
+	touch $@
+
 $(VENV)/bench: $(VENV)/train
 	$(PIP) -e .[train,bench]
 	touch $@
@@ -75,4 +85,4 @@ $(TPU_VENV)/installed: constraints-tpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) build dist docs/_build *.egg-info

@@ -241,7 +241,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--data_dir", required=True, help="text, as train.py takes it")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--runs", default="runs/bert-batches", help="a folder for each run")
-    parser.add_argument("--output", default="docs/bert_batches", help="a folder")
+    parser.add_argument("--output", default="docs/results/bert_batches", help="a folder")
     parser.add_argument("--model", default="mini", help="size of the network")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE, as train.py's")
     parser.add_argument("--small_batch", type=int, default=16, help="of the first phase")

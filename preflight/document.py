@@ -1,4 +1,4 @@
-"""Writes docs/preflight.md: estimates for the recipes on their pods, next to the published times.
+"""Writes docs/results/preflight.md: estimates for the recipes, next to the published times.
 
     python -m preflight.document [NAME...]
 
@@ -16,7 +16,7 @@ from preflight.children import check_installed, show_progress
 from preflight.report import LEGEND
 from preflight.topology import parse_topologies
 
-PATH = pathlib.Path("docs/preflight.md")
+PATH = pathlib.Path("docs/results/preflight.md")
 # The pod that each recipe was published on, or is meant for. The other columns of the paper's
 # tables run the program of the largest one: 16 examples per core.
 PODS = {

@@ -13,7 +13,7 @@ chip's links at their peak, and 1 us per hop. Not included: waiting for the host
 replica, random bits, evaluation, checkpoints, start-up, and what a real kernel loses against the
 peak."""
 
-# Measured examples/s per CPU core: docs/text.md (two cores, `pairs`); README, "training crops".
+# Measured examples/s per CPU core: docs/results/text.md (two cores, `pairs`) and images.md.
 EXAMPLES_PER_CORE = (
     ("bert", 128, 124_777 / 2, "benchmarks.inputs"),
     ("bert", 512, 51_511 / 2, "benchmarks.inputs"),

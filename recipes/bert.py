@@ -11,7 +11,7 @@ PACKINGS = ("pairs", "full-sentences")  # see inputs/text/chunks.py
 class TextPhase(Phase):
     """A part of training with a constant sequence length and batch size."""
 
-    sequence_length: int
+    sequence_length: int  # tokens per sequence
     predictions: int  # maximum of masked tokens per sequence
 
     def check(self, recipe):
@@ -34,13 +34,13 @@ class TextPhase(Phase):
 class BertRecipe(Recipe):
     """All settings of a BERT pre-training run except its text."""
 
-    task: str = "bert"
-    exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS
+    task: str = "bert"  # see `Recipe`
+    exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS  # see `Recipe`
     vocabulary_size: int = 30_522  # used when the vocabulary is learned from the text
     max_sequence_length: int = 512  # rows of the table of position embeddings
-    dropout: float = 0.1
+    dropout: float = 0.1  # rate, in all layers
     initializer_stddev: float = 0.02  # of matrices and embeddings, truncated at two deviations
-    whole_word: bool = False
+    whole_word: bool = False  # mask whole words instead of word pieces
     packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels
 
     def check(self):

@@ -14,14 +14,14 @@ NORMALIZATIONS = ("imagenet", "mlperf", "cifar10")
 class ImageRecipe(Recipe):
     """All settings of the training of an image classifier except its images."""
 
-    task: str = "resnet"
-    model: str = "resnet-50"
-    exclude_from_weight_decay: tuple[str, ...] = RESNET_EXCLUSIONS
-    evaluation_examples: int = 50_000
-    image_size: int = 224
+    task: str = "resnet"  # see `Recipe`
+    model: str = "resnet-50"  # a size that the task defines
+    exclude_from_weight_decay: tuple[str, ...] = RESNET_EXCLUSIONS  # see `Recipe`
+    evaluation_examples: int = 50_000  # see `Recipe`
+    image_size: int = 224  # side in pixels
     normalization: str = "imagenet"  # or "mlperf", which only subtracts the mean; or "cifar10"
     augmentation: str = "crop"  # random crop and flip; "randaugment": the same and more; "none"
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.1  # share of the uniform distribution in the labels
     mixup_alpha: float = 0.0  # of the Beta distribution of the mixing weights; 0: no mixup
     batch_norm_momentum: float = 0.9  # arXiv:1706.02677, section 5.1; MLPerf v0.7
     sync_batch_norm: bool = False  # statistics over all replicas instead of each replica's batch

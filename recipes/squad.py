@@ -11,15 +11,15 @@ SPECIAL_TOKENS = 3  # [CLS], [SEP], [SEP]
 class SquadRecipe(Recipe):
     """All settings of a SQuAD run except its data."""
 
-    task: str = "squad"
-    exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS
+    task: str = "squad"  # see `Recipe`
+    exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS  # see `Recipe`
     init_from: str = ""  # folder of a pre-training run, or a checkpoint of tf-models
-    sequence_length: int = 384
+    sequence_length: int = 384  # word pieces of question and context together
     max_query_length: int = 64  # longer questions are truncated; in word pieces
     doc_stride: int = 128  # word pieces between the starts of two windows of a context
     max_answer_length: int = 30  # word pieces
-    n_best: int = 20
-    dropout: float = 0.1
+    n_best: int = 20  # answers per question in nbest.json
+    dropout: float = 0.1  # rate, in all layers
     initializer_stddev: float = 0.02  # of the span head
 
     def check(self):

@@ -71,17 +71,17 @@ class Phase:
     the slots and the step of the bias correction start from 0 again.
     """
 
-    steps: int
-    global_batch_size: int
-    peak_learning_rate: float
-    warmup_steps: int
-    end_learning_rate: float = 0.0
-    power: float = 1.0
+    steps: int  # optimizer steps of this phase
+    global_batch_size: int  # examples per step, over all replicas
+    peak_learning_rate: float  # at the end of warm-up
+    warmup_steps: int  # steps of linear warm-up
+    end_learning_rate: float = 0.0  # at the last step of the phase
+    power: float = 1.0  # of the polynomial decay; 1 is linear
     decay_from: int | None = None  # step from which the decay is counted; None: end of warm-up
     warmup_from: int = 0  # step from which the warm-up is counted, 0 or negative
     decay_steps: tuple[int, ...] = ()  # steps at which the rate falls, instead of the above
-    decay_factor: float = 0.1
-    reset_slots: bool = False
+    decay_factor: float = 0.1  # factor of the learning rate at each of `decay_steps`
+    reset_slots: bool = False  # start with zero moments, and count the bias correction from 0
     examples: int | None = None  # exact number of examples; None: steps x global_batch_size
 
     def schedule(self) -> dict:
@@ -142,39 +142,40 @@ class Phase:
 class Recipe:
     """All settings of a run except its data."""
 
-    name: str
-    reference: str
-    expected: str
-    phases: tuple[Phase, ...]
+    name: str  # what `--recipe` selects
+    reference: str  # source of the constants
+    expected: str  # published result, or why there is none
+    phases: tuple[Phase, ...]  # in the order of training
     task: str  # a key of tasks.TASKS
     model: str  # a size that the task defines
-    compute_dtype: str = "float32"
+    compute_dtype: str = "float32"  # or "bfloat16"; weights and slots stay float32
     accumulation: int = 1  # micro-batches per update
     # Whether to compile the forward and backward pass with XLA. None: yes, except on CPUs without
     # accumulation, where TensorFlow's kernels are faster. A TPU always compiles the step.
     jit_compile: bool | None = None
     optimizer: str = "lamb"  # a key of OPTIMIZERS
     variant: str = ""  # a variant of LAMB or LARS; "": the defaults of the class
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    # None in the next three: the default of the class or of the variant.
-    trust_coefficient: float | None = None
+    beta_1: float = 0.9  # decay of the first moment
+    beta_2: float = 0.999  # decay of the second moment
+    epsilon: float = 1e-6  # added to the denominator of the update
+    weight_decay: float = 0.01  # of LAMB and LARS: inside the trust ratio
+    momentum: float = 0.9  # of LARS and SGD
+    trust_coefficient: float | None = None  # κ of LARS; None: that of the class or variant
+    # Maximum norm of all gradients together; None: that of the class or variant.
     global_clipnorm: float | None = None
+    # Patterns of variable paths; None: those of the class or variant.
     exclude_from_layer_adaptation: tuple[str, ...] | None = None
-    exclude_from_weight_decay: tuple[str, ...] = ()
+    exclude_from_weight_decay: tuple[str, ...] = ()  # patterns of variable paths
     evaluation_examples: int = 10_000  # maximum of held-out examples in an evaluation
-    save_every_steps: int = 1_000
+    save_every_steps: int = 1_000  # steps between two checkpoints
     evaluate_every_steps: int | None = None  # None: only at the end
     keep_checkpoints: int = 3  # newest checkpoints to keep; the best is kept as well
     skip_nonfinite: bool = True  # skip the update if a gradient is not finite
-    max_skipped_in_row: int = 10
+    max_skipped_in_row: int = 10  # more skipped updates in a row count as divergence
     max_loss: float | None = None  # a step with a larger loss counts as divergence
     on_divergence: str = "stop"  # or "rollback": newest checkpoint and a lower rate
-    rollback_rate_factor: float = 0.5
-    max_rollbacks: int = 3
+    rollback_rate_factor: float = 0.5  # factor of the learning rate after a rollback
+    max_rollbacks: int = 3  # the run stops at the next divergence
     max_bad_record_share: float = 0.001  # maximum share of damaged records
     on_bad_record: str = "skip"  # or "fail"
     measure_noise_scale: bool = False  # estimate the critical batch size

@@ -45,7 +45,7 @@ def test_each_extra_is_pinned_in_the_constraints():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     }
-    for extra in ("train", "test"):
+    for extra in ("train", "test", "docs", "release"):
         for requirement in extras[extra].split("\n"):
             name = requirement.split("==")[0].strip().lower()
             assert not name or name in pinned, f"{name} of the extra {extra}"

@@ -1,0 +1,173 @@
+"""The documentation: the README's length, links, and that no flag or field is left out."""
+
+import dataclasses
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
+    ]
+)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+TARGET = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
+MAX_README_LINES = 150
+
+
+@pytest.fixture(scope="module")
+def commands():
+    """The module that reads flags and fields for the site."""
+    sys.path.insert(0, str(DOCS / "_ext"))
+    try:
+        import commands
+
+        yield commands
+    finally:
+        sys.path.remove(str(DOCS / "_ext"))
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def _anchors(page: pathlib.Path) -> set[str]:
+    """The anchors of the page's headings, as Markdown viewers and the site make them."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    slugs = {re.sub(r"[^\w\- ]", "", h.lower().strip()).replace(" ", "-") for h in headings}
+    return slugs | {h.lower() for h in TARGET.findall(text)} | _sphinx_slugs(headings)
+
+
+def _sphinx_slugs(headings) -> set[str]:
+    return {re.sub(r"[^a-z0-9]+", "-", h.lower()).strip("-") for h in headings}
+
+
+def test_the_readme_stays_one_page():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_README_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_internal_links_resolve(page):
+    broken = []
+    for link in LINK.findall(_without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists():
+            broken.append(link)
+        elif anchor and target.suffix == ".md" and anchor not in _anchors(target):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_a_table_of_contents():
+    listed = {DOCS / "index.md"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```\{toctree\}\n(.*?)```", text, re.DOTALL):
+            names = [line for line in block.split("\n") if line and not line.startswith(":")]
+            # "Title <page>" or "page".
+            names = [re.sub(r"^.*<(.*)>$", r"\1", name) for name in names]
+            listed |= {page.parent / f"{name}.md" for name in names}
+    pages = {page for page in PAGES if DOCS in page.parents}
+    # A file that a command wrote; docs/results/bert-batches.md shows it.
+    assert pages - listed == {DOCS / "results" / "bert_batches" / "table.md"}
+
+
+def test_python_of_the_first_tour_runs(tmp_path, monkeypatch):
+    """The code blocks of one page, in order, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "getting-started" / "keras.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "keras.md", "exec"), names)
+    assert (tmp_path / "logs" / "trust_ratios.png").exists()
+    assert (tmp_path / "model.keras").exists()
+    assert names["history"].history["accuracy"][-1] > 0.9
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_every_page_is_valid(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        compile(block, str(page), "exec")
+
+
+def test_every_public_name_has_a_page():
+    import tf_lamb
+
+    pages = {page.stem for page in (DOCS / "api").glob("*.md")}
+    assert {name for name in tf_lamb.__all__ if not name.startswith("__")} <= pages
+
+
+def test_every_command_is_on_a_page(commands):
+    """Its flags are generated from the code, so the directive is enough."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "commands").glob("*.md"))
+    described = set(re.findall(r"```\{command\} (\S+)", text))
+    assert described == {"train", *commands.command_modules()}
+
+
+def test_every_flag_of_train_is_described(commands):
+    source = (ROOT / "train.py").read_text(encoding="utf-8")
+    defined = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)
+    flags = commands.command_flags("train")
+    assert [flag.name for flag in flags] == [f"--{name}" for name in defined]
+    assert all(flag.help for flag in flags)
+
+
+def test_flags_of_a_command_are_read_from_its_parser(commands):
+    flags = {flag.name: flag for flag in commands.command_flags("inputs.text.prepare")}
+    assert {"--input", "--vocab", "--output", "--workers"} <= flags.keys()
+    assert flags["--input"].required
+
+
+def test_every_recipe_class_is_on_the_page_of_fields(commands):
+    text = (DOCS / "commands" / "fields.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"```\{recipe-fields\} (\S+)", text))
+    classes = {f"{cls.__module__}.{cls.__name__}" for cls in commands.recipe_classes()}
+    assert described == classes
+
+
+def test_every_field_of_a_recipe_is_described(commands):
+    for recipe_class in commands.recipe_classes():
+        parents = [cls for cls in commands.recipe_classes() if issubclass(recipe_class, cls)]
+        fields = [field for cls in parents for field in commands.recipe_fields(cls)]
+        names = {field.name for field in fields}
+        assert names == {field.name for field in dataclasses.fields(recipe_class)}
+        assert [field.name for field in fields if not field.meaning] == []
+
+
+def test_docstrings_become_restructuredtext(commands):
+    import docstrings
+
+    text = """Scales.
+
+    x ← x - η
+
+See [a paper](https://arxiv.org/abs/1904.00962).
+
+| rule | rate |
+|---|---|
+| `a` | 1 |
+
+Args:
+    kind: one of
+        - first;
+        - second.
+"""
+    lines = docstrings.to_rst(text.splitlines())
+    assert lines[2:5] == ["::", "", "    x ← x - η"]
+    assert "See `a paper <https://arxiv.org/abs/1904.00962>`__." in lines
+    assert ".. list-table::" in lines
+    assert lines[lines.index("    kind: one of") + 1] == ""
