@@ -30,7 +30,6 @@ from tasks import TASKS
 from training import optimizers, strategy
 from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
-from training.monitor import plot
 from training.monitor.divergence import Diverged
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run, shorten
@@ -182,6 +181,8 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
 
 def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
+    from training.monitor import plot  # matplotlib takes a second to import
+
     task, recipe = run.task, run.recipe
     speed = {"examples_per_second": run.progress.examples_per_second}
     write_json(os.path.join(model_dir, "results.json"), results | speed)
