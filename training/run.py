@@ -177,16 +177,22 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             if self.recipe.on_divergence == "rollback":
                 self._save()  # the initial state is a place to roll back to
             missed = self._missed_evaluation()
-            with self._monitor:
-                while True:
-                    try:
-                        return self._train_phases(missed)
-                    except Interrupted:
-                        self._save()
-                        raise
-                    except Diverged as error:
-                        self._roll_back(error)
-                        missed = False
+            try:
+                with self._monitor:
+                    return self._train_with_rollbacks(missed)
+            except Interrupted:
+                self._save()
+                raise
+            finally:
+                self._controller = None  # closes its event files
+
+    def _train_with_rollbacks(self, missed: bool) -> dict[str, float]:
+        while True:
+            try:
+                return self._train_phases(missed)
+            except Diverged as error:
+                self._roll_back(error)
+                missed = False
 
     @property
     def _step(self) -> int:

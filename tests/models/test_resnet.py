@@ -1,6 +1,7 @@
 """The network is ResNet-50 v1.5 as published, however it is computed, and its losses add up."""
 
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tf_keras
 import recipes
 from inputs.images import examples
 from models import resnet
+from tasks.resnet import ImageClassification
 from training import optimizers
 from training.dropout import replica_seed
 from training.step import ReplicaStep
@@ -194,16 +196,12 @@ def test_synchronised_batch_norm_sees_all_replicas(mirrored, synchronised):
 def test_resnet_50_lowers_for_the_papers_batch_of_a_core(resnet50):
     """32K on 1,024 chips is 16 images a core: forward, backward and smoothing, as XLA gets them."""
     batch_size = 32_768 // 2_048
-    sums = functools.partial(resnet.classification_sums, label_smoothing=0.1)
-    step = ReplicaStep(
-        resnet50,
-        None,
-        sums,
-        resnet.classification_counts,
-        seed=1,
-        accumulation=1,
-        jit_compile=True,
+    task = types.SimpleNamespace(
+        metrics=ImageClassification.metrics,
+        sums=functools.partial(resnet.classification_sums, label_smoothing=0.1),
+        counts=resnet.classification_counts,
     )
+    step = ReplicaStep(task, resnet50, None, seed=1, jit_compile=True)
     spec = examples.element_spec(batch_size, 224)
     batch = {name: tf.zeros(tensor.shape, tensor.dtype) for name, tensor in spec.items()}
     counts = {"image": tf.constant(32_768.0)}

@@ -161,7 +161,7 @@ def test_what_cannot_be_trained_on_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="model=resnet-51: no such size"):
         task(tmp_path, model="resnet-51")
     data = prepared(tmp_path / "a")
-    assert task(tmp_path, data).fingerprint == task(tmp_path, data).fingerprint
+    assert task(tmp_path, data).facts == task(tmp_path, data).facts
     other = prepared(tmp_path / "b", names=("cat", "cow", "owl"))
     (data / "validation").rename(tmp_path / "old")
     (other / "validation").rename(data / "validation")

@@ -76,7 +76,7 @@ def test_without_a_cluster_it_is_this_machine(monkeypatch):
     assert where.num_replicas_in_sync == 1 and strategy.is_chief(where)
     assert not strategy.is_multi_worker(where)
     strategy.check_workers_agree(where, seed=1)
-    with strategy.own_folder(where, "runs/mine") as folder:
+    with strategy.worker_folder(where, "runs/mine") as folder:
         assert folder == "runs/mine"
 
 
