@@ -1,4 +1,5 @@
-# make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks
+# make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks;
+#             ARGS=--steps=40 for a short one
 # make test   installs what tests need, lints, runs all tests
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
@@ -19,15 +20,13 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 .PHONY: demo test lint docs soak tpu preflight preflight-tpu bench clean
 
 demo: $(VENV)/train
-	$(BIN)/python train.py
+	$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/test lint
+test: $(VENV)/test lint docs
 	@# Two calls of two processes each. A process keeps the programs that XLA compiles: their memory,
 	@# and their memory maps, of which Linux allows 65,530 for each process (vm.max_map_count).
 	$(PYTEST) tests/tf_lamb tests/test_*.py
 	$(PYTEST) tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
-
-test: docs  # a quarter of a minute of processor time
 
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)
