@@ -49,7 +49,7 @@ def make_recipe(global_batch_size: int, save_every_steps: int):
 
 
 def make_task(recipe):
-    """The recipe's task on made-up batches."""
+    """The recipe's task on synthetic batches."""
     return TASKS["bert"](
         recipe,
         data_dir="",

@@ -11,7 +11,7 @@ from official.nlp.modeling import layers, networks
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of the encoder: layers, width, attention heads; the inner width is four times the width."""
+    """The encoder's size. The inner width of a layer is four times `width`."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ def build_encoder(
     dropout: float,
     initializer: tf_keras.initializers.Initializer,
 ) -> networks.BertEncoderV2:
-    """The network below every head; `types` are the rows of the segment table."""
+    """The encoder, with the size of its three embedding tables. `types`: number of segments."""
     return networks.BertEncoderV2(
         vocab_size=vocabulary_size,
         hidden_size=size.width,
@@ -51,13 +51,13 @@ def build_encoder(
 
 
 def encoder_of(model: tf_keras.Model) -> networks.BertEncoderV2:
-    """The encoder inside a model of ours."""
+    """The encoder in a model from `build_pretrainer` or `models.squad.build_span_labeler`."""
     (encoder,) = (layer for layer in model.layers if isinstance(layer, networks.BertEncoderV2))
     return encoder
 
 
 def encoder_variables(encoder) -> dict[str, tf.Variable]:
-    """A BERT encoder's variables, by the names that all of tf-models' encoders give them."""
+    """The variables of a BERT encoder by name, the same for all encoders of tf-models."""
     own = r"((word|type)_embeddings|position_embedding|embeddings|transformer|pooler_transform)/.*"
     return {re.search(own, v.name.removesuffix(":0"))[0]: v for v in encoder.variables}
 
@@ -70,7 +70,7 @@ def build_pretrainer(
     dropout: float,
     initializer_stddev: float,
 ) -> tf_keras.Model:
-    """A BERT with its two pre-training heads, its weights made under the strategy in scope.
+    """A BERT with both pre-training heads. Call it in the strategy's scope.
 
     Its inputs are `input_word_ids`, `input_mask`, `input_type_ids` ([B, L] int32) and
     `masked_lm_positions` ([B, P] int32); its outputs hold `mlm_logits` ([B, P, V] float) and
@@ -87,8 +87,8 @@ def build_pretrainer(
         initializer=tf_utils.clone_initializer(initializer),
         name="masked_lm",
     )
-    # BERT's own pooler feeds this head, as published; tf-models' ClassificationHead brings a
-    # second one and leaves the encoder's untrained.
+    # The input is the encoder's own pooler, as published. tf-models' ClassificationHead has a second
+    # pooler, and would leave the encoder's untrained.
     next_sentence = tf_keras.layers.Dense(
         2, kernel_initializer=tf_utils.clone_initializer(initializer), name="next_sentence"
     )
@@ -103,7 +103,7 @@ def build_pretrainer(
 
 
 def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
-    """Losses and right answers of a batch, as sums: what replicas and steps can add up.
+    """Sums of losses and correct predictions over a batch.
 
     Args:
         model: from `build_pretrainer`.
@@ -111,9 +111,8 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
         training: whether dropout is on.
 
     Returns:
-        float32 scalars, named by what they become when `pretraining_counts` divides them:
-        `masked_loss` and `sentence_loss` are summed cross-entropies in nats, `masked_accuracy`
-        and `sentence_accuracy` count right answers.
+        float32 scalars. `masked_loss` and `sentence_loss`: summed cross-entropies in nats.
+        `masked_accuracy` and `sentence_accuracy`: numbers of correct predictions.
     """
     outputs = model({key: batch[key] for key in model.input}, training=training)
     masked, hits = cross_entropy(
@@ -131,21 +130,21 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
 
 def pretraining_counts(batch) -> dict[str, tf.Tensor]:
-    """What the sums of `pretraining_sums` are divided by: masked tokens, sentence pairs."""
+    """The divisors of `pretraining_sums`: numbers of masked tokens and of sentence pairs."""
     return {
-        # Text of unknown words alone, and sequences without a second segment, leave none.
+        # Both can be 0: text of unknown words only, or sequences without a second segment.
         "masked": tf.maximum(tf.reduce_sum(batch["masked_lm_weights"]), 1e-9),
         "sentence": tf.maximum(tf.reduce_sum(batch["next_sentence_weights"]), 1e-9),
     }
 
 
 def cross_entropy(logits, labels, weights):
-    """Summed, weighted cross-entropy in nats and number of hits, in float32.
+    """Weighted sums of the cross-entropy in nats and of the correct predictions, in float32.
 
-    Of k answers that are the likeliest alike, as bfloat16 makes them, each is 1/k of a hit.
+    If k classes share the largest logit, as happens in bfloat16, each counts as 1/k correct.
     """
-    # Sums alone: argmax, and TensorFlow's own cross-entropy, make a TPU write the logits of all
-    # words once more, in float32 and another order.
+    # Uses reductions only: argmax and TensorFlow's cross-entropy make a TPU write the logits of all
+    # words again, in float32 and another layout.
     logits = tf.cast(logits, tf.float32)
     own = tf.reduce_sum(tf.one_hot(labels, logits.shape[-1]) * logits, axis=-1)
     best = tf.reduce_max(logits, axis=-1)

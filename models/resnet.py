@@ -1,7 +1,7 @@
-"""ResNet v1.5 for classification on tf-models-official, its losses and hits.
+"""ResNet v1.5 for classification on tf-models-official, its loss and metrics.
 
-He et al., arXiv:1512.03385, with the stride in the 3x3 convolution ("v1.5", which is how
-tf-models builds it); the last batch norm of each block starts at zero (Goyal et al.,
+He et al., arXiv:1512.03385, with the stride in the 3x3 convolution ("v1.5", as in tf-models). The
+scale of the last batch norm of each block is initialized with zeros (Goyal et al.,
 arXiv:1706.02677, section 5.1).
 """
 
@@ -18,9 +18,9 @@ HEAD_STDDEV = 0.01  # arXiv:1706.02677, section 5.1
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Layers, channels after the stem, and whether images are of CIFAR's size.
+    """Number of layers, channels after the stem, and whether the images are small, as CIFAR's.
 
-    For these the stem is one 3x3 convolution at full resolution, without pooling.
+    With `small_images` the stem is one 3x3 convolution at full resolution, without pooling.
     """
 
     layers: int
@@ -40,7 +40,7 @@ SIZES = {
 NORMALIZATIONS = {
     # tf-models-official 2.20, official/vision/ops/preprocess_ops.py
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    # MLPerf training v0.7, Google, resnet: the mean subtracted, and nothing else
+    # MLPerf training v0.7, Google, resnet: only the mean is subtracted
     "mlperf": ((123.68, 116.78, 103.94), (1.0, 1.0, 1.0)),
     # over the 50,000 training images
     "cifar10": ((125.307, 122.950, 113.865), (62.993, 62.089, 66.705)),
@@ -48,10 +48,10 @@ NORMALIZATIONS = {
 
 
 class SpaceToDepthConvolution(tf_keras.layers.Conv2D):
-    """The 7x7 convolution of stride 2 as a 4x4 one of stride 1, over 2x2 pixels as channels.
+    """A 7x7 convolution of stride 2, computed as a 4x4 one of stride 1 on blocks of 2x2 pixels.
 
-    The same weights and the same result, in a shape that fills a TPU's matrix unit better: 12
-    channels in place of 3 (MLPerf training v0.6, Google, resnet). Height and width must be even.
+    Weights and result are the same. With 12 input channels instead of 3 it uses a TPU's matrix unit
+    better (MLPerf training v0.6, Google, resnet). Height and width must be even.
     """
 
     def call(self, inputs):
@@ -62,12 +62,12 @@ class SpaceToDepthConvolution(tf_keras.layers.Conv2D):
         kernel = tf.reshape(
             tf.transpose(kernel, [0, 2, 1, 3, 4, 5]), [4, 4, 4 * channels, self.filters]
         )
-        # "SAME" pads 1 before and 2 after, as the 2 and 3 pixels of the convolution it stands for.
+        # "SAME" pads 1 block before and 2 after. The 7x7 convolution pads 2 and 3 pixels.
         return tf.nn.conv2d(tf.nn.space_to_depth(inputs, 2), kernel, 1, "SAME")
 
 
 class _ResNet(resnet.ResNet):
-    """tf-models' ResNet with a choice of stems, which it leaves to this one method."""
+    """tf-models' ResNet with another stem."""
 
     def __init__(self, *, stem, **arguments):
         self._own_stem = stem
@@ -105,16 +105,16 @@ def build_classifier(
     space_to_depth: bool = False,
     sync_batch_norm: bool = False,
 ) -> tf_keras.Model:
-    """A classifier of images, its weights made under the strategy in scope.
+    """An image classifier. Call it in the strategy's scope.
 
     Args:
         size: from `SIZES`.
-        image_size: pixels each way, S.
+        image_size: S, height and width in pixels.
         classes: number of logits, C.
-        normalization: a key of `NORMALIZATIONS`; done in the network, in its compute dtype.
-        batch_norm_momentum: share of the old value in each step of the moving averages.
+        normalization: a key of `NORMALIZATIONS`, applied in the network, in its compute dtype.
+        batch_norm_momentum: weight of the old value in the moving averages.
         space_to_depth: whether the 7x7 stem is computed as `SpaceToDepthConvolution`.
-        sync_batch_norm: whether batch norm sees all replicas' examples, not each its own.
+        sync_batch_norm: whether batch norm uses the examples of all replicas.
 
     Returns:
         A model from [B, S, S, 3] float pixels in [0, 255] to [B, C] logits.
@@ -150,20 +150,19 @@ def build_classifier(
 
 
 def classification_sums(model, batch, training: bool, *, label_smoothing: float):
-    """Losses and hits of a batch, as sums: what replicas and steps can add up.
+    """Sums of the loss and of the correct predictions over a batch.
 
     Args:
         model: from `build_classifier`.
         batch: see `inputs.images.examples.element_spec`. In training each image and label is mixed
             with the one as far from the end of the batch as it is from the beginning, by
             `mixup` (Zhang et al., arXiv:1710.09412).
-        training: whether batch norm takes the batch's own statistics.
-        label_smoothing: share of the target that is spread over all classes; in training alone.
+        training: whether batch norm uses the statistics of the batch.
+        label_smoothing: share of the target that is spread over all classes, in training only.
 
     Returns:
-        float32 scalars, named by what they become when `classification_counts` divides them:
-        `image_loss` is the summed cross-entropy in nats, `image_top1` and `image_top5` count
-        images whose class is the likeliest, or among the five likeliest.
+        float32 scalars. `image_loss`: summed cross-entropy in nats. `image_top1`, `image_top5`:
+        numbers of images whose class has the largest logit, or one of the five largest.
     """
     images, weights = tf.cast(batch["image"], model.input.dtype), batch["example_weights"]
     targets = tf.one_hot(batch["label"], model.output.shape[-1])
@@ -176,8 +175,8 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
     losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
     label, numbers = batch["label"][:, None], tf.range(logits.shape[-1], dtype=batch["label"].dtype)
     own_logit = tf.gather(logits, label, axis=1, batch_dims=1)
-    # Among equals, which bfloat16 often makes, the first comes first, as in the export's top k.
-    # What is not a number is behind nobody.
+    # Of equal logits, which are common in bfloat16, the lower class comes first, as in the export's
+    # top k. Comparisons with NaN are False, so a NaN logit never counts as a hit.
     behind = (logits < own_logit) | ((logits == own_logit) & (numbers >= label))
     rank = logits.shape[-1] - tf.reduce_sum(tf.cast(behind, tf.int32), axis=1)
     return {
@@ -188,7 +187,7 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
 
 
 def classification_counts(batch):
-    """What the sums of `classification_sums` are divided by: images."""
+    """The divisor of `classification_sums`: the number of images."""
     return {"image": tf.reduce_sum(batch["example_weights"])}
 
 

@@ -38,7 +38,7 @@ def build_span_labeler(
 
 
 def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
-    """Loss and right answers of a batch, as sums: what replicas and steps can add up.
+    """Sums of the loss and of the correct predictions over a batch.
 
     Args:
         model: from `build_span_labeler`.
@@ -47,7 +47,7 @@ def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
     Returns:
         float32 scalars. `span_loss`: half the cross-entropy of the start plus half that of the
-        end, in nats, as google-research/bert has it; `span_accuracy`: windows with both right.
+        end, in nats, as in google-research/bert. `span_accuracy`: windows with both correct.
     """
     outputs = model({key: batch[key] for key in model.input}, training=training)
     losses, hits = 0.0, 1.0
@@ -64,26 +64,26 @@ def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
 
 def span_counts(batch) -> dict[str, tf.Tensor]:
-    """What the sums of `span_sums` are divided by: windows."""
+    """The divisor of `span_sums`: the number of windows."""
     return {"span": tf.reduce_sum(batch["example_weights"])}
 
 
 def best_spans(start_logits, end_logits, may_begin, may_end, *, n_best, max_answer_length):
-    """The likeliest spans of each row, as google-research/bert, run_squad.py, picks them.
+    """The best spans of each row, as in google-research/bert, run_squad.py.
 
-    The `n_best` likeliest starts are paired with the `n_best` likeliest ends; a pair counts if it
-    does not end before it starts and is at most `max_answer_length` pieces long.
+    The `n_best` starts with the largest logits are paired with the `n_best` ends. A pair is a span if
+    it does not end before it starts and has at most `max_answer_length` pieces.
 
-    *Differs from* run_squad.py: the likeliest starts and ends are looked for where an answer may
-    stand, not in the whole row, so that a row with a context seldom comes out empty.
+    *Differs from* run_squad.py: starts and ends are taken from the positions that an answer can
+    have, not from the whole row, so that few rows have no span.
 
     Args:
         start_logits, end_logits: [W, L] float.
         may_begin, may_end: [W, L] bool.
 
     Returns:
-        starts, ends: [W, n_best] int32 places in the row. scores: [W, n_best] float32, the sum of
-        the two logits, falling; `IMPOSSIBLE` and below where there is no further span.
+        starts, ends: [W, n_best] int32, positions in the row. scores: [W, n_best] float32, the sum
+        of both logits, descending; at most `IMPOSSIBLE` where there is no further span.
     """
     length = start_logits.shape[1]
     count = tf.minimum(n_best, tf.shape(start_logits)[1]) if length is None else min(n_best, length)

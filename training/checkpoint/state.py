@@ -29,7 +29,7 @@ def _host_variable(value, dtype, name):
 
 
 class RunConfigText(tf.train.experimental.PythonState):
-    """The run's settings as text, for whoever opens the checkpoint."""
+    """The run's settings as text, for a reader of the checkpoint."""
 
     def __init__(self, text: str):
         super().__init__()
