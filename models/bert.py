@@ -87,7 +87,7 @@ def build_pretrainer(
         initializer=tf_utils.clone_initializer(initializer),
         name="masked_lm",
     )
-    # The input is the encoder's own pooler, as published. tf-models' ClassificationHead has a second
+    # The input is the encoder's own pooler, as published. tf-models' ClassificationHead has another
     # pooler, and would leave the encoder's untrained.
     next_sentence = tf_keras.layers.Dense(
         2, kernel_initializer=tf_utils.clone_initializer(initializer), name="next_sentence"

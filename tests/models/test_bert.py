@@ -99,7 +99,7 @@ def test_the_builder_makes_the_size_it_is_asked_for(model):
     assert all(variable.trainable for variable in model.variables)
 
 
-def test_sums_are_what_the_logits_say(model):
+def test_sums_agree_with_the_logits(model):
     rng = np.random.default_rng(0)
     batch = {
         "input_word_ids": rng.integers(5, len(VOCABULARY), (3, LENGTH)),

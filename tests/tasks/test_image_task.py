@@ -105,7 +105,7 @@ def test_a_damaged_image_is_an_error_of_its_own():
     assert module.classify_files(tf.constant([], tf.string))["names"].shape == (0, 5)
 
 
-def test_train_py_learns_three_classes_and_says_so(tmp_path):
+def test_train_py_learns_three_classes_and_reports_it(tmp_path):
     """From shards to report: held-out figures, the best checkpoint, the SavedModel's answers."""
     data = prepared(tmp_path, size=(40, 40))
     settings = ("model=cifar-resnet-10", "image_size=32", "label_smoothing=0", "augmentation=none")

@@ -65,7 +65,7 @@ def make_inputs(rows=3, length=20, seed=0):
     return {key: tf.constant(value, tf.int32) for key, value in inputs.items()}
 
 
-def test_sums_are_what_the_logits_say():
+def test_sums_agree_with_the_logits():
     model, inputs = make_labeler(), make_inputs()
     batch = inputs | {
         "start_positions": tf.constant([3, 0, 2]),
@@ -196,7 +196,7 @@ SMALL += ["--set", "model=tiny"]
 SMALL += ["--set", "sequence_length=32", "--set", "max_query_length=8", "--set", "doc_stride=10"]
 
 
-def test_fine_tuning_goes_from_our_pre_training_to_right_answers(data, in_process, tmp_path, capfd):
+def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_path, capfd):
     """The whole road must be able to be right: windows, loss, spans, text, metric, export."""
     pre, run = tmp_path / "pre", tmp_path / "run"
     tf_keras.utils.set_random_seed(1)

@@ -133,18 +133,18 @@ def assert_same(found, one_replica):
         assert error <= 1e-5 * way, f"{name}: {error} on a way of {way}"
 
 
-def test_two_replicas_come_to_the_weights_of_one(until, mirrored, one_replica, exact, tmp_path):
+def test_two_replicas_train_the_weights_of_one(until, mirrored, one_replica, exact, tmp_path):
     assert_same(until(COMPARED, mirrored, tmp_path, *exact), one_replica)
 
 
-def test_micro_batches_come_to_the_weights_of_the_whole(
+def test_accumulation_trains_the_weights_of_the_whole_batch(
     until, one_cpu, one_replica, exact, tmp_path
 ):
     flags = (*exact, "--set", "accumulation=4")
     assert_same(until(COMPARED, one_cpu, tmp_path, *flags), one_replica)
 
 
-def test_two_processes_come_to_the_same_and_outlive_one_another(one_replica, exact, tmp_path):
+def test_two_processes_train_the_same_weights_and_survive_each_other(one_replica, exact, tmp_path):
     """One is killed on the way, both go on; one is told to stop, both save the same step."""
     flags = (*FLAGS, *exact, f"--model_dir={tmp_path}")
     with workers(*flags) as (chief, other):
@@ -167,7 +167,7 @@ def test_two_processes_come_to_the_same_and_outlive_one_another(one_replica, exa
     assert len(list(tmp_path.glob("train/events*"))) == 2 and not list(tmp_path.glob("*work*"))
 
 
-def test_workers_with_different_commands_are_told_so(exact, tmp_path):
+def test_workers_with_different_commands_are_refused(exact, tmp_path):
     """They would wait for one another for ever."""
     with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:
         for process in processes:
@@ -176,7 +176,7 @@ def test_workers_with_different_commands_are_told_so(exact, tmp_path):
             assert "TF_CONFIG: the workers differ in seed. Give all the same command" in said
 
 
-def test_dropout_goes_on_as_if_nothing_had_stopped_it(until, mirrored, text, tmp_path):
+def test_dropout_of_a_resumed_run_is_bit_identical(until, mirrored, text, tmp_path):
     flags = (f"--data_dir={text}", "--set", "dropout=0.1", "--set", "accumulation=2")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     until(COMPARED, mirrored, whole, *flags)

@@ -1,4 +1,4 @@
-"""Whole runs of train.py in which something goes wrong: nothing is lost, and all is said."""
+"""Runs of train.py in which something fails: nothing is lost, and the message says what failed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def losses(model_dir):
 
 
 def stopping(owner, name, monkeypatch):
-    """What the owner has under that name begins with a SIGTERM."""
+    """Makes the attribute `name` of `owner` raise SIGTERM before it does its work."""
     original = getattr(owner, name)
 
     def method(*arguments, **named):
@@ -51,13 +51,15 @@ def stopping(owner, name, monkeypatch):
 
 @pytest.fixture
 def no_export(monkeypatch):
-    """Nothing is exported and shown, to save the time."""
+    """Skips the export and the demonstration, which take time."""
     for name in ("export", "demonstrate"):
         monkeypatch.setattr(BertPretraining, name, lambda *unused: None)
 
 
-def test_stops_at_bad_moments_leave_no_trace(in_process, capfd, tmp_path, monkeypatch, text):
-    """While the first loop compiles, in an evaluation, at the border of two phases, in export."""
+def test_interruptions_at_bad_moments_change_no_result(
+    in_process, capfd, tmp_path, monkeypatch, text
+):
+    """While the first loop compiles, in an evaluation, between two phases, in the export."""
     more = {"vocabulary_size": 300, "phase2.sequence_length": 32, "max_sequence_length": 32}
     more |= {"evaluate_every_steps": 10, "save_every_steps": 5, "compute_dtype": "float32"}
     given = flags("--recipe=bert-large-32k", "--steps=20", f"--data_dir={text}", **more)
@@ -86,7 +88,7 @@ def test_stops_at_bad_moments_leave_no_trace(in_process, capfd, tmp_path, monkey
     assert not list((tmp_path / "cut").glob("*export*"))
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_sentence_and_the_run_resumes_when_there_is_room(
     in_process, capfd, tmp_path, no_export
 ):
     disk = tmp_path / "disk"
@@ -112,9 +114,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_run_that_diverges_goes_back_at_a_lower_rate_which_it_keeps(
-    in_process, capfd, tmp_path, no_export
-):
+def test_a_run_that_diverges_rolls_back_with_a_lower_rate(in_process, capfd, tmp_path, no_export):
     """At first 1e30 times too high, then right."""
     arguments = flags(
         "--steps=30", f"--model_dir={tmp_path}/run", peak_learning_rate=1e28, warmup_steps=0,
@@ -136,7 +136,7 @@ def test_a_run_that_diverges_goes_back_at_a_lower_rate_which_it_keeps(
     assert recipe["name"] == "bert-mini-demo" and recipe["seed"] == 1
 
 
-def test_damaged_text_stops_the_run_where_it_is_asked_to(in_process, capfd, tmp_path, text):
+def test_damaged_text_stops_the_run_if_asked(in_process, capfd, tmp_path, text):
     content = bytearray(text.read_bytes())
     place = len(content) // 2
     content[place] = 0xFF

@@ -39,7 +39,7 @@ def build_model():
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_it_is_found_from_the_parts_of_each_batch(mirrored, accumulation, tmp_path):
+def test_the_noise_scale_is_estimated_from_micro_batches(mirrored, accumulation, tmp_path):
     """x ~ N(m, 9 I) in 50 dimensions and w = 0, 2 from m: |G|^2 is 4, and tr(S) is 450."""
     x = DISTANCE / WIDTH**0.5 + DEVIATION * np.random.default_rng(0).normal(
         size=[2 * STEPS, BATCH, WIDTH]

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     )
 
 
-def test_where_nothing_can_be_read_nothing_is_begun_anew(tmp_path):
+def test_a_folder_of_unreadable_checkpoints_is_refused(tmp_path):
     Small(tmp_path).save_at(10, 20)
     for path in tmp_path.glob("*.data*"):
         truncated(path)
@@ -108,7 +108,7 @@ def test_where_nothing_can_be_read_nothing_is_begun_anew(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_what_a_dead_run_left_is_cleared(tmp_path):
+def test_files_of_a_killed_run_are_removed(tmp_path):
     Small(tmp_path).save_at(10)
     (tmp_path / ".saving").mkdir()
     (tmp_path / ".saving/ckpt-20.index").write_text("half")
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_error_and_costs_no_checkpoint(small_disk):
     assert saved_steps(again.save_at(30).folder) == [10, 20, 30]
 
 
-def test_a_quota_on_files_is_such_an_error_too(tmp_path):
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
     small = Small(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

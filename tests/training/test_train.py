@@ -1,4 +1,4 @@
-"""train.py from end to end on a few kilobytes of text, and what it says to a user's mistake."""
+"""train.py from end to end on a few kilobytes of text, and its messages for users' mistakes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def train(*arguments):
 
 @pytest.fixture(scope="module")
 def whole_run(text, tmp_path_factory):
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     result = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -72,7 +72,7 @@ def tensors(folder):
     return {name: reader.get_tensor(name).tobytes() for name in names}
 
 
-def test_a_run_stopped_killed_and_damaged_ends_as_the_other(whole_run, text, tmp_path):
+def test_an_interrupted_killed_and_damaged_run_ends_like_the_other(whole_run, text, tmp_path):
     """SIGINT, kill -9, a truncated checkpoint: losses, weights and slots to the last bit."""
     folder, log = tmp_path / "run", tmp_path / "said"
     arguments = (f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
