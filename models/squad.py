@@ -71,8 +71,8 @@ def span_counts(batch) -> dict[str, tf.Tensor]:
 def best_spans(start_logits, end_logits, may_begin, may_end, *, n_best, max_answer_length):
     """The best spans of each row, as in google-research/bert, run_squad.py.
 
-    The `n_best` starts with the largest logits are paired with the `n_best` ends. A pair is a span if
-    it does not end before it starts and has at most `max_answer_length` pieces.
+    The `n_best` starts with the largest logits are paired with the `n_best` ends. A pair is a span
+    if it does not end before it starts and has at most `max_answer_length` pieces.
 
     *Differs from* run_squad.py: starts and ends are taken from the positions that an answer can
     have, not from the whole row, so that few rows have no span.
