@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from runs import SmallTask, begin, small_recipe, small_run
+from small_runs import SmallTask, begin, small_recipe, small_run
 
 from inputs.errors import InputError
 from preflight import plan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from runs import SmallTask, small_recipe, small_run
+from small_runs import SmallTask, small_recipe, small_run
 
 from inputs.errors import InputError
 from recipes import find_recipe, resized

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from runs import SmallTask, begin, small_recipe, small_run
+from small_runs import SmallTask, begin, small_recipe, small_run
 
 from recipes.types import profile_window
 from tf_lamb.tf_keras import LAMB
