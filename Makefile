@@ -1,6 +1,6 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks;
 #             ARGS=--steps=40 for a short one
-# make test   installs what tests need, lints, runs all tests
+# make test   installs what tests need, lints, builds the documentation, runs all tests
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped

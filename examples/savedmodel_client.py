@@ -1,4 +1,4 @@
-"""Asks a SavedModel that `train.py` exported, with TensorFlow alone.
+"""Calls a SavedModel that `train.py` exported, with TensorFlow alone.
 
 It shows what a serving program needs: `tf.saved_model.load`, the signature `serving_default`, and
 raw strings or image files as its inputs. Neither tf_lamb nor Keras is imported. The folder is the
@@ -69,7 +69,7 @@ CLIENTS = {
 
 
 def main(export_dir, *arguments):
-    """Loads the SavedModel and asks it."""
+    """Loads the SavedModel and calls it."""
     if not tf.saved_model.contains_saved_model(export_dir):
         sys.exit(f"{export_dir} holds no SavedModel. Give the `export` folder of a run.")
     model = tf.saved_model.load(export_dir)
