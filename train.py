@@ -14,7 +14,7 @@ import tempfile
 import time
 
 STARTED = time.perf_counter()  # before TensorFlow is imported, which takes seconds
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up log lines
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
 
 import numpy as np
 import tensorflow as tf
@@ -66,7 +66,7 @@ flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
 
 DIVERGED = 3  # exit status of a run that diverged
-INTERRUPTED = 130  # exit status of a program that Ctrl-C ended
+INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
 def log(line: str) -> None:
@@ -76,7 +76,7 @@ def log(line: str) -> None:
 
 @contextlib.contextmanager
 def blame(flag: str):
-    """Turns a `ValueError` into an `InputError` that names the flag it is about."""
+    """Converts a `ValueError` inside to an `InputError` whose message starts with `flag`."""
     try:
         yield
     except ValueError as error:
@@ -84,7 +84,11 @@ def blame(flag: str):
 
 
 def choose_recipe() -> Recipe:
-    """The recipe that the flags name, with the changes that they ask for."""
+    """Returns the recipe of `--recipe`, changed as the other flags ask.
+
+    Raises:
+        InputError: a flag has a wrong value.
+    """
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
@@ -115,7 +119,7 @@ def choose_recipe() -> Recipe:
 
 @contextlib.contextmanager
 def choose_folders(recipe: Recipe):
-    """Yields (model_dir, export_dir). Those of a dry run are temporary."""
+    """Yields (model_dir, export_dir); a dry run uses a temporary folder."""
     if FLAGS.dry_run:
         with tempfile.TemporaryDirectory(prefix="dry-run-") as folder:
             yield folder, os.path.join(folder, "export")
@@ -125,7 +129,7 @@ def choose_folders(recipe: Recipe):
 
 
 def check_replicas(recipe: Recipe, where) -> None:
-    """Raises `InputError` unless the recipe's batches can be shared by the replicas."""
+    """Raises `InputError` unless the recipe's batches can be split over the replicas."""
     for phase in recipe.phases:
         strategy.check_batch(where, phase.global_batch_size, recipe.accumulation)
     if recipe.measure_noise_scale and where.num_replicas_in_sync * recipe.accumulation < 2:
@@ -137,7 +141,7 @@ def check_replicas(recipe: Recipe, where) -> None:
 
 
 def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
-    """Data, model, training, export, report."""
+    """Loads the data, builds the model, trains, exports and prints the report."""
     chief = strategy.is_chief(where)
     tf_keras.utils.set_random_seed(FLAGS.seed)
     if recipe.compute_dtype != "float32":
@@ -205,7 +209,7 @@ Logs       tensorboard --logdir={model_dir}""",
 
 
 def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
-    """The report of a dry run: time and loss of each step, and the size of the SavedModel."""
+    """Formats a dry run's report: time and loss of each step, and the size of the SavedModel."""
     lines = [f"Dry run    {recipe.name}: trained, saved, evaluated and exported; no file is kept"]
     history = read_rows(os.path.join(model_dir, HISTORY))
     for index, phase in enumerate(recipe.phases, start=1):
@@ -255,7 +259,7 @@ def main(arguments) -> int:
         if chief:
             stack.enter_context(locked(model_dir, "--model_dir", log=log))
             manager.recover(model_dir, log)
-        # Also waits until the chief has decided which checkpoint is the newest.
+        # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
             where, recipe=recipe, seed=FLAGS.seed, steps_per_loop=FLAGS.steps_per_loop
         )
@@ -279,7 +283,7 @@ def main(arguments) -> int:
 
 
 def run(argv) -> int:
-    """`main`, with a user's mistake or a full disk reported as one sentence."""
+    """Runs `main`; reports a user's mistake or a disk error in one line, without a traceback."""
     try:
         return main(argv)
     except (InputError, manager.SaveFailed) as error:
@@ -293,7 +297,7 @@ def run(argv) -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """One sentence about an error of the disk, another worker or the data; else raises it."""
+    """Describes an error of the disk, another worker or the data; raises any other error."""
     disk_error = manager.describe_disk_error(error)
     if disk_error:
         return (
@@ -306,7 +310,7 @@ def describe_error(error: Exception) -> str:
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
             "same command on all of them again; it resumes from the newest checkpoint."
         )
-    # An error in the input pipeline reaches this thread as text.
+    # TensorFlow passes an exception of the input pipeline on only as the text of an `OpError`.
     message = re.search(r"InputError: (.+)", str(error))
     if message:
         return message[1]

@@ -1,17 +1,17 @@
-"""LAMB beside AdamW at a small and at a 32 times larger batch, for the same number of epochs.
+"""Compares LAMB and AdamW at a small and a 32 times larger batch, for the same number of epochs.
 
     python -m experiments.bert_batches --data_dir=enwiki-articles.jsonl.gz --vocab=vocab.txt
 
-trains `bert-mini` through both of its phases (length 128, then 512 at half the batch, warming up
-again). Each optimizer at each batch size is tuned by the same rule: three rates, a factor of two
-apart, with the first seed; while the best of them, by held-out masked-token accuracy, is the lowest
-or the highest, the next one beyond it. The best runs with the other seeds too. The rate of the
-second phase is 1/√2 of the first one's, as its batch is half; warm-up takes a tenth of each phase.
-Steps of more than --micro_batch sequences are accumulated.
+trains `bert-mini` through both of its phases (length 128, then 512 at half the batch size, with
+warm-up in each). The rule for tuning the learning rate is the same for each optimizer and batch
+size. Three rates, a factor of two apart, are tried with the first seed. While the best of them, by
+held-out masked-token accuracy, is the lowest or the highest, the next rate beyond it is tried. The
+best rate is then run with the other seeds. The second phase has half the batch size, so its rate is
+1/√2 of the first phase's. Steps of more than --micro_batch sequences use gradient accumulation.
 
-What is done is kept, a file OUTPUT/NAME.json for each run: the same command goes on with the run
-that it was in. Two commands, each with one of the --optimizers, can run side by side. It writes
-OUTPUT/table.md and OUTPUT/curves.png, also when only some runs are done.
+The outcome of each run is saved in OUTPUT/NAME.json. If the command is stopped, the same command
+resumes the run that was in progress. Two commands with different --optimizers can run at the same
+time. OUTPUT/table.md and OUTPUT/curves.png are written even if only some of the runs are done.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
 
 import matplotlib
 
@@ -37,7 +37,7 @@ from recipes import find_recipe, scale_recipe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RECIPE, TIMES_LARGER, SEEDS = "bert-mini", 32, (1, 2, 3)
-# Best rate that is expected at the small batch; at the large one √32 times it.
+# Expected best rate at the small batch. At the large batch it is multiplied by √32.
 EXPECTED_RATE = {"lamb": 0.00125, "adamw": 0.0005}
 AROUND = (1 / 2, 1, 2)
 
@@ -53,12 +53,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder and outcome file."""
         return f"{self.optimizer}-{self.batch}-rate{self.rate:g}-seed{self.seed}"
 
 
 def pairs(options) -> list[tuple[str, int, list[float]]]:
-    """(optimizer, batch size, its rates)."""
+    """Returns (optimizer, batch size, the first rates to try) of each combination."""
     return [
         (
             optimizer,
@@ -71,8 +71,8 @@ def pairs(options) -> list[tuple[str, int, list[float]]]:
 
 
 def command(trial: Trial, options, folder: str) -> list[str]:
-    """The `train.py` command of a trial."""
-    # "linear" keeps the share of the steps that is warm-up; the rates it gives are set anew.
+    """Returns the `train.py` command of a trial."""
+    # "linear" keeps the share of warm-up steps. `settings` replaces the rates that it computes.
     steps = round(options.share * scale_recipe(find_recipe(RECIPE), trial.batch, "linear").steps)
     settings = {
         "optimizer": trial.optimizer,
@@ -95,10 +95,10 @@ def command(trial: Trial, options, folder: str) -> list[str]:
 
 
 def run(trial: Trial, options) -> dict:
-    """The trial's outcome: that of its file, or of the run that is started or gone on with.
+    """Returns the trial's outcome from its file; if there is none, runs or resumes the trial.
 
     Raises:
-        RuntimeError: train.py failed, other than by divergence, or the file is of other settings.
+        RuntimeError: train.py failed other than by divergence, or the file has other settings.
     """
     folder = os.path.join(options.runs, trial.name)
     path = outcome_path(trial, options)
@@ -120,7 +120,7 @@ def run(trial: Trial, options) -> dict:
             outcome |= {"curve": curve(folder)}
         outcome["seconds_since_start"] = round(time.perf_counter() - start, 1)
         write_json(path, outcome, indent=None)
-        for name in os.listdir(folder):  # figures stay, weights go: there are many runs
+        for name in os.listdir(folder):  # delete weights and keep logs, as there are many runs
             if name.startswith("ckpt-") or name in ("best", "export", "checkpoint"):
                 place = os.path.join(folder, name)
                 shutil.rmtree(place) if os.path.isdir(place) else os.remove(place)
@@ -132,12 +132,12 @@ def run(trial: Trial, options) -> dict:
 
 
 def outcome_path(trial: Trial, options) -> str:
-    """Where the trial's outcome is kept."""
+    """Returns the path of the trial's outcome file."""
     return os.path.join(options.output, f"{trial.name}.json")
 
 
 def curve(folder: str) -> list[tuple[int, float]]:
-    """(sequences used so far, share of the masked training tokens right) of each loop of steps."""
+    """Returns (sequences used so far, masked-token training accuracy) of each loop of steps."""
     with open(os.path.join(folder, "recipe.json"), encoding="utf-8") as file:
         first, second = json.load(file)["phases"]
     points = []
@@ -151,7 +151,7 @@ def curve(folder: str) -> list[tuple[int, float]]:
 
 
 def compare(options, say=print) -> list[dict]:
-    """Runs what is missing, up to `options.limit` runs; returns all outcomes that there are."""
+    """Runs missing trials, at most `options.limit`; returns all outcomes found or made."""
     outcomes = []
 
     def outcome(trial):
@@ -180,7 +180,7 @@ def compare(options, say=print) -> list[dict]:
 
 
 def summary(outcomes: list[dict]) -> list[dict]:
-    """A row for each optimizer and batch size: the best rate, its seeds, and the whole grid."""
+    """Returns a row for each optimizer and batch size: best rate, its seeds and all rates tried."""
     rows = []
     for key in dict.fromkeys((o["optimizer"], o["batch"]) for o in outcomes):
         own = [o for o in outcomes if (o["optimizer"], o["batch"]) == key]
@@ -202,7 +202,7 @@ def summary(outcomes: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: mean and standard deviation over the seeds, and every rate that was tried."""
+    """Returns a Markdown table: mean and standard deviation over the seeds, and all rates tried."""
     lines = [
         "| optimizer | batch | best rate | held-out masked-token accuracy | first seed, by rate |",
         "|---|---|---|---|---|",
@@ -220,7 +220,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """A PNG: accuracy on the training text against sequences used, a line for each seed."""
+    """Plots training accuracy against sequences used to a PNG, with a line for each seed."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, row in enumerate(rows):
         for i, points in enumerate(curve for curve in row["curves"] if curve):
@@ -236,7 +236,7 @@ def draw(rows: list[dict], path: str) -> None:
 
 
 def main(arguments=None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, help="text, as train.py takes it")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")

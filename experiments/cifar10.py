@@ -1,10 +1,10 @@
 """Compares optimizers on CIFAR-10: python -m experiments.cifar10 --data_dir=DIR --output=DIR
 
-LARS, LAMB, momentum SGD and AdamW at batch 128 and 4,096 for the same epochs: each with a quarter
-of its recipe's rate, the rate itself and four times it, then the best of the three with more
-seeds. Every run is train.py's with a folder of its own; what is finished is not run again, and
-what was stopped goes on, so the same command can be given until all is done. It writes
-OUTPUT/table.json, table.md and curves.png, of what there is, after each run.
+Trains with LARS, LAMB, momentum SGD and AdamW at batch sizes 128 and 4,096, for the same number of
+epochs. Each combination is run with 0.25, 1 and 4 times its recipe's learning rate; the best of
+the three is then run with more seeds. Each run is a run of train.py in its own folder. Finished
+runs are skipped and a stopped run is resumed, so the same command can be repeated until all runs
+are done. OUTPUT/table.json, table.md and curves.png are updated after each run.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
 
 import matplotlib
 
-matplotlib.use("Agg")  # before pyplot, which would look for a screen
+matplotlib.use("Agg")  # before the import of pyplot, which would look for a display
 from matplotlib import pyplot
 
 from experiments import DIVERGED
@@ -33,12 +33,12 @@ RATE_FACTORS = (0.25, 1.0, 4.0)
 
 
 def peak_rate(optimizer: str, batch: int) -> float:
-    """The recipe's own."""
+    """Returns the peak learning rate of the recipe."""
     return find_recipe(f"cifar10-{optimizer}-{batch}").phases[0].peak_learning_rate
 
 
 def run(folder: pathlib.Path, row: dict, flags) -> dict:
-    """One run of train.py, unless it is finished; `row` with what came out."""
+    """Runs or resumes train.py unless the run is finished; returns `row` with its results."""
     batch = row["batch"]
     result = folder / "run.json"
     if not result.exists():
@@ -53,15 +53,15 @@ def run(folder: pathlib.Path, row: dict, flags) -> dict:
             f"--seed={row['seed']}",
             f"--set=peak_learning_rate={row['rate']!r}",
             f"--steps={steps}",
-            f"--steps_per_loop={max(1, steps // 30)}",  # points of the curve
+            f"--steps_per_loop={max(1, steps // 30)}",  # about 30 points per curve
             f"--set=evaluate_every_steps={steps}",
         ]
         start = time.monotonic()
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=log).returncode
         if status < 0 or status > 128:
-            raise KeyboardInterrupt  # stopped; the state is saved
-        row["minutes"] = (time.monotonic() - start) / 60  # of the last start
+            raise KeyboardInterrupt  # a signal stopped it
+        row["minutes"] = (time.monotonic() - start) / 60  # only of the last start
         if status == 0:
             row |= json.loads((folder / "results.json").read_text())
         elif status != DIVERGED:
@@ -71,12 +71,12 @@ def run(folder: pathlib.Path, row: dict, flags) -> dict:
 
 
 def accuracy(row: dict) -> float:
-    """Top-1 on the 10,000 test images; 0 for a run that diverged."""
+    """Returns top-1 accuracy on the 10,000 test images; 0 for a run that diverged."""
     return row.get("image_top1", 0.0)
 
 
 def summary(rows: list[dict]) -> str:
-    """The table in Markdown: the best rate of each pair, and its accuracy over the seeds."""
+    """Returns a Markdown table: the best rate of each pair, and its accuracy for each seed."""
     lines = [
         "| optimizer | batch | best rate | top-1, of each seed | first seed, by rate |",
         "|---|---|---|---|---|",
@@ -96,7 +96,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], output: pathlib.Path) -> None:
-    """Training loss over epochs of the best run of each pair."""
+    """Plots training loss over epochs for the best run of each pair."""
     figure, axes = pyplot.subplots(1, len(BATCHES), figsize=(10, 4), sharey=True)
     for axis, batch in zip(axes, BATCHES, strict=True):
         for optimizer in OPTIMIZERS:
@@ -118,13 +118,13 @@ def draw(rows: list[dict], output: pathlib.Path) -> None:
 
 
 def name(row: dict) -> str:
-    """The folder of a run."""
+    """Returns the name of a run's folder."""
     epochs = f"{row['epochs']:g}epochs"
     return f"{row['optimizer']}-{row['batch']}-{row['rate']:g}-{epochs}-seed{row['seed']}"
 
 
 def main() -> None:
-    """Runs what is missing."""
+    """Runs the command line: all runs that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, help="from inputs.images.prepare")
     parser.add_argument("--output", required=True)

@@ -1,9 +1,9 @@
-"""Learns 220 real photographs by heart: python -m experiments.one_batch --source=samples.tar
+"""Overfits one batch of 220 photographs: python -m experiments.one_batch --source=samples.tar
 
-A proof that data, labels, model, optimizer and export agree: ResNet-50, all layers at a quarter of
-their width, at 224, trains on one batch of all images of the source, and the SavedModel is then
-asked for each of them as a file. Twelve minutes of processor time. The same command goes on where
-it was stopped.
+This checks that data, labels, model, optimizer and export agree. A ResNet-50 with all layers at a
+quarter of their width and image size 224 trains on one batch of all images of the source; then the
+SavedModel classifies each image file. It takes about twelve minutes of CPU time. If it is stopped,
+the same command resumes it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
 
 import tensorflow as tf
 
@@ -23,7 +23,7 @@ RECIPE = "resnet50-one-batch"
 
 
 def files(source: str) -> list[tuple[bytes, str]]:
-    """(an image file's bytes, its class's WordNet id) of a tar with its CSV and classes.csv."""
+    """Returns (image file, WordNet id of its class) for a tar with its CSV and classes.csv."""
     with open(os.path.join(os.path.dirname(source), "classes.csv"), encoding="utf-8") as table:
         wnids = {row["index"]: row["wnid"] for row in csv.DictReader(table)}
     with tarfile.open(source) as archive:
@@ -33,7 +33,7 @@ def files(source: str) -> list[tuple[bytes, str]]:
 
 
 def right(export_dir: str, images: list[tuple[bytes, str]]) -> int:
-    """How many images the SavedModel names right, each from the bytes of its file."""
+    """Returns how many images the SavedModel classifies correctly from their files."""
     classify = tf.saved_model.load(export_dir).signatures["serving_default"]
     likeliest = (classify(image=tf.constant([data]))["wnids"][0, 0] for data, _ in images)
     return sum(
@@ -42,7 +42,7 @@ def right(export_dir: str, images: list[tuple[bytes, str]]) -> int:
 
 
 def main() -> int:
-    """The command line; returns the exit status: 1 if it is no proof."""
+    """Runs the command line; returns the exit status, 1 if the check failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="a tar; beside it its CSV, classes.csv")
     parser.add_argument("--output", default="runs/one-batch")
@@ -51,7 +51,7 @@ def main() -> int:
     data, run = os.path.join(flags.output, "data"), os.path.join(flags.output, "run")
     prepare = ["-m", "inputs.images.prepare", f"--source={flags.source}", f"--output={data}"]
     train = ["train.py", f"--recipe={RECIPE}", f"--data_dir={data}", f"--model_dir={run}"]
-    train += ["--steps_per_loop=1"]  # the history has each step
+    train += ["--steps_per_loop=1"]  # so that the history has each step
     try:
         images = files(flags.source)
     except (OSError, KeyError, tarfile.TarError) as error:
@@ -61,7 +61,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    # Training and evaluation have the same images.
+    # Training and evaluation use the same images.
     for command in (prepare, [*prepare, "--split=validation"], train):
         if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
             return 1

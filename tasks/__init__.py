@@ -1,4 +1,4 @@
-"""What train.py can train: the tasks by name. `task.py` declares what a task is."""
+"""The tasks that train.py can train, by name. `task.py` defines their interface."""
 
 from tasks.bert import BertPretraining
 from tasks.resnet import ImageClassification

@@ -1,4 +1,4 @@
-"""BERT pre-training: masked tokens and next sentences."""
+"""BERT pre-training with masked language modelling and next-sentence prediction."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from tasks.task import Metric, Task, loss_metric
 
 SHOWN_SENTENCES = 4
 SEARCHED_SENTENCES = 20_000
-EVALUATION_SEED = 0  # held-out text is masked the same way in every run
+EVALUATION_SEED = 0  # so that held-out text is masked in the same way in every run
 USAGE = """\
 import tensorflow_text  # its kernels
 
@@ -33,12 +33,12 @@ class BertPretraining(Task):
     Args:
         recipe: a `recipes.bert.BertRecipe`.
         data_dir: files, globs or folders of text, comma-separated; or a folder written by
-            `inputs.text.prepare`; or "" for the English text that every installation has.
+            `inputs.text.prepare`; or "" for the English text of the installed Python packages.
         vocab: path of a vocab.txt, or "" to learn one from the text.
-        resume_dir: see `tasks.task.Task`. A resumed run keeps the vocabulary that it learned.
-        seed: int, decides order, sentence pairs and masks.
-        synthetic: takes random batches instead of text.
-        log: takes lines about what is read.
+        resume_dir: see `tasks.task.Task`. A resumed run reads its vocabulary from there.
+        seed: int, seed of the data order, sentence pairs and masks.
+        synthetic: whether to use random batches instead of text.
+        log: takes lines of progress.
     """
 
     example_unit = "sequences"
@@ -76,7 +76,7 @@ class BertPretraining(Task):
         vocabulary.save_vocabulary(self.vocabulary, os.path.join(model_dir, "vocab.txt"))
 
     def build_model(self):
-        """The encoder with both heads."""
+        """Returns the encoder with the masked-LM and next-sentence heads."""
         return bert.build_pretrainer(
             bert.SIZES[self.recipe.model],
             len(self.vocabulary),
@@ -94,7 +94,7 @@ class BertPretraining(Task):
         return bert.pretraining_counts(batch)
 
     def train_batches(self, phase_index, first_step):
-        """Sequences of the phase's length."""
+        """Training sequences of the phase's length."""
         phase = self.recipe.phases[phase_index]
         training = self._source.training_examples(phase, self._seed + phase_index)
         return lambda context: training.training_batches(
@@ -110,7 +110,7 @@ class BertPretraining(Task):
         )
 
     def final_metrics(self, model, strategy, output_dir):
-        """`frequent_token`: the accuracy of always predicting the most frequent masked token."""
+        """Returns `frequent_token`, the accuracy of always predicting the most frequent token."""
         del model, strategy, output_dir
         counts = np.zeros(len(self.vocabulary))
         for batch in self.evaluation_batches(len(self.recipe.phases) - 1)(None):
@@ -119,7 +119,7 @@ class BertPretraining(Task):
         return {"frequent_token": counts.max() / counts.sum()}
 
     def describe(self, results):
-        """Masked-token accuracy beside that of the most frequent token."""
+        """Masked-token accuracy compared with the most-frequent-token baseline."""
         accuracy, baseline = results["masked_accuracy"], results["frequent_token"]
         line = (
             f"masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the "
@@ -130,13 +130,13 @@ class BertPretraining(Task):
         return f"{line}; next-sentence accuracy {results['sentence_accuracy']:.3f}"
 
     def export(self, model, export_dir, results):
-        """Writes the SavedModel that fills in masks and encodes sentences."""
+        """Writes a SavedModel that predicts masked tokens and encodes sentences."""
         card = make_card(self, model.count_params(), results, USAGE)
         export = pretrained_export(model, self.vocabulary, self.recipe.max_sequence_length)
         write_export(export, card, export_dir)
 
     def demonstrate(self, export_dir):
-        """Prints what the SavedModel fills in for masks in held-out sentences."""
+        """Prints the SavedModel's predictions for masked words in held-out sentences."""
         print(
             "Filled in, by the SavedModel in a process of its own, in held-out sentences:",
             flush=True,
@@ -204,7 +204,7 @@ class _Text:
         )
 
     def masked_sentences(self) -> list[tuple[str, str]]:
-        """A few pairs of a held-out sentence with one whole word masked, and that word."""
+        """Returns a few pairs: a held-out sentence with one whole word masked, and that word."""
         found = []
         bounds = self._held_out.sentences[: SEARCHED_SENTENCES + 1].tolist()
         for start, end in itertools.pairwise(bounds):

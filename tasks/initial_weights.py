@@ -1,7 +1,7 @@
 """Encoder weights for fine-tuning, from a pre-training run or a checkpoint in tf-models' layout.
 
-The optimizer's slots are not read, as in google-research/bert. The published BERT TF2 checkpoints
-have tf-models' layout, as have those that its `tf2_bert_encoder_checkpoint_converter` writes.
+As in google-research/bert, optimizer slots are not read. The published BERT TF2 checkpoints and
+those written by tf-models' `tf2_bert_encoder_checkpoint_converter` have tf-models' layout.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from inputs.errors import InputError
 from models import bert
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
-# The ends of the tables' names in `BertEncoderV2`, which the pre-training runs have, and in the
-# functional `BertEncoder`. Word embeddings that a masked-LM head shares may have the head's name.
+# Suffixes of the embedding tables' names in `BertEncoderV2`, which pre-training runs use, and in
+# the functional `BertEncoder`. Word embeddings shared with a masked-LM head may have its name.
 TABLES = {
     "vocabulary_size": ("/_embedding_layer/embeddings", "-0/embeddings", "/embedding_table"),
     "max_sequence_length": ("/_position_embedding_layer/embeddings", "-1/embeddings"),
@@ -28,7 +28,7 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A saved encoder: its checkpoint, its object path in the checkpoint, and its sizes."""
+    """An encoder in a checkpoint: the checkpoint's prefix, its object path there, and its sizes."""
 
     checkpoint: str
     path: str
@@ -40,12 +40,12 @@ class Encoder:
 
     @property
     def vocabulary_file(self) -> str:
-        """The path of vocab.txt beside the checkpoint; the file may be missing."""
+        """The path of vocab.txt beside the checkpoint. The file may not exist."""
         return os.path.join(os.path.dirname(self.checkpoint), "vocab.txt")
 
 
 def find_encoder(init_from: str) -> Encoder:
-    """The encoder in a folder with a checkpoint, or in the checkpoint with this prefix.
+    """Finds the encoder in a checkpoint, given as a folder or as the checkpoint's prefix.
 
     Raises:
         InputError: there is no checkpoint, it cannot be read, or it has no BERT encoder.
@@ -81,7 +81,7 @@ def find_encoder(init_from: str) -> Encoder:
 def _checkpoint(init_from: str) -> str:
     if os.path.isdir(init_from):
         found = tf.train.latest_checkpoint(init_from)
-        # The published archives have no `checkpoint` file.
+        # The published archives have no `checkpoint` file, which `latest_checkpoint` reads.
         files = sorted(glob.glob(os.path.join(glob.escape(init_from), "*.index")))
         if not found and len(files) == 1:
             found = files[0].removesuffix(".index")
@@ -96,7 +96,7 @@ def _checkpoint(init_from: str) -> str:
 
 
 def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
-    """The encoder's weights by the names of `models.bert.encoder_variables`.
+    """Returns the encoder's weights by their names in `models.bert.encoder_variables`.
 
     Raises:
         InputError: the checkpoint lacks some weights, or has other shapes.

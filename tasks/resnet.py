@@ -32,9 +32,9 @@ class ImageClassification(Task):
         data_dir: a folder with train/ and validation/, written by `inputs.images.prepare`.
         vocab: must be "".
         resume_dir: not used.
-        seed: int, decides order, crops and flips.
-        synthetic: takes random batches instead of images.
-        log: takes lines about what is read.
+        seed: int, seed of the data order, crops and flips.
+        synthetic: whether to use random batches instead of images.
+        log: takes lines of progress.
     """
 
     example_unit = "images"
@@ -62,7 +62,7 @@ class ImageClassification(Task):
         self.facts = {"data": self._source.fingerprint}
 
     def build_model(self):
-        """The network, which takes uint8 pixels."""
+        """Returns the classifier; normalization of pixel values is part of it."""
         return resnet.build_classifier(
             resnet.SIZES[self.recipe.model],
             self.recipe.image_size,
@@ -84,24 +84,24 @@ class ImageClassification(Task):
         return resnet.classification_counts(batch)
 
     def train_batches(self, phase_index, first_step):
-        """Crops and flips of the training images."""
+        """Training images, augmented as the recipe says."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.training.training_batches(
             batch_size, context, first_step
         )
 
     def evaluation_batches(self, phase_index):
-        """The centres of the held-out images."""
+        """Centre crops of the held-out images."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
         )
 
     def final_metrics(self, model, strategy, output_dir):
-        """None; reports how many images could not be read.
+        """Returns {}; reports how many images could not be read.
 
         Raises:
-            InputError: more than the recipe allows.
+            InputError: they were more than the recipe allows.
         """
         del model, strategy, output_dir
         self._source.report_bad_records()
@@ -115,7 +115,7 @@ class ImageClassification(Task):
         )
 
     def export(self, model, export_dir, results):
-        """Writes the SavedModel that classifies image files."""
+        """Writes a SavedModel that classifies image files."""
         card = make_card(self, model.count_params(), results, USAGE)
         export = classifier_export(
             model, self._source.classes, self.recipe.image_size, self._source.padding
@@ -123,7 +123,7 @@ class ImageClassification(Task):
         write_export(export, card, export_dir)
 
     def demonstrate(self, export_dir):
-        """Prints the classes that the SavedModel finds in held-out images, if there are any."""
+        """Prints the SavedModel's predictions for held-out images, if there are any."""
         with tempfile.TemporaryDirectory() as folder:
             paths = []
             for data, class_name in self._source.sample_files(SHOWN_IMAGES):
@@ -156,7 +156,7 @@ class _Images:
                 bad_records=BadRecords(
                     recipe.max_bad_record_share,
                     skip=recipe.on_bad_record == "skip",
-                    # Each process of a cluster reads its own share, and reports on it itself.
+                    # Each process of a cluster reads its own share of the data, so each reports.
                     log=lambda line: print(line, file=sys.stderr),
                 ),
             )

@@ -18,8 +18,8 @@ from tasks.task import Metric, Task, loss_metric
 SHOWN_CHARACTERS = 2_000
 PUBLISHED_VOCABULARY_SIZE = 30_522  # word pieces; google-research/bert
 RANDOM = "random"  # the value of init_from for untrained weights
-POSITIONS = 512  # rows of the position table where no checkpoint gives it
-TYPES = 2  # segments, likewise
+POSITIONS = 512  # rows of the position table without a checkpoint
+TYPES = 2  # rows of the segment table without a checkpoint
 USAGE = """\
 import tensorflow_text  # its kernels
 
@@ -29,16 +29,16 @@ answer(question=tf.constant(["Who wrote it?"]), context=tf.constant(["Ada wrote 
 
 
 class SquadFineTuning(Task):
-    """Question answering on a pre-trained BERT.
+    """Fine-tuning of a pre-trained BERT for question answering.
 
     Args:
         recipe: a `recipes.squad.SquadRecipe`.
         data_dir: a folder with the training and the dev file, or both files, comma-separated.
-        vocab: path of a vocab.txt, or "" where the checkpoint to start from has one beside it.
-        resume_dir: see `tasks.task.Task`. A resumed run does not read the checkpoint to start from.
-        seed: int, decides the order of the examples.
-        synthetic: takes random batches instead of questions.
-        log: takes lines about what is read.
+        vocab: path of a vocab.txt, or "" if there is one beside the initial checkpoint.
+        resume_dir: see `tasks.task.Task`. A resumed run does not read the initial weights.
+        seed: int, seed of the order of the examples.
+        synthetic: whether to use random batches instead of questions.
+        log: takes lines of progress.
     """
 
     example_unit = "windows"
@@ -76,7 +76,7 @@ class SquadFineTuning(Task):
         vocabulary.save_vocabulary(self.vocabulary, os.path.join(model_dir, "vocab.txt"))
 
     def build_model(self):
-        """The encoder, with the weights that it starts from, and the span head."""
+        """Returns the encoder, with its initial weights, and the span head."""
         encoder = self._encoder
         model = span_model.build_span_labeler(
             bert.SIZES[self.recipe.model],
@@ -108,21 +108,21 @@ class SquadFineTuning(Task):
         )
 
     def evaluation_batches(self, phase_index):
-        """The first windows of the dev file, for the loss."""
+        """The first `evaluation_examples` windows of the dev file, for the loss."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.dev.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
         )
 
     def final_metrics(self, model, strategy, output_dir):
-        """Answers every dev question: `exact_match` and `f1`, in per cent.
+        """Answers all dev questions; returns `exact_match` and `f1`, in per cent.
 
         Writes predictions.json and nbest.json to `output_dir`.
         """
         return self._source.answer_all(model, strategy, output_dir)
 
     def describe(self, results):
-        """Exact match and F1, or the loss where there are no questions to answer."""
+        """Exact match and F1, or the loss if the data is synthetic."""
         if "f1" not in results:
             return f"loss {results['span_loss']:.3f} on {self.data}"
         return (
@@ -131,13 +131,13 @@ class SquadFineTuning(Task):
         )
 
     def export(self, model, export_dir, results):
-        """Writes the SavedModel that answers questions."""
+        """Writes a SavedModel that answers questions."""
         card = make_card(self, model.count_params(), results, USAGE)
         write_export(answering_export(model, self.vocabulary, self.recipe), card, export_dir)
 
     def demonstrate(self, export_dir):
-        """Prints what the SavedModel answers to one question."""
-        # A command line has a limited length and holds no NUL.
+        """Prints the SavedModel's answer to a question of the dev file."""
+        # Command-line arguments have a limited length and cannot contain NUL.
         question, context = (
             text[:SHOWN_CHARACTERS].replace("\0", " ") for text in self._source.sample_question()
         )
@@ -146,7 +146,7 @@ class SquadFineTuning(Task):
 
 
 def _find_encoder(recipe, synthetic):
-    """The `initial_weights.SavedEncoder` that the recipe starts from, or None."""
+    """Returns the recipe's initial `initial_weights.Encoder`; None for untrained weights."""
     if recipe.init_from not in ("", RANDOM):
         encoder = initial_weights.find_encoder(recipe.init_from)
         initial_weights.check_size(encoder, recipe.model, recipe.sequence_length)

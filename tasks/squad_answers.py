@@ -1,4 +1,4 @@
-"""A model's answers to every question of a SQuAD file, and their official metrics."""
+"""A model's answers to all questions of a SQuAD file, and the official metrics of them."""
 
 import itertools
 import json
@@ -13,20 +13,20 @@ from models import squad as span_model
 
 
 def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> dict:
-    """The best spans of every window, computed on the strategy's replicas.
+    """Computes the best spans of all windows, on the strategy's replicas.
 
     Returns:
-        NumPy arrays, in the order of `feature`. `feature`: [F], indices of windows in `features`;
-        `begin`, `end`: [F, n], word pieces of the window's context; `score`: [F, n], below
-        0.5 * `IMPOSSIBLE` where there is no span.
+        A dictionary of NumPy arrays, sorted by `feature`. `feature`: [F], indices of windows in
+        `features`; `begin`, `end`: [F, n], positions of word pieces, counted from the start of the
+        window's context; `score`: [F, n], below 0.5 * `IMPOSSIBLE` where there is no span.
     """
-    # On a TPU the whole replica function is compiled already.
+    # On a TPU `strategy.run` already compiles the whole replica function.
     on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
     compiled = _best_of_rows if on_tpu else tf.function(_best_of_rows, jit_compile=True)
 
     @tf.function
     def step(batch):
-        # `strategy.run` traces a `tf.function` once, for the first replica only.
+        # The lambda is needed: `strategy.run` traces a `tf.function` for the first replica only.
         spans = strategy.run(lambda batch: compiled(model, recipe, batch), args=(batch,))
         return {key: strategy.gather(value, axis=0) for key, value in spans.items()}
 
@@ -36,7 +36,7 @@ def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> 
     parts = [{key: value.numpy() for key, value in step(batch).items()} for batch in batches]
     spans = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = np.argsort(spans["feature"], kind="stable")
-    order = order[spans["feature"][order] >= 0]  # the padding of the last batch
+    order = order[spans["feature"][order] >= 0]  # without the padding of the last batch
     return {key: value[order] for key, value in spans.items()}
 
 
@@ -60,19 +60,20 @@ def _best_of_rows(model, recipe, batch):
 
 
 def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
-    """The best answers to each question, best first.
+    """Returns the best answers to each question, best first.
 
-    The spans of all windows of a question are compared; of equal texts the best one is kept.
+    The spans of all windows of a question are compared. Of several spans with the same text, the
+    one with the highest score is kept.
 
     Args:
-        features: a `inputs.squad.examples.Features`.
+        features: an `inputs.squad.examples.Features`.
         spans: from `predict_spans`.
-        n_best: the most answers to a question.
+        n_best: the largest number of answers to a question.
 
     Returns:
-        question id -> list of {"text", "score", "probability"}: the score is the sum of the start
-        and end logits, the probability its softmax over the list. A question without a possible
-        span has one answer, "".
+        A dictionary: question id -> list of {"text", "score", "probability"}. The score is the sum
+        of the start and end logits; the probability is its softmax over the list. A question
+        without a possible span has one answer, "".
     """
     answers = {}
     windows = zip(
@@ -98,18 +99,18 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
 
 
 def metrics(squad, answered: dict[str, str]) -> dict[str, float]:
-    """Exact match and F1 in per cent over all questions of the file, by the official script.
+    """Returns exact match and F1, in per cent, over all questions, by the official script.
 
     Args:
         squad: an `inputs.squad.files.Squad`.
-        answered: question id -> answer. A missing question counts 0.
+        answered: question id -> answer. A question without an answer scores 0.
     """
     found = squad_evaluate_v1_1.evaluate(squad.evaluated_as(), answered)
     return {"exact_match": 100 * found["exact_match"], "f1": 100 * found["final_f1"]}
 
 
 def predictions(answers: dict[str, list[dict]]) -> dict[str, str]:
-    """question id -> its best answer, from `n_best_answers`."""
+    """Returns question id -> best answer, from the result of `n_best_answers`."""
     return {key: best[0]["text"] for key, best in answers.items()}
 
 

@@ -1,4 +1,4 @@
-"""The interface of a task: what the training loop, the pre-flight and train.py may ask of one."""
+"""The interface of a task, used by the training loop, the pre-flight and train.py."""
 
 import abc
 import dataclasses
@@ -11,11 +11,11 @@ import tensorflow as tf
 class Metric:
     """A mean over examples or tokens, accumulated as a sum and a count.
 
-    Sums and counts of batches, steps and replicas are added up before they are divided.
+    Sums and counts are added over batches, steps and replicas before the division.
 
-    name: as it appears in logs; the key of its sum in what `Task.sums` returns.
-    count: the key of its divisor in what `Task.counts` returns.
-    higher_is_better: its direction.
+    name: name in logs, and key of the sum in the result of `Task.sums`.
+    count: key of the divisor in the result of `Task.counts`.
+    higher_is_better: whether a higher value is better.
     is_loss: whether it is a term of the training loss, which is the sum of all such metrics.
     """
 
@@ -26,12 +26,12 @@ class Metric:
 
 
 def loss_metric(name: str, count: str) -> Metric:
-    """A term of the training loss."""
+    """Returns a metric that is a term of the training loss."""
     return Metric(name, count, higher_is_better=False, is_loss=True)
 
 
 def means(metrics, sums: dict, counts: dict) -> dict:
-    """The value of each metric: its sum divided by its count.
+    """Returns the value of each metric by name: its sum divided by its count.
 
     Args:
         metrics: iterable of `Metric`s.
@@ -42,7 +42,7 @@ def means(metrics, sums: dict, counts: dict) -> dict:
 
 
 def loss_terms(metrics, values: dict) -> list:
-    """The values of the metrics whose sum is the training loss."""
+    """Returns the values of the metrics that are terms of the training loss."""
     return [values[metric.name] for metric in metrics if metric.is_loss]
 
 
@@ -53,17 +53,17 @@ class Task(abc.ABC):
 
         Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...)
 
-    with the recipe, the values of the flags of the same names, the folder of the run that is
-    resumed (None for a new run), and a function that takes lines of progress. It raises
-    `inputs.errors.InputError` if the data cannot be used.
+    with the recipe, the values of the flags with these names, the folder of the run to resume
+    (`resume_dir`; None for a new run), and a function that takes lines of progress (`log`). It
+    raises `inputs.errors.InputError` if the data cannot be used.
 
-    recipe: the recipe, with every field.
+    recipe: the recipe of the run.
     example_unit: what an example is called in reports, in the plural ("sequences").
-    metrics: what `sums` and `counts` measure; the terms of the training loss are among them.
+    metrics: the metrics that `sums` and `counts` compute, including the terms of the loss.
     best_metric: the metric that decides which checkpoint is kept as the best.
     data: where the examples come from, for reports.
     amount: how many examples there are, for reports.
-    facts: what a checkpoint depends on besides the recipe and the seed: name -> hash.
+    facts: name -> hash of the data that a checkpoint depends on, such as the vocabulary.
     """
 
     recipe: object
@@ -76,44 +76,44 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def build_model(self):
-        """Returns a new tf_keras model with its initial weights, made in the strategy's scope."""
+        """Returns a new tf_keras model with initial weights. Called in the strategy's scope."""
 
     @abc.abstractmethod
     def sums(self, model, batch, training: bool) -> dict[str, tf.Tensor]:
-        """The sums of all metrics over a batch: float32 scalars by `Metric.name`.
+        """Returns the sums of all metrics over a batch: float32 scalars by `Metric.name`.
 
         Args:
             model: from `build_model`.
-            batch: dictionary of tensors of static shape, an element of the datasets below.
+            batch: dictionary of tensors of static shape, an element of the task's datasets.
             training: True in training (dropout, batch statistics), False in evaluation.
         """
 
     @abc.abstractmethod
     def counts(self, batch) -> dict[str, tf.Tensor]:
-        """The divisors of all metrics for a batch: float32 scalars by `Metric.count`."""
+        """Returns the divisors of all metrics for a batch: float32 scalars by `Metric.count`."""
 
     @abc.abstractmethod
     def train_batches(self, phase_index: int, first_step: int) -> Callable:
-        """`(tf.distribute.InputContext or None) -> tf.data.Dataset` without end.
+        """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset`, an infinite dataset.
 
-        Each element is one replica's share of a global batch. The content of step `s` is a
-        function of (seed, phase, s) alone.
+        Each element is one replica's share of a global batch. The global batch of step `s`
+        depends only on the seed, the phase and `s`.
 
         Args:
             phase_index: index of the recipe's phase, from 0.
-            first_step: the step of the phase, from 0, that the first batch belongs to.
+            first_step: the step of the first batch, counted from 0 at the start of the phase.
         """
 
     @abc.abstractmethod
     def evaluation_batches(self, phase_index: int) -> Callable:
-        """`(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
+        """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
 
     def write_files(self, model_dir: str) -> None:
-        """Writes what a later start of the same run needs besides the checkpoints."""
+        """Writes the files that a resumed run needs besides the checkpoints."""
         del model_dir
 
     def final_metrics(self, model, strategy, output_dir: str | None) -> dict[str, float]:
-        """What is measured once, after training; every process calls it.
+        """Returns metrics that are computed once, after training. All processes call it.
 
         Args:
             model: the trained model.
@@ -125,10 +125,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def describe(self, results: dict[str, float]) -> str:
-        """One line about the quality of the trained model, for the report.
+        """Returns one line about the quality of the trained model, for the report.
 
         Args:
-            results: the last evaluation's means and `final_metrics`.
+            results: the means of the last evaluation, and `final_metrics`.
         """
 
     @abc.abstractmethod
@@ -137,4 +137,4 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def demonstrate(self, export_dir: str) -> None:
-        """Prints what the SavedModel answers, asked by a client in a process of its own."""
+        """Runs the SavedModel in a separate client process, and prints example outputs."""

@@ -1,10 +1,10 @@
-"""A run that is killed again and again ends as one that was not: make soak, or
+"""Checks that a run killed many times ends like an uninterrupted run: make soak, or
 
     python tests/soak.py [--kills=20] [--seed=0] [--folder=FOLDER] -- [flags of train.py]
 
-Runs train.py once without a stop. Then starts it again and again, in another folder, and ends it
-with `kill -9` at random moments: in start-up and compilation, and all along the way. Losses,
-evaluations, weights, slots and counters of the two have to agree to the last bit.
+Runs train.py once without interruption. Then, in another folder, starts it repeatedly and kills it
+with `kill -9` at random times: during start-up, compilation and training. Losses, evaluations,
+weights, slots and counters of the two runs must be bit-identical.
 """
 
 import argparse
@@ -31,25 +31,25 @@ SETTINGS = (
 
 
 def start(flags, folder, log):
-    """A process of train.py that writes what it says to `log`."""
+    """Starts train.py with its output written to `log`; returns the process."""
     command = [sys.executable, str(ROOT / "train.py"), *flags, f"--model_dir={folder}"]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def last_step(folder) -> int:
-    """The last step that the history knows of."""
+    """Returns the last step in the history."""
     rows = read_rows(folder / "history.jsonl")
     return rows[-1]["step"] if rows else 0
 
 
 def check(process, log) -> None:
-    """Ends the program unless the process ended well, or by our hand."""
+    """Exits with an error unless the process succeeded or was killed by `kill_often`."""
     if process.returncode not in (0, -9):
         raise SystemExit(f"train.py: status {process.returncode}:\n{log.read_text()[-2000:]}")
 
 
 def whole(flags, folder, log) -> float:
-    """A run to its end; returns the seconds to its first loop of steps."""
+    """Runs train.py to its end; returns the seconds until the end of its first loop of steps."""
     begun = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
         process = start(flags, folder, file)
@@ -62,7 +62,7 @@ def whole(flags, folder, log) -> float:
 
 
 def kill_often(flags, folder, log, kills, total, seconds, rng) -> None:
-    """Ends `kills` processes, each fourth before its first step, the others along the way."""
+    """Kills `kills` processes: every fourth one during start-up, the others during training."""
     for number in range(1, kills + 1):
         begun, done = time.monotonic(), last_step(folder)
         early = number % 4 == 0
@@ -70,7 +70,7 @@ def kill_often(flags, folder, log, kills, total, seconds, rng) -> None:
         wait = rng.uniform(0, seconds if early else 1)
         with open(log, "w", encoding="utf-8") as file:
             process = start(flags, folder, file)
-            # The history of steps that come again is dropped, so `goal` has not been reached yet.
+            # `last_step` may fall first: resuming removes the history after the newest checkpoint.
             while process.poll() is None and not early and last_step(folder) < min(goal, total):
                 time.sleep(0.05)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -86,7 +86,7 @@ def kill_often(flags, folder, log, kills, total, seconds, rng) -> None:
 
 
 def numbers(folder):
-    """name: bytes, of all numbers in the last checkpoint."""
+    """Returns name -> bytes of all numeric tensors in the last checkpoint."""
     import tensorflow as tf
 
     reader = tf.train.load_checkpoint(f"{folder}/ckpt-{saved_steps(folder)[-1]}")
@@ -95,15 +95,15 @@ def numbers(folder):
 
 
 def losses(folder):
-    """(step, loss) of each row of the history, and each step's evaluation."""
+    """Returns (step, loss) of each row of the history, and the rows of the evaluations."""
     rows = [(row["step"], row["loss"]) for row in read_rows(f"{folder}/history.jsonl")]
-    # A run that is started again at its end evaluates once more.
+    # A run that is started again after its end evaluates again.
     evaluations = {row["step"]: row for row in read_rows(f"{folder}/evaluations.jsonl")}
     return rows + list(evaluations.values())
 
 
 def main() -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

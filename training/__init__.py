@@ -1,1 +1,1 @@
-"""The training program around the optimizers: strategy, loop, checkpoints, export."""
+"""The training program: distribution strategy, training loop, checkpoints and monitoring."""

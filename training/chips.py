@@ -1,7 +1,7 @@
 """Published peak rates and sizes of TPU and GPU chips.
 
-Training divides by the peaks (`training.monitor.mfu`); the pre-flight estimates with them
-(`preflight.estimate`). Rates are those of one chip, in FLOP/s and bytes/s.
+Used for model FLOPs utilization (`training.monitor.mfu`) and for the estimates of the pre-flight
+(`preflight.estimate`). Rates are in FLOP/s and bytes/s, per chip unless stated otherwise.
 
 Sources:
 
@@ -9,7 +9,7 @@ Sources:
   docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e.
 - v2: the documentation has no table. Google announced 180 TFLOP/s for a board of four chips and
   11.5 PFLOP/s for a pod of 64 boards, so 45 TFLOP/s per chip. Jouppi et al. (CACM 63(7), 2020)
-  round the same chip to 46; 45 is the figure that both announcements give. Bandwidths: the same
+  give 46 for the same chip; 45 agrees with both announcements. Bandwidths: the same
   paper (HBM 700 GB/s; links 496 Gbit/s).
 - Bandwidth of a link: Austin et al., "How to Scale Your Model",
   jax-ml.github.io/scaling-book/tpus. For v3 the documentation's bisection bandwidth agrees:
@@ -31,13 +31,13 @@ class TpuChip:
     """One generation of TPU.
 
     Attributes:
-        name: as the compiler calls it, such as "v5e".
+        name: the compiler's name, such as "v5e".
         flops: peak bfloat16 FLOP/s of a chip. The matrix unit multiplies float32 in bfloat16, too.
         hbm_bandwidth: bytes/s of a chip.
         link_bandwidth: bytes/s of one link to a neighbour, in one direction.
         hbm_bytes: memory that one program can use, on one device.
-        devices_per_chip: devices that run a program each: one per core, or one where both cores of
-            a chip act as one device (v4, v5p).
+        devices_per_chip: devices, each of which runs a program: one per core, or a single one
+            where both cores of a chip act as one device (v4, v5p).
         cores_per_chip: TensorCores of a chip.
         type_counts: what the number of an accelerator type counts: "cores" (v4-32) or "chips"
             (v5litepod-16).
@@ -45,7 +45,7 @@ class TpuChip:
         chips_per_host: in a slice of several hosts.
         wrap_multiple: a dimension of the mesh has wrap-around links if its length is a multiple of
             this.
-        max_chips: the largest slice.
+        max_chips: number of chips in the largest slice.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TpuChip:
     max_chips: int
 
     def chips_of_type(self, count: int) -> float:
-        """Chips of an accelerator type with this number, such as 4 for the 8 of v3-8."""
+        """Returns the number of chips of a type with this suffix, such as 4 for v3-8."""
         return count if self.type_counts == "chips" else count / self.cores_per_chip
 
 
@@ -157,8 +157,8 @@ TPU_CHIPS = {
 }
 ALIASES = {"v5litepod": "v5e"}  # Cloud TPU's accelerator type
 
-# TFLOP/s by the words in the name that the driver reports; the first entry that matches counts.
-# float32 is TF32 where the GPU has it: TensorFlow uses TF32 by default.
+# TFLOP/s by words in the device name that the driver reports. The first matching entry is used.
+# The float32 entry is the TF32 rate on GPUs with TF32, which TensorFlow uses by default.
 GPU_TFLOPS = (
     (("H200", "NVL"), {"float32": 417.5, "bfloat16": 835.5}),
     (("H200",), {"float32": 494.7, "bfloat16": 989.4}),
@@ -172,7 +172,7 @@ GPU_TFLOPS = (
 
 
 def find_tpu(name: str) -> TpuChip | None:
-    """The generation of that name, such as "v3", "v5e" or "v5litepod"; None if it is unknown."""
+    """Returns the chip with this name, such as "v3", "v5e" or "v5litepod"; None if unknown."""
     return TPU_CHIPS.get(ALIASES.get(name, name))
 
 

@@ -10,9 +10,10 @@ from tf_keras.src.backend import RandomGenerator
 class StepSeed:
     """Gives every random layer of a model, such as dropout, a seed that depends on the step.
 
-    Keras's random layers draw from a state inside the XLA program, which no checkpoint holds. This
-    class replaces each layer's `_random_generator` by one that derives its seed from the step's. A
-    layer that is called twice in a step draws the same mask twice, as rematerialization requires.
+    The state of Keras's own random layers is not part of a checkpoint, so a resumed run would draw
+    other masks. This class replaces each layer's `_random_generator` with one that derives its seed
+    from the seed of the step. A layer that is called twice in a step draws the same mask both
+    times, as rematerialization requires.
 
     Args:
         model: a built tf_keras model; its layers are modified.
@@ -27,7 +28,7 @@ class StepSeed:
 
     @contextlib.contextmanager
     def set_to(self, seed):
-        """Inside, layers draw from `seed`: [2] int32, such as that of `replica_seed`."""
+        """Inside, layers derive their seeds from `seed`: [2] int32, as `replica_seed` returns."""
         self._current = seed
         try:
             yield
@@ -35,18 +36,18 @@ class StepSeed:
             self._current = None
 
     def of_layer(self, index: int):
-        """The seed of the layer with this index: [2] int32."""
+        """Returns the seed of the layer with this index: [2] int32."""
         if self._current is None:
             raise RuntimeError("A random layer was called in training mode outside of a step.")
         return tf.random.experimental.stateless_fold_in(self._current, index)
 
 
 class LayerGenerator(RandomGenerator):
-    """The random generator of one layer. Only dropout differs from Keras's own methods.
+    """The random generator of one layer. It overrides the seed and `dropout` of Keras's class.
 
     Args:
-        step_seed: the model's.
-        index: of the layer.
+        step_seed: the model's `StepSeed`.
+        index: the layer's index in it.
     """
 
     def __init__(self, step_seed: StepSeed, index: int):
@@ -58,10 +59,10 @@ class LayerGenerator(RandomGenerator):
         return self._of_layer()
 
     def dropout(self, inputs, rate, noise_shape=None):
-        """`inputs` with each element set to 0 with probability `rate`, rounded to 1/65,536.
+        """Sets elements to 0 with probability `rate`, rounded to 1/65,536, and scales the rest.
 
-        Each 32-bit random word decides two elements, by integer comparison. On a TPU the random
-        bits of dropout take a tenth of the time of a BERT-Large layer; this halves them.
+        Each 32-bit random word decides two elements, by integer comparison. Generating the random
+        bits takes about a tenth of a BERT-Large layer's time on a TPU; this halves it.
         """
         if noise_shape is not None or not inputs.shape.is_fully_defined():
             return super().dropout(inputs, rate, noise_shape)
@@ -72,9 +73,9 @@ class LayerGenerator(RandomGenerator):
 
 
 def _random_mask(seed, shape, dropped: int):
-    """bool of a static shape; each element is False with probability `dropped` / 65,536."""
-    # Attention scores, [B, heads, to, from], are the product of keys and queries, and their memory
-    # layout is [B, heads, from, to]. A TPU would copy a mask in another layout.
+    """Returns a bool mask; each element is False with probability `dropped` / 65,536."""
+    # XLA lays attention scores, [B, heads, to, from], out in memory as [B, heads, from, to]. On a
+    # TPU a mask in another layout would have to be copied.
     transposed = len(shape) == 4
     rows, *others = [*shape[:2], shape[3], shape[2]] if transposed else shape
     words = tf.random.stateless_uniform([(rows + 1) // 2, *others], seed, None, None, tf.uint32)
@@ -84,11 +85,11 @@ def _random_mask(seed, shape, dropped: int):
 
 
 def replica_seed(seed: int, step, replica):
-    """A seed for each replica and step: [2] int32.
+    """Returns a seed for each replica and step: [2] int32.
 
     Args:
         seed: int in [0, 2**32), the run's.
-        step: integer scalar, steps made so far.
+        step: integer scalar, steps done so far.
         replica: integer scalar, the replica's index among all replicas.
     """
     fold = tf.random.experimental.stateless_fold_in

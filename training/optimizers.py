@@ -10,15 +10,15 @@ from tf_lamb.layers import Patterns, plan_variables
 
 
 def make_schedule(recipe: Recipe) -> ours.Phases:
-    """The learning rate as a function of the run's step, over all phases."""
+    """Returns the learning-rate schedule over the steps of all phases."""
     return ours.Phases([phase.schedule() for phase in recipe.phases])
 
 
 class RunSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
     """A schedule over the steps of the run, times the run's `rate_factor`.
 
-    The optimizer's own `iterations` does not serve: it restarts where a phase resets the slots,
-    and does not count skipped updates, so that phases would begin late.
+    It does not use the optimizer's `iterations`, which restarts when a phase resets the slots and
+    excludes skipped updates, so that later phases would begin late.
 
     Args:
         schedule: `(step) -> learning rate`.
@@ -30,29 +30,30 @@ class RunSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
         self._state = state
 
     def __call__(self, step):
-        """The learning rate of the run's current step, whatever `step`: a float32 scalar."""
+        """Returns the learning rate at the run's current step, a float32 scalar; ignores `step`."""
         del step
         return self._schedule(self._state.step) * self._state.rate_factor
 
     def get_config(self):
-        """The arguments, with the present factor."""
+        """Returns the schedule and the current `rate_factor`."""
         factor = float(self._state.rate_factor.numpy())
         return {"schedule": self._schedule, "rate_factor": factor}
 
 
 def make_optimizer(recipe: Recipe, learning_rate):
-    """The recipe's optimizer; `build` creates its slots.
+    """Returns the recipe's optimizer, not built yet: call `build` next.
 
-    LAMB and LARS are those of `tf_lamb`. "momentum" is LARS without layer adaptation, that is,
+    LAMB and LARS are those of `tf_lamb`. "momentum" is LARS without layer adaptation, which is
     momentum SGD with the learning rate and the decay λx inside the momentum (arXiv:1706.02677,
-    section 2); Keras's SGD decays outside of it. AdamW and Adagrad are tf_keras's, with decay ηλx.
+    section 2); Keras's SGD applies decay outside of the momentum. AdamW and Adagrad are those of
+    tf_keras, which subtract ηλx.
 
     Args:
         recipe: a checked recipe.
         learning_rate: a tf_keras schedule.
 
     Raises:
-        ValueError: a setting outside its range, or an unknown variant.
+        ValueError: a setting is outside its range, or the variant is unknown.
     """
     settings = {"weight_decay": recipe.weight_decay}
     if recipe.global_clipnorm is not None:
@@ -82,7 +83,7 @@ def make_optimizer(recipe: Recipe, learning_rate):
 
 
 def _keras_optimizer(recipe, learning_rate, settings):
-    """AdamW or Adagrad. tf_keras does not check ranges; this function does."""
+    """Returns AdamW or Adagrad, after a check of the ranges, which tf_keras does not do."""
     settings["epsilon"] = recipe.epsilon
     if recipe.optimizer == "adamw":
         settings |= {"beta_1": recipe.beta_1, "beta_2": recipe.beta_2}
@@ -95,10 +96,10 @@ def _keras_optimizer(recipe, learning_rate, settings):
 def build(optimizer, recipe: Recipe, variables) -> None:
     """Creates the slots and applies the recipe's exclusions from weight decay.
 
-    An exclusion pattern that matches no variable raises a `UserWarning`.
+    Warns (`UserWarning`) of an exclusion pattern that matches no variable.
     """
     if recipe.optimizer in ("adamw", "adagrad"):
-        # tf_keras searches names that end in ":0", where the pattern "bias$" matches nothing.
+        # tf_keras matches against names that end in ":0", so "bias$" would match nothing.
         layers = plan_variables(
             [v.name.split(":")[0] for v in variables],
             [v.shape for v in variables],
@@ -112,8 +113,8 @@ def build(optimizer, recipe: Recipe, variables) -> None:
 def reset_slots(optimizer) -> None:
     """Sets the slots to their initial values and `iterations`, the step of bias correction, to 0.
 
-    Both have to be reset: with `iterations` alone, bias correction at step 1 would scale the
-    moments of a long run by 10 and 1,000.
+    Resetting `iterations` alone would be wrong: bias correction at step 1 would multiply the
+    moments of a long run by 1/(1 - beta), that is, by 10 and 1,000 for betas 0.9 and 0.999.
     """
     start = getattr(optimizer, "initial_accumulator_value", 0)
     kept = ("skipped_steps", "current_learning_rate", "learning_rate")

@@ -1,4 +1,4 @@
-"""The training loop: many steps on the device at a time, and Orbit's `Controller` around them."""
+"""The training loop: loops of steps on the device, called by Orbit's `Controller`."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
 from training.step import ReplicaStep
 
-DRY_RUN_STEPS = 2  # of each phase: one that compiles, and one that does not
+DRY_RUN_STEPS = 2  # of each phase: the first one includes compilation
 
 
 def shorten(recipe):
-    """The recipe with two steps of each phase and one batch in each evaluation."""
+    """Returns the recipe with two steps per phase and an evaluation of about one batch."""
     phases = tuple(dataclasses.replace(phase, steps=DRY_RUN_STEPS) for phase in recipe.phases)
     batch = max(phase.global_batch_size for phase in phases)
     return dataclasses.replace(
@@ -40,18 +40,19 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     Args:
         task: a `tasks.task.Task`.
-        recipe: its `recipes.types.Recipe`.
+        recipe: the task's `recipes.types.Recipe`.
         where: a `tf.distribute.Strategy`.
-        model_dir: folder of checkpoints and logs, which exists. The run in it is resumed.
+        model_dir: existing folder of checkpoints and logs. A run in it is resumed.
         seed: int in [0, 2**32).
-        steps_per_loop: steps on the device between two actions of the host.
-        schedule: `(step) -> learning rate`; None for the recipe's.
+        steps_per_loop: number of steps on the device between two returns to the host.
+        schedule: `(step) -> learning rate`; None for the recipe's schedule.
         stop: the `StopRequest` of this process, or None.
         log: takes lines of progress.
         started: see `RunMonitor`.
 
     Raises:
-        InputError: the run in `model_dir` is another one, or a setting cannot be used.
+        InputError: `model_dir` holds a run with other settings, or the workers disagree.
+        ValueError: a setting of the optimizer or its schedule is outside its range.
     """
 
     def __init__(
@@ -116,24 +117,24 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     @property
     def progress(self):
-        """The `Progress` of `fit`, with the speed of the last phase."""
+        """The `Progress` of `fit`, which has the speed of the last phase."""
         return self._monitor.progress
 
-    # The run, from its newest checkpoint to its end.
+    # The run: restoring, phases, evaluations and rollbacks.
 
     def fit(self) -> dict[str, float]:
-        """Trains to the end of the recipe; returns the means of the last evaluation.
+        """Trains to the end of the recipe, and returns the means of the last evaluation.
 
         Raises:
             Interrupted: a signal arrived; the state was saved.
-            Diverged: training diverged, and the recipe allows no (further) rollback.
+            Diverged: training diverged, and the recipe does not allow another rollback.
             SaveFailed: a checkpoint could not be written.
-            InputError: the newest checkpoint is not of this run.
+            InputError: the newest checkpoint does not match this run.
         """
         with (
             strategy.worker_folder(self.strategy, self._model_dir) as folder,
             self._stop_request.deferred(),
-            contextlib.redirect_stdout(None),  # Orbit prints what `RunMonitor` shows
+            contextlib.redirect_stdout(None),  # Orbit prints to it; `RunMonitor` logs instead
         ):
             chief = strategy.is_chief(self.strategy)
             self._manager = CheckpointManager(
@@ -175,7 +176,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                     f"Going on from step {self._step} of {self.recipe.steps} in {self._model_dir}"
                 )
             if self.recipe.on_divergence == "rollback":
-                self._save()  # the initial state is a place to roll back to
+                self._save()  # so that there is a checkpoint to roll back to
             missed = self._missed_evaluation()
             try:
                 with self._monitor:
@@ -202,7 +203,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._manager.save(check_interval=False)
 
     def _missed_evaluation(self) -> bool:
-        """Whether an evaluation was due at the restored step and the run stopped before it."""
+        """Whether an evaluation was due at the restored step and was not recorded."""
         every, step = self.recipe.evaluate_every_steps, self._step
         phase_ends = itertools.accumulate(phase.steps for phase in self.recipe.phases)
         due = step in phase_ends or (every and step % every == 0)
@@ -212,7 +213,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         return step not in [row["step"] for row in rows]
 
     def _train_phases(self, missed: bool) -> dict[str, float]:
-        """Trains the remaining phases, and first makes up for a missed evaluation."""
+        """Runs a missed evaluation, if any, and trains the remaining phases."""
         start, resumed = 0, self._step
         for index, phase in enumerate(self.recipe.phases):
             end = start + phase.steps
@@ -223,8 +224,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         return {name: float(value) for name, value in results.items()}
 
     def _train_phase(self, index: int, start: int, end: int, missed: bool):
-        """Trains phase `index`, of the steps from `start` to `end`; returns the last evaluation."""
-        # A run that resumes just at `start` has the slots of the phase before.
+        """Trains phase `index`, steps `start` to `end`; returns the last evaluation."""
+        # A checkpoint of step `start` has the slots of the previous phase.
         if self.recipe.phases[index].reset_slots and self._step == start:
             with self.strategy.scope():
                 optimizers.reset_slots(self.optimizer)
@@ -233,7 +234,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._controller.step_timer = None
         self._stop()
         results = self._controller.evaluate() if missed else None
-        # Not `train_and_evaluate`, which counts the interval from the step that is resumed.
+        # Orbit's `train_and_evaluate` would count the interval from the step at which it resumes.
         for target in evaluation_steps(self._step, end, self.recipe.evaluate_every_steps):
             self._controller.train(target, checkpoint_at_completion=target == end)
             results = self._controller.evaluate()
@@ -256,10 +257,10 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             f"(rollback {rollbacks} of {recipe.max_rollbacks})"
         )
 
-    # What Orbit's controller calls: a loop of steps, and an evaluation.
+    # The interface of Orbit's controller: `train` and `evaluate`.
 
     def _start_data(self, phase_index: int, first_step: int):
-        """Takes the batches of a phase from its step `first_step` on."""
+        """Creates the datasets of a phase, from its step `first_step` on, and the functions."""
         distribute = self.strategy.distribute_datasets_from_function
         train_batches = strategy.with_infinite_cardinality(
             self.task.train_batches(phase_index, first_step)
@@ -267,7 +268,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._train_dataset = distribute(train_batches)
         self._eval_dataset = distribute(self.task.evaluation_batches(phase_index))
         self._train_iterator = None
-        # Traced anew: the shapes of a phase are its own.
+        # New functions, because each phase has its own shapes.
         self._train_loop = tf.function(self._run_steps)
         self._train_step = tf.function(self._run_step)
         self._eval_step = tf.function(self._evaluate_batch)
@@ -277,16 +278,16 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
         Returns:
             The means of the task's metrics and the loss over the steps whose loss is finite;
-            `learning_rate`; `skipped_steps`, the updates skipped since the run began; and
-            `input_wait_seconds`: the time between the end of a step and the arrival of the next
-            batch, over all steps. On a CPU the steps waited for this time. On an accelerator,
-            whose work is queued, a step may end for the host before it is computed, and this is an
-            upper bound.
+            `noise_scale`, if it is measured; `learning_rate`; `skipped_steps`, the total number of
+            skipped updates; and `input_wait_seconds`, the time from the end of a step to the
+            arrival of the next batch, summed over the steps. On an accelerator this is an upper
+            bound of the time that the device waited: work is queued, so a step may end for the host
+            before the device has computed it.
 
         Raises:
             Diverged: a step diverged.
         """
-        if self._train_iterator is None:  # not where only an evaluation is left
+        if self._train_iterator is None:  # not created if only an evaluation is left
             self._train_iterator = iter(self._train_dataset)
         totals, record, waited = self._train_loop(num_steps)
         self._divergence.check(record)
@@ -303,7 +304,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         )
 
     def evaluate(self, num_steps):
-        """One pass over the evaluation batches, whatever `num_steps`; returns the means."""
+        """Returns the means over all evaluation batches; ignores `num_steps`."""
         del num_steps
         totals = None
         for batch in self._eval_dataset:
@@ -319,7 +320,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         return values | {"loss": sum(float(term) for term in loss_terms(metrics, values))}
 
     def _run_steps(self, num_steps):
-        """((sums, counts) over all steps, the record of divergence, seconds of waiting)."""
+        """Returns ((sums, counts) over all steps, the divergence record, input wait in seconds)."""
         totals, *_ = self._train_step.get_concrete_function().structured_outputs
         totals = tf.nest.map_structure(lambda total: tf.zeros(total.shape, total.dtype), totals)
         record = self._divergence.initial()
@@ -335,16 +336,16 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         return totals, record, waited
 
     def _run_step(self):
-        """A step of all replicas.
+        """Runs one step on all replicas.
 
         Returns:
-            (sums, counts); (step, loss, whether updated, telemetry) for `DivergenceMonitor.update`;
-            and the times, in seconds, at which the batch had arrived and the update was made.
+            (sums, counts); (step, loss, updated, telemetry) for `DivergenceMonitor.update`; and the
+            times, in seconds, at which the batch had arrived and the update was done.
         """
         batch = next(self._train_iterator)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
             arrived = tf.timestamp()
-        # Without this dependency a single thread could read the clock after the step.
+        # Without this dependency TensorFlow could run the step before it reads the clock.
         with tf.control_dependencies([arrived]):
             sums, counts, updated, rows = self.strategy.run(self._run_replica_step, args=(batch,))
         totals = self._sum_over_replicas((sums, counts))
@@ -354,14 +355,14 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         updated, rows = (self.strategy.experimental_local_results(x)[0] for x in (updated, rows))
         with tf.control_dependencies([updated, *tf.nest.flatten(totals)]):
             ended = tf.timestamp()
-        # One step's NaN would make the means of the whole loop NaN.
+        # Otherwise the NaN of one step would make the means of the whole loop NaN.
         finite = tf.nest.map_structure(
             lambda value: tf.where(tf.math.is_finite(loss), value, tf.zeros_like(value)), totals
         )
         return finite, (self.state.step.read_value(), loss, updated, rows), arrived, ended
 
     def _run_replica_step(self, batch):
-        """A replica's step: (sums, counts, whether it updated the weights, telemetry)."""
+        """Runs a replica's step; returns (sums, counts, updated, telemetry)."""
         before = tf.identity(self.optimizer.iterations)
         sums, counts = self._replica_step.train(batch, self.state.step)
         self.state.step.assign_add(1)
@@ -379,14 +380,14 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         )
 
     def _average_statistics(self):
-        """Sets moving averages, which differ between replicas, to their mean over all replicas."""
+        """Sets each moving average, which differs between replicas, to its mean over them."""
         context = tf.distribute.get_replica_context()
         for variable in self._statistics:
             variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
 
 
 def evaluation_steps(step: int, end: int, every: int | None) -> list[int]:
-    """The multiples of `every` (None: none) between `step` and `end`, and `end`."""
+    """Returns the multiples of `every`, if not None, after `step` and before `end`, then `end`."""
     if step >= end:
         return []
     return [*(range((step // every + 1) * every, end, every) if every else ()), end]

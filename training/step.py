@@ -1,4 +1,4 @@
-"""One training step of one replica: forward and backward as one XLA program, then the update."""
+"""One training step of one replica: forward and backward pass, then the update."""
 
 import tensorflow as tf
 
@@ -8,20 +8,20 @@ from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
 
 
 class ReplicaStep:
-    """What each replica does with its share of a global batch, in replica context.
+    """The training and evaluation step of a replica. Call its methods in replica context.
 
     Gradients are summed over `accumulation` micro-batches on the device, then once over the
-    replicas. Batch normalization sees one micro-batch at a time, and its moving averages are
-    updated with each.
+    replicas. Batch normalization uses the statistics of one micro-batch at a time and updates its
+    moving averages with each.
 
     Args:
-        task: a `tasks.task.Task`: its `metrics`, `sums` and `counts` are used.
-        model: a tf_keras model, made in the strategy's scope.
-        optimizer: a tf_keras optimizer, likewise.
+        task: a `tasks.task.Task`, of which `metrics`, `sums` and `counts` are used.
+        model: a tf_keras model, created in the strategy's scope.
+        optimizer: a tf_keras optimizer, created in the strategy's scope.
         seed: int in [0, 2**32), for dropout.
-        accumulation: number of micro-batches in a step; divides the replica's batch.
-        jit_compile: whether forward and backward are compiled as one XLA program. False on a TPU,
-            where the whole replica function is one program already.
+        accumulation: number of micro-batches in a step, a divisor of the replica's batch size.
+        jit_compile: whether to compile forward and backward pass as one XLA program. False on a
+            TPU, where `strategy.run` already compiles the whole replica function.
         measure_noise: whether the sums and counts of a training step include those of the
             gradient noise scale.
     """
@@ -31,16 +31,16 @@ class ReplicaStep:
     ):
         self.model = model
         self.optimizer = optimizer
-        self.batch_spec = None  # of a replica's batch, once the step is traced
+        self.batch_spec = None  # of a replica's batch; set when the step is traced
         self._task = task
         self._seed = seed
         self._accumulation = accumulation
         self._measure_noise = measure_noise
         self._step_seed = StepSeed(model)
         if accumulation > 1 and not jit_compile:
-            # TensorFlow's graph optimizer may put sums into temporary variables. In a loop inside
-            # a loop, as here, the second step then ends with AlreadyExistsError for one of them
-            # (seen with BERT-tiny, 4 x 64 sequences of 128; not without the optimizer).
+            # TensorFlow's graph optimizer may put sums into temporary variables. In nested loops,
+            # as here, the second step then fails with AlreadyExistsError for one of them (seen
+            # with BERT-tiny, 4 x 64 sequences of 128; not with the graph optimizer disabled).
             tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         compiled = tf.function(jit_compile=True) if jit_compile else lambda function: function
         self._gradients = compiled(self.sums_and_gradients)
@@ -49,11 +49,11 @@ class ReplicaStep:
         )
 
     def train(self, batch, step):
-        """Updates the model.
+        """Computes gradients and updates the model.
 
         Args:
             batch: dictionary of [B, ...] tensors of static shape.
-            step: integer scalar, the number of steps made before; it decides dropout's masks.
+            step: integer scalar, steps done so far; part of the seed of dropout.
 
         Returns:
             (sums, counts) of this replica's batch: dictionaries of float32 scalars.
@@ -83,13 +83,13 @@ class ReplicaStep:
         return sums, counts
 
     def evaluation(self, batch):
-        """(sums, counts) of a batch without dropout."""
-        # A method, not the `tf.function` itself: `strategy.run` traces that once, for the first
-        # replica only.
+        """Returns (sums, counts) of a batch, in evaluation mode."""
+        # `strategy.run` would trace a `tf.function` only once, for the first replica. It calls a
+        # plain method once for each replica.
         return self._evaluation(batch)
 
     def sums_and_gradients(self, batch, total_counts, seed):
-        """(sums, gradients) of a replica's batch: a function of its arguments and the weights.
+        """Returns (sums, gradients) of a replica's batch.
 
         Args:
             batch: dictionary of [B, ...] tensors of static shape.

@@ -15,9 +15,9 @@ from inputs.errors import InputError
 def silence_tensorflow() -> None:
     """Suppresses TensorFlow's C++ log lines below ERROR, such as "I0000 ... Compiled cluster".
 
-    TF_CPP_MIN_LOG_LEVEL does not reach those that Abseil writes before `absl::InitializeLog`, and
-    TensorFlow 2.20 has no Python function for it, so Abseil's own is called by its symbol. A
-    TensorFlow with another symbol keeps its lines (tests/training/test_train.py notices).
+    TF_CPP_MIN_LOG_LEVEL does not affect those that Abseil writes before `absl::InitializeLog`, and
+    TensorFlow 2.20 has no Python function for this, so Abseil's C++ function is called by its
+    symbol. In a TensorFlow version without that symbol the log lines remain.
     """
     folder = os.path.dirname(tf.__file__)
     with contextlib.suppress(OSError, AttributeError):
@@ -29,7 +29,7 @@ def silence_tensorflow() -> None:
 
 
 def connect(tpu: str) -> tf.distribute.Strategy:
-    """The strategy for `--tpu`. Call it before the first TensorFlow operation.
+    """Returns the strategy for `--tpu`. Call it before the first TensorFlow operation.
 
     Args:
         tpu: a TPU's name or address, "local" for the TPU of this virtual machine, or "" for the
@@ -38,8 +38,8 @@ def connect(tpu: str) -> tf.distribute.Strategy:
             its CPU.
 
     Raises:
-        InputError: there is no such TPU, this TensorFlow does not support TPUs, or TF_CONFIG does
-            not describe a cluster.
+        InputError: there is no such TPU, this TensorFlow does not support TPUs, TF_CONFIG does not
+            describe a cluster, or its workers could not connect.
     """
     if tpu:
         return _connect_tpu(tpu)
@@ -52,10 +52,10 @@ def connect(tpu: str) -> tf.distribute.Strategy:
 
 
 def count_workers(tf_config: str) -> int:
-    """The number of processes that train together, from the text of TF_CONFIG; 1 if it is empty.
+    """Returns the number of processes in the cluster of TF_CONFIG; 1 if the text is empty.
 
     Raises:
-        InputError: it is not JSON, or does not describe a cluster with this process as a worker.
+        InputError: the text is not JSON, or not of a cluster with this process as a worker.
     """
     if not tf_config:
         return 1
@@ -91,17 +91,17 @@ def count_workers(tf_config: str) -> int:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process logs, saves and exports for all; True if there is only one."""
+    """Whether this process is the one that logs and exports; True if there is only one."""
     return strategy.extended.should_checkpoint
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes run the same program and train with this one."""
+    """Whether several processes train together, as TF_CONFIG describes."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:
-    """Whether `ReplicaStep` compiles forward and backward. On a TPU the whole step is compiled."""
+    """Returns `jit_compile` for `ReplicaStep`; False on a TPU, which compiles the whole step."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return False
     return recipe.compiles(on_cpu="CPU" in strategy.extended.worker_devices[0])
@@ -111,7 +111,7 @@ def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:
 def worker_folder(strategy: tf.distribute.Strategy, model_dir: str):
     """Yields the folder for this process's files: `model_dir` in the chief, else a temporary one.
 
-    Saving uses collective operations, so every worker has to save.
+    Workers other than the chief need a folder because saving is a collective operation.
     """
     if is_chief(strategy):
         yield model_dir
@@ -121,19 +121,19 @@ def worker_folder(strategy: tf.distribute.Strategy, model_dir: str):
 
 
 def with_infinite_cardinality(input_fn):
-    """`input_fn` whose dataset declares that it never ends.
+    """Returns `input_fn` with datasets of infinite cardinality.
 
-    Otherwise the workers ask one another before each step whether there is another batch, and
-    shapes are dynamic.
+    Otherwise the strategy checks before each step whether all workers have another batch, and
+    makes batch shapes dynamic.
     """
     infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     return lambda context: input_fn(context).apply(infinite)
 
 
 def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
-    """Raises `InputError` in all workers unless all give the same facts, compared as text.
+    """Raises `InputError` in all workers unless `facts`, compared as text, are equal in all.
 
-    Workers that disagree would wait for one another for ever, or train different models.
+    Workers with different settings would wait for each other forever, or train different models.
     """
     if not is_multi_worker(strategy):
         return
@@ -150,7 +150,7 @@ def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
 
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:
-    """Whether a collective operation failed because another worker of the cluster ended."""
+    """Whether `error` is of a collective operation that failed because another worker ended."""
     together = count_workers(os.environ.get("TF_CONFIG", "")) > 1
     lost = isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
     return together and lost
@@ -180,7 +180,7 @@ def _connect_tpu(tpu: str) -> tf.distribute.Strategy:
 
 
 def check_topology(topology: tf.tpu.experimental.Topology, tpu: str) -> None:
-    """Raises `InputError` unless every core of the TPU's mesh answered."""
+    """Raises `InputError` if cores of the TPU's mesh are missing."""
     missing, cores = len(topology.missing_devices), int(np.prod(topology.mesh_shape))
     if missing:
         shape = "x".join(map(str, topology.mesh_shape))
@@ -207,7 +207,7 @@ def _first_line(error: Exception) -> str:
 
 
 def check_batch(strategy: tf.distribute.Strategy, global_batch_size: int, accumulation: int):
-    """Raises `InputError` unless the batch divides into replicas and micro-batches."""
+    """Raises `InputError` unless the batch is divisible by the replicas and micro-batches."""
     replicas = strategy.num_replicas_in_sync
     if global_batch_size < 1 or global_batch_size % replicas:
         lower = max(1, global_batch_size // replicas) * replicas

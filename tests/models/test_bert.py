@@ -1,4 +1,4 @@
-"""The BERT that is trained: its size, its losses, and the SavedModel that fills masks."""
+"""The BERT pre-training model: parameter counts, losses, and its SavedModel."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ WORDS = ["the", "cat", "sat", "on", "mat", ".", "##s", "dog", "caf", "##e", "caf
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS]
 LENGTH = 16
 
-# In a process that imports nothing but TensorFlow and the tokenizer's ops.
+# Runs in a process that imports only TensorFlow and TensorFlow Text.
 CLIENT = """
 import json, sys
 import tensorflow as tf, tensorflow_text
@@ -44,9 +44,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def answer(model, tmp_path_factory):
-    """Asks the exported model: lists of batches of byte strings, in one clean process."""
+    """A function that runs the SavedModel on batches of byte strings in a separate process."""
     folder = str(tmp_path_factory.mktemp("export") / "model")
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second export replaces the first
         write_export(pretrained_export(model, VOCABULARY, LENGTH), "a card", folder)
 
     def ask(*batches):
@@ -60,11 +60,11 @@ def answer(model, tmp_path_factory):
     return ask
 
 
-def test_losses_and_hits_are_those_of_the_usual_functions():
+def test_cross_entropy_matches_tensorflow():
     rng = np.random.default_rng(1)
     logits = tf.constant(rng.normal(0, 3, [2, 5, 50]), tf.bfloat16)
     labels = tf.constant(rng.integers(0, 50, [2, 5]), tf.int32)
-    logits += tf.cast(tf.one_hot(labels, 50) * 6, tf.bfloat16)  # most are right
+    logits += tf.cast(tf.one_hot(labels, 50) * 6, tf.bfloat16)  # most predictions are right
     weights = tf.constant([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], tf.float32)
     tied = tf.constant([[2.0, 7.0, 7.0], [7.0, 2.0, 7.0]], tf.bfloat16)
     with tf.GradientTape(persistent=True) as tape:
@@ -80,7 +80,7 @@ def test_losses_and_hits_are_those_of_the_usual_functions():
     assert float(bert.cross_entropy(tied, tf.constant([1, 1]), tf.ones([2]))[1]) == 0.5
 
 
-def test_base_has_the_published_parameters():
+def test_bert_base_has_the_published_parameter_count():
     """BERT-base's encoder with the published vocabulary: 109,482,240 (arXiv:1810.04805: 110M)."""
     model = bert.build_pretrainer(
         bert.SIZES["base"], 30_522, 512, dropout=0.1, initializer_stddev=0.02
@@ -90,7 +90,7 @@ def test_base_has_the_published_parameters():
     assert sum(int(np.prod(v.shape)) for v in inside) == 109_482_240
 
 
-def test_the_builder_makes_the_size_it_is_asked_for(model):
+def test_the_parameter_count_matches_the_size(model):
     width, layers = 128, 2
     encoder = (len(VOCABULARY) + LENGTH + 2) * width + 2 * width
     encoder += layers * (12 * width**2 + 13 * width) + width**2 + width
@@ -99,7 +99,7 @@ def test_the_builder_makes_the_size_it_is_asked_for(model):
     assert all(variable.trainable for variable in model.variables)
 
 
-def test_sums_agree_with_the_logits(model):
+def test_sums_match_values_computed_from_the_logits(model):
     rng = np.random.default_rng(0)
     batch = {
         "input_word_ids": rng.integers(5, len(VOCABULARY), (3, LENGTH)),
@@ -129,7 +129,7 @@ def test_sums_agree_with_the_logits(model):
         assert counts[name] == weights.sum()
 
 
-def test_the_export_answers_as_the_model_does(model, answer):
+def test_the_export_predicts_the_same_as_the_model(model, answer):
     text, ids = "the [MASK] sat on the [MASK] .", [5, 4, 7, 8, 5, 4, 10]
     (got,) = answer([text.encode()])
     row = [2, *ids, 3]
@@ -145,7 +145,7 @@ def test_the_export_answers_as_the_model_does(model, answer):
     assert got["masks"] == [2]
 
 
-def test_the_export_takes_any_strings(answer):
+def test_the_export_accepts_any_strings(answer):
     together, alone, odd, none = answer(
         [b"the [MASK]", b"[MASK][MASK]", b"no mask", b""],
         [b"the [MASK]"],
@@ -154,9 +154,9 @@ def test_the_export_takes_any_strings(answer):
     )
     assert together["masks"] == [1, 2, 0, 0]
     assert np.shape(together["tokens"]) == (4, 2, TOP_K)
-    assert together["tokens"][0][1] == [""] * TOP_K  # no second mask there
-    np.testing.assert_allclose(  # another batch, other padding
+    assert together["tokens"][0][1] == [""] * TOP_K  # this text has only one mask
+    np.testing.assert_allclose(  # independent of the batch and its padding
         together["probabilities"][0][0], alone["probabilities"][0][0], rtol=1e-4
     )
-    assert odd["masks"] == [1, 1, 0]  # the last one's mask is beyond the position table
+    assert odd["masks"] == [1, 1, 0]  # the last text's mask is beyond the position table
     assert none["masks"] == []

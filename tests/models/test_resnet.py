@@ -1,4 +1,4 @@
-"""The network is ResNet-50 v1.5 as published, however it is computed, and its losses add up."""
+"""The ResNet models: published architecture, equivalent implementations, and losses."""
 
 import functools
 import types
@@ -40,16 +40,16 @@ def resnet50():
     return build(resnet.SIZES["resnet-50"], 224, 1000)
 
 
-def test_resnet_50_has_the_published_parameters(resnet50):
-    """25.557 million; and 53 batch norms of a mean and a variance for each channel."""
+def test_resnet_50_has_the_published_parameter_count(resnet50):
+    """25.557 million; the 53 batch normalizations also have a mean and a variance per channel."""
     count = sum(int(np.prod(v.shape)) for v in resnet50.trainable_variables)
     assert count == 25_557_032
     assert sum(int(np.prod(v.shape)) for v in resnet50.non_trainable_variables) == 53_120
-    assert not resnet50.losses  # decay is the optimizer's
+    assert not resnet50.losses  # no L2 terms: the optimizer applies weight decay
 
 
 def test_the_stride_is_in_the_3x3_convolution(resnet50):
-    """Version 1.5."""
+    """As in ResNet v1.5."""
     (backbone,) = [layer.backbone for layer in resnet50.layers if hasattr(layer, "backbone")]
     blocks = [layer for layer in backbone.layers if hasattr(layer, "_conv3")]
     strides = [[c.strides[0] for c in (b._conv1, b._conv2, b._conv3)] for b in blocks]
@@ -58,8 +58,8 @@ def test_the_stride_is_in_the_3x3_convolution(resnet50):
 
 
 @pytest.mark.parametrize("name", ["resnet-18", "resnet-50-narrow", "cifar-resnet-10"])
-def test_the_last_batch_norm_of_each_block_is_zero(name):
-    """So that a block is the identity at first; every other scale is one."""
+def test_the_last_batch_norm_scale_of_each_block_starts_at_zero(name):
+    """So that each block starts as the identity. All other scales start at one."""
     size = resnet.SIZES[name]
     model = build(size, 32, 10)
     gammas = [v.numpy() for v in model.trainable_variables if "gamma" in v.name]
@@ -83,7 +83,7 @@ def test_batch_norm_and_biases_are_neither_decayed_nor_adapted(resnet50, name):
     assert adapted == (set() if recipe.optimizer == "momentum" else kernels)
 
 
-def test_the_space_to_depth_stem_is_the_same_network():
+def test_the_space_to_depth_stem_computes_the_same_outputs():
     plain, other = build(image_size=96), build(image_size=96, space_to_depth=True)
     assert [v.shape for v in plain.variables] == [v.shape for v in other.variables]
     for ours, theirs in zip(other.variables, plain.variables, strict=True):
@@ -100,15 +100,15 @@ def test_the_space_to_depth_stem_is_the_same_network():
     )
 
 
-def test_pixels_are_normalised_in_the_network():
+def test_pixels_are_normalised_in_the_model():
     for name, (mean, deviation) in resnet.NORMALIZATIONS.items():
         rescaling = build(normalization=name).layers[1]
         found = rescaling(tf.fill([1, 2, 2, 3], 200.0))
         np.testing.assert_allclose(found[0, 0, 0], (200 - np.array(mean)) / deviation, rtol=1e-5)
 
 
-def test_sums_are_those_of_the_formulas():
-    """Smoothed and mixed cross-entropy in training, the plain one in evaluation; weight 0 is 0."""
+def test_sums_match_a_numpy_reference():
+    """Cross-entropy with label smoothing and mixup in training, and without in evaluation."""
     model, batch = build(), made_up(6)
     head = model.layers[-1].layers[-1]
     head.kernel.assign(tf.random.stateless_normal(head.kernel.shape, [1, 2]))
@@ -131,7 +131,7 @@ def test_sums_are_those_of_the_formulas():
         hits = (order[:, :k] == labels[:, None]).any(1)
         assert float(plain[name]) == (hits * weights).sum()
     for value, right in ((0.0, (labels == 0) * weights), (np.nan, 0 * weights)):
-        head.kernel.assign(tf.fill(head.kernel.shape, value))  # all alike, and no number at all
+        head.kernel.assign(tf.fill(head.kernel.shape, value))  # all logits equal, then all NaN
         head.bias.assign(tf.fill([classes], value))
         assert float(sums(model, batch, training=False)["image_top1"]) == right.sum()
     head.kernel.assign(tf.random.stateless_normal(head.kernel.shape, [1, 2]))
@@ -168,11 +168,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
 
 
 @pytest.mark.parametrize("synchronised", [True, False])
-def test_synchronised_batch_norm_sees_all_replicas(mirrored, synchronised):
-    """With it the moving averages of two half batches are those of the whole batch."""
+def test_synchronised_batch_norm_uses_statistics_of_all_replicas(mirrored, synchronised):
+    """If synchronised, moving averages of two half batches equal those of the whole batch."""
     whole, batch = build(), made_up(8)
     weights = whole.get_weights()
-    # The second half is brighter, so that halves and whole differ.
+    # The first half is darker, so that the halves have other statistics than the whole.
     image = tf.concat([batch["image"][:4] // 4, batch["image"][4:]], axis=0)
     whole(tf.cast(image, tf.float32), training=True)
     with mirrored.scope():
@@ -193,8 +193,8 @@ def test_synchronised_batch_norm_sees_all_replicas(mirrored, synchronised):
     assert agree == [synchronised] * len(ours)
 
 
-def test_resnet_50_lowers_for_the_papers_batch_of_a_core(resnet50):
-    """32K on 1,024 chips is 16 images a core: forward, backward and smoothing, as XLA gets them."""
+def test_resnet_50_lowers_for_the_papers_batch_per_core(resnet50):
+    """Forward and backward pass for 16 images per core: a batch of 32K on 1,024 TPU v3 chips."""
     batch_size = 32_768 // 2_048
     task = types.SimpleNamespace(
         metrics=ImageClassification.metrics,
@@ -209,4 +209,4 @@ def test_resnet_50_lowers_for_the_papers_batch_of_a_core(resnet50):
     compiled = tf.function(step.sums_and_gradients, jit_compile=True)
     text = compiled.experimental_get_compiler_ir(batch, counts, seed)(stage="hlo")
     assert "u8[16,224,224,3]" in text and "f32[7,7,3,64]" in text
-    assert text.count(" convolution(") == 3 * 53  # itself, its input's and its weights' gradient
+    assert text.count(" convolution(") == 3 * 53  # forward, input gradient, weight gradient

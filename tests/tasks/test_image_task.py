@@ -1,4 +1,4 @@
-"""Images from shards to a SavedModel: what training, evaluation and serving say agrees."""
+"""The image task from shards to SavedModel: training, evaluation and serving agree."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ CLASSES = [(f"n{i}", f"name {i}") for i in range(7)]
 
 
 def classifier(image_size, classes, seed=0):
-    """Its weights and statistics are random, so that each image has an answer of its own."""
+    """A classifier with random weights and statistics, so that predictions differ by image."""
     model = resnet.build_classifier(
         resnet.Size(10, width=8),
         image_size,
@@ -42,7 +42,7 @@ def classifier(image_size, classes, seed=0):
 
 
 def answers_apart(tmp_path, export_dir, files, pixels):
-    """What the SavedModel says in a process that has tensorflow alone."""
+    """Runs the SavedModel in a process that imports only TensorFlow; returns its outputs."""
     flat = [np.frombuffer(file, np.uint8) for file in files]
     ends = np.cumsum([len(f) for f in flat])
     np.savez(tmp_path / "given.npz", files=np.concatenate(flat), ends=ends, pixels=pixels)
@@ -54,7 +54,7 @@ def answers_apart(tmp_path, export_dir, files, pixels):
         cwd="/",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "alone\n"  # none of our modules
+    assert done.stdout == "alone\n"  # no module of this project was imported
     with np.load(tmp_path / "answer.npz") as answer:
         return dict(answer)
 
@@ -84,10 +84,10 @@ def test_serving_agrees_with_evaluation_on_the_imagenet_samples(tmp_path):
     np.testing.assert_allclose(found["probabilities"], probabilities, rtol=0, atol=1e-3)
     np.testing.assert_allclose(found["pixel_probabilities"], probabilities[:55], rtol=0, atol=1e-3)
     assert set(found["error"]) == {""}
-    assert len({tuple(row) for row in best}) > 20  # the answers differ among the images
+    assert len({tuple(row) for row in best}) > 20  # predictions differ between images
 
 
-def test_a_damaged_image_is_an_error_of_its_own():
+def test_a_damaged_image_gets_an_error_and_affects_no_other_image():
     module = ImageClassifier(classifier(64, 7), CLASSES, 64, 32)
     good = [encoded(smooth(80, 90, seed=i)) for i in range(2)]
     files = [good[0], b"", good[1][:200], good[1], b"no image", encoded(smooth(70, 70), "PNG")]
@@ -106,7 +106,7 @@ def test_a_damaged_image_is_an_error_of_its_own():
 
 
 def test_train_py_learns_three_classes_and_reports_it(tmp_path):
-    """From shards to report: held-out figures, the best checkpoint, the SavedModel's answers."""
+    """From shards to report: held-out metrics, best checkpoint, predictions of the SavedModel."""
     data = prepared(tmp_path, size=(40, 40))
     settings = ("model=cifar-resnet-10", "image_size=32", "label_smoothing=0", "augmentation=none")
     settings += ("warmup_steps=2", "evaluate_every_steps=10", "peak_learning_rate=0.05")
@@ -126,7 +126,7 @@ def test_train_py_learns_three_classes_and_reports_it(tmp_path):
     assert best["image_top1"] >= results["image_top1"]
 
 
-def test_a_flipped_byte_in_a_shard_ends_the_run_in_one_sentence(in_process, capfd, tmp_path):
+def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capfd, tmp_path):
     data = prepared(tmp_path, size=(40, 40))
     shard = damage(data / "train", 5)
     arguments = [
@@ -155,7 +155,7 @@ def task(tmp_path, data_dir="", **changes):
     )
 
 
-def test_what_cannot_be_trained_on_is_one_sentence(tmp_path):
+def test_unusable_data_and_settings_are_refused(tmp_path):
     with pytest.raises(InputError, match="--data_dir: give the folder"):
         task(tmp_path)
     with pytest.raises(InputError, match="model=resnet-51: no such size"):

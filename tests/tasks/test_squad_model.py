@@ -1,4 +1,4 @@
-"""The model that answers: its spans and loss, what it starts from, and train.py around it."""
+"""The SQuAD model: spans, loss, initial weights, and fine-tuning with train.py."""
 
 import json
 
@@ -23,8 +23,8 @@ VOCABULARY = [*SPECIAL_TOKENS, *WORDS]
 POSITIONS = 40
 
 
-def test_best_spans_are_those_of_all_pairs():
-    """Against every pair written out, with rows that have fewer spans than are asked for."""
+def test_best_spans_match_a_plain_loop():
+    """A loop over pairs of the best starts and ends; some rows have fewer than `n_best` spans."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 6, 12)).astype(np.float32)
     begin, end = rng.random((2, 6, 12)) < 0.6
@@ -65,7 +65,7 @@ def make_inputs(rows=3, length=20, seed=0):
     return {key: tf.constant(value, tf.int32) for key, value in inputs.items()}
 
 
-def test_sums_agree_with_the_logits():
+def test_sums_match_values_computed_from_the_logits():
     model, inputs = make_labeler(), make_inputs()
     batch = inputs | {
         "start_positions": tf.constant([3, 0, 2]),
@@ -95,7 +95,7 @@ def tfm_encoder(layers=SIZE.layers, width=SIZE.width):
 
 def tfm_pretrainer(encoder):
     pretrainer = tfm_models.BertPretrainerV2(encoder_network=encoder)
-    # Its call passes inputs by a plan that tf_keras warns about; making the head is enough.
+    # Calling the model makes tf_keras warn about its inputs; building the head is enough.
     pretrainer.masked_lm.build([None, None, SIZE.width])
     return tf.train.Checkpoint(model=pretrainer, **pretrainer.checkpoint_items)
 
@@ -108,8 +108,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tf_models_checkpoints_are_read(layout, tmp_path):
-    """The published archives: bert_model.ckpt.index and .data, no record of the latest one."""
+def test_checkpoints_of_tf_models_are_read(layout, tmp_path):
+    """As in the published archives: bert_model.ckpt.index and .data, no `checkpoint` file."""
     encoder = tfm_encoder()
     LAYOUTS[layout](encoder).write(str(tmp_path / "bert_model.ckpt"))
     saved = initial_weights.find_encoder(str(tmp_path))
@@ -127,7 +127,7 @@ def test_tf_models_checkpoints_are_read(layout, tmp_path):
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-5)
 
 
-def test_tf_models_read_what_an_export_writes(tmp_path):
+def test_tf_models_can_read_exported_weights(tmp_path):
     model = make_labeler()
     inputs, encoder = make_inputs(), bert.encoder_of(model)
     weights.save_encoder(encoder, str(tmp_path / "weights"))
@@ -143,7 +143,7 @@ def test_tf_models_read_what_an_export_writes(tmp_path):
     assert config["max_position_embeddings"] == POSITIONS and config["initializer_range"] == 0.02
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_sentence(tmp_path):
+def test_an_unsuitable_checkpoint_is_refused(tmp_path):
     tf.train.Checkpoint(encoder=tfm_encoder()).write(str(tmp_path / "bert_model.ckpt"))
     saved = initial_weights.find_encoder(str(tmp_path))
     both = "2 layers, width 128 and 2 heads, but model=base has 12 layers, width 768 and 12"
@@ -197,7 +197,7 @@ SMALL += ["--set", "sequence_length=32", "--set", "max_query_length=8", "--set",
 
 
 def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_path, capfd):
-    """The whole road must be able to be right: windows, loss, spans, text, metric, export."""
+    """The full pipeline: windows, loss, spans, answer texts, metrics and export."""
     pre, run = tmp_path / "pre", tmp_path / "run"
     tf_keras.utils.set_random_seed(1)
     pretrainer = bert.build_pretrainer(
@@ -227,7 +227,7 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
     asked = f"{len(dev.questions)} questions to answer"
     for said in ("squad-mini", "exact_match", "tensorflow-text", dev.fingerprint, asked):
         assert said in card
-    # What it exported is a start as any other.
+    # The exported encoder can be used as initial weights.
     again = initial_weights.find_encoder(str(run / "export/tf_models"))
     assert (again.size, again.max_sequence_length) == (SIZE, POSITIONS)
     trained = initial_weights.read_encoder(initial_weights.find_encoder(str(run)))
@@ -256,7 +256,7 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
         (["--set", "init_form=x"], "Did you mean 'init_from'"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, said, data, tmp_path, in_process, capfd):
+def test_a_mistake_is_reported_in_one_line(arguments, said, data, tmp_path, in_process, capfd):
     tf.train.Checkpoint(encoder=tfm_encoder()).write(str(tmp_path / "pre/bert_model.ckpt"))
     save_vocabulary([*SPECIAL_TOKENS, "a"], str(tmp_path / "short.txt"))
     places = {"@DATA": data, "@CKPT": tmp_path / "pre", "@SHORT": tmp_path / "short.txt"}

@@ -1,7 +1,7 @@
-"""The same weights wherever a run computes, and what several processes do in a fault.
+"""Runs with replicas, micro-batches or several processes train the same weights as a plain run.
 
-All through train.py on real text, where each replica and each micro-batch has its own number of
-masked tokens.
+The tests run train.py on real text, so that the number of masked tokens differs between replicas
+and between micro-batches.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ FLAGS = ("--steps=20000", "--steps_per_loop=5", "--global_batch_size=16")
 for change in ("warmup_steps=10", "vocabulary_size=300", "save_every_steps=10"):
     FLAGS += ("--set", change)
 FLAGS += ("--set", "keep_checkpoints=100")
-SECONDS = 240  # after which a process is taken to hang
+SECONDS = 240  # timeout of a process
 
 
 @contextlib.contextmanager
 def workers(*flags, second=()):
-    """Yields two processes of train.py that train together; nothing of them is left afterwards.
+    """Yields two processes of train.py that train together, and kills them at the end.
 
-    The second one gets the flags `second` on top.
+    `second` are additional flags of the second process.
     """
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):
@@ -75,7 +75,7 @@ def wait_for(path, processes):
 
 @pytest.fixture(scope="module")
 def until(in_process):
-    """Runs train.py in this process up to a step, where Ctrl-C saves and ends it."""
+    """A function that runs train.py in this process up to a step, where SIGINT stops it."""
 
     def run(step, where, model_dir, *flags):
         original = Run.train
@@ -96,7 +96,7 @@ def until(in_process):
 
 
 def saved(model_dir, step, prefix="model/"):
-    """name: array, of what the checkpoint holds below `prefix`."""
+    """Returns name -> array of the variables in the checkpoint whose name starts with `prefix`."""
     reader = tf.train.load_checkpoint(str(model_dir / f"ckpt-{step}"))
     names = [name for name in reader.get_variable_to_shape_map() if name.startswith(prefix)]
     return {name: reader.get_tensor(name) for name in names}
@@ -114,16 +114,16 @@ def exact(text):
 
 @pytest.fixture(scope="module")
 def one_replica(until, one_cpu, exact, tmp_path_factory):
-    """Weights on half of the way and at its end: what every other run must come to."""
+    """The weights of a plain run at half of its steps and at its end, as the reference."""
     folder = tmp_path_factory.mktemp("one")
     end = until(COMPARED, one_cpu, folder, *exact)
     return saved(folder, COMPARED // 2), end
 
 
 def assert_same(found, one_replica):
-    """Holds each layer to 1e-5 of its way since the first half (seen: 2e-6), as norms.
+    """Allows each variable an error of 1e-5 of its change in the second half (seen: 2e-6).
 
-    No loss depends on the bias of the attention's keys: its gradients are rounding alone.
+    The loss does not depend on the key biases of attention, whose gradients are rounding errors.
     """
     first, expected = one_replica
     assert found.keys() == expected.keys() and len(found) > 30
@@ -133,19 +133,17 @@ def assert_same(found, one_replica):
         assert error <= 1e-5 * way, f"{name}: {error} on a way of {way}"
 
 
-def test_two_replicas_train_the_weights_of_one(until, mirrored, one_replica, exact, tmp_path):
+def test_two_replicas_match_one_replica(until, mirrored, one_replica, exact, tmp_path):
     assert_same(until(COMPARED, mirrored, tmp_path, *exact), one_replica)
 
 
-def test_accumulation_trains_the_weights_of_the_whole_batch(
-    until, one_cpu, one_replica, exact, tmp_path
-):
+def test_accumulation_matches_the_whole_batch(until, one_cpu, one_replica, exact, tmp_path):
     flags = (*exact, "--set", "accumulation=4")
     assert_same(until(COMPARED, one_cpu, tmp_path, *flags), one_replica)
 
 
-def test_two_processes_train_the_same_weights_and_survive_each_other(one_replica, exact, tmp_path):
-    """One is killed on the way, both go on; one is told to stop, both save the same step."""
+def test_two_processes_match_one_replica_and_resume(one_replica, exact, tmp_path):
+    """One is killed and both are restarted; then one gets SIGTERM and both save the same step."""
     flags = (*FLAGS, *exact, f"--model_dir={tmp_path}")
     with workers(*flags) as (chief, other):
         wait_for(tmp_path / f"ckpt-{COMPARED}.index", (chief, other))
@@ -162,13 +160,13 @@ def test_two_processes_train_the_same_weights_and_survive_each_other(one_replica
         assert (chief.returncode, other.returncode) == (143, 143), chiefs + others
     assert f"Going on from step {newest} of" in chiefs
     assert f"SIGTERM: saved step {saved_step(tmp_path)} of" in chiefs
-    # Only the chief speaks, and only it leaves anything behind.
+    # Only the chief logs progress and leaves files.
     assert "saved step" not in others and not re.search(r"^step \d", others, re.MULTILINE)
     assert len(list(tmp_path.glob("train/events*"))) == 2 and not list(tmp_path.glob("*work*"))
 
 
 def test_workers_with_different_commands_are_refused(exact, tmp_path):
-    """They would wait for one another for ever."""
+    """Otherwise they would wait for each other forever."""
     with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:
         for process in processes:
             _, said = process.communicate(timeout=SECONDS)

@@ -12,7 +12,7 @@ GOOD, NAN, INF = 1.0, float("nan"), float("inf")
 
 
 class Small:
-    """Two layers, of which "second/kernel" gets the gradient that a step is given."""
+    """Two layers. "second/kernel" gets the gradients passed to `run`, "first/kernel" ones."""
 
     def __init__(self, max_skipped_in_row=2, max_loss=None, skip_nonfinite=True):
         self.variables = [tf.Variable([3.0, 4.0], name=f"{n}/kernel") for n in ("first", "second")]
@@ -28,7 +28,7 @@ class Small:
         self.done = 0
 
     def run(self, gradients, losses=None):
-        """A loop of steps on the device, then the check on the host."""
+        """Runs a loop of steps on the device, then the check on the host."""
         losses = losses or [1.0] * len(gradients)
         record = self._loop(
             tf.constant(gradients), tf.constant(losses), tf.constant(self.done, tf.int64)
@@ -65,14 +65,14 @@ def test_too_many_skipped_steps_inside_a_loop_stop_the_run():
         Small().run([GOOD, NAN, NAN, NAN, NAN, GOOD, GOOD])
 
 
-def test_a_loss_above_the_bound_names_its_step():
+def test_a_loss_above_max_loss_is_reported_with_its_step():
     small = Small(max_loss=5.0)
     small.run([GOOD, GOOD], [4.0, 5.0])
     with pytest.raises(Diverged, match="the loss is 7 at step 4, above max_loss=5; the largest"):
         small.run([GOOD, GOOD, GOOD], [4.0, 7.0, 9.0])
 
 
-def test_without_a_bound_any_finite_loss_is_accepted_but_not_nan():
+def test_without_max_loss_any_finite_loss_is_accepted_but_not_nan():
     small = Small(skip_nonfinite=False)
     small.run([GOOD, GOOD], [1e30, 1e38])
     with pytest.raises(Diverged, match="the loss is nan at step 4; not finite in second/kernel"):
@@ -97,14 +97,14 @@ def test_the_schedule_follows_the_run_and_is_scaled_exactly():
     assert isinstance(scaled, tf_keras.optimizers.schedules.LearningRateSchedule)
     for step in range(9):
         state.step.assign(step)
-        assert scaled(0).numpy() == schedule(step).numpy()  # whatever the optimizer has counted
+        assert scaled(0).numpy() == schedule(step).numpy()  # the optimizer's own step is ignored
     state.step.assign(5)
     state.rate_factor.assign(0.5)
     assert scaled(0).numpy() == 0.5 * schedule(5).numpy()
 
 
 def test_an_optimizer_that_skips_nothing_stops_at_the_first_nan():
-    """tf_keras's own: there is no telemetry, and no layer is named."""
+    """An optimizer of tf_keras has no telemetry, so the message names no layer."""
     optimizer = tf_keras.optimizers.AdamW(0.1)
     optimizer.build([tf.Variable([1.0])])
     monitor = DivergenceMonitor(

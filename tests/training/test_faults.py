@@ -1,4 +1,4 @@
-"""Runs of train.py in which something fails: nothing is lost, and the message says what failed."""
+"""Runs of train.py in which something fails: they resume, and the message says what failed."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def flags(*more, **settings):
 
 
 def state(model_dir, step):
-    """name: bytes, of all that a checkpoint holds."""
+    """Returns name -> bytes of all tensors in a checkpoint."""
     reader = tf.train.load_checkpoint(os.path.join(model_dir, f"ckpt-{step}"))
     names = reader.get_variable_to_shape_map()
     return {n: tf.io.serialize_tensor(reader.get_tensor(n)).numpy() for n in names if n[0] != "_"}
@@ -39,7 +39,7 @@ def losses(model_dir):
 
 
 def stopping(owner, name, monkeypatch):
-    """Makes the attribute `name` of `owner` raise SIGTERM before it does its work."""
+    """Patches the method `name` of `owner` to raise SIGTERM before it runs."""
     original = getattr(owner, name)
 
     def method(*arguments, **named):
@@ -59,7 +59,7 @@ def no_export(monkeypatch):
 def test_interruptions_at_bad_moments_change_no_result(
     in_process, capfd, tmp_path, monkeypatch, text
 ):
-    """While the first loop compiles, in an evaluation, between two phases, in the export."""
+    """In an evaluation, at the start of a training loop, and in the export."""
     more = {"vocabulary_size": 300, "phase2.sequence_length": 32, "max_sequence_length": 32}
     more |= {"evaluate_every_steps": 10, "save_every_steps": 5, "compute_dtype": "float32"}
     given = flags("--recipe=bert-large-32k", "--steps=20", f"--data_dir={text}", **more)
@@ -72,7 +72,7 @@ def test_interruptions_at_bad_moments_change_no_result(
     capfd.readouterr()
     for owner, name, saved in (
         (Run, "_evaluate_batch", 10),
-        (Run, "train", 18),  # the first loop of that start, to the border of the phases
+        (Run, "train", 18),  # the first loop after resuming, which ends with the first phase
         (tf.saved_model, "save", 20),
     ):
         with monkeypatch.context() as patch:
@@ -88,7 +88,7 @@ def test_interruptions_at_bad_moments_change_no_result(
     assert not list((tmp_path / "cut").glob("*export*"))
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_resumes_when_there_is_room(
+def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_after_it(
     in_process, capfd, tmp_path, no_export
 ):
     disk = tmp_path / "disk"
@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_resumes_when_there_is_room(
 
 
 def test_a_run_that_diverges_rolls_back_with_a_lower_rate(in_process, capfd, tmp_path, no_export):
-    """At first 1e30 times too high, then right."""
+    """The learning rate is 1e30 times too high before the rollback, and right after it."""
     arguments = flags(
         "--steps=30", f"--model_dir={tmp_path}/run", peak_learning_rate=1e28, warmup_steps=0,
         max_skipped_in_row=3, on_divergence="rollback", rollback_rate_factor=1e-30,

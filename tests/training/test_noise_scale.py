@@ -1,4 +1,4 @@
-"""The gradient noise scale against a problem whose own is known."""
+"""The gradient noise scale, on a problem for which it is known."""
 
 import json
 
@@ -21,7 +21,7 @@ SCALE = WIDTH * DEVIATION**2 / DISTANCE**2
 
 
 class Difference(tf_keras.layers.Layer):
-    """w - x; with half its square as loss, the gradient of an example is just that."""
+    """w - x. If the loss is half of its square, it is also the gradient of an example."""
 
     def build(self, shape):
         self.w = self.add_weight(name="w", shape=shape[1:], initializer="zeros")
@@ -40,7 +40,7 @@ def build_model():
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_noise_scale_is_estimated_from_micro_batches(mirrored, accumulation, tmp_path):
-    """x ~ N(m, 9 I) in 50 dimensions and w = 0, 2 from m: |G|^2 is 4, and tr(S) is 450."""
+    """x ~ N(m, 9 I) in 50 dimensions, w = 0 and |m| = 2: |G|^2 is 4 and tr(S) is 450."""
     x = DISTANCE / WIDTH**0.5 + DEVIATION * np.random.default_rng(0).normal(
         size=[2 * STEPS, BATCH, WIDTH]
     )
@@ -66,8 +66,8 @@ def test_the_noise_scale_is_estimated_from_micro_batches(mirrored, accumulation,
 @pytest.mark.parametrize(
     "make", [lambda: tf_keras.optimizers.SGD(0.1), lambda: LARS(10.0, weight_decay=1.0)]
 )
-def test_measured_or_not_the_update_is_the_same(mirrored, make):
-    """The sum of the gradients, taken here for its norm, takes the place of the optimizer's own."""
+def test_measuring_the_noise_scale_does_not_change_the_update(mirrored, make):
+    """If it is measured, `ReplicaStep` sums the gradients over replicas, not the optimizer."""
     batches = tf.random.stateless_normal([2, 4, WIDTH], [1, 2])
     weights = []
     for measure in (False, True):
@@ -98,7 +98,7 @@ def test_measured_or_not_the_update_is_the_same(mirrored, make):
         np.testing.assert_allclose(weights[1], 1 - 0.1 * (1 - mean), rtol=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_counts_for_nothing():
+def test_a_gradient_that_is_not_finite_is_left_out_of_the_means():
     bad = [tf.constant([float("inf"), 1.0])]
     shares, count = noise_scale.noise_sums(tf.constant(float("nan")), bad, 8, 2, 1)
     assert [float(value) for value in (*shares.values(), *count.values())] == [0.0, 0.0, 0.0]

@@ -1,8 +1,8 @@
-"""A run of an earlier version can be resumed.
+"""A run of an earlier version can be resumed with the current one.
 
 tests/data/run/bert-tiny.json records a run made at commit 5f7eda5: its recipe.json, history and
 evaluations, and the name and shape of each variable in its checkpoint. (The weights would take
-5 MB.) A later version must not write it again.
+5 MB.) Do not regenerate the file with a later version.
 """
 
 import json
@@ -37,14 +37,14 @@ def recipe():
     return recipes.override(recipes.resized(demo, steps=4, global_batch_size=8), CHANGES)
 
 
-def test_its_settings_are_still_compatible(old, recipe, tmp_path):
+def test_its_settings_are_compatible(old, recipe, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(old["recipe"]))
     (tmp_path / "ckpt-4.index").touch()
     facts = {name: old["recipe"][name] for name in ("seed", "vocabulary", "data")}
     compatibility.check_compatible(str(tmp_path), recipe, **facts)
 
 
-def test_its_checkpoint_has_the_variables_of_today(old, recipe, tmp_path):
+def test_its_checkpoint_has_the_current_variables(old, recipe, tmp_path):
     task = TASKS["bert"](
         recipe,
         data_dir="",

@@ -1,4 +1,4 @@
-"""A run through two phases: schedule, slots and their step, and wherever it is interrupted."""
+"""Runs with two phases: schedule, reset of slots, and interruptions."""
 
 import signal
 
@@ -35,7 +35,7 @@ def make_recipe(optimizer, reset):
 
 
 class LeastSquares(SmallTask):
-    """Least squares on batches that are a function of (phase, step), as in every task."""
+    """Least squares. As in every task, a batch is a function of (phase, step)."""
 
     def build_model(self):
         return make_model()
@@ -56,7 +56,7 @@ class LeastSquares(SmallTask):
 
     @staticmethod
     def shared(batches):
-        """Each replica's share in turn."""
+        """Splits global batches into the replicas' shares."""
         size = batches.element_spec["x"].shape[0]
         return lambda context: batches.unbatch().batch(size // context.num_replicas_in_sync, True)
 
@@ -72,7 +72,7 @@ def make_model():
 
 
 class StopAt(StopRequest):
-    """As if a signal had arrived during the loop that ends at this step."""
+    """Acts as if a signal had arrived during the loop that ends at `step`."""
 
     def __init__(self, step):
         super().__init__()
@@ -85,7 +85,7 @@ class StopAt(StopRequest):
 
 
 def train(strategy, recipe, folder, stop_at=None):
-    """Starts or resumes the run in `folder`; (weights, updates since the last reset)."""
+    """Starts or resumes the run in `folder`; returns (weights, updates since the last reset)."""
     folder.mkdir(exist_ok=True)
     stop = StopAt(stop_at)
     run = stop.run = small_run(LeastSquares(recipe), strategy, folder, stop=stop)
@@ -95,7 +95,7 @@ def train(strategy, recipe, folder, stop_at=None):
 
 
 def plainly(recipe):
-    """The same by an optimizer in a plain loop, and a new one where the slots are reset."""
+    """The reference: a plain loop, with a new optimizer where the slots are reset."""
     task, model = LeastSquares(recipe), make_model()
     variables = model.trainable_variables
 
@@ -123,8 +123,8 @@ def plainly(recipe):
     ("optimizer", "reset"),
     [("lamb", False), ("lamb", True), ("adamw", True), ("adagrad", True)],
 )
-def test_phases_with_interruptions_at_the_border_and_inside(optimizer, reset, tmp_path):
-    """As without interruptions to the last bit, and as a plain loop with a new optimizer."""
+def test_interruptions_between_and_inside_phases_change_no_result(optimizer, reset, tmp_path):
+    """Bit-identical to an uninterrupted run, which is close to the plain loop."""
     recipe = make_recipe(optimizer, reset)
     where = tf.distribute.OneDeviceStrategy("/cpu:0")
     whole, updates = train(where, recipe, tmp_path / "whole")
@@ -132,7 +132,7 @@ def test_phases_with_interruptions_at_the_border_and_inside(optimizer, reset, tm
     assert updates == (SECOND.steps if reset else END - skipped)
     for expected, found in zip(plainly(recipe), whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    # At the border before the second phase has begun, then as it begins; then within it.
+    # At the end of the first phase, at the start of the second one, then inside it.
     for stop_at in (BORDER, BORDER, BORDER + 3):
         with pytest.raises(Interrupted):
             train(where, recipe, tmp_path / "stopped", stop_at)
@@ -161,12 +161,12 @@ def test_slots_are_reset_on_every_replica(mirrored, tmp_path):
     [
         (1_900, 2_200, False),
         (1_900, 4_400, True),  # back into the first phase
-        (1_800, 4_400, False),  # at the end of the first, which grows
-        (1_000, 1_000, True),  # into the second without its beginning
+        (1_800, 4_400, False),  # at the end of the first phase, which becomes longer
+        (1_000, 1_000, True),  # into the second phase, but not at its start
         (818, 1_000, False),
     ],
 )
-def test_a_run_made_longer_stays_in_its_phase(tmp_path, step, steps, refused):
+def test_steps_may_change_only_if_the_run_stays_in_its_phase(tmp_path, step, steps, refused):
     recipe = find_recipe("bert-mini")
     compatibility.write_run_config(str(tmp_path), recipe, seed=1)
     (tmp_path / f"ckpt-{step}.index").touch()

@@ -1,4 +1,4 @@
-"""What is recorded and shown of a run: history, display, MFU, telemetry, profiler trace."""
+"""Monitoring of a run: history, display, MFU, telemetry and profiler trace."""
 
 import io
 import json
@@ -88,12 +88,12 @@ def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
     }
     assert rows[-1] == expected
     assert {"loss", "mfu", "examples_per_second", "input_wait_share"} <= set(output)
-    # The first loop compiles: it counts for neither the mean speed nor the time left.
+    # The first loop, which compiles, is excluded from the mean speed and the time left.
     assert progress.examples_per_second == 160.0
     assert display.rows[-1] == (60, expected, 40 * 32 / 160)
 
 
-def test_evaluations_have_a_file_of_their_own_and_take_no_training_time(tmp_path, clock):
+def test_evaluations_are_recorded_separately_and_excluded_from_training_time(tmp_path, clock):
     step = tf.Variable(10, dtype=tf.int64)
     progress = Progress(step, 100, str(tmp_path), RecordingDisplay())
     progress.begin_phase(1, 32)
@@ -171,7 +171,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "1,600 examples/s" in printed
 
 
-def test_flops_are_the_products_of_the_forward_pass_three_times():
+def test_training_flops_are_three_times_those_of_the_forward_pass():
     inputs = tf_keras.Input([8, 16, 3], batch_size=2)
     x = tf_keras.layers.Conv2D(5, 3, padding="same", use_bias=False)(inputs)
     x = tf_keras.layers.Reshape([128, 5])(x)
@@ -185,7 +185,7 @@ def test_flops_are_the_products_of_the_forward_pass_three_times():
 
 
 def test_flops_of_bert_are_close_to_the_usual_formula():
-    """6 N per token and attention's 12 L H S, PaLM's appendix B, heads beside."""
+    """6 N + 12 L H S per token, as in PaLM's appendix B, and the heads."""
     from models import bert
 
     size, length, batch, predictions, words = bert.SIZES["mini"], 64, 4, 8, 100
@@ -203,7 +203,7 @@ def test_flops_of_bert_are_close_to_the_usual_formula():
 
 
 def test_waiting_for_input_is_measured(two_cpus, tmp_path):
-    """A batch that takes 50 ms to make, and a step that takes next to nothing."""
+    """A batch takes 50 ms to produce, and a step takes almost no time."""
 
     def slow(number):
         time.sleep(0.05)
@@ -223,7 +223,7 @@ def test_waiting_for_input_is_measured(two_cpus, tmp_path):
     run.train(tf.constant(1))
     begun = time.perf_counter()
     waited = float(run.train(tf.constant(20))["input_wait_seconds"])
-    assert 0.5 < waited < time.perf_counter() - begun  # a few batches may lie ready
+    assert 0.5 < waited < time.perf_counter() - begun  # a few batches may be prefetched
 
 
 @pytest.mark.parametrize(
@@ -242,11 +242,11 @@ def test_waiting_for_input_is_measured(two_cpus, tmp_path):
         (chips.tpu_peak_flops(""), None),
     ],
 )
-def test_peaks(peak, teraflops):
+def test_peak_flops(peak, teraflops):
     assert peak == (teraflops and pytest.approx(teraflops * 1e12))
 
 
-def test_a_profile_window_cuts_the_loops_and_leaves_a_trace(tmp_path):
+def test_loops_end_at_the_profile_window_and_a_trace_is_written(tmp_path):
     window = profile_window("100:110")
     length = loop_lengths(50, window)
     step, ends = 0, []
@@ -267,12 +267,12 @@ def test_a_profile_window_cuts_the_loops_and_leaves_a_trace(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["100", "a:b", "110:100", "5:5", "-1:4", "1:2:3"])
-def test_a_wrong_profile_is_one_sentence(text):
+def test_an_invalid_profile_is_refused(text):
     with pytest.raises(ValueError, match=f"Received: profile={text}"):
         profile_window(text)
 
 
-def test_trust_ratios_and_weights_are_kept_and_drawn(tmp_path):
+def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
     model = tf_keras.Sequential([tf_keras.layers.Dense(3, name="only", input_shape=[4])])
     optimizer = LAMB(0.1, telemetry=True)
     optimizer.build(model.trainable_variables)

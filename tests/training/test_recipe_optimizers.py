@@ -1,4 +1,4 @@
-"""A recipe's constants reach its optimizer, whichever it is, and the same weights are decayed."""
+"""Each optimizer gets the constants of the recipe, and decays the same weights."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_lars_and_its_variants():
     assert type(optimizer) is ours.LARS
     assert (optimizer.momentum, optimizer.trust_coefficient) == (0.8, 0.001)
     _, optimizer = made(PAPER, "optimizer=lars", "variant=paper")
-    assert (optimizer.form, optimizer.trust_coefficient) == ("paper", 1.0)  # not LARS's own
+    assert (optimizer.form, optimizer.trust_coefficient) == ("paper", 1.0)  # not LARS's default
     _, optimizer = made(PAPER, "optimizer=lars", "trust_coefficient=0.02")
     assert optimizer.trust_coefficient == 0.02
 
@@ -65,7 +65,7 @@ def test_a_value_outside_its_range_is_refused(changes, said):
 
 
 def moved_by(recipe, optimizer, gradient):
-    """What one update adds to each variable, by name; every gradient's elements are alike."""
+    """Returns name -> (old value, change by one update); all gradient elements are equal."""
     network = model()
     variables = network.trainable_variables
     optimizers.build(optimizer, recipe, variables)
@@ -78,8 +78,8 @@ def moved_by(recipe, optimizer, gradient):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adagrad", "momentum"])
-def test_a_baselines_first_update(name):
-    """By hand. Decay moves the kernel alone: "bias$" and the norm's are excluded in all."""
+def test_the_first_update_of_a_baseline_matches_its_formula(name):
+    """Only the kernel is decayed: the bias and layer-norm variables are excluded."""
     recipe, optimizer = made(PAPER, f"optimizer={name}", "weight_decay=0.5")
     gradient, epsilon = 0.25, 1e-6
     update = {

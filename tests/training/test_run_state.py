@@ -1,4 +1,4 @@
-"""Checkpoints, lock and signals, each alone; test_faults.py tests them in whole runs."""
+"""Unit tests of checkpoints, lock and signals; test_faults.py tests them in whole runs."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Small:
-    """A checkpoint of a step and 400 kB."""
+    """A `CheckpointManager` of a step and a variable of 400 kB."""
 
     def __init__(self, folder, every=10, keep=3, **more):
         self.folder = str(folder)
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     small = Small(tmp_path)
     small.manager.restore_or_initialize()
     assert small.step.numpy() == small.values.numpy()[-1] == 20
-    if part == "index" and damage is pathlib.Path.unlink:  # then it is like one never finished
+    if part == "index" and damage is pathlib.Path.unlink:  # the same as an unfinished checkpoint
         assert not said and saved_step(str(tmp_path)) == 20
     else:
         assert len(said) == 1 and "Checkpoint ckpt-30 is damaged (" in said[0]
@@ -118,7 +118,7 @@ def test_files_of_a_killed_run_are_removed(tmp_path):
     assert files(tmp_path) == ["ckpt-10.data-00000-of-00001", "ckpt-10.index"]
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_a_checkpoint_with_other_variables_is_refused(tmp_path):
     Small(tmp_path, more=tf.Variable(1.0)).save_at(10)
     with pytest.raises(InputError, match="of another model or version"):
         Small(tmp_path).manager.restore_or_initialize()
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB; skips where none may be mounted."""
+    """A file system of 1 MB; skips the test if it cannot be mounted."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True
     )
@@ -139,7 +139,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_full_disk_is_one_error_and_costs_no_checkpoint(small_disk):
+def test_a_full_disk_raises_save_failed_and_keeps_earlier_checkpoints(small_disk):
     small = Small(small_disk).save_at(10, 20)
     with pytest.raises(SaveFailed) as error:
         small.save_at(30)
@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert saved_steps(str(tmp_path)) == [40, 50] and saved_steps(str(tmp_path / "best")) == [20]
     assert json.loads((tmp_path / "best/metrics.json").read_text()) == {"step": 20, "accuracy": 0.5}
     assert manager.read_error(tf.train.latest_checkpoint(tmp_path / "best")) is None
-    BestCheckpoint(small.manager, LOSS)({"the_loss": 2.0})  # nothing is recorded of this metric
+    BestCheckpoint(small.manager, LOSS)({"the_loss": 2.0})  # metrics.json does not have this metric
     BestCheckpoint(small.manager, LOSS)({"the_loss": 3.0})
     assert saved_steps(str(tmp_path / "best")) == [50]
 
@@ -189,7 +189,7 @@ def python(code, *arguments):
     )  # fmt: skip
 
 
-def test_a_second_run_is_refused_while_the_first_lives(tmp_path):
+def test_a_second_run_is_refused_while_the_first_is_running(tmp_path):
     code = (
         "import sys, time; from inputs.files import locked\n"
         "with locked(sys.argv[1], '--model_dir'):\n    print('held', flush=True); time.sleep(600)"
@@ -220,7 +220,7 @@ except Interrupted as signal:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_acknowledged_at_once_and_obeyed_after_the_call(signum):
+def test_a_signal_is_logged_immediately_and_raised_after_the_call(signum):
     with python(WAITING, "3000000") as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
@@ -230,7 +230,7 @@ def test_a_signal_is_acknowledged_at_once_and_obeyed_after_the_call(signum):
     assert first.startswith(f"{signum.name}: stopping.") and second == "done"
 
 
-def test_a_second_signal_does_not_wait():
+def test_a_second_signal_ends_the_process_immediately():
     with python(WAITING, "2000000000") as process:  # would take a quarter of an hour
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)

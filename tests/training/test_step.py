@@ -1,4 +1,4 @@
-"""A replica's step: whose masks dropout draws, and what becomes of batch norm's averages."""
+"""A replica's step: seeds of dropout masks, and moving averages of batch normalization."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ REPLICA_BATCH, STEPS = 8, 3
 
 @pytest.fixture(scope="module")
 def masks(mirrored):
-    """`(step, micro-batch) -> [replica][layer]` masks, from one compiled function."""
+    """A function `(step, micro-batch) -> masks`, an array [replicas, layers, ...]."""
     with mirrored.scope():
         inputs = tf_keras.Input([64])
         layers = [tf_keras.layers.Dropout(0.5), tf_keras.layers.Dropout(0.5)]
@@ -75,7 +75,7 @@ def test_dropout_drops_its_share_in_both_halves_of_a_word(shape):
     low, high = kept[: shape[0] - half], kept[half:]
     for part in (kept, low, high):
         assert abs(np.mean(~part) - 0.1) < 5 * (0.09 / part.size) ** 0.5
-    both = np.mean(~low & ~high)  # one in a hundred, where they know nothing of each other
+    both = np.mean(~low & ~high)  # 0.01 if the two halves are independent
     assert abs(both - 0.01) < 5 * (0.0099 / low.size) ** 0.5
 
 
@@ -98,8 +98,8 @@ def summed_loss(model, batch, training):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_batch_norm_averages_are_those_of_all_replicas(mirrored, accumulation, tmp_path):
-    """The first layer sees the images themselves, so NumPy can compute its averages."""
+def test_batch_norm_moving_averages_are_averaged_over_replicas(mirrored, accumulation, tmp_path):
+    """The first layer's inputs are the images, so NumPy can compute its moving averages."""
     rng = np.random.default_rng(0)
     images = rng.normal(1, 2, [2 * STEPS, REPLICA_BATCH, 4, 4, 3]).astype(np.float32)
     images[1::2] += 3  # those of the second replica

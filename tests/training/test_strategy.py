@@ -1,4 +1,4 @@
-"""What `--tpu` and TF_CONFIG may say, and what is answered when they are wrong."""
+"""Values of `--tpu` and TF_CONFIG, and the messages for invalid ones."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_the_workers_are_counted(text, workers):
         (json.dumps({"cluster": TWO}), "says that this process is None number None"),
     ],
 )
-def test_a_wrong_tf_config_is_one_sentence(text, said, monkeypatch):
+def test_an_invalid_tf_config_is_refused(text, said, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(InputError) as error:
         strategy.connect("")
@@ -58,7 +58,7 @@ def test_a_wrong_tf_config_is_one_sentence(text, said, monkeypatch):
 def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():
     recipe = find_recipe("bert-mini-demo")
     cpu = tf.distribute.OneDeviceStrategy("/cpu:0")
-    gpu = tf.distribute.OneDeviceStrategy("/gpu:0")  # a name alone: nothing is computed there
+    gpu = tf.distribute.OneDeviceStrategy("/gpu:0")  # only its name is used; no GPU is needed
     assert [strategy.compiles_step(where, recipe) for where in (cpu, gpu)] == [False, True]
     for asked in (True, False):
         own = dataclasses.replace(recipe, jit_compile=asked)
@@ -70,7 +70,7 @@ def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():
     assert [strategy.compiles_step(where, images) for where in (cpu, gpu)] == [False, True]
 
 
-def test_without_a_cluster_it_is_this_machine(monkeypatch):
+def test_without_tf_config_this_machine_is_used(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     where = strategy.connect("")
     assert where.num_replicas_in_sync == 1 and strategy.is_chief(where)
@@ -80,7 +80,7 @@ def test_without_a_cluster_it_is_this_machine(monkeypatch):
         assert folder == "runs/mine"
 
 
-def test_a_tpu_must_answer_with_all_its_cores():
+def test_a_tpu_with_missing_cores_is_refused():
     places = [[x, y, 0, core] for x in range(2) for y in range(2) for core in range(2)]
     topology = tf.tpu.experimental.Topology
     whole = topology(mesh_shape=[2, 2, 1, 2], device_coordinates=np.array([places]))
@@ -90,7 +90,7 @@ def test_a_tpu_must_answer_with_all_its_cores():
         strategy.check_topology(torn, "mine")
 
 
-def test_micro_batches_divide_a_replicas_batch(mirrored):
+def test_accumulation_must_divide_a_replicas_batch(mirrored):
     strategy.check_batch(mirrored, 16, 4)
     with pytest.raises(InputError, match="accumulation=8 does not divide a replica's batch of 4"):
         strategy.check_batch(mirrored, 8, 8)

@@ -1,4 +1,4 @@
-"""train.py from end to end on a few kilobytes of text, and its messages for users' mistakes."""
+"""train.py end to end on a few kilobytes of text, and its messages for users' mistakes."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_the_loss_falls_and_the_report_says_what_was_done(whole_run, text):
 
 
 def run_until(arguments, path, stop, log):
-    """A process that gets a signal as soon as `path` is there: (status, what it said)."""
+    """Sends train.py a signal as soon as `path` exists; returns (exit status, its log)."""
     with (
         open(log, "w") as file,
         subprocess.Popen(command(*arguments), stderr=file, stdout=subprocess.DEVNULL) as process,
@@ -66,14 +66,14 @@ def run_until(arguments, path, stop, log):
 
 
 def tensors(folder):
-    """name: bytes, of all numbers in the last checkpoint."""
+    """Returns name -> bytes of the weights and slots in the last checkpoint."""
     reader = tf.train.load_checkpoint(str(folder / f"ckpt-{STEPS}"))
     names = (name for name in reader.get_variable_to_shape_map() if name[0] not in "_s")
     return {name: reader.get_tensor(name).tobytes() for name in names}
 
 
-def test_an_interrupted_killed_and_damaged_run_ends_like_the_other(whole_run, text, tmp_path):
-    """SIGINT, kill -9, a truncated checkpoint: losses, weights and slots to the last bit."""
+def test_an_interrupted_killed_and_damaged_run_matches_a_whole_run(whole_run, text, tmp_path):
+    """After SIGINT, kill -9 and a truncated checkpoint, all results are bit-identical."""
     folder, log = tmp_path / "run", tmp_path / "said"
     arguments = (f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
     arguments += ("--set", "save_every_steps=10", "--set", "keep_checkpoints=9")
@@ -97,7 +97,7 @@ def test_an_interrupted_killed_and_damaged_run_ends_like_the_other(whole_run, te
     assert ours == theirs and tensors(folder) == tensors(whole_run[0])
 
 
-def test_the_history_is_drawn(whole_run, tmp_path):
+def test_the_history_is_plotted(whole_run, tmp_path):
     folder, _ = whole_run
     lines = (folder / "history.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_trained_again(whole_run, text):
     assert held_out.search(again.stdout)[0] == held_out.search(first.stdout)[0]
 
 
-def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
+def test_a_model_dir_with_other_settings_is_refused_and_unchanged(whole_run, text):
     folder, _ = whole_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     result = train(
@@ -178,7 +178,7 @@ def test_another_recipes_model_dir_is_refused_and_left_alone(whole_run, text):
         (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, said, text, tmp_path, capfd, in_process):
+def test_a_mistake_is_reported_in_one_line(arguments, said, text, tmp_path, capfd, in_process):
     (tmp_path / "latin1.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 9)
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "c", "##a", "##f"]))
     places = {"@TEXT": text, "@ROOT": ROOT, "@MODEL": tmp_path / "run"}
@@ -193,7 +193,7 @@ def test_a_mistake_is_one_sentence(arguments, said, text, tmp_path, capfd, in_pr
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
-def test_a_dry_run_does_all_and_keeps_nothing(tmp_path, in_process, capfd):
+def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, capfd):
     model_dir = tmp_path / "run"
     asked = ["--dry_run", "--synthetic", f"--model_dir={model_dir}", *SMALL]
     assert in_process([*asked, "--set", "telemetry=true", "--set", "profile=10:20"]) == 0
@@ -204,7 +204,7 @@ def test_a_dry_run_does_all_and_keeps_nothing(tmp_path, in_process, capfd):
 
 
 def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
-    """Where the vocabulary is the run's own: it would train on, and report, the wrong text."""
+    """The vocabulary is read from model_dir, so only the hash of the data shows the change."""
     folder, _ = whole_run
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("cat", "cow"))
@@ -212,7 +212,7 @@ def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
     assert result.returncode == 1 and "holds a run with other settings: data" in result.stderr
 
 
-def test_a_longer_run_is_not_cut(whole_run, text, in_process, capfd):
+def test_a_run_beyond_the_requested_steps_is_refused(whole_run, text, in_process, capfd):
     folder, _ = whole_run
     shorter = [argument.replace(f"steps={STEPS}", "steps=10") for argument in SMALL]
     assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *shorter]) == 1
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(in_process, capfd, tmp_path):
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
-def test_a_batch_that_is_not_divisible_names_the_nearest(
+def test_an_indivisible_batch_size_is_refused_with_a_suggestion(
     in_process, capfd, monkeypatch, mirrored, tmp_path
 ):
     from training import strategy
@@ -241,8 +241,8 @@ def test_a_batch_that_is_not_divisible_names_the_nearest(
     assert "not divisible by the 2 replicas of this run. Use 14" in capfd.readouterr().err
 
 
-def test_adamw_with_the_recipe_scaled(in_process, capfd, tmp_path):
-    """--scaling changes rate and steps, --set optimizer the optimizer; both are written down."""
+def test_adamw_with_a_scaled_recipe(in_process, capfd, tmp_path):
+    """recipe.json has the changes of --scaling and --set optimizer."""
     small = ["--synthetic", "--steps=4", "--steps_per_loop=2", "--set", "vocabulary_size=100"]
     scaled = ["--global_batch_size=16", "--scaling=sqrt", "--set", "optimizer=adamw"]
     assert in_process([*small, *scaled, f"--model_dir={tmp_path}/run"]) == 0
@@ -253,10 +253,10 @@ def test_adamw_with_the_recipe_scaled(in_process, capfd, tmp_path):
     assert phase["peak_learning_rate"] == 0.01 / 2  # the demo's, whose batch is 64
 
 
-def test_two_phases_on_two_replicas_with_made_up_data(
+def test_two_phases_on_two_replicas_with_synthetic_data(
     in_process, capfd, monkeypatch, mirrored, tmp_path
 ):
-    """The paper's two-phase recipe, cut down, runs phase by phase on a MirroredStrategy."""
+    """A shortened version of the paper's two-phase recipe runs on a MirroredStrategy."""
     from training import strategy
 
     monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)

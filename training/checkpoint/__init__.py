@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, writing and reading them, and stopping at one."""
+"""Checkpoints: their contents, writing and reading them, and saving on a signal."""

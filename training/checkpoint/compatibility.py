@@ -1,4 +1,4 @@
-"""Whether the checkpoints in a model_dir belong to the recipe that is to be run."""
+"""Checks that the checkpoints in a model_dir belong to the recipe that is to be run."""
 
 import bisect
 import dataclasses
@@ -12,8 +12,8 @@ from training.checkpoint.manager import saved_steps
 
 RUN_CONFIG = "recipe.json"
 
-# Fields that may differ when a run is resumed: its length and how it is observed. All others decide
-# what its state means.
+# Fields that may differ when a run is resumed, such as its length, its logging and its handling of
+# errors. With any other field changed, the saved weights and slots belong to a different run.
 MAY_CHANGE = (
     "steps",
     "warmup_steps",
@@ -43,13 +43,15 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
     """Compares the run in `model_dir`, if there is one, with the run that is to be started.
 
     Args:
-        model_dir: a folder, may be missing.
+        model_dir: a folder, which may not exist yet.
         recipe: a `recipes.types.Recipe`.
-        **facts: what else the checkpoints depend on, as JSON values, as far as it is known.
+        **facts: further settings that the checkpoints depend on, as JSON values. Settings that are
+            not given are not compared.
 
     Raises:
-        InputError: the folder cannot be written, or holds a run of another recipe, one that is
-            already longer, or one in a phase that would be another one now.
+        InputError: the folder cannot be written, holds a run with other settings, holds a run that
+            is already longer than `recipe`, or its newest step belongs to another phase of
+            `recipe` than of the run.
     """
     check_writable(model_dir, "--model_dir")
     steps = saved_steps(model_dir)
@@ -73,13 +75,13 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
 
 
 def _phases_at(step: int, lengths: list[int]) -> set[int]:
-    """The index of the phase that a step is in; both indices if it is between two phases."""
+    """The index of the phase that contains `step`; both indices at the boundary of two phases."""
     borders = list(itertools.accumulate(lengths[:-1]))
     return {bisect.bisect_left(borders, step), bisect.bisect_right(borders, step)}
 
 
 def run_config(recipe, facts: dict) -> str:
-    """The recipe as run, and what else the checkpoints depend on, as JSON."""
+    """Returns the recipe as run and the other settings that checkpoints depend on, as JSON."""
     return json.dumps(dataclasses.asdict(recipe) | facts, indent=2)
 
 
@@ -89,7 +91,7 @@ def write_run_config(model_dir: str, recipe, **facts) -> None:
     Args:
         model_dir: folder of the checkpoints.
         recipe: a `recipes.types.Recipe`.
-        **facts: all that the checkpoints depend on besides the recipe, as JSON values.
+        **facts: all settings besides the recipe that the checkpoints depend on, as JSON values.
 
     Raises:
         InputError: see `check_compatible`.
@@ -101,7 +103,7 @@ def write_run_config(model_dir: str, recipe, **facts) -> None:
 
 
 def _check_same_settings(model_dir: str, path: str, new: dict) -> dict:
-    """The settings of the run in `model_dir`, which may differ from `new` in `MAY_CHANGE` only."""
+    """Returns the saved settings; raises if they differ from `new` outside of `MAY_CHANGE`."""
     try:
         with open(path, encoding="utf-8") as file:
             old = _flatten(json.load(file))

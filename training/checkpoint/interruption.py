@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """A signal arrived. Not an `Exception`, so that handlers of those in libraries let it pass."""
+    """A signal arrived. Not an `Exception`, so that libraries do not catch it as one."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -24,9 +24,8 @@ class Interrupted(BaseException):
 class StopRequest:
     """Whether a signal has arrived; yielded by `handle_signals`.
 
-    An instance is an action of Orbit's: called with its output, it raises `Interrupted` if a
-    signal has arrived. Outside of `deferred` the signal handler itself raises it, at whatever
-    point the program is.
+    An instance is an Orbit action: when called, it raises `Interrupted` if a signal has arrived.
+    Outside of `deferred`, the signal handler raises `Interrupted` immediately.
 
     signum: the number of the first signal, or None.
     """
@@ -61,11 +60,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
-    """Yields a `StopRequest` for the signals that arrive inside. For the main thread.
+    """Handles SIGINT and SIGTERM inside, and yields their `StopRequest`. Main thread only.
 
-    Python runs signal handlers only between its own instructions, and a loop of steps on the
-    device is one instruction. Therefore a thread listens too: it acknowledges the first signal at
-    once and ends the process at the second.
+    Python runs signal handlers only between bytecode instructions, and a loop of steps on the
+    device is a single call. Therefore a thread also reads the signals: it logs the first one
+    immediately and ends the process at the second one.
 
     Args:
         log: takes the line that acknowledges the first signal.
@@ -89,7 +88,7 @@ def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
 
 
 def _listen(read_end: int, log):
-    """Reads signal numbers, one byte each."""
+    """Logs the first signal and exits at the second; reads signal numbers, one byte each."""
     first = True
     while received := os.read(read_end, 1):
         signum = received[0]
@@ -102,13 +101,13 @@ def _listen(read_end: int, log):
 
 
 def stop_together(strategy, request: StopRequest, save: Callable, folder: str) -> Callable:
-    """An action of Orbit's that raises `Interrupted` in all workers after the same step.
+    """Returns an Orbit action that raises `Interrupted` in all workers after the same step.
 
     Args:
-        strategy: a `tf.distribute.Strategy`. With one worker the action is `request` itself.
+        strategy: a `tf.distribute.Strategy`. With a single worker, `request` itself is returned.
         request: this process's request.
         save: function without arguments that all workers call before they stop.
-        folder: a folder of this process's own, for TensorFlow's handler.
+        folder: a folder that no other process uses, for TensorFlow's handler.
     """
     if not is_multi_worker(strategy):
         return request
@@ -118,7 +117,7 @@ def stop_together(strategy, request: StopRequest, save: Callable, folder: str) -
 
     handler = tf.distribute.experimental.PreemptionCheckpointHandler(
         strategy.cluster_resolver,
-        # An empty checkpoint: the handler agrees on the step, and `save` writes the run's state.
+        # Empty: the handler is used only to agree on a step; `save` writes the run's state.
         tf.train.Checkpoint(),
         os.path.join(folder, "preemption"),
         tf.distribute.experimental.TerminationConfig(

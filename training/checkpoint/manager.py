@@ -31,13 +31,13 @@ class SaveFailed(Exception):
 
 
 def describe_disk_error(error: Exception) -> str | None:
-    """The system's message if the error, an `OSError` or TensorFlow's, is one of the disk."""
+    """Returns the system's message if an `OSError` or `OpError` is a disk error, else None."""
     message = str(error)
     return next((text for text in map(os.strerror, DISK_ERRORS) if text in message), None)
 
 
 def saved_steps(model_dir: str) -> list[int]:
-    """The steps of the visible checkpoints, ascending, by the names of their files.
+    """Returns the steps of the visible checkpoints in ascending order, from their file names.
 
     Raises:
         InputError: the folder has a checkpoint of another program.
@@ -58,7 +58,7 @@ def saved_step(model_dir: str) -> int:
 
 
 def read_error(prefix: str) -> str | None:
-    """Reads every tensor, which checks its CRC-32C. Returns the error's message, or None."""
+    """Reads all tensors, which checks their CRC-32C; returns the error's message, or None."""
     try:
         reader = tf.train.load_checkpoint(prefix)
         for name in reader.get_variable_to_shape_map():
@@ -83,9 +83,10 @@ def write_checkpoint_state(folder: str, names: list[str]) -> None:
 
 
 def recover(model_dir: str, log) -> None:
-    """Removes what a killed run left unfinished, and moves damaged newest checkpoints away.
+    """Deletes the unfinished files of a killed run, and moves damaged checkpoints to damaged/.
 
-    For the process that holds the folder's lock.
+    Checks from the newest checkpoint back to the first one that can be read. Call it only in the
+    process that holds the folder's lock.
 
     Args:
         model_dir: folder of the checkpoints.
@@ -97,7 +98,7 @@ def recover(model_dir: str, log) -> None:
     shutil.rmtree(os.path.join(model_dir, SAVING), ignore_errors=True)
     steps = saved_steps(model_dir)
     for path in glob.glob(os.path.join(glob.escape(model_dir), "ckpt-*")):
-        # The index is made visible last and removed first. Files without one are unfinished.
+        # The index is renamed last and deleted first, so files without an index are unfinished.
         if not os.path.exists(re.sub(r"\.(data-|index\.new).*$", ".index", path)):
             os.remove(path)
     errors = {}
@@ -129,7 +130,7 @@ def _files(prefix: str) -> list[str]:
 
 
 def _move(prefix: str, folder: str) -> None:
-    """Moves a checkpoint. At no moment is half of one visible in either folder."""
+    """Moves a checkpoint; an index is only present in a folder if its data files are, too."""
     target = os.path.join(folder, os.path.basename(prefix))
     files = _files(prefix)
     if os.path.exists(f"{target}.index"):
@@ -157,16 +158,17 @@ def _sync(path: str) -> None:
 
 
 class CheckpointManager(tf.train.CheckpointManager):
-    """Saves and restores for Orbit's `Controller`, with the methods that it calls.
+    """A `tf.train.CheckpointManager` for Orbit's `Controller` that reads back what it writes.
 
     Args:
         checkpoint: a `tf.train.Checkpoint` of everything that a run needs to resume.
         model_dir: folder of the checkpoints.
-        step: int64 `tf.Variable`, batches used so far; it names the checkpoints.
-        save_every_steps: a checkpoint is due at the multiples, at the end of a loop of steps.
+        step: int64 `tf.Variable`, steps done so far; part of the checkpoints' names.
+        save_every_steps: interval in steps. `save` is called after a loop of steps; it is due if
+            the loop reached or passed a multiple of this.
         keep: how many of the newest checkpoints are kept.
-        scratch: None in the chief. In another worker, a folder of its own: saving is collective,
-            so it writes there and deletes what it wrote.
+        scratch: None in the chief. In another worker, a folder that no other process uses: saving
+            is a collective operation, so this worker writes there and deletes the files.
     """
 
     def __init__(self, checkpoint, model_dir, *, step, save_every_steps, keep, scratch=None):
@@ -192,7 +194,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         return next(reversed(self.checkpoints), None)
 
     def save(self, checkpoint_number=None, check_interval=True, options=None):
-        """Saves the present state unless it is saved already or, with `check_interval`, not due.
+        """Saves the current state unless it is already saved or, with `check_interval`, not due.
 
         Returns:
             The checkpoint's prefix, or None.
@@ -241,13 +243,13 @@ class CheckpointManager(tf.train.CheckpointManager):
         """Reads the newest checkpoint. Returns its prefix, or None if there is none.
 
         Raises:
-            InputError: it does not hold what this run needs, name by name and shape by shape.
+            InputError: it is damaged, or its names or shapes do not match this run's variables.
         """
         newest = self.latest_checkpoint
         return newest and self.restore(newest)
 
     def restore(self, prefix: str) -> str:
-        """Reads the checkpoint with this prefix, otherwise like `restore_or_initialize`."""
+        """Reads the checkpoint with this prefix; see `restore_or_initialize`."""
         try:
             self.checkpoint.read(prefix).assert_consumed()
         except (AssertionError, ValueError, IndexError, tf.errors.OpError) as error:
@@ -260,16 +262,16 @@ class CheckpointManager(tf.train.CheckpointManager):
 
 
 class BestCheckpoint:
-    """An action of Orbit's after an evaluation: keeps the checkpoint of the best one in best/.
+    """An Orbit evaluation action that keeps the checkpoint with the best metric in best/.
 
-    Its files are hard links to those of the checkpoint of that step, where the file system has
-    them, else copies. `metrics.json` beside them holds the evaluation. (Orbit's `NewBestMetric`
-    records a best value before its checkpoint exists; here the value is written after it.)
+    The files are hard links to those of the step's checkpoint, or copies where the file system has
+    no hard links. `metrics.json` beside them holds the evaluation. It is written after the
+    checkpoint; Orbit's `NewBestMetric` records a best value before its checkpoint exists.
 
     Args:
         manager: a `CheckpointManager`.
         metric: the `tasks.task.Metric` that is compared.
-        is_chief: whether this process writes; the others only take part in saving.
+        is_chief: whether this process writes to best/. Other processes only join in saving.
     """
 
     def __init__(self, manager: CheckpointManager, metric, is_chief: bool = True):
@@ -287,7 +289,7 @@ class BestCheckpoint:
         return value if self._metric.higher_is_better else -value
 
     def __call__(self, output):
-        """Takes the means of an evaluation."""
+        """Saves a checkpoint if the metric is better than the best one so far."""
         values = {name: float(value) for name, value in output.items()}
         if not self._score(values) > self._best:
             return

@@ -7,10 +7,10 @@ import tensorflow as tf
 class RunState(tf.Module):
     """The counters of a run. Create it in the strategy's scope.
 
-    step: int64, batches used so far: the position in the schedule and in the data, which is a
-        function of the seed and this number. (The optimizer's `iterations` counts the updates since
-        the slots were zero, for bias correction, and does not count skipped updates.)
-    skipped_in_row: int64, updates skipped since the last one that was made.
+    step: int64, steps done so far, including those whose update was skipped. The learning rate
+        and the next batch are functions of it. (The optimizer's `iterations` counts the updates
+        since the slots were reset, for bias correction, and excludes skipped updates.)
+    skipped_in_row: int64, consecutive updates skipped up to now.
     rate_factor: float32, multiplies the schedule's learning rate; below 1 after a rollback.
     rollbacks: int64, number of rollbacks.
     """
@@ -29,7 +29,7 @@ def _host_variable(value, dtype, name):
 
 
 class RunConfigText(tf.train.experimental.PythonState):
-    """The run's settings as text, for a reader of the checkpoint."""
+    """The run's settings as text, stored in the checkpoint for people and tools that read it."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -40,11 +40,11 @@ class RunConfigText(tf.train.experimental.PythonState):
         return self.text
 
     def deserialize(self, string_value):
-        """Does nothing: a resumed run keeps the settings that it was started with."""
+        """Does nothing: the text of the current start is kept, not the checkpoint's."""
 
 
 def make_checkpoint(model, optimizer, state: RunState, settings: str) -> tf.train.Checkpoint:
-    """A checkpoint object of everything that a run needs to resume, and its settings."""
+    """Returns a `tf.train.Checkpoint` of all that a run needs to resume, and its settings."""
     return tf.train.Checkpoint(
         model=model, optimizer=optimizer, state=state, settings=RunConfigText(settings)
     )

@@ -1,1 +1,1 @@
-"""What is measured, shown and recorded while a run trains."""
+"""Monitoring of a run: progress, MFU, divergence, gradient noise scale and plots."""

@@ -7,17 +7,18 @@ NORM_X, NORM_U = 0, 1  # columns of the optimizer's telemetry
 
 
 class Diverged(Exception):
-    """Training cannot continue from the present state. The newest checkpoint is older."""
+    """Training cannot continue from the current state, which has not been saved."""
 
 
 class DivergenceMonitor:
-    """Finds too many skipped updates in a row, and a loss that is too high or not finite.
+    """Detects too many skipped updates in a row, and a loss that is too high or not finite.
 
     Args:
-        optimizer: a built optimizer. With `telemetry=True` of `tf_lamb`, messages name layers.
-        skipped_in_row: int64 `tf.Variable`, updates skipped since the last one that was made.
-        max_skipped_in_row: the largest number that is accepted.
-        max_loss: the largest loss of a step that is accepted, or None.
+        optimizer: a built optimizer. If it is one of `tf_lamb` with `telemetry=True`, messages name
+            the layers.
+        skipped_in_row: int64 `tf.Variable`, consecutive updates skipped up to now.
+        max_skipped_in_row: the largest accepted value of `skipped_in_row`.
+        max_loss: the largest accepted loss of a step; None for no limit.
     """
 
     def __init__(self, optimizer, skipped_in_row, *, max_skipped_in_row, max_loss):
@@ -29,7 +30,7 @@ class DivergenceMonitor:
         self._telemetry = next(telemetry, tf.zeros([0, 3]))
 
     def initial(self):
-        """The record at the start of a loop of steps, for `update`."""
+        """Returns the record at the start of a loop of steps, for `update`."""
         return {
             "skipped_in_row": tf.convert_to_tensor(self._skipped_in_row),
             "step": tf.constant(-1, tf.int64),  # the first step that diverged; -1: none
@@ -39,11 +40,11 @@ class DivergenceMonitor:
         }
 
     def telemetry_rows(self):
-        """The telemetry of the last update, [layers, 3] float32. In replica context."""
+        """Returns the last update's telemetry, [layers, 3] float32. Call it in replica context."""
         return tf.convert_to_tensor(self._telemetry)
 
     def update(self, record, step, loss, updated, rows):
-        """The record after one more step, computed on the device.
+        """Returns the record after one more step, computed on the device.
 
         Args:
             record: from `initial` or `update`.
@@ -53,7 +54,7 @@ class DivergenceMonitor:
             rows: [layers, 3] float32, from `telemetry_rows`.
         """
         in_row = tf.where(updated, tf.constant(0, tf.int64), record["skipped_in_row"] + 1)
-        # The loss of a skipped step may be NaN: that can be the reason for skipping it.
+        # A non-finite loss is accepted if the update was skipped: it can be the reason for that.
         bad_loss = tf.where(tf.math.is_finite(loss), loss > self._max_loss, updated)
         first = (bad_loss | (in_row > self._max_skipped)) & (record["step"] < 0)
         now = {"step": step, "in_row": in_row, "loss": loss, "rows": rows}
@@ -61,7 +62,7 @@ class DivergenceMonitor:
         return chosen | {"skipped_in_row": in_row}
 
     def check(self, record) -> None:
-        """Stores the count for the next loop.
+        """Checks a loop's record, and stores the number of skipped updates for the next loop.
 
         Raises:
             Diverged: a step of the loop diverged; the message names it, and its layers if known.

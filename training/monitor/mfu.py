@@ -1,7 +1,7 @@
-"""Model FLOPs utilization: the model's operations per second, divided by the devices' peak.
+"""Model FLOPs utilization (MFU): the model's FLOP/s divided by the devices' peak FLOP/s.
 
-Counted as in PaLM, arXiv:2204.02311, appendix B: the forward pass, and twice as much for the
-backward pass, without rematerialization and without the optimizer.
+FLOPs are counted as in PaLM, arXiv:2204.02311, appendix B: the forward pass, and twice as much for
+the backward pass, without rematerialization and without the optimizer.
 """
 
 import math
@@ -19,7 +19,7 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 
 
 def peak_flops(strategy: tf.distribute.Strategy, compute_dtype: str) -> float | None:
-    """Floating-point operations per second of all devices together, or None if unknown."""
+    """Returns the peak FLOP/s of all devices together, or None if unknown."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return tpu_peak_flops(accelerator_type())
     if not tf.config.list_physical_devices("GPU"):
@@ -30,7 +30,7 @@ def peak_flops(strategy: tf.distribute.Strategy, compute_dtype: str) -> float | 
 
 
 def accelerator_type() -> str:
-    """The accelerator type, from TPU_ACCELERATOR_TYPE or the TPU VM's metadata, or ""."""
+    """Returns TPU_ACCELERATOR_TYPE, else the type in the TPU VM's metadata, else ""."""
     if os.environ.get("TPU_ACCELERATOR_TYPE"):
         return os.environ["TPU_ACCELERATOR_TYPE"]
     request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
@@ -42,15 +42,15 @@ def accelerator_type() -> str:
 
 
 def training_flops(forward, batch_spec) -> float:
-    """Operations of one training step; a multiplication with an addition counts as two.
+    """Returns the FLOPs of one training step; a multiply-add counts as two.
 
     Args:
         forward: `batch -> tensors`, the model's forward pass. It is traced, not run.
         batch_spec: nested `tf.TensorSpec`s with static shapes.
 
     Returns:
-        The operations of matrix products, einsums and convolutions: about 99 % of a Transformer or
-        a ResNet. Loops and functions called from the graph are not counted.
+        The FLOPs of matrix products, einsums and convolutions, about 99 % of those of a
+        Transformer or a ResNet. The bodies of loops and of nested functions are not counted.
     """
     graph = tf.function(forward).get_concrete_function(batch_spec).graph
     counted = [op for op in graph.get_operations() if op.type in _FLOPS]

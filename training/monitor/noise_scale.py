@@ -1,8 +1,9 @@
 """The gradient noise scale: the batch size beyond which larger batches save few steps.
 
 McCandlish et al., arXiv:1812.06162, appendix A.1: the expected squared norm of a gradient over B
-examples is |G|^2 + tr(S)/B, so two batch sizes give both unknowns: here a micro-batch of one
-replica and the global batch. The noise scale, tr(S)/|G|^2, is a number of examples.
+examples is |G|^2 + tr(S)/B, so its values at two batch sizes determine |G|^2 and tr(S). The two
+sizes here are that of one replica's micro-batch and that of the global batch. The noise scale,
+tr(S)/|G|^2, is a number of examples.
 """
 
 import os
@@ -24,16 +25,16 @@ PARTS = "gradient_parts"  # the sum of the squared norms of a replica's micro-ba
 
 
 def squared_norm(gradients) -> tf.Tensor:
-    """float32 scalar, of a list of tensors."""
+    """Returns the squared global norm of a list of tensors: a float32 scalar."""
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(g, tf.float32))) for g in gradients])
 
 
 def noise_sums(parts_sum, gradients, replica_batch: int, replicas: int, accumulation: int):
-    """One replica's share of the sums and counts of `METRICS`.
+    """Returns one replica's share of the sums and counts of `METRICS`.
 
     Args:
-        parts_sum: float32 scalar, `PARTS`; each micro-batch's gradient is its share of the global
-            batch's gradient.
+        parts_sum: float32 scalar, `PARTS`. The gradients of all micro-batches add up to that of the
+            global batch.
         gradients: the gradients of the global batch, means over its examples.
         replica_batch: examples of each replica in a step.
         replicas: number of replicas.
@@ -52,19 +53,19 @@ def noise_sums(parts_sum, gradients, replica_batch: int, replicas: int, accumula
 
 
 def noise_scale(means: dict) -> dict:
-    """{"noise_scale": ...} from a loop's means, or {} if it was not measured or is not positive."""
+    """Returns {"noise_scale": ...} from a loop's means; {} if there is no positive signal."""
     if SIGNAL not in means or not means[SIGNAL] > 0:  # NaN: all steps were skipped
         return {}
     return {"noise_scale": means[NOISE] / means[SIGNAL]}
 
 
 def measured(model_dir: str) -> float:
-    """The noise scale of the second half of a run's newest phase, in examples of that phase.
+    """Returns the noise scale of the second half of a run's newest phase, in its examples.
 
-    It is the ratio of two means, which is less biased than a mean of ratios.
+    This is the ratio of two means, which is less biased than the mean of ratios.
 
     Raises:
-        InputError: the run did not measure it, or not long enough.
+        InputError: the run did not measure it, or an estimate is not positive.
     """
     path = os.path.join(model_dir, HISTORY)
     rows = [row for row in read_rows(path) if row.get(SIGNAL) is not None]

@@ -1,14 +1,14 @@
 """Plots one or several runs: python -m training.monitor.plot MODEL_DIR...
 
 Writes `history.png` into the first folder: loss, learning rate and throughput of all runs, from the
-`history.jsonl` of each. The heat map of the recorded trust ratios is part of it if there is one
-run. Several runs get a file each.
+`history.jsonl` of each. If a run recorded its trust ratios, their heat map is drawn below the
+curves of a single run, or, if there are several runs, into a file in each run's own folder.
 """
 
 import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up notices
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
 
 import matplotlib
 
@@ -22,7 +22,7 @@ from training.monitor.progress import EVALUATIONS, HISTORY, read_rows
 from training.monitor.run_monitor import TELEMETRY
 
 PICTURE = "history.png"
-ROW_INCHES = 0.15  # of a layer in the heat map
+ROW_INCHES = 0.15  # height of one layer's row in the heat map
 CURVES = (
     ("loss", "loss (nats)"),
     ("learning_rate", "learning rate"),
@@ -33,8 +33,8 @@ CURVES = (
 def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
-    Points show the held-out loss of a run at its evaluations. For a single run that recorded its
-    trust ratios their heat map, layers x steps, follows below.
+    Points show a run's held-out loss at its evaluations. If there is a single run and it recorded
+    its trust ratios, their heat map (layers x steps) is drawn below the curves.
 
     Raises:
         ValueError: a folder without a history.
@@ -92,7 +92,7 @@ def _loss(row):
 
 
 def _curve(rows, name):
-    """(steps, values). A value that is null in the file, because it was not finite, is a gap."""
+    """Returns (steps, values). A null in the file, for a value that was not finite, is a gap."""
     values = [row.get(name) for row in rows]
     return [row["step"] for row in rows], np.array(values, np.float64)
 

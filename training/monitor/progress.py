@@ -1,4 +1,4 @@
-"""Speed and losses of a run: measured per loop of steps, shown, and kept as JSON lines."""
+"""Speed and losses of a run, measured per loop of steps, displayed, and saved as JSON lines."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
 
 
 def read_rows(path) -> list[dict]:
-    """The rows of a JSON-lines file; [] if there is no such file. Skips a torn last line."""
+    """Returns the rows of a JSON-lines file; [] if it does not exist. Skips incomplete lines."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def read_rows(path) -> list[dict]:
 
 
 def append_row(path, row: dict) -> None:
-    """Appends a row. JSON has no NaN and no infinity; they become null."""
+    """Appends a row. NaN and infinity, which JSON does not have, are written as null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
@@ -42,7 +42,7 @@ def append_row(path, row: dict) -> None:
 
 
 def drop_rows_after(path, step: int) -> None:
-    """Removes the rows after `step`, which will be repeated because the run resumes there."""
+    """Removes the rows of steps after `step`, from which the run resumes."""
     if not os.path.exists(path):
         return
     kept = [row for row in read_rows(path) if row["step"] <= step]
@@ -52,10 +52,10 @@ def drop_rows_after(path, step: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the speed of a run is compared with.
+    """The number of replicas and their peak speed, for the speed per replica and MFU.
 
     replicas: how many replicas share a global batch.
-    peak_flops: floating-point operations per second of all devices together, or None if unknown.
+    peak_flops: peak FLOP/s of all devices together, or None if unknown.
     """
 
     replicas: int = 1
@@ -63,10 +63,10 @@ class Machine:
 
 
 class Progress:
-    """Measures each loop of steps, shows it and appends it to the history.
+    """Measures the speed of each loop of steps, displays it and appends a row to the history.
 
-    An action of Orbit's: the controller calls it after each loop of steps and writes what it adds
-    to the loop's output to TensorBoard. `evaluated` is the action after an evaluation.
+    An Orbit action: the controller calls it after each loop of steps, and writes the values that it
+    adds to the loop's output to TensorBoard. `evaluated` is the action after an evaluation.
 
     Args:
         step: int `tf.Variable`, steps done so far.
@@ -74,8 +74,8 @@ class Progress:
         model_dir: folder of `history.jsonl` and `evaluations.jsonl`.
         display: from `make_display`.
         machine: see `Machine`.
-        flops_per_step: function without arguments: the model's operations in one step. It is
-            called once a phase, after the first loop, if `machine.peak_flops` is known.
+        flops_per_step: function without arguments that returns the model's FLOPs in one step. It is
+            called once per phase, after the first loop, if `machine.peak_flops` is known.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class Progress:
         self._measure_flops = flops_per_step
 
     def begin_phase(self, phase: int, batch_size: int) -> None:
-        """Starts the clock and removes the history of steps that are repeated.
+        """Starts the clock, and removes rows of steps after the current one.
 
         Args:
-            phase: number of the phase, from 1.
+            phase: number of the phase, counted from 1.
             batch_size: examples per step.
         """
         self._phase = phase
         self._batch_size = batch_size
         self._flops_per_step = functools.cache(self._measure_flops)
         self._warm = False
-        self._examples = 0  # both without the first loop, which compiles
+        self._examples = 0  # these two exclude the first loop, which compiles
         self._seconds = 0.0
         self._last_step = int(self._step.numpy())
         self._last_time = time.perf_counter()
@@ -115,7 +115,7 @@ class Progress:
             drop_rows_after(path, self._last_step)
 
     def __call__(self, output):
-        """Adds the speed to the output of a loop of steps. A mean is NaN if all were skipped."""
+        """Adds the loop's speed to its output, and displays and saves it."""
         step, now = int(self._step.numpy()), time.perf_counter()
         seconds, steps = now - self._last_time, step - self._last_step
         waited = float(output.pop("input_wait_seconds"))
@@ -132,11 +132,11 @@ class Progress:
         per_second = self.examples_per_second or row["examples_per_second"]
         seconds_left = (self._total_steps - step) * self._batch_size / per_second
         self._display.show(step, row, seconds_left)
-        # The time for display and files belongs to the next loop, so that none is left out.
+        # The next loop's time includes that for display and files, so that no time is left out.
         self._last_step, self._last_time = step, now
 
     def evaluated(self, output):
-        """Appends an evaluation's means; its time is not part of the next loop."""
+        """Appends an evaluation's means; excludes its time from that of the next loop."""
         values = {name: np.asarray(value).item() for name, value in output.items()}
         step = int(self._step.numpy())
         drop_rows_after(self._evaluations, step - 1)  # a finished run is evaluated again
@@ -155,11 +155,11 @@ class Progress:
 
     @property
     def examples_per_second(self) -> float | None:
-        """The mean over all loops of the phase but the first; None before the second has run."""
+        """The mean over the phase's loops except the first; None until the second has finished."""
         return self._examples / self._seconds if self._seconds else None
 
     def describe_speed(self) -> str:
-        """The same, for the report."""
+        """Returns the mean speed, or why there is none, for the report."""
         if not self._warm:
             return "not measured: nothing was left to train"
         if not self._seconds:
@@ -168,7 +168,7 @@ class Progress:
 
 
 def format_row(row: dict) -> str:
-    """A row of the history as one line, without what is unknown.
+    """Formats a row of the history as one line; leaves out values that the row does not have.
 
     Args:
         row: has `loss`, `learning_rate` and `examples_per_second`; may have
@@ -188,12 +188,12 @@ def format_row(row: dict) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """As "1 day, 2:03:04"."""
+    """Formats a duration, for example as "1 day, 2:03:04"."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class LineDisplay:
-    """Plain lines, for a file or a pipe.
+    """Logs plain lines, for output to a file or a pipe.
 
     Args:
         total_steps: the run's last step.
@@ -263,7 +263,7 @@ def make_display(total_steps: int, log, stream=None):
         rich.progress.TaskProgressColumn(),
         rich.progress.TextColumn("{task.fields[left]}"),
     )
-    # Redrawn by `show`, without a thread. Standard output is kept for the report.
+    # `show` redraws it without a thread. Standard output is not captured: it is for the report.
     live = _BarAndLine(
         *columns,
         console=rich.console.Console(file=stream),

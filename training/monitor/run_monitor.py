@@ -1,4 +1,4 @@
-"""What observes a run: progress, trust ratios, weight histograms and the profiler."""
+"""The monitoring of a run: progress, trust ratios, weight histograms and profiler traces."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from training.monitor.mfu import peak_flops, training_flops
 from training.monitor.progress import Machine, Progress, make_display
 from training.strategy import is_chief
 
-TELEMETRY = "telemetry"  # folder of the trust ratios in a model_dir
-HISTOGRAM_VALUES = 10_000  # the most values of one variable in its histogram
+TELEMETRY = "telemetry"  # the folder in a model_dir for trust ratios
+HISTOGRAM_VALUES = 10_000  # largest number of values sampled from one variable
 
 
 class RunMonitor:
-    """All observers of one run, as actions of Orbit's. A context manager, which closes their files.
+    """The Orbit actions that monitor one run. A context manager that closes their files.
 
     Args:
         task: a `tasks.task.Task`.
@@ -40,7 +40,7 @@ class RunMonitor:
         self._model_dir = model_dir
         self._log = log
         self._started = started
-        # A bar is drawn by one process at most, on its terminal.
+        # Only the chief draws a progress bar.
         self._stream = sys.stderr if is_chief(strategy) else None
         self._machine = Machine(
             strategy.num_replicas_in_sync, peak_flops(strategy, recipe.compute_dtype)
@@ -89,14 +89,14 @@ class RunMonitor:
         return self._stack.__exit__(*error)
 
     def begin_phase(self, phase_index: int) -> None:
-        """To be called when a phase starts or resumes, after the step was restored."""
+        """Call it when a phase starts or resumes, after the step was restored."""
         batch_size = self._recipe.phases[phase_index].global_batch_size
         self.progress.begin_phase(phase_index + 1, batch_size)
         for observer in self._observers:
             observer.begin_phase()
 
     def __call__(self, output):
-        """The action after each loop of steps."""
+        """The Orbit action after each loop of steps."""
         if self._started is not None:
             seconds, self._started = time.perf_counter() - self._started, None
             self._log(f"The first steps were done {seconds:.1f} s after the start")
@@ -104,25 +104,26 @@ class RunMonitor:
             observer(output)
 
     def evaluated(self, output):
-        """The action after each evaluation."""
+        """The Orbit action after each evaluation."""
         self.progress.evaluated(output)
 
     def steps_per_loop(self, steps: int):
-        """Steps of a loop for Orbit: `steps`, or a function that also ends loops at a profile."""
+        """Returns `steps_per_loop` for Orbit: `steps`, or a function if the run is profiled."""
         return loop_lengths(steps, self._window) if self._window else steps
 
 
 class TelemetryRecorder:
     """Records trust ratios after each loop of steps, and histograms of the weights less often.
 
-    On the host a histogram of all weights costs about as much as a checkpoint.
+    Histograms are rarer because one of all weights costs about as much as a checkpoint.
 
     Args:
         step: int `tf.Variable`, steps done so far.
-        optimizer: made with `telemetry=True`.
+        optimizer: an optimizer of `tf_lamb` with `telemetry=True`.
         variables: the model's trainable variables.
-        model_dir: gets the folders `telemetry` and `weights`.
-        histogram_every_steps: least number of steps between two histograms of the weights.
+        model_dir: the folder in which to create `telemetry` and `weights`.
+        histogram_every_steps: histograms are written after the loop that reaches or passes a
+            multiple of this number of steps, and after the first loop.
     """
 
     def __init__(self, step, optimizer, variables, model_dir, histogram_every_steps):
@@ -143,7 +144,7 @@ class TelemetryRecorder:
         self._last = step
 
     def begin_phase(self):
-        """Does nothing: the heat map ignores what a resumed run records twice."""
+        """Does nothing: of a step that is recorded twice, the heat map uses the later record."""
 
     @tf.function
     def _write_histograms(self, step):
@@ -197,7 +198,7 @@ class Profiler:
 
 
 def loop_lengths(steps_per_loop: int, window: tuple[int, int]):
-    """`step -> steps of the loop that starts there`, so that a loop ends at each window edge."""
+    """Returns `step -> number of steps of the next loop`; loops end at both edges of `window`."""
 
     def length(step):
         ahead = [edge - int(step) for edge in window if edge > step]
