@@ -208,6 +208,11 @@ Logs       tensorboard --logdir={model_dir}""",
     task.demonstrate(export_dir)
 
 
+def format_loss(loss: float | None) -> str:
+    """A loss of the history, where None stands for a value that was not finite."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
     """Formats a dry run's report: time and loss of each step, and the size of the SavedModel."""
     lines = [f"Dry run    {recipe.name}: trained, saved, evaluated and exported; no file is kept"]
@@ -217,7 +222,7 @@ def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
         first, second = (phase.global_batch_size / row["examples_per_second"] for row in rows)
         lines.append(
             f"Phase {index}    first step {first:.1f} s, with compilation; second {second:.3f} s; "
-            f"loss {rows[0]['loss']:.4f}, {rows[1]['loss']:.4f}"
+            f"loss {', '.join(format_loss(row['loss']) for row in rows)}"
         )
     files = (path for path in pathlib.Path(export_dir).rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)

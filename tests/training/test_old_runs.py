@@ -73,5 +73,9 @@ def test_its_history_is_plotted(old, tmp_path):
     for name in ("history", "evaluations"):
         lines = "".join(json.dumps(row) + "\n" for row in old[name])
         (tmp_path / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "telemetry").mkdir()
+    (tmp_path / "telemetry/trust_ratios.jsonl").touch()  # no update was recorded
+    with open(tmp_path / "evaluations.jsonl", "a") as file:
+        file.write('{"step": 5, "masked_loss": null, "sentence_loss": 0.5}\n')
     assert plot.main([str(tmp_path)]) == 0
     assert (tmp_path / "history.png").stat().st_size > 10_000

@@ -43,6 +43,7 @@ def test_the_loss_falls_and_the_report_says_what_was_done(whole_run, text):
     folder, result = whole_run
     losses = [float(loss) for loss in re.findall(r"step .* loss (\d+\.\d+)", result.stderr)]
     assert losses[-1] < losses[0] - 1
+    assert "InitializeLog" not in result.stderr and "Compiled cluster" not in result.stderr
     for said in ("masked-token accuracy", "most frequent token", "examples/s", str(text)):
         assert said in result.stdout
     assert str(folder / "export") in result.stdout and "[MASK]" in result.stdout

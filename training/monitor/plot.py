@@ -40,8 +40,9 @@ def draw(model_dirs: list[str], path: str) -> None:
         ValueError: a folder without a history.
     """
     records = _records(model_dirs[0])
-    if len(model_dirs) == 1 and os.path.exists(records):
-        height = ROW_INCHES * _adapted_layers(records) + 1.6
+    layers = _drawn_layers(records) if len(model_dirs) == 1 else 0
+    if layers:
+        height = ROW_INCHES * layers + 1.6
         figure = plt.figure(figsize=(13, 8 + height), layout="constrained")
         curves, heat_map = figure.subfigures(2, 1, height_ratios=[8, height])
         draw_heat_map(records, figure=heat_map)
@@ -78,17 +79,21 @@ def _records(model_dir) -> str:
     return os.path.join(model_dir, TELEMETRY, RECORDS)
 
 
-def _adapted_layers(records) -> int:
-    """The number of layers whose trust ratio is not 1 in the newest record."""
-    layers = read_rows(records)[-1]["layers"]
-    return sum(layer["ratio"] != 1.0 for layer in layers.values()) or len(layers)
+def _drawn_layers(records) -> int:
+    """The number of rows of the heat map: layers with a trust ratio other than 1; 0: no records."""
+    layers, adapted = set(), set()
+    for row in read_rows(records):
+        layers |= row["layers"].keys()
+        adapted |= {name for name, layer in row["layers"].items() if layer["ratio"] != 1.0}
+    return len(adapted) or len(layers)
 
 
 def _loss(row):
     """The loss of an evaluation. Older runs recorded only its terms, such as masked_loss."""
     if "loss" in row:
         return row["loss"]
-    return sum(value for name, value in row.items() if name.endswith("_loss"))
+    terms = [value for name, value in row.items() if name.endswith("_loss")]
+    return None if None in terms else sum(terms)
 
 
 def _curve(rows, name):
@@ -107,7 +112,7 @@ def main(model_dirs: list[str]) -> int:
         draw(model_dirs, path)
         print(path)
         for model_dir in model_dirs[1:] and model_dirs:
-            if os.path.exists(_records(model_dir)):
+            if _drawn_layers(_records(model_dir)):
                 heat_map = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
                 draw_heat_map(_records(model_dir), heat_map)
                 print(heat_map)
