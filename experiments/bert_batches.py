@@ -84,14 +84,20 @@ def command(trial: Trial, options, folder: str) -> list[str]:
         "keep_checkpoints": 1,
     }
     return [
-        sys.executable, os.path.join(ROOT, "train.py"), f"--recipe={RECIPE}",
-        f"--data_dir={options.data_dir}", f"--vocab={options.vocab}",
-        f"--global_batch_size={trial.batch}", "--scaling=linear", f"--steps={steps}",
-        f"--steps_per_loop={max(1, steps // 50)}", f"--seed={trial.seed}",
+        sys.executable,
+        os.path.join(ROOT, "train.py"),
+        f"--recipe={RECIPE}",
+        f"--data_dir={options.data_dir}",
+        f"--vocab={options.vocab}",
+        f"--global_batch_size={trial.batch}",
+        "--scaling=linear",
+        f"--steps={steps}",
+        f"--steps_per_loop={max(1, steps // 50)}",
+        f"--seed={trial.seed}",
         f"--model_dir={folder}",
         *(f"--set={name}={value}" for name, value in settings.items()),
         *(f"--set={assignment}" for assignment in options.set),
-    ]  # fmt: skip
+    ]
 
 
 def run(trial: Trial, options) -> dict:

@@ -51,10 +51,10 @@ class SmallTask(Task):
         return str(results)
 
     def export(self, model, export_dir, results):
-        raise NotImplementedError
+        raise AssertionError("Run.fit does not export")
 
     def demonstrate(self, export_dir):
-        raise NotImplementedError
+        raise AssertionError("Run.fit does not call a SavedModel")
 
 
 def small_recipe(*phases, **fields):
