@@ -29,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
     result.add_argument("--limit", type=int, default=-1, help="the most runs to do now; -1: all")
     result.add_argument("--list", action="store_true", help="list runs and the time still needed")
-    result.add_argument(
-        "--cell", help="run only this cell, GROUP-rateRATE-seedSEED, in this process"
-    )
+    result.add_argument("--cell", help="run one cell, GROUP-rateRATE-seedSEED, in this process")
     return result
 
 

@@ -149,6 +149,6 @@ def find_cell(table: Table, name: str) -> Cell:
         return Cell(table.group(group), float(rate), int(seed))
     except (StopIteration, ValueError):
         raise ValueError(
-            f"{name!r} is no cell of the table {table.name}: a name is GROUP-rateRATE-seedSEED, with "
-            f"one of the groups {', '.join(group.name for group in table.groups)}."
+            f"{name!r} is no cell of the table {table.name}: a name is GROUP-rateRATE-seedSEED, "
+            f"with one of the groups {', '.join(group.name for group in table.groups)}."
         ) from None

@@ -76,8 +76,8 @@ def load_runs(table: Table, output: str) -> dict[str, dict]:
         if run["settings"] != settings:
             raise InputError(
                 f"--output: {path} is a run with other settings than the table has now "
-                f"({_difference(run['settings'], settings)}). Delete the file to repeat the run, or "
-                "give another --output."
+                f"({_difference(run['settings'], settings)}). Delete the file to repeat the run, "
+                "or give another --output."
             )
         runs[path.stem] = run
     return runs

@@ -158,9 +158,9 @@ def _cifar_table() -> Table:
         ),
         published={f"{name}-512": value for name, value in published.items()},
         text="""\
-Table 7 of the [paper](https://arxiv.org/abs/1904.00962): CIFAR-10, batch 512, 24 epochs. The network
-is DavidNet at a quarter of its published width (16 channels, 412,944 trainable parameters, where
-64 channels have 6,573,120), because a run at full width takes a day of one core; the published
+Table 7 of the [paper](https://arxiv.org/abs/1904.00962): CIFAR-10, batch 512, 24 epochs. The
+network is DavidNet at a quarter of its published width (16 channels, 412,944 trainable parameters,
+where 64 channels have 6,573,120), because two cores are too slow for full width; the published
 column is of full width and cannot be compared. Data, crops, weights and the triangular schedule
 with 6 epochs of warm-up are those of the
 [author's program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best
