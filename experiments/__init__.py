@@ -1,3 +1,5 @@
-"""Experiments that run train.py many times, such as comparisons of optimizers."""
+"""Experiments: tables of many runs, tuned by one rule. See `python -m experiments --help`."""
 
-DIVERGED = 3  # exit status of train.py for a run that diverged
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]

@@ -1,12 +1,10 @@
-"""Overfits one batch of 220 photographs: python -m experiments.one_batch --source=samples.tar
+"""One run that overfits one batch of photographs, and classifies their files with its export.
 
 This checks that data, labels, model, optimizer and export agree. A ResNet-50 with all layers at a
 quarter of their width and image size 224 trains on one batch of all images of the source; then the
-SavedModel classifies each image file. It takes about twelve minutes of CPU time. If it is stopped,
-the same command resumes it.
+SavedModel classifies each image file.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -14,16 +12,62 @@ import subprocess
 import sys
 import tarfile
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
-
-import tensorflow as tf
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RECIPE = "resnet50-one-batch"
+from experiments import ROOT
+from experiments.grid import Cell
+from inputs.errors import InputError
 
 
-def files(source: str) -> list[tuple[bytes, str]]:
-    """Returns (image file, WordNet id of its class) for a tar with its CSV and classes.csv."""
+def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
+    """Runs the cell, or resumes it where it was stopped.
+
+    Args:
+        cell: its setting is `recipe`.
+        data_dir: a tar of JPEG files; beside it are its CSV and classes.csv.
+        folder: prepared images and the run's `model_dir` are made in it.
+        say: receives a line.
+
+    Returns:
+        `curve`: training loss and accuracy of each step; `result`: `accuracy`, the share of files
+        that the SavedModel names right, and the best training loss and accuracy.
+
+    Raises:
+        InputError: `data_dir` cannot be read.
+        RuntimeError: a command failed.
+    """
+    source = os.path.abspath(data_dir)
+    try:
+        images = _files(source)
+    except (OSError, KeyError, tarfile.TarError) as error:
+        raise InputError(
+            f"--data_dir={source}: {error}. Give a tar with its CSV and classes.csv beside it."
+        ) from None
+    data, model_dir = os.path.join(folder, "data"), os.path.join(folder, "run")
+    prepare = ["-m", "inputs.images.prepare", f"--source={source}", f"--output={data}"]
+    train = ["train.py", f"--recipe={cell.group.settings['recipe']}", f"--seed={cell.seed}"]
+    train += [f"--data_dir={data}", f"--model_dir={model_dir}", "--steps_per_loop=1"]
+    train += [f"--set=peak_learning_rate={cell.rate}"]
+    # Training and evaluation use the same images.
+    for command in (prepare, [*prepare, "--split=validation"], train):
+        say(" ".join(command))
+        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+        if status:
+            raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+    with open(os.path.join(model_dir, "history.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    best = max(rows, key=lambda row: (row["image_top1"], -row["image_loss"]))
+    names = {"step": "step", "loss": "image_loss", "accuracy": "image_top1"}
+    result = {
+        "accuracy": _right(os.path.join(model_dir, "export"), images) / len(images),
+        "loss": best["image_loss"],
+        "training_accuracy": best["image_top1"],
+        "diverged": False,
+    }
+    curve = {name: [row[own] for row in rows] for name, own in names.items()}
+    return {"curve": curve, "result": result}
+
+
+def _files(source) -> list[tuple[bytes, str]]:
+    """(image file, WordNet id of its class) of each image."""
     with open(os.path.join(os.path.dirname(source), "classes.csv"), encoding="utf-8") as table:
         wnids = {row["index"]: row["wnid"] for row in csv.DictReader(table)}
     with tarfile.open(source) as archive:
@@ -32,51 +76,11 @@ def files(source: str) -> list[tuple[bytes, str]]:
         return [(archive.extractfile(row["file"]).read(), wnids[row["index"]]) for row in rows]
 
 
-def right(export_dir: str, images: list[tuple[bytes, str]]) -> int:
-    """Returns how many images the SavedModel classifies correctly from their files."""
+def _right(export_dir, images) -> int:
+    import tensorflow as tf
+
     classify = tf.saved_model.load(export_dir).signatures["serving_default"]
     likeliest = (classify(image=tf.constant([data]))["wnids"][0, 0] for data, _ in images)
     return sum(
         wnid.numpy().decode() == own for wnid, (_, own) in zip(likeliest, images, strict=True)
     )
-
-
-def main() -> int:
-    """Runs the command line; returns the exit status, 1 if the check failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", required=True, help="a tar; beside it its CSV, classes.csv")
-    parser.add_argument("--output", default="runs/one-batch")
-    flags = parser.parse_args()
-    flags.source, flags.output = map(os.path.abspath, (flags.source, flags.output))
-    data, run = os.path.join(flags.output, "data"), os.path.join(flags.output, "run")
-    prepare = ["-m", "inputs.images.prepare", f"--source={flags.source}", f"--output={data}"]
-    train = ["train.py", f"--recipe={RECIPE}", f"--data_dir={data}", f"--model_dir={run}"]
-    train += ["--steps_per_loop=1"]  # so that the history has each step
-    try:
-        images = files(flags.source)
-    except (OSError, KeyError, tarfile.TarError) as error:
-        print(
-            f"experiments.one_batch: --source={flags.source}: {error}. Give a tar with its CSV and "
-            "classes.csv beside it.",
-            file=sys.stderr,
-        )
-        return 1
-    # Training and evaluation use the same images.
-    for command in (prepare, [*prepare, "--split=validation"], train):
-        if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode:
-            return 1
-    with open(os.path.join(run, "history.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    best = max(rows, key=lambda row: (row["image_top1"], -row["image_loss"]))
-    hits = right(os.path.join(run, "export"), images)
-    print(
-        f"In training, by step {best['step']}: top-1 {best['image_top1']:.4f}, "
-        f"loss {best['image_loss']:.4f}; in the end {rows[-1]['image_loss']:.4f}. The "
-        f"SavedModel names {hits} of {len(images)} files right."
-    )
-    proven = best["image_loss"] < 0.1 and best["image_top1"] == 1.0 and hits >= 0.95 * len(images)
-    return int(not proven)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

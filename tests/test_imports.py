@@ -28,7 +28,7 @@ PACKAGES = {
     "export": {"inputs", "models"},
     "training": {"tf_lamb", "recipes", "inputs", "tasks"},
     "preflight": {"recipes", "inputs", "models", "tasks", "training"},
-    "experiments": {"recipes", "inputs"},
+    "experiments": {"tf_lamb", "recipes", "inputs"},
 }
 # Which others each module of tf_lamb may import.
 MODULES = {

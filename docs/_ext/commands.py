@@ -48,7 +48,8 @@ def command_modules() -> list[str]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
-                names.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                names.append(name.removesuffix(".__main__"))
     return [name for name in names if name not in CHILD_PROCESSES]
 
 
@@ -86,6 +87,8 @@ def find_parser(module_name: str) -> argparse.ArgumentParser | None:
     The function that makes the parser is called up to the point where it would parse.
     """
     module = importlib.import_module(module_name)
+    if hasattr(module, "__path__"):  # `python -m PACKAGE` runs its __main__
+        module = importlib.import_module(f"{module_name}.__main__")
     for node in ast.parse(inspect.getsource(module)).body:
         if not isinstance(node, ast.FunctionDef):
             continue

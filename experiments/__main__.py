@@ -1,0 +1,85 @@
+"""Runs a table of experiments, and writes its page: `python -m experiments TABLE`.
+
+Finished runs are kept in OUTPUT, one file each with settings, seed, versions, curve and result. A
+stopped command goes on where it was; runs of train.py resume from their last checkpoint. The page
+is written at the end, also when only some of the runs are done.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+
+from experiments import ROOT
+from experiments.grid import find_cell
+from experiments.runner import Places, run_cell, run_table, state
+from experiments.tables import TABLES
+from inputs.errors import InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command's parser."""
+    result = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    result.add_argument("table", choices=sorted(TABLES), help="the table to run")
+    result.add_argument("--data_dir", help="the data; see the table's page for what it takes")
+    result.add_argument("--runs", default="runs/experiments", help="folder of logs, one per run")
+    result.add_argument("--output", help="folder of run files; docs/results/TABLE by default")
+    result.add_argument("--page", help="the page to write; docs/results/TABLE.md by default")
+    result.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    result.add_argument("--limit", type=int, default=-1, help="the most runs to do now; -1: all")
+    result.add_argument("--list", action="store_true", help="list runs and the time still needed")
+    result.add_argument("--cell", help="run one cell, GROUP-rateRATE-seedSEED, in this process")
+    return result
+
+
+def main(arguments=None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parser().parse_args(arguments)
+    table = TABLES[options.table]
+    output = options.output or os.path.join(ROOT, "docs", "results", table.name)
+    page = options.page or os.path.join(ROOT, "docs", "results", f"{table.name}.md")
+    places = Places(options.data_dir or "", options.runs, output)
+    try:
+        if options.jobs < 1:
+            raise InputError(f"--jobs={options.jobs}: give at least 1.")
+        if options.list:
+            _list(state(table, output), table, options.jobs)
+            return 0
+        if not options.data_dir and options.limit:
+            raise InputError(f"--data_dir: the table {table.name} needs its data; see its page.")
+        if options.cell:
+            run = run_cell(table, find_cell(table, options.cell), places)
+            print(f"{options.cell}: {run['result']}")
+            return 0
+        now = run_table(table, places, options.jobs, options.limit)
+    except KeyboardInterrupt:
+        print("experiments: stopped. The same command goes on.", file=sys.stderr)
+        return 130
+    except (InputError, RuntimeError, ValueError) as error:
+        print(f"experiments: {error}", file=sys.stderr)
+        return 1
+    from experiments.page import write_page  # imports matplotlib and SciPy
+
+    write_page(table, now, page, places)
+    print(f"{page}: {len(now.runs)} runs done, {len(now.todo) + now.later} to do.")
+    return 0
+
+
+def _list(now, table, jobs):
+    for name, run in now.runs.items():
+        result = run["result"]
+        value = "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
+        print(f"done  {name}  {table.metric} {value}  {run['seconds']:.0f} s")
+    for cell in now.todo:
+        print(f"to do {cell.name}")
+    left = now.seconds_left(jobs)
+    hours = "unknown" if math.isnan(left) else f"at least {left / 3600:.1f} h with --jobs={jobs}"
+    print(
+        f"{len(now.runs)} done, {len(now.todo)} to do, at least {now.later} more after them; "
+        f"time still needed: {hours} ({time.strftime('%H:%M')})."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""MNIST and CIFAR-10 as arrays, and the order and crops in which a run sees them."""
+
+import gzip
+import os
+
+import keras
+import numpy as np
+
+from inputs.errors import InputError
+from inputs.images.cifar import cifar_source
+
+MNIST_FILES = {"train": "train", "validation": "t10k"}
+# Mean and standard deviation of CIFAR-10's training images by channel, as in
+# github.com/fastalgo/davidnet-cifar.
+CIFAR_MEAN = (125.30691805, 122.95039414, 113.86538318)
+CIFAR_STDDEV = (62.99321928, 62.08870764, 66.70489964)
+CROP_PADDING = 4
+
+
+def load(name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images, float32 (count, height, width, channels), and labels, int32 (count,).
+
+    Args:
+        name: "mnist", with pixels in [0, 1], or "cifar10", with mean 0 and standard deviation 1 by
+            channel.
+        data_dir: the folder with MNIST's four published files, gzipped or not; or CIFAR-10 as
+            `python -m inputs.images.prepare --source` takes it.
+        split: "train" or "validation"; the latter is the published test set.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    if name == "mnist":
+        stem = os.path.join(data_dir, MNIST_FILES[split])
+        images = _read_idx(f"{stem}-images-idx3-ubyte", 16).reshape(-1, 28, 28, 1)
+        labels = _read_idx(f"{stem}-labels-idx1-ubyte", 8)
+        return images.astype(np.float32) / 255, labels.astype(np.int32)
+    items = [item for part in cifar_source(data_dir, split).parts for item in part.items()]
+    images = np.stack([np.frombuffer(item.data, np.uint8) for item in items])
+    images = images.reshape(-1, 32, 32, 3).astype(np.float32)
+    images = (images - np.float32(CIFAR_MEAN)) / np.float32(CIFAR_STDDEV)
+    return images, np.array([item.label for item in items], np.int32)
+
+
+def _read_idx(path, header):
+    try:
+        if os.path.exists(path):
+            return np.fromfile(path, np.uint8)[header:]
+        with gzip.open(f"{path}.gz") as file:
+            return np.frombuffer(file.read(), np.uint8)[header:]
+    except (OSError, EOFError) as error:
+        raise InputError(
+            f"--data_dir: {path}.gz cannot be read ({error}). Give the folder with MNIST's four "
+            "files."
+        ) from None
+
+
+class Batches(keras.utils.PyDataset):
+    """Some steps of a run, each a batch of images and labels.
+
+    The training set is shuffled in every epoch. A batch that the end of an epoch divides takes its
+    other images from the next epoch, so that each batch has the same size and each epoch each
+    image once.
+
+    Args:
+        images: float32 (count, height, width, channels).
+        labels: int32 (count,).
+        batch: the batch size.
+        steps: the first step and the one after the last.
+        seed: of the order and the crops.
+        crop: whether to cut each image out of itself with a reflected border of four pixels, and to
+            mirror half of them.
+    """
+
+    def __init__(self, images, labels, batch, steps, seed, crop=False):
+        super().__init__()
+        self._images, self._labels = images, labels
+        self._batch, self._seed, self._crop = batch, seed, crop
+        self._first, self._end = steps
+        self._epoch, self._order = None, None
+
+    def __len__(self):
+        return self._end - self._first
+
+    def __getitem__(self, index):
+        start = (self._first + index) * self._batch
+        places = np.arange(start, start + self._batch)
+        epochs, places = np.divmod(places, len(self._images))
+        chosen = np.concatenate(
+            [self._permutation(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+        images = self._images[chosen]
+        if self._crop:
+            images = _cropped(images, np.random.default_rng((self._seed, 1, start)))
+        return images, self._labels[chosen]
+
+    def _permutation(self, epoch):
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self._seed, 0, int(epoch)))
+            self._epoch, self._order = epoch, generator.permutation(len(self._images))
+        return self._order
+
+
+def _cropped(images, generator):
+    count, height, width, _ = images.shape
+    border = ((0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0))
+    padded = np.pad(images, border, mode="reflect")
+    corners = generator.integers(0, 2 * CROP_PADDING + 1, (2, count, 1))
+    rows = corners[0] + np.arange(height)
+    columns = corners[1] + np.arange(width)
+    mirrored = generator.random(count) < 0.5
+    columns[mirrored] = columns[mirrored, ::-1]
+    every = np.arange(count)[:, None, None]
+    return padded[every, rows[:, :, None], columns[:, None, :]]

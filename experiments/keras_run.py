@@ -1,0 +1,112 @@
+"""One run of a small Keras model: `model.compile` with the optimizer, `fit`, `evaluate`.
+
+Nothing here depends on TensorFlow but the reading of CIFAR-10's pictures; KERAS_BACKEND chooses the
+backend.
+"""
+
+import math
+
+import keras
+
+import tf_lamb
+from experiments import datasets, networks
+from experiments.grid import Cell
+
+EVALUATION_BATCH = 2_000
+MOMENTUM = 0.9
+
+
+def make_optimizer(settings: dict, schedule) -> keras.optimizers.Optimizer:
+    """Returns the optimizer that `settings["optimizer"]` names.
+
+    `settings["weight_decay"]` is the λ of LAMB and LARS and of Keras's decoupled decay. Biases and
+    normalization parameters are excluded from it, and from the trust ratios, as in the author's
+    programs. All other arguments are the defaults, except for `MOMENTUM`.
+    """
+    name = settings["optimizer"]
+    excluded = tf_lamb.RESNET_EXCLUSIONS
+    decay = {"weight_decay": settings.get("weight_decay")}
+    ours = {"exclude_from_weight_decay": excluded, "adapt_undecayed": False, "telemetry": True}
+    if name == "lamb":
+        return tf_lamb.LAMB(schedule, **decay, **ours)
+    if name == "lars":
+        return tf_lamb.LARS(schedule, momentum=MOMENTUM, **decay, **ours)
+    makers = {
+        "momentum": lambda: keras.optimizers.SGD(schedule, momentum=MOMENTUM, **decay),
+        "nesterov": lambda: keras.optimizers.SGD(
+            schedule, momentum=MOMENTUM, nesterov=True, **decay
+        ),
+        "adagrad": lambda: keras.optimizers.Adagrad(schedule, **decay),
+        "adam": lambda: keras.optimizers.Adam(schedule, **decay),
+        "adamw": lambda: keras.optimizers.AdamW(schedule, **decay),
+    }
+    optimizer = makers[name]()
+    if decay["weight_decay"]:
+        # Keras matches the last part of a path.
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+def make_model(settings: dict, seed: int) -> keras.Model:
+    """Returns the network that `settings["model"]` names."""
+    if settings["model"] == "davidnet":
+        return networks.davidnet(settings["width"])
+    return {"lenet5": networks.lenet5, "mnist_cnn": lambda: networks.mnist_cnn(seed)}[
+        settings["model"]
+    ]()
+
+
+def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
+    """Trains and evaluates one cell.
+
+    Args:
+        cell: its settings are `model` (and `width`), `data`, `optimizer`, `weight_decay`, `batch`,
+            `epochs`, `warmup_steps`, `power`, and `crop`.
+        data_dir: as in `datasets.load`.
+        records: a folder for the trust ratios, which LAMB and LARS write.
+        say: receives a line for each epoch.
+
+    Returns:
+        `curve`: by name, lists with a value for each epoch; `result`: accuracy and loss on the test
+        set after the last epoch, and whether the run diverged.
+    """
+    settings = dict(cell.group.settings)
+    keras.utils.set_random_seed(cell.seed)
+    train = datasets.load(settings["data"], data_dir, "train")
+    test = datasets.load(settings["data"], data_dir, "validation")
+    batch, epochs = settings["batch"], settings["epochs"]
+    ends = [round(epoch * len(train[0]) / batch) for epoch in range(epochs + 1)]
+    schedule = tf_lamb.WarmupPolynomialDecay(
+        cell.rate, settings["warmup_steps"], ends[-1], power=settings["power"]
+    )
+    model = make_model(settings, cell.seed)
+    optimizer = make_optimizer(settings, schedule)
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # Keras's choice on JAX and GPUs. On a CPU, TensorFlow's convolutions are faster than XLA's.
+        jit_compile=keras.backend.backend() != "tensorflow",
+    )
+    callbacks = []
+    if settings["optimizer"] in ("lamb", "lars"):
+        every = max(1, ends[-1] // 30)
+        callbacks = [tf_lamb.TelemetryCallback(records, every_steps=every, heat_map=False)]
+    curve = {"step": [], "loss": [], "accuracy": [], "test_loss": [], "test_accuracy": []}
+    for epoch, steps in enumerate(zip(ends, ends[1:], strict=False)):
+        batches = datasets.Batches(*train, batch, steps, cell.seed, settings.get("crop", False))
+        if not len(batches):  # a batch of more than an epoch
+            continue
+        history = model.fit(
+            batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0, callbacks=callbacks
+        ).history
+        test_loss, test_accuracy = model.evaluate(*test, batch_size=EVALUATION_BATCH, verbose=0)
+        values = (history["loss"][0], history["accuracy"][0], test_loss, test_accuracy)
+        for name, value in zip(curve, (steps[1], *values), strict=True):
+            curve[name].append(round(float(value), 6))
+        say(f"epoch {epoch + 1}: loss {values[0]:.4f}, test accuracy {test_accuracy:.4f}")
+        if not math.isfinite(values[0]):
+            break
+    diverged = not all(map(math.isfinite, (*curve["loss"], *curve["test_loss"])))
+    result = {"accuracy": curve["test_accuracy"][-1], "loss": curve["test_loss"][-1]}
+    return {"curve": curve, "result": {**result, "diverged": diverged}}

@@ -1,0 +1,188 @@
+"""The tables: grids of runs as data."""
+
+import math
+
+from experiments.grid import Group, Table
+
+# MNIST, the appendix of arXiv:1904.00962, Table 8. The rates are the paper's. The paper does not
+# say how they change during training; warm-up of one epoch and a decay of power 0.5 are those of
+# the author's programs for LAMB and AdamW.
+MNIST = {"data": "mnist", "model": "lenet5", "epochs": 30}
+PAPER_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+DECAY = {"adamw": 0.01, "lamb": 0.01, "lars": 1e-4}
+
+
+def _mnist_table() -> Table:
+    groups = tuple(
+        Group(
+            optimizer,
+            {
+                **MNIST,
+                "optimizer": optimizer,
+                "batch": 1_024,
+                "weight_decay": DECAY.get(optimizer),
+                "warmup_steps": 59,
+                "power": 0.5,
+            },
+            PAPER_RATES,
+            seeds=(1, 2, 3, 4, 5),
+        )
+        for optimizer in ("lamb", "adamw", "adam", "adagrad", "momentum")
+    )
+    return Table(
+        "mnist",
+        "MNIST and LeNet, five optimizers",
+        "keras",
+        "accuracy",
+        groups,
+        pairs=tuple(("lamb", group.name) for group in groups[1:]),
+        published={
+            "momentum": 0.9933,
+            "adagrad": 0.9928,
+            "adam": 0.9936,
+            "adamw": 0.9941,
+            "lamb": 0.9945,
+        },
+        text="""\
+Table 8 of the [paper](https://arxiv.org/abs/1904.00962): MNIST, batch 1,024, 30 epochs, learning
+rates 0.0001, 0.001, 0.01 and 0.1, the best of them with five seeds. The network is LeNet-5 (61,706
+parameters) with ReLU and max pooling; the paper says no more than "LeNet". The optimizers are
+Keras's own and `tf_lamb.LAMB`, passed to `model.compile`. Weight decay is 0.01 for LAMB and AdamW,
+without biases, and 0 for the others; momentum is 0.9; all else is Keras's and the paper's default.
+Not tuned: weight decay, momentum, β, ε, warm-up (one epoch) and decay (power 0.5).
+
+What the [author's programs](https://github.com/fastalgo/mnist_tpu) run is another thing: a network
+of 3,274,634 parameters with dropout (32 and 64 filters of 5×5, a layer of 1,024), and for LAMB and
+AdamW a learning rate of 0.004, which is not in the published grid. The five logs of LAMB there
+that have this rate and one epoch of warm-up give 0.9935, 0.9938, 0.9941, 0.9941 and 0.9947.""",
+    )
+
+
+SWEEP_BATCHES = (256, 1_024, 4_096, 16_384, 60_000)
+# Of the batch size 1,024; the others start at √(batch / 1,024) times these.
+SWEEP_RATES = {"lamb": 0.01, "lars": 10.0, "momentum": 0.1, "nesterov": 0.1, "adamw": 0.003}
+SWEEP_WARMUP = 10
+
+
+def _sweep_table() -> Table:
+    def settings(optimizer, batch):
+        return {
+            **MNIST,
+            "optimizer": optimizer,
+            "batch": batch,
+            "weight_decay": DECAY.get(optimizer),
+            "warmup_steps": SWEEP_WARMUP,
+            "power": 1.0,
+        }
+
+    groups = []
+    for batch in (1_024, 4_096, 16_384, 60_000, 256):
+        for optimizer, rate in SWEEP_RATES.items():
+            scaled = rate * math.sqrt(batch / 1_024)
+            rates = tuple(float(f"{scaled * factor:.2g}") for factor in (10**-0.5, 1, 10**0.5))
+            groups.append(Group(f"{optimizer}-{batch}", settings(optimizer, batch), rates))
+        if batch != 1_024:
+            factor = math.sqrt(batch / 1_024)
+            name = f"lamb-untuned-{batch}"
+            rule = ("lamb-1024", factor)
+            groups.append(Group(name, settings("lamb", batch), rate_from=rule))
+    others = [name for name in SWEEP_RATES if name != "lamb"]
+    pairs = [(f"lamb-{batch}", f"{other}-{batch}") for batch in SWEEP_BATCHES for other in others]
+    pairs += [
+        (f"lamb-untuned-{batch}", f"lamb-{batch}") for batch in SWEEP_BATCHES if batch != 1024
+    ]
+    return Table(
+        "mnist-batches",
+        "MNIST, from batch 256 to the whole set",
+        "keras",
+        "accuracy",
+        tuple(groups),
+        pairs=tuple(pairs),
+        x="batch",
+        heat_maps=("lamb-1024", "lamb-16384"),
+        text="""\
+The paper's claim is that a larger batch, for the same epochs, gives the same accuracy without new
+tuning. LeNet-5 on MNIST for 30 epochs, from batch 256 (7,031 steps) to 60,000, the whole training
+set (30 steps). Each optimizer is tuned at each batch size. "LAMB, untuned" is the claim: the
+learning rate that is best at 1,024, times √(batch / 1,024), and the same 10 steps of warm-up, which
+are a share of the epochs that grows with the batch (`tf_lamb.scale_batch` with `rule="sqrt"`). The
+rate decays linearly to 0. Weight decay is 0.01 for LAMB and AdamW, 0.0001 for LARS, 0 for the
+others; momentum is 0.9. Not tuned: weight decay, momentum, β, ε, warm-up and decay.""",
+    )
+
+
+# CIFAR-10, Table 7: rates around the best ones that the author's programs name.
+DAVIDNET = {
+    "data": "cifar10",
+    "model": "davidnet",
+    "width": 16,
+    "epochs": 24,
+    "power": 1.0,
+    "crop": True,
+}
+DAVIDNET_RATES = {
+    "lamb": (0.005, 0.01, 0.02, 0.04),
+    "momentum": (0.1, 0.2, 0.4, 0.8),
+    "adamw": (0.001, 0.002, 0.004, 0.008),
+    "adam": (0.001, 0.002, 0.004, 0.008),
+    "adagrad": (0.01, 0.02, 0.04, 0.08),
+}
+DAVIDNET_DECAY = {"lamb": 1.0, "adamw": 0.01, "momentum": 5e-4}
+
+
+def _cifar_table() -> Table:
+    groups = []
+    for batch, optimizers in ((512, DAVIDNET_RATES), (4_096, ("lamb", "momentum"))):
+        for optimizer in optimizers:
+            rates = [rate * math.sqrt(batch / 512) for rate in DAVIDNET_RATES[optimizer]]
+            settings = {
+                **DAVIDNET,
+                "optimizer": optimizer,
+                "batch": batch,
+                "weight_decay": DAVIDNET_DECAY.get(optimizer),
+                "warmup_steps": round(6 * 50_000 / batch),
+            }
+            rates = tuple(float(f"{rate:.2g}") for rate in rates)
+            groups.append(Group(f"{optimizer}-{batch}", settings, rates, seeds=(1, 2)))
+    published = {"adagrad": 0.9074, "adam": 0.9225, "adamw": 0.9271, "momentum": 0.9372}
+    published["lamb"] = 0.9408
+    return Table(
+        "cifar10",
+        "CIFAR-10 and DavidNet, five optimizers",
+        "keras",
+        "accuracy",
+        tuple(groups),
+        pairs=(
+            *(("lamb-512", f"{name}-512") for name in DAVIDNET_RATES if name != "lamb"),
+            ("lamb-4096", "momentum-4096"),
+        ),
+        published={f"{name}-512": value for name, value in published.items()},
+        text="""\
+Table 7 of the [paper](https://arxiv.org/abs/1904.00962): CIFAR-10, batch 512, 24 epochs. The
+network is DavidNet at a quarter of its published width (16 channels, 412,944 trainable parameters,
+where 64 channels have 6,573,120), because two cores are too slow for full width; the published
+column is of full width and cannot be compared. Data, crops, weights and the triangular schedule
+with 6 epochs of warm-up are those of the
+[author's program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best
+run, and the rates lie around those that he names. Not tuned: weight decay (0.01 for AdamW, 0.0005
+for momentum, 0 for Adam and Adagrad), momentum (0.9), β, ε, warm-up and decay.""",
+    )
+
+
+def _one_batch_table() -> Table:
+    return Table(
+        "one-batch",
+        "One batch of photographs",
+        "one_batch",
+        "accuracy",
+        (Group("resnet50-one-batch", {"recipe": "resnet50-one-batch"}, (0.03,), seeds=(1,)),),
+        text="""\
+A check, not a comparison: a quarter-width ResNet-50 overfits 220 photographs, and its SavedModel
+classifies their files. `accuracy` is the share of files that it names right.""",
+    )
+
+
+TABLES = {
+    table.name: table
+    for table in (_mnist_table(), _sweep_table(), _cifar_table(), _one_batch_table())
+}

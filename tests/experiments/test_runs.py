@@ -1,0 +1,203 @@
+"""Runs of small Keras models, the run files and the page."""
+
+import dataclasses
+import gzip
+import json
+import math
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from experiments import ROOT, datasets, keras_run, networks
+from experiments.__main__ import main
+from experiments.grid import Cell, Group, Table
+from experiments.page import write_page
+from experiments.runner import Places, load_runs, metrics, state
+from experiments.tables import TABLES
+from inputs.errors import InputError
+
+IMAGES = 96
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder with MNIST's files, of random images that their labels can be read from."""
+    folder = tmp_path_factory.mktemp("mnist")
+    generator = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        labels = generator.integers(0, 10, IMAGES, dtype=np.uint8)
+        images = generator.integers(0, 50, (IMAGES, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 3] = 255
+        for kind, header, content in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as file:
+                file.write(bytes(header) + content.tobytes())
+    return str(folder)
+
+
+def _cell(**settings):
+    return Cell(
+        Group(
+            "toy",
+            {
+                **{"data": "mnist", "model": "lenet5", "optimizer": "lamb", "batch": 32},
+                **{"epochs": 8, "warmup_steps": 2, "power": 1.0, "weight_decay": 0.01},
+                **settings,
+            },
+        ),
+        0.02,
+        1,
+    )
+
+
+def test_a_run_learns_and_repeats_itself(mnist, tmp_path):
+    first = keras_run.run(_cell(), mnist, str(tmp_path))
+    assert first["result"]["accuracy"] > 0.5
+    assert first["curve"]["step"] == [3 * epoch for epoch in range(1, 9)]
+    assert (tmp_path / "trust_ratios.jsonl").exists()
+    again = keras_run.run(_cell(), mnist, str(tmp_path / "again"))
+    assert again["curve"]["loss"][0] == pytest.approx(first["curve"]["loss"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "momentum", "nesterov", "adagrad", "adam", "adamw"])
+def test_every_optimizer_is_the_one_that_its_name_says(optimizer):
+    settings = {"optimizer": optimizer, "weight_decay": 0.01}
+    made = keras_run.make_optimizer(settings, 0.1)
+    expected = {"momentum": "sgd", "nesterov": "sgd"}.get(optimizer, optimizer)
+    assert type(made).__name__.lower() == expected
+    assert getattr(made, "nesterov", False) == (optimizer == "nesterov")
+    if expected != "lars":
+        kernel, bias = (keras.Variable(np.ones(2), name=name) for name in ("kernel", "bias"))
+        made.build([kernel, bias])
+        made.apply([np.zeros(2, np.float32)] * 2)
+        assert np.all(np.array(bias) == 1) and np.all(np.array(kernel) < 1)  # decay, by name
+
+
+def test_every_image_is_seen_once_in_an_epoch_whatever_the_batch():
+    images = np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1)
+    labels = np.arange(10, dtype=np.int32)
+    for batch in (2, 3, 5, 7, 10):
+        steps = 30 // batch
+        batches = datasets.Batches(images, labels, batch, (0, steps), seed=1)
+        seen = np.concatenate([batches[i][1] for i in range(len(batches))])
+        for epoch in range(len(seen) // 10):
+            assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
+        later = datasets.Batches(images, labels, batch, (1, steps), seed=1)
+        np.testing.assert_array_equal(later[0][1], batches[1][1])
+
+
+def test_crops_are_parts_of_the_image_and_half_of_them_are_mirrored():
+    images = np.arange(32 * 32, dtype=np.float32).reshape(1, 32, 32, 1).repeat(200, axis=0)
+    labels = np.zeros(200, np.int32)
+    cropped, _ = datasets.Batches(images, labels, 200, (0, 1), seed=1, crop=True)[0]
+    padded = np.pad(images[0, :, :, 0], 4, mode="reflect")
+    windows = [padded[y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    mirrored = 0
+    for image in cropped[:, :, :, 0]:
+        plain = any(np.array_equal(image, window) for window in windows)
+        turned = any(np.array_equal(image[:, ::-1], window) for window in windows)
+        assert plain or turned
+        mirrored += turned and not plain
+    assert 60 < mirrored < 140
+
+
+def test_davidnet_at_full_width_is_the_published_one_and_trains():
+    model = networks.davidnet()
+    trainable = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    assert trainable == 6_573_120
+    settings = {**TABLES["cifar10"].group("lamb-512").settings}
+    optimizer = keras_run.make_optimizer(settings, 0.005)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=False)
+    generator = np.random.default_rng(0)
+    images = generator.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    losses = [model.train_on_batch(images, np.arange(4)) for _ in range(3)]
+    assert np.isfinite(losses).all()
+
+
+def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, capsys):
+    settings = dict(_cell(epochs=2).group.settings)
+    table = Table(
+        "toy",
+        "Toy table",
+        "keras",
+        "accuracy",
+        (
+            Group("lamb-32", settings, (0.01, 0.02), seeds=(1, 2)),
+            Group("lamb-untuned-64", {**settings, "batch": 64}, rate_from=("lamb-32", 2**0.5)),
+        ),
+        pairs=(("lamb-32", "lamb-untuned-64"),),
+        published={"lamb-32": 0.99},
+        x="batch",
+        text="About the table.",
+    )
+    monkeypatch.setitem(TABLES, "toy", table)
+    flags = [f"--data_dir={mnist}", f"--runs={tmp_path}/runs", f"--output={tmp_path}/toy"]
+    flags += [f"--page={tmp_path}/toy.md"]
+    cell = Cell(table.groups[0], 0.01, 1)
+    assert main(["toy", *flags, f"--cell={cell.name}"]) == 0  # as a child of the runner
+    for group, rate, seed in ((0, 0.02, 1), (0, 0.005, 1), (0, 0.01, 2), (1, 0.014, 1)):
+        cell = Cell(table.groups[group], rate, seed)
+        run = _run_file(table, cell, accuracy=0.001 * seed)
+        (tmp_path / "toy" / f"{cell.name}.json").write_text(json.dumps(run))
+    runs = load_runs(table, str(tmp_path / "toy"))
+    assert {"settings", "seed", "versions", "curve", "result", "commit"} <= set(
+        next(iter(runs.values()))
+    )
+    assert main(["toy", *flags, "--limit=0"]) == 0
+    page = (tmp_path / "toy.md").read_text()
+    assert "# Toy table" in page and "| lamb 32 |" in page and "0.9900" in page
+    assert (tmp_path / "toy" / "curves.png").exists() and (tmp_path / "toy" / "sweep.png").exists()
+    capsys.readouterr()
+    assert main(["toy", *flags, "--list"]) == 0
+    assert f"{len(runs)} done" in capsys.readouterr().out
+
+
+def test_a_child_runs_one_cell_and_a_failure_is_named(tmp_path):
+    command = [sys.executable, "-m", "experiments", "mnist", f"--data_dir={tmp_path}/none"]
+    command += [f"--runs={tmp_path}/runs", f"--output={tmp_path}/out", "--limit=1", "--jobs=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "failed: lamb-rate0.0001-seed1 (status 1); see" in done.stderr
+    log = tmp_path / "runs" / "mnist" / "lamb-rate0.0001-seed1" / "log.txt"
+    assert "--data_dir: " in log.read_text() and "cannot be read" in log.read_text()
+
+
+def _run_file(table, cell, **result):
+    return {
+        **{"table": table.name, "cell": cell.name, "settings": dict(cell.group.settings)},
+        **{"rate": cell.rate, "seed": cell.seed, "seconds": 1.0, "versions": {"keras": "3"}},
+        **{"date": "2026-01-01", "commit": "abc", "machine": "m"},
+        "curve": {"step": [1], "loss": [1.0], "test_accuracy": [result["accuracy"]]},
+        "result": {"diverged": False, **result},
+    }
+
+
+def test_a_diverged_run_is_minus_infinity_and_shown_as_such(tmp_path):
+    table = dataclasses.replace(
+        TABLES["mnist"], groups=TABLES["mnist"].groups[:2], pairs=(), published={}
+    )
+    group = table.groups[0]
+    for rate, accuracy in zip(group.rates, (0.5, 0.9, 0.6, 0.1), strict=True):
+        cell = Cell(group, rate, 1)
+        run = _run_file(table, cell, accuracy=accuracy, diverged=rate == 0.1)
+        (tmp_path / f"{cell.name}.json").write_text(json.dumps(run))
+    assert metrics(table, load_runs(table, str(tmp_path)))["lamb-rate0.1-seed1"] == -math.inf
+    places = Places("", str(tmp_path / "runs"), str(tmp_path))
+    write_page(table, state(table, str(tmp_path)), str(tmp_path / "page.md"), places)
+    page = (tmp_path / "page.md").read_text()
+    assert "0.001: 0.9000" in page and "0.1: diverged" in page
+    assert "4 runs are done; at least 12 are still to be run" in page
+
+
+def test_a_run_file_of_other_settings_is_refused(tmp_path):
+    table = TABLES["mnist"]
+    cell = Cell(table.groups[0], 0.01, 1)
+    run = _run_file(table, cell, accuracy=0.5)
+    run["settings"]["epochs"] = 3
+    (tmp_path / f"{cell.name}.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match="epochs: 3, now 30"):
+        load_runs(table, str(tmp_path))
