@@ -12,6 +12,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import is_prepared
 from inputs.text import chunks, corpus, documents, examples, installed_text, vocabulary
+from inputs.text.files import find_files
 from models import bert
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
@@ -167,7 +168,7 @@ class _Text:
         log(self.amount)
 
     def _tokenize(self, data_dir, vocab, records, log):
-        files = documents.find_files(data_dir) if data_dir else []
+        files = find_files(data_dir, log=log) if data_dir else []
 
         def read():
             if files:

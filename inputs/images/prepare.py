@@ -26,10 +26,9 @@ import tensorflow as tf
 from inputs.errors import InputError
 from inputs.files import read_json
 from inputs.images import cifar, shards, sources, tfrecords
-from inputs.images.examples import KIND
 from inputs.images.sources import Class, Item, Source
 from inputs.progress import Progress, log
-from inputs.shards import MANIFEST
+from inputs.shards import IMAGES, MANIFEST
 
 NAME = "inputs.images.prepare"
 STOPPED = 130  # exit status of a shell after Ctrl-C
@@ -174,7 +173,7 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
     return shards.finish(
         folder,
         written,
-        kind=KIND,
+        kind=IMAGES[1],
         pixels=source.pixels,
         classes=classes,
         class_counts=counts,

@@ -20,7 +20,7 @@ from array_record.python import array_record_data_source
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import read_json, write_json
-from inputs.shards import MANIFEST, UNREADABLE, damaged, record_writer
+from inputs.shards import MANIFEST, SUFFIX, UNREADABLE, damaged, record_writer
 
 PLAN = "plan.json"
 
@@ -56,7 +56,7 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
     Raises:
         InputError: the shard cannot be written.
     """
-    path = os.path.join(folder, f"{name}.arrayrecord")
+    path = os.path.join(folder, f"{name}{SUFFIX}")
     if os.path.exists(f"{path}.json"):
         return Shard(**read_json(f"{path}.json"))
     digest = hashlib.sha256()
@@ -84,7 +84,7 @@ def begin(folder: str, plan: dict) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         if os.path.exists(path):
-            if glob.glob(os.path.join(glob.escape(folder), "*.arrayrecord.json")):
+            if glob.glob(os.path.join(glob.escape(folder), f"*{SUFFIX}.json")):
                 check_plan(folder, read_json(path), plan)
         elif os.listdir(folder):
             raise InputError(f"--output: {folder} is not empty. Give another folder.")

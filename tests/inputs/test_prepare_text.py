@@ -20,6 +20,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import locked
 from inputs.text import corpus, documents, examples, tokenizing, vocabulary
+from inputs.text import files as text_files
 from inputs.text import prepare as prepare_text
 from recipes import find_recipe, resized
 from tasks import TASKS
@@ -103,7 +104,7 @@ def flip_a_byte(path):
 @pytest.mark.parametrize("packing", ["pairs", "full-sentences"])
 def test_shards_and_raw_text_give_the_same_batches(source, folder, packing):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
-    read = documents.read_documents(documents.find_files(str(source / "text")), records())
+    read = documents.read_documents(text_files.find_files(str(source / "text")), records())
     in_memory = corpus.tokenize(read, pieces)
     training, held_out, kept_pieces, fingerprint = load(folder)
     assert fingerprint == corpus.fingerprint(in_memory) and kept_pieces == pieces
@@ -158,7 +159,7 @@ def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "tokenize_in_processes", tokenize)
     said = []
     prepare(source, tmp_path / "run", log=said.append)
-    assert said == [f"{len(kept)} finished shards were verified and kept"]
+    assert said[1:] == [f"{len(kept)} finished shards were verified and kept"]
     assert times == [path.stat().st_mtime_ns for path in kept]
     assert content(tmp_path / "run") == content(whole)
 
@@ -181,7 +182,8 @@ def test_the_command_with_worker_processes(source, whole, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert content(tmp_path / "run") == content(whole)
     lines = done.stderr.split("\n")
-    assert len(lines) > 4 and lines.pop() == ""
+    assert len(lines) > 5 and lines.pop() == ""
+    assert lines.pop(0) == f"{source}/text: 2 files to read"
     for index, line in enumerate(lines):
         assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
     assert "tokens in 150 documents, 3 of them held out" in done.stdout
@@ -302,7 +304,7 @@ def test_shards_inside_their_input_are_not_read_as_text(source, tmp_path):
     with pytest.raises(
         InputError, match="shards holds prepared shards .manifest.json.*as the only entry"
     ):
-        documents.find_files(f"{source}/text,{output}")
+        text_files.find_files(f"{source}/text,{output}")
 
 
 def test_two_at_once_are_refused(source, tmp_path):
@@ -319,7 +321,8 @@ def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
     said = []
     manifest = prepare(tmp_path, tmp_path / "run", log=said.append, max_bad_record_share=0.05)
     assert manifest["damaged_records"] == 2 and manifest["documents"] == 90
-    assert "a.jsonl, line 91: not a document" in said[0] and "line 92" in said[1]
+    assert "text: 1 file to read" in said[0]
+    assert "a.jsonl, line 91: not a document" in said[1] and "line 92" in said[2]
     with pytest.raises(InputError, match="raise the limit with --max_bad_record_share"):
         prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
 
