@@ -117,6 +117,12 @@ def walk(
                 (links if entry.is_symlink() else folders).append(entry.path)
 
 
+def file_state(path: str) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file: it differs if the content was replaced."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 @contextlib.contextmanager
 def atomic_file(path: str) -> Iterator[str]:
     """Yields the temporary path to write a file at; the file gets the name `path` on success.
