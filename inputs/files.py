@@ -229,6 +229,28 @@ def locked(
         yield
 
 
+def first_writable(folders: list[str], flag: str, fix: str) -> str:
+    """The first folder that can be written and locked; it is made if it is missing.
+
+    Args:
+        folders: paths, in order of preference.
+        flag: the flag that named the first one, for the error message.
+        fix: what to do, for the error message.
+
+    Raises:
+        InputError: none can be written.
+    """
+    reasons = []
+    for folder in folders:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder), open(os.path.join(folder, LOCK), "a"):
+                return folder
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+    raise InputError(f"{flag}: {', and '.join(reasons)}. {fix}")
+
+
 def check_writable(folder: str, flag: str) -> None:
     """Makes the folder if it is missing, and writes a temporary file in it.
 

@@ -40,6 +40,8 @@ class BertPretraining(Task):
         seed: int, seed of the data order, sentence pairs and masks.
         synthetic: whether to use random batches instead of text.
         log: takes lines of progress.
+        cache_dir: where the token ids of a prepared folder are mapped from; see
+            `inputs.text.corpus.load_prepared`.
     """
 
     example_unit = "sequences"
@@ -51,7 +53,7 @@ class BertPretraining(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log):
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
         if recipe.model not in bert.SIZES:
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
@@ -63,7 +65,7 @@ class BertPretraining(Task):
         else:
             if not vocab and resume_dir:
                 vocab = os.path.join(resume_dir, "vocab.txt")
-            self._source = _Text(recipe, data_dir, vocab, log)
+            self._source = _Text(recipe, data_dir, vocab, log, cache_dir)
         self.vocabulary = self._source.vocabulary
         self.data = self._source.description
         self.amount = self._source.amount
@@ -150,7 +152,7 @@ class BertPretraining(Task):
 class _Text:
     """Training and held-out documents as word pieces."""
 
-    def __init__(self, recipe, data_dir, vocab, log):
+    def __init__(self, recipe, data_dir, vocab, log, cache_dir):
         self._recipe = recipe
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
@@ -159,7 +161,7 @@ class _Text:
         log(f"Reading {self.description}")
         if data_dir and is_prepared(data_dir):
             self._training, self._held_out, self.vocabulary, self.fingerprint = (
-                corpus.load_prepared(data_dir, vocab, records)
+                corpus.load_prepared(data_dir, vocab, records, cache_dir=cache_dir, log=log)
             )
         else:
             self._tokenize(data_dir, vocab, records, log)

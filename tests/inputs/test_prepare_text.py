@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_text as tf_text
 from batch_checks import joined
+from read_only import read_only
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
@@ -305,6 +306,80 @@ def test_shards_inside_their_input_are_not_read_as_text(source, tmp_path):
         InputError, match="shards holds prepared shards .manifest.json.*as the only entry"
     ):
         text_files.find_files(f"{source}/text,{output}")
+
+
+def made(folder):
+    """The names of the files below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def first_batch(training, pieces):
+    """The first batch of pairs, for which the table of chunks is needed."""
+    made_of = {"sequence_length": 32, "predictions": 4, "whole_word": False, "seed": 1}
+    return next(iter(examples.Examples(training, pieces, **made_of).training_batches(4)))
+
+
+@pytest.mark.parametrize("used", ["never", "before", "with other packing"])
+def test_shards_that_cannot_be_written(folder, tmp_path, used):
+    """As on a read-only mount. What is missing is written into the cache, once."""
+    fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    cache = pathlib.Path.home() / ".cache/tf_lamb" / fingerprint
+    shutil.rmtree(cache, ignore_errors=True)
+    training, held_out, pieces, _ = load(folder)
+    expected = first_batch(training, pieces)
+    layout = folder / "memory_map"
+    if used == "never":
+        shutil.rmtree(layout)
+    if used == "with other packing":
+        (chunks,) = (layout / "training").glob("pairs-*")
+        shutil.rmtree(chunks)
+    before = made(folder)
+    said = []
+    with read_only(folder):
+        for _ in range(2):
+            training, again, pieces, _ = corpus.load_prepared(
+                str(folder), "", records(), log=said.append
+            )
+            batch = first_batch(training, pieces)
+    tf.nest.map_structure(np.testing.assert_array_equal, batch, expected)
+    np.testing.assert_array_equal(again.tokens, held_out.tokens)
+    assert made(folder) == before
+    cached = cache.exists()
+    shutil.rmtree(cache, ignore_errors=True)  # other tests expect the files in the folder
+    assert cached == (used != "before")
+    assert said == [f"{folder}: the token ids are mapped from {cache} (--cache_dir)"] * (
+        used == "never"
+    )
+
+
+def test_the_cache_is_where_the_flag_says(folder, tmp_path, monkeypatch):
+    """Also if the shards can be written, as on a slow disk; and the error names the flag."""
+    before = made(folder)
+    training, *_ = corpus.load_prepared(str(folder), "", records(), cache_dir=str(tmp_path / "c"))
+    assert training.folder.startswith(f"{tmp_path}/c/") and made(folder) == before
+    monkeypatch.setattr(corpus, "CACHE", str(tmp_path / "closed"))
+    (tmp_path / "closed").mkdir()
+    with read_only(folder), read_only(tmp_path / "closed"):
+        with pytest.raises(InputError) as error:
+            load(folder)
+    said = str(error.value)
+    assert said.startswith(f"--data_dir: {folder} cannot be written (Permission denied), and ")
+    assert said.endswith("Give a folder for them with --cache_dir.")
+
+
+def test_the_task_passes_the_folder_of_the_cache(folder, tmp_path):
+    recipe = resized(find_recipe("bert-mini-demo"), steps=10, global_batch_size=8)
+    TASKS[recipe.task](
+        recipe,
+        data_dir=str(folder),
+        vocab="",
+        resume_dir=None,
+        seed=1,
+        synthetic=False,
+        log=print,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert list((tmp_path / "cache").glob("*/memory_map/training/arrays.json"))
 
 
 def test_two_at_once_are_refused(source, tmp_path):
