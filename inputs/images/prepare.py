@@ -35,6 +35,7 @@ from inputs.shards import IMAGES, MANIFEST
 
 NAME = "inputs.images.prepare"
 STOPPED = 130  # exit status of a shell after Ctrl-C
+OFFICIAL = {imagenet.TRAIN_TAR: "train", imagenet.VALIDATION_TAR: "validation"}
 CHECKED_AT_ONCE = 64  # images decoded in parallel
 
 
@@ -62,17 +63,20 @@ def find_sources(
         return [cifar.cifar_source(path, name) for name in ("train", "validation")]
     if os.path.isfile(path):
         if path.lower().endswith(".tar"):
-            named = {imagenet.TRAIN_TAR: "train", imagenet.VALIDATION_TAR: "validation"}
-            split = named.get(os.path.basename(path), split)
+            split = OFFICIAL.get(os.path.basename(path), split)
             return [tars.tar_source(path, split, classes_csv)]
         raise InputError(
             f"--source: {path} is neither a .tar nor an archive of CIFAR-10. If it is a compressed "
             "archive, unpack it and give the folder."
         )
-    official = [os.path.join(path, n) for n in (imagenet.TRAIN_TAR, imagenet.VALIDATION_TAR)]
-    official = [file for file in official if os.path.isfile(file)]
-    if official:
-        return [one for file in official for one in find_sources(file, split, classes_csv, None)]
+    found: list[Source] = []
+    for name, tar_split in OFFICIAL.items():
+        tar = os.path.join(path, name)
+        if os.path.isfile(tar):
+            classes = found[0].classes if found else None
+            found.append(tars.tar_source(tar, tar_split, classes_csv, classes))
+    if found:
+        return found
     records = tfrecords.record_files(path)
     if "validation" in records and records.pop("test", None):  # that of ImageNet has no labels
         log(f"{path}: the test split is passed over, as there is a validation split")

@@ -31,7 +31,9 @@ class Member(NamedTuple):
     size: int
 
 
-def tar_source(path: str, split: str, classes_csv: str) -> Source:
+def tar_source(
+    path: str, split: str, classes_csv: str, other_classes: list[Class] | None = None
+) -> Source:
     """A tar of image files, or a tar of tars of them, one for each class.
 
     The labels are in a CSV of the same name, with the columns file and index; in a file beside the
@@ -42,6 +44,7 @@ def tar_source(path: str, split: str, classes_csv: str) -> Source:
         split: "train" or "validation".
         classes_csv: the class list; "" for classes.csv beside the tar, or for the names of the
             classes in alphabetical order if there are labels without a CSV.
+        other_classes: the class list of the other split, if it is known.
 
     Raises:
         InputError: a file, column or member is missing, or a label is outside the classes.
@@ -53,6 +56,7 @@ def tar_source(path: str, split: str, classes_csv: str) -> Source:
         listed = read_classes(classes_csv or os.path.join(folder, "classes.csv"))
         return _source(path, split, _listed(path, table, listed, members), listed, PassedOver())
     classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(folder)
+    classes = classes or other_classes
     if members and all(name.endswith(".tar") for name in members):
         return _tar_of_tars(path, split, classes, members)
     wnids = imagenet.find_labels(folder)
