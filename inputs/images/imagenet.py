@@ -14,14 +14,15 @@ LABELS = (KAGGLE_LABELS, DEMO_LABELS)
 KAGGLE_CLASSES = "LOC_synset_mapping.txt"  # Kaggle's: "n01440764 tench, Tinca tinca"
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # below what Kaggle's archive unpacks to
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-PARENTS = 4  # from CLS-LOC/val to the files of Kaggle's archive
+CLS_LOC = "CLS-LOC"
+CLS_LOC_PARENTS = 4  # from CLS-LOC/val to the files of Kaggle's archive
 
 
 def find_labels(folder: str) -> dict[str, str] | None:
     """The WordNet ids of the validation images, by file name without suffix.
 
     Args:
-        folder: the file of labels is searched there and in the folders above.
+        folder: the file of labels is searched there, beside the folder, and above CLS-LOC.
 
     Returns:
         None if there is no such file.
@@ -29,19 +30,19 @@ def find_labels(folder: str) -> dict[str, str] | None:
     Raises:
         InputError: the file cannot be read.
     """
-    path = _search(folder, KAGGLE_LABELS)
+    path = _search(folder, KAGGLE_LABELS, parents=1)
     if path:
         rows = read_csv(path, ("ImageId", "PredictionString"))
         return {row["ImageId"]: row["PredictionString"].split(" ")[0] for _, row in rows}
-    path = _search(folder, DEMO_LABELS)
+    path = _search(folder, DEMO_LABELS, parents=1)
     if path:
         return {f"ILSVRC2012_val_{i:08d}": w for i, w in enumerate(_lines(path), start=1)}
     return None
 
 
 def find_classes(folder: str) -> list[Class] | None:
-    """The classes of Kaggle's list, searched in a folder and above; None if there is none."""
-    path = _search(folder, KAGGLE_CLASSES)
+    """The classes of Kaggle's list in a folder, or above CLS-LOC; None if there is none."""
+    path = _search(folder, KAGGLE_CLASSES, parents=0)
     if not path:
         return None
     pairs = [line.partition(" ") for line in _lines(path)]
@@ -53,9 +54,11 @@ def sorted_classes(wnids: Iterable[str]) -> list[Class]:
     return [Class(wnid, wnid) for wnid in sorted(set(wnids))]
 
 
-def _search(folder, name) -> str:
+def _search(folder, name, parents) -> str:
     folder = os.path.abspath(folder)
-    for _ in range(PARENTS + 1):
+    if CLS_LOC in folder.split(os.sep):
+        parents = CLS_LOC_PARENTS
+    for _ in range(parents + 1):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             return path

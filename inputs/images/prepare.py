@@ -104,7 +104,10 @@ def _folder_sources(path, split, classes_csv, log) -> list[Source]:
     if not splits:
         return [sources.folder_source(path, split, classes)]
     for folder in others:
-        if sources.has_picture(folder) and sources.split_of(os.path.basename(folder)) != "test":
+        name = sources.split_of(os.path.basename(folder))
+        if name == "validation" and sources.has_picture(folder):
+            _flat_source(folder, classes)  # raises, as there are no labels
+        if name != "test" and sources.has_picture(folder):
             raise InputError(
                 f"--source: {path} has folders of splits ({', '.join(splits)}), but {folder} has "
                 "images that are in no class folder. Give the folder of one split at a time, such "
@@ -164,7 +167,7 @@ def _flat_source(folder, classes):
         raise InputError(
             f"--source: {folder} has no class folders, so the labels of its images are not known. "
             f"Put them into class folders; for ImageNet, put {' or '.join(imagenet.LABELS)} beside "
-            f"{folder}."
+            f"{folder}. To prepare another split by itself, give its folder."
         )
     classes = classes or imagenet.sorted_classes(wnids.values())
     return sources.flat_source(folder, "validation", wnids, classes)

@@ -144,7 +144,7 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     """The files and folders that an entry names; in a glob, `**` stands for any folders."""
     if os.path.exists(entry):  # its name may contain brackets
         return [entry]
-    parts = entry.split(os.sep)
+    parts = entry.rstrip(os.sep).split(os.sep)
     if "**" not in parts:
         return sorted(glob.glob(entry))
     # `glob` itself would follow a link to a parent folder again and again.
@@ -154,7 +154,12 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
         return []
     found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over)]
     base = os.sep.join(parts[:first] + [""]) if first else ""
-    return [base + path for path in found if _fits(path.split(os.sep), parts[first:])]
+    # As in other globs, a folder that fits stands for all that is in it.
+    return [
+        base + path
+        for path, names in ((path, path.split(os.sep)) for path in found)
+        if any(_fits(names[: i + 1], parts[first:]) for i in range(len(names)))
+    ]
 
 
 def _fits(path: list[str], pattern: list[str]) -> bool:

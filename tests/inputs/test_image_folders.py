@@ -141,7 +141,7 @@ BAD = {
     ),
     "one split without classes": (
         ["train/cat/0.jpg", "val/1.jpg"],
-        "folders of splits .train., but .*/val has images that are in no class folder",
+        "val has no class folders, so .* for ImageNet, put LOC_val_solution.csv or",
     ),
     "classes beside a split": (["train/cat/0.jpg", "dog/1.jpg"], "/dog has images that are in no"),
     "pictures alone": (["1.jpg"], "has no class folders, so the labels"),

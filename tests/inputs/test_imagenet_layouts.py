@@ -69,6 +69,14 @@ def test_kaggle_without_the_list_of_classes(kaggle):
     assert [wnid for wnid, _ in manifest(OUT / "validation")["classes"]] == [*WNIDS]
 
 
+def test_other_pictures_beside_the_list_of_classes(kaggle):
+    """Only ImageNet's own folders take their classes from it."""
+    for name in ("cat", "dog"):
+        put(kaggle / f"mine/{name}/1.jpg", PICTURES[0])
+    run(kaggle / "mine")
+    assert [wnid for wnid, _ in manifest(OUT / "train")["classes"]] == ["cat", "dog"]
+
+
 def test_the_validation_folder_by_itself(kaggle):
     run(kaggle / "ILSVRC/Data/CLS-LOC/val")
     assert [label for _, label in stored(OUT / "validation")] == [2, 0, 1]
@@ -77,7 +85,7 @@ def test_the_validation_folder_by_itself(kaggle):
 def test_kaggle_without_the_solution(kaggle, capsys):
     (kaggle / "LOC_val_solution.csv").unlink()
     assert prepare("--source", kaggle, "--output", "out") == 1
-    assert "CLS-LOC/val has images that are in no class folder" in capsys.readouterr().err
+    assert "CLS-LOC/val has no class folders, so the labels" in capsys.readouterr().err
     val = kaggle / "ILSVRC/Data/CLS-LOC/val"
     assert prepare("--source", val, "--output", "out") == 1
     assert "for ImageNet, put LOC_val_solution.csv or" in capsys.readouterr().err

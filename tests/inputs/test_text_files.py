@@ -79,6 +79,7 @@ def test_two_stars_stand_for_any_folders(tmp_path):
     assert found(tmp_path / "deep/**/*.txt", tmp_path)[0] == ["deep/b.txt", "deep/er/c.txt"]
     assert found(tmp_path / "d*/**/c.*", tmp_path)[0] == ["deep/er/c.txt"]
     assert len(found(tmp_path / "**", tmp_path)[0]) == 4
+    assert found(tmp_path / "**/er", tmp_path)[0] == ["deep/er/c.txt", "deep/er/d.jsonl"]
     assert found(tmp_path / "*/er", tmp_path)[0] == ["deep/er/c.txt", "deep/er/d.jsonl"]
     os.chdir(tmp_path)
     assert files.find_files("**/c.txt") == ["deep/er/c.txt"]
