@@ -44,6 +44,12 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "vocab", "", "A BERT vocab.txt. Default: learned from the text, or the checkpoint's."
 )
+flags.DEFINE_string(
+    "cache_dir",
+    "",
+    "Folder for the memory-mapped token ids of prepared text. Default: inside --data_dir, or "
+    "~/.cache/tf_lamb if that cannot be written.",
+)
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
 flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'. Default: the GPUs or the CPU.")
@@ -158,6 +164,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
         seed=FLAGS.seed,
         synthetic=FLAGS.synthetic,
         log=log_line,
+        cache_dir=FLAGS.cache_dir,
     )
     with blame("--set"):
         run = Run(

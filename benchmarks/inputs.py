@@ -27,6 +27,7 @@ from inputs.bad_records import BadRecords
 from inputs.text import documents
 from inputs.text import examples as text
 from inputs.text.corpus import load_prepared
+from inputs.text.files import find_files
 from inputs.text.tokenizing import Tokenizer, batch_documents
 
 BATCH = 64
@@ -43,7 +44,7 @@ AS_FULL = "tf-models, as full"
 def read(path):
     """Yields the documents of a text."""
     records = BadRecords(0.001, skip=True, log=print)
-    return documents.read_documents(documents.find_files(path), records)
+    return documents.read_documents(find_files(path, "--text"), records)
 
 
 def cpu_seconds(command) -> tuple[float, float]:

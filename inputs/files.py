@@ -1,5 +1,6 @@
-"""Safe operations on files and folders: atomic writes, locks, reading with clear errors."""
+"""Safe operations on files and folders: walks, atomic writes, locks, reading with clear errors."""
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -16,6 +17,110 @@ from inputs.errors import InputError
 LOCK = ".lock"
 NEW = ".new"  # suffix of a file that is not complete yet
 LOGGER = logging.getLogger(__name__)
+# What operating systems and archivers leave among other files. Names that begin with a dot are
+# left-overs, too: .ipynb_checkpoints, ._a.txt (macOS), .nfs0001, our own .lock.
+LEFT_OVERS = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
+
+
+class PassedOver(collections.Counter):
+    """Counts the files that were found but are not read, by kind."""
+
+    def add(self, path: str) -> None:
+        """Counts a file by the end of its name, without regard to case."""
+        name = os.path.basename(path).lower()
+        stem, ending = os.path.splitext(name)
+        if ending in COMPRESSIONS:
+            ending = os.path.splitext(stem)[1] + ending
+        self[ending or "without a suffix"] += 1
+
+    def describe(self) -> str:
+        """For a message, such as "4 passed over: 3 × .parquet, 1 × hidden"; "" if there is none."""
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in self.most_common())
+        return f"{self.total():,} passed over: {kinds}" if kinds else ""
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a file or folder of this name is never data: it is hidden, or the system's."""
+    return name.startswith(".") or name.lower() in LEFT_OVERS
+
+
+def list_folder(
+    folder: str, flag: str, passed_over: PassedOver | None = None
+) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+    """The (folders, files) in a folder, by name; links are followed, left-overs are skipped.
+
+    Args:
+        folder: path.
+        flag: the flag that named it, for the error message.
+        passed_over: counts the left-overs.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if is_left_over(entry.name):
+                    if passed_over is not None:
+                        passed_over["hidden"] += 1
+                    continue
+                try:
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                except OSError:  # a link to itself
+                    is_folder = is_file = False
+                if is_folder:
+                    folders.append(entry)
+                elif is_file or not os.path.exists(entry.path):  # a link to nothing fails later
+                    files.append(entry)
+                elif passed_over is not None:
+                    passed_over["device or pipe"] += 1
+    except OSError as error:
+        raise _unreadable(folder, f"cannot be read ({error.strerror})", flag, "") from None
+    return folders, files
+
+
+def walk(
+    top: str,
+    flag: str,
+    passed_over: PassedOver | None = None,
+    *,
+    enter: Callable[[str], bool] = lambda folder: True,
+) -> Iterator[os.DirEntry]:
+    """Yields the files in a folder and in the folders below it.
+
+    Links are followed. A folder that is reached in several ways is read once, by its own path if
+    that is below `top`, so that a link to a parent does no harm.
+
+    Args:
+        top: path of the folder.
+        flag: the flag that named it, for error messages.
+        passed_over: counts the left-overs, see `is_left_over`.
+        enter: whether to read a folder below `top`.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    seen = set()
+    folders, links = [top], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below, files = list_folder(folder, flag, passed_over)
+        yield from files
+        for entry in below:
+            if enter(entry.path):
+                (links if entry.is_symlink() else folders).append(entry.path)
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file: it differs if the content was replaced."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -122,6 +227,28 @@ def locked(
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def first_writable(folders: list[str], flag: str, fix: str) -> str:
+    """The first folder that can be written and locked; it is made if it is missing.
+
+    Args:
+        folders: paths, in order of preference.
+        flag: the flag that named the first one, for the error message.
+        fix: what to do, for the error message.
+
+    Raises:
+        InputError: none can be written.
+    """
+    reasons = []
+    for folder in folders:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder), open(os.path.join(folder, LOCK), "a"):
+                return folder
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+    raise InputError(f"{flag}: {', and '.join(reasons)}. {fix}")
 
 
 def check_writable(folder: str, flag: str) -> None:

@@ -5,6 +5,7 @@ keeps a hash of each record, so damage is found when the record is read.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 
@@ -14,15 +15,32 @@ from inputs.errors import InputError
 from inputs.files import atomic_file
 
 MANIFEST = "manifest.json"
+SUFFIX = ".arrayrecord"
 # One record per chunk, for random access. Uncompressed text reads 2.5 times as fast as with zstd,
 # which would save a quarter of the space; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+# A field of the manifest and its value, by which the manifests of this program are known.
+TEXT = ("format", "tf_lamb tokenised text")
+IMAGES = ("kind", "images")
 UNREADABLE = (RuntimeError, IndexError)  # what ArrayRecord raises for a damaged record
 
 
 def is_prepared(folder: str) -> bool:
-    """Whether the folder has a manifest."""
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+    """Whether the folder holds shards: a manifest of this program, or a damaged one beside shards.
+
+    Other programs write a manifest.json of their own.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        return False
+    if any(name.endswith(SUFFIX) for name in os.listdir(folder)):
+        return True
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and any(manifest.get(k) == v for k, v in (TEXT, IMAGES))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import is_prepared
 from inputs.text import chunks, corpus, documents, examples, installed_text, vocabulary
+from inputs.text.files import find_files
 from models import bert
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
@@ -39,6 +40,8 @@ class BertPretraining(Task):
         seed: int, seed of the data order, sentence pairs and masks.
         synthetic: whether to use random batches instead of text.
         log: takes lines of progress.
+        cache_dir: where the token ids of a prepared folder are mapped from; see
+            `inputs.text.corpus.load_prepared`.
     """
 
     example_unit = "sequences"
@@ -50,7 +53,7 @@ class BertPretraining(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log):
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
         if recipe.model not in bert.SIZES:
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
@@ -62,7 +65,7 @@ class BertPretraining(Task):
         else:
             if not vocab and resume_dir:
                 vocab = os.path.join(resume_dir, "vocab.txt")
-            self._source = _Text(recipe, data_dir, vocab, log)
+            self._source = _Text(recipe, data_dir, vocab, log, cache_dir)
         self.vocabulary = self._source.vocabulary
         self.data = self._source.description
         self.amount = self._source.amount
@@ -149,7 +152,7 @@ class BertPretraining(Task):
 class _Text:
     """Training and held-out documents as word pieces."""
 
-    def __init__(self, recipe, data_dir, vocab, log):
+    def __init__(self, recipe, data_dir, vocab, log, cache_dir):
         self._recipe = recipe
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
@@ -158,7 +161,7 @@ class _Text:
         log(f"Reading {self.description}")
         if data_dir and is_prepared(data_dir):
             self._training, self._held_out, self.vocabulary, self.fingerprint = (
-                corpus.load_prepared(data_dir, vocab, records)
+                corpus.load_prepared(data_dir, vocab, records, cache_dir=cache_dir, log=log)
             )
         else:
             self._tokenize(data_dir, vocab, records, log)
@@ -167,7 +170,7 @@ class _Text:
         log(self.amount)
 
     def _tokenize(self, data_dir, vocab, records, log):
-        files = documents.find_files(data_dir) if data_dir else []
+        files = find_files(data_dir, log=log) if data_dir else []
 
         def read():
             if files:

@@ -35,6 +35,7 @@ class ImageClassification(Task):
         seed: int, seed of the data order, crops and flips.
         synthetic: whether to use random batches instead of images.
         log: takes lines of progress.
+        cache_dir: not used.
     """
 
     example_unit = "images"
@@ -45,8 +46,8 @@ class ImageClassification(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log):
-        del resume_dir
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+        del resume_dir, cache_dir
         if vocab:
             raise InputError(f"--vocab={vocab}: a vocabulary is for text. Leave --vocab out.")
         if recipe.model not in resnet.SIZES:

@@ -39,6 +39,7 @@ class SquadFineTuning(Task):
         seed: int, seed of the order of the examples.
         synthetic: whether to use random batches instead of questions.
         log: takes lines of progress.
+        cache_dir: not used.
     """
 
     example_unit = "windows"
@@ -48,7 +49,8 @@ class SquadFineTuning(Task):
     )
     best_metric = metrics[0]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log):
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+        del cache_dir
         if recipe.model not in bert.SIZES:
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."

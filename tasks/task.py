@@ -51,7 +51,8 @@ class Task(abc.ABC):
 
     A subclass is constructed as
 
-        Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...)
+        Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...,
+                 cache_dir=...)
 
     with the recipe, the values of the flags with these names, the folder of the run to resume
     (`resume_dir`; None for a new run), and a function that takes lines of progress (`log`). It

@@ -1,6 +1,7 @@
 """Synthetic images and data sets for the tests that read images."""
 
 import io
+import json
 
 import numpy as np
 import PIL.Image
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.images import prepare as prepare_images
+from inputs.images.examples import FEATURES
 from inputs.images.shards import ShardReader
 
 NAMES = ("cat", "dog", "owl")
@@ -59,6 +61,19 @@ def prepared(folder, **arguments):
 def open_shards(folder):
     """A reader of a prepared folder that allows no damaged record."""
     return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, log=print))
+
+
+def manifest(folder):
+    """The manifest of a prepared folder."""
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def stored(folder):
+    """[(bytes, label)] of all records of a prepared folder."""
+    reader = open_shards(folder)
+    records, _ = reader.read(range(reader.count))
+    rows = [tf.io.parse_single_example(record, FEATURES) for record in records]
+    return [(row["image"].numpy(), int(row["label"])) for row in rows]
 
 
 def damage(folder, number):

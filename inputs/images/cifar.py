@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import file_state
 from inputs.images.sources import Class, Item, Part, Source
 
 SHAPE = (32, 32, 3)
@@ -26,6 +27,7 @@ PYTHON = {
 }
 BINARY = {split: [f"{name}.bin" for name in names] for split, names in PYTHON.items()}
 STRIPS = {"train": [f"train-{i}.png" for i in range(5)], "validation": ["test.png"]}
+LABELS = "labels.npz"  # of the strips
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 # Exceptions of a damaged file or archive, and of one with other content.
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
@@ -65,7 +67,8 @@ def cifar_source(path: str, split: str) -> Source:
     # The format of which most files are there.
     names, read = max(formats, key=lambda form: len(members.keys() & set(form[0][split])))
     files = names[split]
-    missing = [name for name in files if name not in members]
+    needed = [*files, LABELS] if read is _read_strip else files
+    missing = [name for name in needed if name not in members]
     if missing:
         raise InputError(f"--source: {path} lacks the file {missing[0]} of CIFAR-10.")
 
@@ -89,8 +92,14 @@ def cifar_source(path: str, split: str) -> Source:
                 )
             yield Item(f"{where}[{i}]", image.tobytes(), int(label))
 
+    def state(name):
+        used = [path] if os.path.isfile(path) else [os.path.join(path, name)]
+        if read is _read_strip:
+            used.append(os.path.join(path, LABELS))
+        return repr((name, [file_state(file) for file in used]))
+
     parts = [
-        Part(f"{split}-{index:05d}", lambda name=name, index=index: items(name, index), name)
+        Part(f"{split}-{index:05d}", lambda name=name, index=index: items(name, index), state(name))
         for index, name in enumerate(files)
     ]
     return Source(split, parts, CLASSES, SHAPE)
@@ -146,7 +155,7 @@ def _read_binary(path, name, index):
 
 def _read_strip(path, name, index):
     strip = tf.io.decode_png(_content(path, name), channels=3).numpy()
-    with np.load(io.BytesIO(_content(path, "labels.npz"))) as arrays:
+    with np.load(io.BytesIO(_content(path, LABELS))) as arrays:
         labels = arrays["y_test" if name == STRIPS["validation"][0] else "y_train"]
     size = len(strip) // SHAPE[0]
     return strip, labels[index * size : (index + 1) * size]

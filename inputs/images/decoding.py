@@ -67,8 +67,8 @@ def decode_crop(data, window, image_size: int):
     """A window of an image, each side at least S unless the window is smaller: [h, w, 3] uint8.
 
     Of a JPEG only the window is decoded, at a lower resolution where that is enough. Other
-    formats (PNG, BMP, GIF; the file name does not matter) are decoded whole. Grey and CMYK images
-    become RGB.
+    formats (PNG, BMP, GIF, WebP; the file name does not matter) are decoded whole. Grey and CMYK
+    images become RGB.
 
     Args:
         data: scalar string, an image file.

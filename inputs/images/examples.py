@@ -12,8 +12,8 @@ from inputs.batching import host_batches, shuffled
 from inputs.errors import InputError
 from inputs.images import decoding
 from inputs.images.shards import ShardReader
+from inputs.shards import IMAGES
 
-KIND = "images"  # of the manifest
 FEATURES = {
     "image": tf.io.FixedLenFeature([], tf.string),  # an image file, or raw uint8 pixels
     "label": tf.io.FixedLenFeature([], tf.int64),  # from 0
@@ -68,7 +68,7 @@ class Images:
         self, folder, image_size, *, seed, augmentation="crop", mixup_alpha=0.0, bad_records=None
     ):
         self.bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
-        self._reader = ShardReader(folder, KIND, self.bad_records)
+        self._reader = ShardReader(folder, IMAGES[1], self.bad_records)
         self.manifest = self._reader.manifest
         self.num_examples = self._reader.count
         self._size = image_size

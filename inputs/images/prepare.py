@@ -2,13 +2,15 @@
 
 The source may be
   a folder of ImageNet TFRecords, train-*-of-01024, in the layout of the TPU demos or of
-    TensorFlow Datasets;
+    TensorFlow Datasets, gzipped or not;
   a folder of class folders of images, or a folder with train/ and val/ of them;
+  ImageNet as Kaggle has it: the folder with ILSVRC/ and LOC_val_solution.csv;
+  ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, or the folder of both;
   a tar of images, with a CSV of the same name (file, index) and classes.csv (index, wnid, name);
   CIFAR-10: its python or binary archive, unpacked or not, or PNG strips with labels.npz.
 Writes DIR/train and DIR/validation, as far as the source has these splits, each with a manifest. If
-it is stopped, the same command continues with the next shard. Images that cannot be decoded are
-reported and left out.
+it is stopped, the same command continues with the next shard. Images that cannot be decoded, and
+files that are not read, are reported and left out.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import hashlib
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
@@ -24,27 +27,29 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its sta
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import read_json
-from inputs.images import cifar, shards, sources, tfrecords
-from inputs.images.examples import KIND
-from inputs.images.sources import Class, Item, Source
+from inputs.files import list_folder, locked, read_json
+from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
+from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
-from inputs.shards import MANIFEST
+from inputs.shards import IMAGES, MANIFEST
 
 NAME = "inputs.images.prepare"
 STOPPED = 130  # exit status of a shell after Ctrl-C
-SPLITS = {"train": "train", "validation": "validation", "val": "validation"}
+OFFICIAL = {imagenet.TRAIN_TAR: "train", imagenet.VALIDATION_TAR: "validation"}
 CHECKED_AT_ONCE = 64  # images decoded in parallel
 
 
-def find_sources(path: str, split: str, classes_csv: str, label_base: int | None) -> list[Source]:
+def find_sources(
+    path: str, split: str, classes_csv: str, label_base: int | None, log=log
+) -> list[Source]:
     """Recognises the layout of a file or folder.
 
     Args:
         path: file or folder.
         split: the split of a source that does not name it.
         classes_csv: a class list, or "".
-        label_base: label of the first class in TFRecords; None for the layout's own.
+        label_base: label of the first class in TFRecords; None to find it out.
+        log: receives lines about what was found out, and about folders that are passed over.
 
     Returns:
         A source for each split.
@@ -57,35 +62,138 @@ def find_sources(path: str, split: str, classes_csv: str, label_base: int | None
     if cifar.is_cifar(path):
         return [cifar.cifar_source(path, name) for name in ("train", "validation")]
     if os.path.isfile(path):
-        if path.endswith(".tar"):
-            return [sources.tar_source(path, split, classes_csv)]
-        raise InputError(f"--source: {path} is neither a .tar nor an archive of CIFAR-10.")
+        if path.lower().endswith(".tar"):
+            split = OFFICIAL.get(os.path.basename(path), split)
+            return [tars.tar_source(path, split, classes_csv)]
+        raise InputError(
+            f"--source: {path} is neither a .tar nor an archive of CIFAR-10. If it is a compressed "
+            "archive, unpack it and give the folder."
+        )
+    found: list[Source] = []
+    for name, tar_split in OFFICIAL.items():
+        tar = os.path.join(path, name)
+        if os.path.isfile(tar):
+            classes = found[0].classes if found else None
+            found.append(tars.tar_source(tar, tar_split, classes_csv, classes))
+    if found:
+        return found
     records = tfrecords.record_files(path)
-    if "validation" in records:
-        records.pop("test", None)  # that of ImageNet has no labels
+    if "validation" in records and records.pop("test", None):  # that of ImageNet has no labels
+        log(f"{path}: the test split is passed over, as there is a validation split")
     if records:
-        return [tfrecords.record_source(path, s, classes_csv, label_base) for s in records]
-    folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
-    if not folders:
+        return tfrecords.record_sources(path, records, classes_csv, label_base, log)
+    return _folder_sources(path, split, classes_csv, log)
+
+
+def _folder_sources(path, split, classes_csv, log) -> list[Source]:
+    """The splits in a folder of image files, or the whole folder as one split."""
+    for below in imagenet.KAGGLE_FOLDERS:
+        if os.path.isdir(os.path.join(path, below)):
+            path = os.path.join(path, below)
+            break
+    folders = [entry.path for entry in list_folder(path, "--source")[0]]
+    if not folders and not sources.has_picture(path):
         raise InputError(
             f"--source: {path} is a folder without images: it has no class folders, no TFRecords "
             "(train-00000-of-01024) and no files of CIFAR-10."
         )
-    if set(folders) <= set(SPLITS):
-        return [
-            sources.folder_source(os.path.join(path, name), SPLITS[name], classes_csv)
-            for name in sorted(folders)
-        ]
-    return [sources.folder_source(path, split, classes_csv)]
+    classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(path)
+    if not folders:  # CLS-LOC/val by itself
+        return [_flat_source(path, classes)]
+    splits, others = _splits(path, folders)
+    if not splits:
+        return [sources.folder_source(path, split, classes)]
+    for folder in others:
+        name = sources.split_of(os.path.basename(folder))
+        if name == "validation" and sources.has_picture(folder):
+            _flat_source(folder, classes)  # raises, as there are no labels
+        if name != "test" and sources.has_picture(folder):
+            raise InputError(
+                f"--source: {path} has folders of splits ({', '.join(splits)}), but {folder} has "
+                "images that are in no class folder. Give the folder of one split at a time, such "
+                f"as --source={next(iter(splits.values()))}."
+            )
+        log(f"{folder} is passed over: it is not a split with labels")
+    found = []
+    for name, folder in splits.items():
+        if _is_nested(folder):
+            found.append(sources.folder_source(folder, name, classes))
+        else:
+            found.append(_flat_source(folder, classes or (found[0].classes if found else None)))
+    return found
 
 
-def check_image(data: bytes) -> tuple[int, int, str]:
-    """Decodes an image file; returns (height, width, error message or "")."""
+def _splits(path, folders):
+    """The folders of splits in a folder, by split, and the other folders.
+
+    No folder is that of a split if all hold images and have no labels: then they are classes.
+    """
+    splits: dict[str, str] = {}
+    others = []
+    for folder in folders:
+        name = sources.split_of(os.path.basename(folder))
+        is_labelled = name == "validation" and imagenet.find_labels(folder) is not None
+        if not name or not (_is_nested(folder) or is_labelled):
+            others.append(folder)
+        elif name in splits:
+            raise InputError(
+                f"--source: {path} has two {name} splits, {splits[name]} and {folder}. Remove one "
+                "of them."
+            )
+        else:
+            splits[name] = folder
+    if not splits and all(sources.split_of(os.path.basename(folder)) for folder in others):
+        raise InputError(
+            f"--source: {others[0]} has no class folders, so the labels of its images are not "
+            f"known. Put the images into class folders, {others[0]}/cat/1.jpg."
+        )
+    if "test" in splits:
+        test = splits.pop("test")
+        if "validation" in splits:
+            others.append(test)
+        else:
+            splits["validation"] = test
+    return dict(sorted(splits.items())), others
+
+
+def _is_nested(folder):
+    return bool(list_folder(folder, "--source")[0]) and not sources.has_picture(folder)
+
+
+def _flat_source(folder, classes):
+    """The validation images of ImageNet in one folder, with a file of their labels."""
+    wnids = imagenet.find_labels(folder)
+    if wnids is None:
+        raise InputError(
+            f"--source: {folder} has no class folders, so the labels of its images are not known. "
+            f"Put them into class folders; for ImageNet, put {' or '.join(imagenet.LABELS)} beside "
+            f"{folder}. To prepare another split by itself, give its folder."
+        )
+    classes = classes or imagenet.sorted_classes(wnids.values())
+    return sources.flat_source(folder, "validation", wnids, classes)
+
+
+def check_image(data: bytes) -> tuple[bytes, int, int, str, str]:
+    """Decodes an image file.
+
+    Returns:
+        (an image file that TensorFlow decodes, height, width, the format that `data` had if it was
+        another one, error message or "").
+    """
+    kind = ""
     try:
-        image = tf.io.decode_image(data, channels=3, expand_animations=False)
+        image = _decode(data)
     except tf.errors.OpError as error:
-        return 0, 0, error.message.splitlines()[0]
-    return image.shape[0], image.shape[1], ""
+        try:
+            data, kind = conversion.to_png(data)
+        except ValueError as other:
+            return data, 0, 0, "", str(other) or error.message.splitlines()[0]
+        image = _decode(data)
+    return data, image.shape[0], image.shape[1], kind, ""
+
+
+def _decode(data):
+    return tf.io.decode_image(data, channels=3, expand_animations=False)
 
 
 def encode(item: Item, height: int, width: int) -> bytes:
@@ -103,17 +211,19 @@ def encode(item: Item, height: int, width: int) -> bytes:
 
 def records(source: Source, part, facts: dict, pool) -> Iterator[bytes]:
     """Yields the records of a part, and fills `facts` with its classes and damaged images."""
-    facts |= {"class_counts": {}, "seen": {}, "damaged": []}
+    facts |= {"class_counts": {}, "seen": {}, "damaged": [], "converted": {}}
     items = iter(part.read())
     while block := list(itertools.islice(items, CHECKED_AT_ONCE)):
         if source.pixels:
-            checks = [(*source.pixels[:2], "")] * len(block)
+            checks = [(item.data, *source.pixels[:2], "", "") for item in block]
         else:
             checks = pool.map(check_image, (item.data for item in block))
-        for item, (height, width, error) in zip(block, checks, strict=True):
+        for item, (data, height, width, kind, error) in zip(block, checks, strict=True):
             if error:
                 facts["damaged"].append({"name": item.name, "reason": error})
                 continue
+            if kind:
+                facts["converted"][kind] = facts["converted"].get(kind, 0) + 1
             label = str(item.label)
             facts["class_counts"][label] = facts["class_counts"].get(label, 0) + 1
             facts["seen"].setdefault(label, [item.wnid, item.text, item.name])
@@ -122,7 +232,7 @@ def records(source: Source, part, facts: dict, pool) -> Iterator[bytes]:
                     f"{item.name}: label {label} is {item.wnid} here, but "
                     f"{facts['seen'][label][0]} before. The records mix label bases."
                 )
-            yield encode(item, height, width)
+            yield encode(item._replace(data=data), height, width)
 
 
 def prepare(source: Source, output: str, request: dict, pool) -> dict:
@@ -138,19 +248,29 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
         The manifest.
 
     Raises:
-        InputError: from the source; or its classes differ from those of the other split.
+        InputError: from the source; its classes differ from those of the other split; or another
+            process prepares the same folder.
     """
     folder = os.path.join(output, source.split)
     plan = request | {
         "files": _hash([part.identity for part in source.parts]),
         "classes": _hash(source.classes),
     }
-    finished = os.path.join(folder, MANIFEST)
-    if os.path.exists(finished):
-        manifest = read_json(finished)
-        shards.check_plan(folder, manifest.get("plan", plan), plan)
-        log(f"{folder} is finished already")
-        return manifest
+    if source.passed_over:
+        log(f"--source, {source.split} split: {source.passed_over.describe()}")
+    shards.check_content(folder, plan)
+    if not os.path.exists(os.path.join(folder, MANIFEST)):
+        with locked(folder, "--output"):
+            # Another process may have finished it in the meantime.
+            if not os.path.exists(os.path.join(folder, MANIFEST)):
+                return _write(source, folder, output, plan, pool)
+        shards.check_content(folder, plan)
+    log(f"{folder} is finished already")
+    return read_json(os.path.join(folder, MANIFEST))
+
+
+def _write(source, folder, output, plan, pool):
+    """Writes the missing shards and the manifest; returns the manifest."""
     shards.begin(folder, plan)
     written = []
     with Progress(len(source.parts), " shards") as progress:
@@ -171,10 +291,14 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
     for shard in written:
         for label, count in shard.facts["class_counts"].items():
             counts[int(label)] += count
+    converted = sum((Counter(shard.facts["converted"]) for shard in written), Counter())
+    if converted:
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in converted.most_common())
+        log(f"{folder}: stored as PNG, because TensorFlow does not decode them: {kinds}")
     return shards.finish(
         folder,
         written,
-        kind=KIND,
+        kind=IMAGES[1],
         pixels=source.pixels,
         classes=classes,
         class_counts=counts,
@@ -242,19 +366,14 @@ def main(arguments=None) -> int:
         "--label_base",
         type=int,
         choices=(0, 1),
-        help="label of the first class in TFRecords (default: that of the layout)",
+        help="label of the first class in TFRecords (default: 1 in the layout of the TPU demos; in "
+        "that of TensorFlow Datasets it is found out from the labels)",
     )
     flags = parser.parse_args(arguments)
     request = {"source": os.path.abspath(flags.source), "label_base": flags.label_base}
     try:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
-            splits = [source.split for source in found]
-            if len(set(splits)) < len(splits):
-                raise InputError(
-                    f"--source: {flags.source} has two {max(splits, key=splits.count)} splits. "
-                    "Remove one of them."
-                )
             for source in found:
                 manifest = prepare(source, flags.output, request, pool)
                 print(

@@ -19,8 +19,8 @@ from array_record.python import array_record_data_source
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import read_json, write_json
-from inputs.shards import MANIFEST, UNREADABLE, damaged, record_writer
+from inputs.files import LOCK, NEW, read_json, write_json
+from inputs.shards import MANIFEST, SUFFIX, UNREADABLE, damaged, record_writer
 
 PLAN = "plan.json"
 
@@ -56,7 +56,7 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
     Raises:
         InputError: the shard cannot be written.
     """
-    path = os.path.join(folder, f"{name}.arrayrecord")
+    path = os.path.join(folder, f"{name}{SUFFIX}")
     if os.path.exists(f"{path}.json"):
         return Shard(**read_json(f"{path}.json"))
     digest = hashlib.sha256()
@@ -72,27 +72,35 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
     return shard
 
 
-def begin(folder: str, plan: dict) -> None:
-    """Makes the folder and writes the plan, or continues a stopped preparation of the same plan.
+def check_content(folder: str, plan: dict) -> None:
+    """Makes the folder if it is missing, and checks that this preparation may write there.
 
-    A folder without a finished shard may continue with any plan.
+    It may if the folder is empty, or was begun or finished with the same plan; also with another
+    plan as long as no shard is finished.
 
     Raises:
         InputError: the folder cannot be made, or has other content.
     """
-    path = os.path.join(folder, PLAN)
+    finished, begun = (os.path.join(folder, name) for name in (MANIFEST, PLAN))
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(path):
-            if glob.glob(os.path.join(glob.escape(folder), "*.arrayrecord.json")):
-                check_plan(folder, read_json(path), plan)
-        elif os.listdir(folder):
+        if os.path.exists(finished):
+            check_plan(folder, read_json(finished).get("plan", plan), plan)
+        elif os.path.exists(begun):
+            if glob.glob(os.path.join(glob.escape(folder), f"*{SUFFIX}.json")):
+                check_plan(folder, read_json(begun), plan)
+        elif set(os.listdir(folder)) - {LOCK, PLAN + NEW}:
             raise InputError(f"--output: {folder} is not empty. Give another folder.")
-        write_json(path, plan)
     except OSError as error:
         raise InputError(
             f"--output: {folder} cannot be written ({error.strerror}). Give another folder."
         ) from None
+
+
+def begin(folder: str, plan: dict) -> None:
+    """Writes the plan; `check_content` allows it, and the folder is locked."""
+    check_content(folder, plan)
+    write_json(os.path.join(folder, PLAN), plan)
 
 
 def check_plan(folder: str, begun: dict, plan: dict) -> None:

@@ -1,22 +1,34 @@
-"""Sources of labelled images: class folders, and a tar with a CSV.
+"""Sources of labelled images, and folders of them.
 
-A source is read in parts, and each part becomes one shard. `tfrecords.py` and `cifar.py` make
-sources of TFRecords and of CIFAR-10.
+A source is read in parts, and each part becomes one shard. `tars.py`, `tfrecords.py` and `cifar.py`
+make sources of tars, TFRecords and CIFAR-10.
 """
 
 import csv
 import dataclasses
 import itertools
 import os
-import tarfile
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import read_bytes
+from inputs.files import PassedOver, file_state, list_folder, read_bytes, walk
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif")
+# By the end of the file name, in lower case. TensorFlow decodes the first line, `conversion.py` the
+# others. The content decides about the format.
+SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
+SUFFIXES += (".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm")
 IMAGES_PER_PART = 1_000
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "test": "test",
+    "testing": "test",
+}
 
 
 class Item(NamedTuple):
@@ -43,7 +55,8 @@ class Part(NamedTuple):
     Attributes:
         name: of the shard.
         read: yields the images.
-        identity: identifies the images and labels, to recognise the same part again.
+        identity: identifies the images and labels, to recognise the same part again: their names,
+            sizes and times of change.
     """
 
     name: str
@@ -67,12 +80,14 @@ class Source:
         parts: in order.
         classes: by label; None if only the records name them.
         pixels: [height, width, channels] of raw uint8 pixels; None for image files.
+        passed_over: files that are not read.
     """
 
     split: str
     parts: list[Part]
     classes: list[Class] | None
     pixels: tuple[int, int, int] | None = None
+    passed_over: PassedOver = dataclasses.field(default_factory=PassedOver)
 
 
 def read_classes(path: str) -> list[Class]:
@@ -136,81 +151,148 @@ def check_same_classes(one, other, one_name: str, other_name: str) -> None:
     )
 
 
-def tar_source(path: str, split: str, classes_csv: str) -> Source:
-    """A tar of image files. A CSV of the same name beside it has the columns file and index.
-
-    Args:
-        path: of the tar.
-        split: "train" or "validation".
-        classes_csv: the class list; "" for classes.csv beside the tar.
-
-    Raises:
-        InputError: a file, column or member is missing, or a label is outside the classes.
-    """
-    table = f"{path.removesuffix('.tar')}.csv"
-    classes = read_classes(classes_csv or os.path.join(os.path.dirname(path), "classes.csv"))
-    try:
-        with tarfile.open(path) as archive:
-            members = {member.name for member in archive if member.isfile()}
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
-    rows: list[tuple[str, int]] = []
-    for line, row in read_csv(table, ("file", "index")):
-        label = parse_label(row["index"], classes, f"{table}, line {line}, index")
-        if row["file"] not in members:
-            raise InputError(f"{table}, line {line}, file: {row['file']!r} is not in {path}.")
-        if row.get("wnid", classes[label].wnid) != classes[label].wnid:
-            raise InputError(
-                f"{table}, line {line}, wnid: {row['wnid']!r}, but class {label} of the class "
-                f"list is {classes[label].wnid!r}. The two count their labels differently."
-            )
-        rows.append((row["file"], label))
-
-    def read(chosen):
-        with tarfile.open(path) as archive:
-            for name, label in chosen:
-                yield Item(f"{path}:{name}", archive.extractfile(name).read(), label)
-
-    return Source(split, _parts(split, rows, read, table), classes)
+def split_of(folder_name: str) -> str:
+    """The split that a folder is named after, as Train or val_set: a value of `SPLITS`, or ""."""
+    name = re.sub(r"[-_ ]?(set|images|data)$", "", folder_name.lower())
+    return SPLITS.get(name, "")
 
 
-def folder_source(path: str, split: str, classes_csv: str) -> Source:
+def is_picture(name: str) -> bool:
+    """Whether a file is an image, judging by its name."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def folder_source(path: str, split: str, classes: list[Class] | None) -> Source:
     """A folder of class folders of image files, PATH/n01440764/*.JPEG.
+
+    The images of a class may be in folders below its folder.
 
     Args:
         path: the folder.
         split: "train" or "validation".
-        classes_csv: the class list, which gives the labels; "" to label the class folders in
+        classes: the class list, which gives the labels; None to label the class folders in
             alphabetical order.
 
     Raises:
-        InputError: a class folder has no images, or is not in the class list.
+        InputError: a class folder has no images, or is not in the class list; or the class folders
+            look as if the classes were the folders below them.
     """
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    classes = read_classes(classes_csv) if classes_csv else [Class(name, name) for name in names]
-    labels = {one.wnid: label for label, one in enumerate(classes)}
+    passed_over = PassedOver()
+    folders, loose = list_folder(path, "--source", passed_over)
+    for entry in loose:
+        passed_over.add(entry.name)
+    if classes is None:
+        _check_depth(path, folders)
+    known = classes or [Class(folder.name, folder.name) for folder in folders]
+    labels = labels_of(known)
     rows = []
-    for name in names:
-        folder = os.path.join(path, name)
-        if name not in labels:
-            raise InputError(f"--source: {folder} is not a class in {classes_csv}.")
-        files = sorted(f for f in os.listdir(folder) if f.lower().endswith(SUFFIXES))
-        if not files:
+    for folder in folders:
+        if folder.name not in labels:
+            raise InputError(f"--source: {folder.path} is not a class of the class list.")
+        before = len(rows)
+        for file in sorted(entry.path for entry in walk(folder.path, "--source", passed_over)):
+            if is_picture(file):
+                rows.append((file, labels[folder.name]))
+            else:
+                passed_over.add(file)
+        if len(rows) == before:
             raise InputError(
-                f"--source: {folder} has no image, that is, no file that ends in "
+                f"--source: {folder.path} has no image, that is, no file that ends in "
                 f"{', '.join(SUFFIXES)}. Add images or remove the folder."
             )
-        rows += [(os.path.join(folder, file), labels[name]) for file in files]
+    return file_source(path, split, rows, known, passed_over)
+
+
+def flat_source(path: str, split: str, wnids: dict[str, str], classes: list[Class]) -> Source:
+    """A folder of image files without class folders.
+
+    Args:
+        path: the folder.
+        split: "train" or "validation".
+        wnids: the class of each file, by its name without suffix.
+        classes: the class list.
+
+    Raises:
+        InputError: a file has no class, or one that is not in the class list.
+    """
+    labels = labels_of(classes)
+    passed_over = PassedOver()
+    rows = []
+    for file in sorted(entry.path for entry in walk(path, "--source", passed_over)):
+        if is_picture(file):
+            rows.append((file, label_of(file, wnids, labels)))
+        else:
+            passed_over.add(file)
+    return file_source(path, split, rows, classes, passed_over)
+
+
+def labels_of(classes: list[Class]) -> dict[str, int]:
+    """The label of each class by its WordNet id."""
+    return {one.wnid: label for label, one in enumerate(classes)}
+
+
+def label_of(file: str, wnids: dict[str, str], labels: dict[str, int]) -> int:
+    """The label of a file, whose class `wnids` has by its name without suffix.
+
+    Raises:
+        InputError: it has none.
+    """
+    wnid = wnids.get(os.path.splitext(os.path.basename(file))[0])
+    if wnid not in labels:
+        problem = f"its class {wnid} is not in the class list" if wnid else "its label is not known"
+        raise InputError(f"--source: {file}: {problem}.")
+    return labels[wnid]
+
+
+def file_source(path, split, rows, classes, passed_over) -> Source:
+    """A source of image files; `rows` are (path, label), with paths below `path`."""
 
     def read(chosen):
-        for file, label in chosen:
+        for name, label, _ in chosen:
+            file = os.path.join(path, name)
             data = read_bytes(file, flag="--source", fix="Repair or remove it.")
             yield Item(file, data, label)
 
-    return Source(split, _parts(split, rows, read, path), classes)
+    known = [(os.path.relpath(file, path), label, _state(file)) for file, label in rows]
+    return Source(split, make_parts(split, known, read, path), classes, passed_over=passed_over)
 
 
-def _parts(split, rows, read, where) -> list[Part]:
+def _state(file):
+    try:
+        return file_state(file)
+    except OSError as error:
+        raise InputError(
+            f"--source: {file} cannot be read ({error.strerror}). Repair or remove it."
+        ) from None
+
+
+def has_picture(folder: str) -> bool:
+    """Whether a folder itself holds an image, judging by the names."""
+    return any(is_picture(entry.name) for entry in list_folder(folder, "--source")[1])
+
+
+def _check_depth(path, folders):
+    """Refuses folders of class folders, which would be classes by themselves."""
+    if not folders or any(has_picture(folder.path) for folder in folders):
+        return
+    below = [{e.name for e in list_folder(folder.path, "--source")[0]} for folder in folders]
+    shared = sorted(set.intersection(*below))
+    if len(folders) == 1 and shared:
+        raise InputError(
+            f"--source: {path} has one class folder, {folders[0].name}, whose images are all in "
+            f"folders below it ({shared[0]}). Give --source={folders[0].path}."
+        )
+    if len(shared) > 1:
+        raise InputError(
+            f"--source: {path} has the folders {', '.join(folder.name for folder in folders)}, "
+            f"and each has {' and '.join(shared[:2])} below it. If those below are the classes, "
+            f"give one folder at a time, such as --source={folders[0].path} --split=train; "
+            "otherwise give the classes with --classes."
+        )
+
+
+def make_parts(split: str, rows: list, read, where: str) -> list[Part]:
+    """Parts of `IMAGES_PER_PART` rows, which identify them; `read` yields the items of rows."""
     if not rows:
         raise InputError(f"--source: {where} lists no image.")
     blocks = [rows[i : i + IMAGES_PER_PART] for i in range(0, len(rows), IMAGES_PER_PART)]

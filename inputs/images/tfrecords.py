@@ -1,18 +1,25 @@
-"""Reads ImageNet from TFRecords, in the layout of the TPU demos or of TensorFlow Datasets."""
+"""Reads ImageNet from TFRecords, in the layout of the TPU demos or of TensorFlow Datasets.
+
+The files may be compressed with gzip or zlib.
+"""
 
 import dataclasses
-import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from inputs.errors import InputError
-from inputs.images.sources import Class, Item, Part, Source, read_classes
+from inputs.files import file_state, list_folder
+from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
 
-FILE_NAME = re.compile(r"(?:.*[-_.])?(train|validation|test)(?:\.tfrecord)?-\d{5}-of-(\d{5})")
+FILE_NAME = re.compile(
+    r"(?:.*[-_.])?(train|val|validation|test)(?:\.tfrecords?)?-(\d{5})-of-(\d{5})"
+    r"(?:\.tfrecords?)?(?:\.gz)?"
+)
+COMPRESSIONS = ("", "GZIP", "ZLIB")  # of `tf.data.TFRecordDataset`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,41 +44,55 @@ TFDS = Layout("image", "label", "file_name", base=0)
 
 
 def record_files(path: str) -> dict[str, list[str]]:
-    """The TFRecord files of a folder and of its folders train and validation: split -> paths.
+    """The TFRecord files of a folder and of its folders for splits: "train" and so on -> paths.
 
     Raises:
-        InputError: some of a split's files are missing.
+        InputError: some of a split's files are missing, or one is there twice.
     """
-    splits: dict[str, list[str]] = {}
-    own = glob.escape(path)
-    patterns = (os.path.join(own, folder, "*") for folder in ("", "train", "validation"))
-    for file in sorted(file for pattern in patterns for file in glob.glob(pattern)):
-        match = FILE_NAME.fullmatch(os.path.basename(file))
+    folders, files = list_folder(path, "--source")
+    for folder in folders:
+        if split_of(folder.name):
+            files += list_folder(folder.path, "--source")[1]
+    splits: dict[str, dict[int, str]] = {}
+    totals: dict[str, int] = {}
+    for file in files:
+        match = FILE_NAME.fullmatch(file.name)
         if match:
-            splits.setdefault(match[1], []).append(file)
-            total = int(match[2])
-            if len(splits[match[1]]) > total:
-                raise InputError(f"--source: {file}: its split has more than {total} files.")
-    for split, files in splits.items():
-        total = int(files[0][-5:])
-        if len(files) != total:
+            split = SPLITS[match[1]]
+            found = splits.setdefault(split, {})
+            total = totals.setdefault(split, int(match[3]))
+            other = found.setdefault(int(match[2]), file.path)
+            if total != int(match[3]) or other != file.path:
+                raise InputError(
+                    f"--source: {file.path} and {other} belong to two copies of the {split} split. "
+                    "Remove one of the copies."
+                )
+    for split, found in splits.items():
+        if len(found) != totals[split]:
             raise InputError(
-                f"--source: {path} has {len(files)} of the {total} {split} files. Copy the others."
+                f"--source: {path} has {len(found)} of the {totals[split]} {split} files. Copy the "
+                "others."
             )
-    return splits
+    return {split: [found[i] for i in sorted(found)] for split, found in splits.items()}
 
 
-def record_source(path: str, split: str, classes_csv: str, label_base: int | None) -> Source:
-    """One split of a folder of TFRecords; each file becomes a shard.
+def record_sources(
+    path: str,
+    splits: dict[str, list[str]],
+    classes_csv: str,
+    label_base: int | None,
+    log: Callable[[str], object],
+) -> list[Source]:
+    """The splits of a folder of TFRecords; each file becomes a shard.
 
     Args:
         path: the folder.
-        split: as in the file names.
+        splits: from `record_files`.
         classes_csv: the class list; "" for label.labels.txt of TensorFlow Datasets, or else for
             the classes that the records name.
-        label_base: label of the first class; None for the layout's own.
+        label_base: label of the first class; None to find it out.
+        log: receives a line about what was found out.
     """
-    files = record_files(path)[split]
     listed = os.path.join(path, "label.labels.txt")
     classes = None
     if classes_csv:
@@ -79,25 +100,86 @@ def record_source(path: str, split: str, classes_csv: str, label_base: int | Non
     elif os.path.exists(listed):
         with open(listed, encoding="utf-8") as file:
             classes = [Class(name, name) for name in file.read().splitlines() if name]
-    num_classes = len(classes) if classes else None
-    parts = [
-        Part(
-            f"{split}-{index:05d}",
-            lambda file=file: read_records(file, label_base, num_classes, classes),
-            f"{os.path.basename(file)} {os.path.getsize(file)}",
+    if label_base is None:
+        files = [file for split in splits.values() for file in split]
+        label_base = find_label_base(files, len(classes) if classes else None, log)
+    return [
+        Source(
+            "validation" if split == "test" else split,
+            [
+                Part(
+                    f"{split}-{index:05d}",
+                    lambda file=file: read_records(file, label_base, classes),
+                    repr((os.path.basename(file), file_state(file))),
+                )
+                for index, file in enumerate(files)
+            ],
+            classes,
         )
-        for index, file in enumerate(files)
+        for split, files in splits.items()
     ]
-    return Source("validation" if split == "test" else split, parts, classes)
 
 
-def read_records(path, label_base=None, num_classes=None, classes=None) -> Iterator[Item]:
+def find_label_base(
+    files: list[str], num_classes: int | None, log: Callable[[str], object]
+) -> int | None:
+    """The label of the first class in records of the layout of TensorFlow Datasets.
+
+    Their labels count from 0, but others write the same layout with labels from 1. Labels are read
+    until one is 0 or `num_classes`; if there is neither, the labels count from the lowest one if
+    `num_classes` is not known, and otherwise from 0.
+
+    Args:
+        files: of all splits, as a small split may lack a class.
+        num_classes: None if not known.
+        log: receives a line if the labels count from 1.
+
+    Returns:
+        0, 1, or None for another layout or damaged records.
+    """
+    lowest = None
+    for file in files:
+        try:
+            for record in _dataset(file).as_numpy_iterator():
+                features = tf.train.Example.FromString(record).features.feature
+                if TFDS.label not in features or TFDS.image not in features:
+                    return None
+                for label in features[TFDS.label].int64_list.value:
+                    lowest = label if lowest is None else min(label, lowest)
+                    if label == num_classes:
+                        log(f"Labels count from 1: {file} has {label}, of {num_classes} classes")
+                        return 1
+                    if label <= 0:
+                        return 0
+        except (tf.errors.OpError, DecodeError):
+            return None  # reading reports the damage
+    if lowest == 1 and num_classes is None:
+        log(
+            "Labels count from 1: no record has the label 0. If class 0 is only missing, give "
+            "--label_base=0"
+        )
+        return 1
+    return 0
+
+
+def _dataset(path: str) -> tf.data.TFRecordDataset:
+    """The records of a file, compressed or not, whatever its name."""
+    for compression in COMPRESSIONS:
+        records = tf.data.TFRecordDataset(path, compression)
+        try:
+            next(records.as_numpy_iterator(), None)
+        except tf.errors.OpError:
+            continue
+        return records
+    return tf.data.TFRecordDataset(path)
+
+
+def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
     """Yields the images of a TFRecord file, with labels from 0.
 
     Args:
         path: the file.
         label_base: label of the first class; None for the layout's own.
-        num_classes: None if not known.
         classes: the class list; None if not known.
 
     Raises:
@@ -105,8 +187,9 @@ def read_records(path, label_base=None, num_classes=None, classes=None) -> Itera
     """
     index = 0
     layout = None
+    num_classes = len(classes) if classes else None
     try:
-        for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
+        for record in _dataset(path).as_numpy_iterator():
             where = f"{path}, record {index}"
             features = _features(record, where)
             layout = layout or _layout(features, path)

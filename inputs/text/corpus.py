@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import locked
+from inputs.files import first_writable, locked
 from inputs.shards import MANIFEST
 from inputs.text import chunks, mapped_arrays
 from inputs.text.shards import load_manifest, read_shard
@@ -23,7 +23,12 @@ from inputs.text.vocabulary import SEP, load_vocabulary, vocabulary_hash
 
 HELD_OUT_SHARE = 0.02
 RECENT_KEYS = 2**18
-LAYOUT = "memory_map"  # folder of the mapped files, inside the prepared folder
+LAYOUT = "memory_map"  # folder of the mapped files, inside the prepared folder or a cache
+CACHE = "~/.cache/tf_lamb"  # for prepared folders that cannot be written
+CACHE_FIX = (
+    "The token ids are written there once, to be memory-mapped. Give a folder for them with "
+    "--cache_dir."
+)
 SIDES = ("training", "held_out")
 DOCUMENTS_PER_BLOCK = 1024
 
@@ -37,12 +42,14 @@ class Corpus:
         sentences: [S + 1] int64, where each sentence starts in `tokens`; the last entry is T.
         documents: [D + 1] int64, where each document starts in `sentences`; the last entry is S.
         folder: of the arrays' files if they are memory-mapped, else None.
+        spare: where the files of chunks are written if `folder` cannot be written.
     """
 
     tokens: np.ndarray
     sentences: np.ndarray
     documents: np.ndarray
     folder: str | None = None
+    spare: str | None = None
 
     def describe(self) -> str:
         """The number of tokens and documents, for a message."""
@@ -54,11 +61,15 @@ class Corpus:
         blocks = chunks.chunk_blocks(self, sequence_length, packing)
         if self.folder is None:
             return chunks.joined(blocks)
-        folder = os.path.join(self.folder, f"{packing}-{sequence_length}")
+        name = f"{packing}-{sequence_length}"
+        places = [place for place in (self.folder, self.spare) if place]
         # Opened before the lock is taken: the disk may be read-only.
-        if found := mapped_arrays.open_arrays(folder):
-            return found[0]
-        with locked(self.folder, "--data_dir", wait=True):
+        for place in places:
+            if found := mapped_arrays.open_arrays(os.path.join(place, name)):
+                return found[0]
+        place = first_writable(places, "--data_dir", CACHE_FIX)
+        folder = os.path.join(place, name)
+        with locked(place, "--data_dir", wait=True):
             found = mapped_arrays.open_arrays(folder)
             if found is None:
                 dtypes = dict.fromkeys(chunks.COLUMNS[packing], np.int64)
@@ -221,24 +232,33 @@ class Fingerprint:
 
 
 def load_prepared(
-    folder: str, vocab: str, records: BadRecords
+    folder: str,
+    vocab: str,
+    records: BadRecords,
+    *,
+    cache_dir: str = "",
+    log: Callable[[str], object] = lambda line: None,
 ) -> tuple[Corpus, Corpus, list[str], str]:
     """Opens a folder that `inputs.text.prepare` made.
 
     Examples need random access to tokens, and shards hold documents. So the first call on a host
     writes the tokens into plain files in FOLDER/memory_map, and maps them into memory: memory
     then holds only what the operating system caches of the files, however much text there is.
+    If FOLDER cannot be written, the files are in ~/.cache/tf_lamb/FINGERPRINT/memory_map.
 
     Args:
-        folder: path; must be writable the first time.
+        folder: path.
         vocab: path of a vocab.txt, or "" for the folder's own.
         records: counts the documents.
+        cache_dir: if given, the files are in CACHE_DIR/FINGERPRINT/memory_map.
+        log: receives a line if the files are not in FOLDER.
 
     Returns:
         (training corpus, held-out corpus, vocabulary, fingerprint).
 
     Raises:
-        InputError: the folder is not complete, or has another vocabulary; or from `records`.
+        InputError: the folder is not complete, or has another vocabulary; no folder for the files
+            can be written; or from `records`.
     """
     manifest = load_manifest(folder)
     if not manifest["finished"]:
@@ -258,38 +278,44 @@ def load_prepared(
             f"{manifest['vocabulary_hash']}. {fix}"
         )
     fingerprint = manifest["fingerprint"]
-    found = _open_layout(folder, fingerprint)
+    cache = os.path.join(os.path.expanduser(cache_dir or CACHE), fingerprint)
+    homes = [cache] if cache_dir else [folder, cache]
+    found = next(filter(None, (_open_layout(home, fingerprint, cache) for home in homes)), None)
     if found is None:
-        with locked(folder, "--data_dir", wait=True):
+        home = first_writable(homes, "--data_dir", CACHE_FIX)
+        if home != folder:
+            log(f"{folder}: the token ids are mapped from {home} (--cache_dir)")
+        with locked(home, "--data_dir", wait=True):
             # Another process may have written it in the meantime.
-            found = _open_layout(folder, fingerprint)
+            found = _open_layout(home, fingerprint, cache)
             if found is None:
                 # If documents were lost the fingerprint differs, and the next start tries again.
-                fingerprint = _write_layout(folder, manifest, vocabulary.index(SEP), records)
-                found = _open_layout(folder, fingerprint)
+                separator = vocabulary.index(SEP)
+                fingerprint = _write_layout(home, folder, manifest, separator, records)
+                found = _open_layout(home, fingerprint, cache)
     return *found, vocabulary, fingerprint
 
 
-def _open_layout(folder, fingerprint):
+def _open_layout(home, fingerprint, cache):
     """[training, held-out] corpora, or None if there is no layout of this fingerprint."""
     corpora = []
     for side in SIDES:
-        path = os.path.join(folder, LAYOUT, side)
+        path, spare = (os.path.join(folder, LAYOUT, side) for folder in (home, cache))
         found = mapped_arrays.open_arrays(path)
         if found is None or found[1] != {"fingerprint": fingerprint}:
             return None
-        corpora.append(Corpus(**found[0], folder=path))
+        corpora.append(Corpus(**found[0], folder=path, spare=spare))
     return corpora
 
 
-def _write_layout(folder, manifest, separator, records):
-    """Writes the arrays of both corpora; returns their fingerprint."""
+def _write_layout(home, folder, manifest, separator, records):
+    """Writes the arrays of both corpora of a prepared folder; returns their fingerprint."""
     dtype = manifest["token_dtype"]
     below = int(manifest["held_out_below"], 16)
-    shutil.rmtree(os.path.join(folder, LAYOUT), ignore_errors=True)
+    shutil.rmtree(os.path.join(home, LAYOUT), ignore_errors=True)
     dtypes = {"tokens": dtype, "sentences": np.int64, "documents": np.int64}
     total = Fingerprint()
-    paths = [os.path.join(folder, LAYOUT, side) for side in SIDES]
+    paths = [os.path.join(home, LAYOUT, side) for side in SIDES]
     with (
         mapped_arrays.ArraysWriter(paths[0], dtypes) as training,
         mapped_arrays.ArraysWriter(paths[1], dtypes) as held_out,

@@ -1,73 +1,21 @@
 """Reads documents from text files, and reports what is wrong with them."""
 
-import glob
-import gzip
+import functools
 import json
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterator
+from xml.sax.saxutils import unescape
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.shards import is_prepared
+from inputs.files import COMPRESSIONS
+from inputs.text.files import DAMAGE, JSON, WIKI, WIKI_JSON, compression_of, format_of, opened
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-VOCABULARY = "vocab.txt"
 # Limits on memory. (War and Peace has 3.2 million characters.)
 MAX_LINE_BYTES = 2**24
 MAX_DOCUMENT_CHARACTERS = 2**22
-
-
-def find_files(data: str, flag: str = "--data_dir") -> list[str]:
-    """Expands a comma-separated list of files, globs and folders into text files, in order.
-
-    A file named vocab.txt is skipped unless it is an entry itself. Folders of prepared shards
-    inside another folder are skipped.
-
-    Args:
-        data: the list, without spaces.
-        flag: the flag that it comes from, for error messages.
-
-    Raises:
-        InputError: an entry matches nothing, has another file type, or is a folder of shards.
-    """
-    files: list[str] = []
-    for entry in data.split(","):
-        if entry and is_prepared(entry):
-            raise InputError(
-                f"{flag}: {entry} holds prepared shards (manifest.json), not text. Give such a "
-                "folder as the only entry of --data_dir."
-            )
-        if os.path.isdir(entry):
-            found = [path for path in _files_below(entry) if path.endswith(SUFFIXES)]
-        else:
-            found = [path for path in _matches(entry) if os.path.isfile(path)]
-            wrong = [path for path in found if not path.endswith(SUFFIXES)]
-            if wrong:
-                raise InputError(
-                    f"{flag}: {wrong[0]} is not a text file, judging by its name. "
-                    f"Rename it to end in one of {', '.join(SUFFIXES)}."
-                )
-        if not found:
-            raise InputError(
-                f"{flag}: {entry!r} does not exist, or holds no text. Give a file, a glob or a "
-                f"folder with files that end in {', '.join(SUFFIXES)}."
-            )
-        files += sorted(found)
-    return files
-
-
-def _files_below(top: str) -> Iterator[str]:
-    """The files in a folder and in the folders below it."""
-    for folder, folders, names in os.walk(top):
-        folders[:] = [name for name in folders if not is_prepared(os.path.join(folder, name))]
-        yield from (os.path.join(folder, name) for name in names if name != VOCABULARY)
-
-
-def _matches(entry: str) -> list[str]:
-    if os.path.exists(entry):  # its name may contain brackets
-        return [entry]
-    return [path for path in glob.glob(entry) if os.path.basename(path) != VOCABULARY]
+WIKI_DOCUMENT = re.compile(r'<doc id=".*title="(.*)">')
 
 
 def read_documents(
@@ -75,26 +23,33 @@ def read_documents(
 ) -> Iterator[list[str]]:
     """Yields each document as a list of paragraphs, none empty.
 
-    `.txt`: blank lines separate documents; each line is a paragraph. `.jsonl`: each line is a
-    document, with its text in `paragraphs` (a list of strings) or in `text` (a string).
+    Plain text: blank lines separate documents; each line is a paragraph. JSON lines: each line is
+    a document, with its text in `paragraphs` (a list of strings) or in `text` (a string).
+    WikiExtractor: a document is between <doc ...> and </doc>, or a line of JSON. Its &lt;, &gt; and
+    &amp; are replaced. The line that repeats the title is left out, as the JSON format does.
 
     Damaged records are skipped and counted: a line that is not UTF-8, is not such a JSON object or
-    is longer than `MAX_LINE_BYTES`; the rest of a truncated gzip file; a file without text; a file
-    named .gz that is not gzip. The document continues with the next line. A document longer than
-    `MAX_DOCUMENT_CHARACTERS` is split.
+    is longer than `MAX_LINE_BYTES`; the rest of a truncated compressed file; a file without text;
+    a file named .gz that is not gzip. The document continues with the next line. A document longer
+    than `MAX_DOCUMENT_CHARACTERS` is split.
 
     Args:
-        files: paths, from `find_files`.
+        files: paths, from `inputs.text.files.find_files`.
         records: counts the lines.
         advance: receives the number of bytes read since its last call, for progress.
 
     Raises:
         InputError: a file cannot be read; or from `records`.
     """
+    readers = {
+        JSON: _json_documents,
+        WIKI: _wiki_documents,
+        WIKI_JSON: functools.partial(_json_documents, decode=unescape),
+    }
     for path in files:
         count, bad = 0, records.bad
-        is_json = path.removesuffix(".gz").endswith(".jsonl")
-        for document in (_json_documents if is_json else _text_documents)(path, records, advance):
+        read = readers.get(format_of(path, by_name=False), _text_documents)
+        for document in read(path, records, advance):
             for part in _split_long(document):
                 count += 1
                 yield part
@@ -120,7 +75,7 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
     """Yields ("FILE, line N", line without its line end) of each line that is UTF-8."""
     offset, read = 0, 0
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
+        with open(path, "rb") as raw, opened(raw, path) as file:
             for number, line in enumerate(_raw_lines(file, raw, path, records), start=1):
                 place = f"{path}, line {number}"
                 if number % 256 == 0:
@@ -140,7 +95,7 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
 
 
 def _raw_lines(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
-    """Yields the lines of a file, up to the damage if it is a damaged gzip file."""
+    """Yields the lines of a file, up to the damage if it is a damaged compressed file."""
     number = 0
     try:
         while line := file.readline(MAX_LINE_BYTES):
@@ -151,14 +106,22 @@ def _raw_lines(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
                     line = file.readline(MAX_LINE_BYTES)
                 line = b""
             yield line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (OSError, *DAMAGE) as error:
+        kind = compression_of(path)
+        if not kind or getattr(error, "errno", None) is not None:
+            raise  # the disk's error
         if number == 0:
-            records.add_bad(f"{path} is named .gz but is not a complete gzip file ({error}).")
+            records.add_bad(
+                f"{path} is named {kind} but is not a complete {COMPRESSIONS[kind]} file ({error})."
+            )
             return
         # Estimates the lines after the damage. What was cut off at the end is not known.
         used, size = raw.tell(), os.path.getsize(path)
         lost = max(1, round(number * (size - used) / used))
-        records.add_bad(f"{path}, up to line {number}: the gzip file is damaged ({error}).", lost)
+        records.add_bad(
+            f"{path}, up to line {number}: the {COMPRESSIONS[kind]} file is damaged ({error}).",
+            lost,
+        )
 
 
 def _text_documents(path: str, records: BadRecords, advance) -> Iterator[list[str]]:
@@ -176,7 +139,32 @@ def _text_documents(path: str, records: BadRecords, advance) -> Iterator[list[st
     yield document
 
 
-def _json_documents(path: str, records: BadRecords, advance) -> Iterator[list[str]]:
+def _wiki_documents(path: str, records: BadRecords, advance) -> Iterator[list[str]]:
+    """Reads the text format of https://github.com/attardi/wikiextractor."""
+    document: list[str] = []
+    title = ""
+    size = 0
+    for _, line in _lines(path, records, advance):
+        records.add_good()
+        line = line.strip()
+        start = WIKI_DOCUMENT.fullmatch(line)
+        if start:
+            title = start[1]
+        elif line and line != "</doc>":
+            if line != title:
+                document.append(unescape(line))
+                size += len(line)
+            title = ""
+        if document and (size >= MAX_DOCUMENT_CHARACTERS or start or line == "</doc>"):
+            size = 0
+            yield document
+            document = []
+    yield document
+
+
+def _json_documents(
+    path: str, records: BadRecords, advance, decode: Callable[[str], str] = str
+) -> Iterator[list[str]]:
     for place, line in _lines(path, records, advance):
         if not line.strip():
             continue
@@ -195,5 +183,5 @@ def _json_documents(path: str, records: BadRecords, advance) -> Iterator[list[st
             continue
         records.add_good()
         # JSON can encode half of a surrogate pair, which is not text and has no UTF-8.
-        valid = [p.encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
+        valid = [decode(p).encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
         yield [paragraph for paragraph in valid if paragraph]

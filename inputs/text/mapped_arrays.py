@@ -70,8 +70,8 @@ class ArraysWriter:
         except OSError as error:
             raise InputError(
                 f"{self._folder} cannot be written: {error.strerror or error}. The tokens are "
-                "written there once, to be memory-mapped. Free some space, or copy the prepared "
-                "folder to a disk that is writable."
+                "written there once, to be memory-mapped. Free some space, or give another folder "
+                "with --cache_dir."
             ) from None
 
 

@@ -19,6 +19,7 @@ from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
 from inputs.text import documents
 from inputs.text.corpus import Fingerprint, KnownDocuments, document_key, held_out_below
+from inputs.text.files import READ, find_files
 from inputs.text.shards import ShardWriter, load_manifest, read_shard, save_manifest, token_dtype
 from inputs.text.tokenizing import tokenize_in_processes
 from inputs.text.vocabulary import load_vocabulary, save_vocabulary, vocabulary_hash
@@ -49,7 +50,8 @@ def prepare(
         workers: number of processes that tokenise; 0 to use this one.
         shard_tokens: tokens after which a shard ends.
         max_bad_record_share: the share of lines that may be damaged, in [0, 1].
-        log: receives lines about damaged records, and about shards that exist already.
+        log: receives lines about the files that are read and passed over, damaged records, and
+            shards that exist already.
         show_progress: if True, shows progress on standard error.
 
     Returns:
@@ -58,7 +60,7 @@ def prepare(
     Raises:
         InputError: text, vocabulary or folder cannot be used.
     """
-    files = documents.find_files(text, "--input")
+    files = find_files(text, "--input", log)
     vocabulary = load_vocabulary(vocab)
     try:
         os.makedirs(output, exist_ok=True)
@@ -222,8 +224,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--input",
         required=True,
-        help="text: files, globs or folders of .txt, .jsonl, .txt.gz and .jsonl.gz, "
-        "comma-separated",
+        help=f"text: files, globs or folders, comma-separated; read are {READ}",
     )
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--output", required=True, help="folder for the shards")

@@ -14,9 +14,9 @@ from array_record.python import array_record_module
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import read_json, write_json
-from inputs.shards import MANIFEST, UNREADABLE, damaged, record_writer
+from inputs.shards import MANIFEST, SUFFIX, TEXT, UNREADABLE, damaged, record_writer
 
-FORMAT, VERSION = "tf_lamb tokenised text", 2
+FORMAT, VERSION = TEXT[1], 2
 RECORDS_PER_READ = 256
 FIELDS = {
     "finished": bool,
@@ -94,7 +94,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str, index: int, dtype: str):
-        name = f"shard-{index:05d}.arrayrecord"
+        name = f"shard-{index:05d}{SUFFIX}"
         self._writer = record_writer(os.path.join(folder, name))
         self._dtype = dtype
         self.facts = {"file": name, "documents": 0, "sentences": 0, "tokens": 0}

@@ -7,7 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from pictures import damage, encoded, prepare, prepared, smooth
+from pictures import damage, encoded, open_shards, prepare, prepared, smooth
+from read_only import read_only
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
@@ -277,3 +278,9 @@ def test_a_folder_without_readable_records_is_an_error(tmp_path):
     data = examples.Images(str(out), SIZE, seed=1, bad_records=records)
     with pytest.raises(InputError, match=f"no record of {out} can be read. Copy it again"):
         list(data.files(1))
+
+
+def test_shards_that_cannot_be_written_are_read(tmp_path):
+    folder = prepared(tmp_path) / "train"
+    with read_only(folder):
+        assert len(open_shards(folder).read(range(12))[0]) == 12

@@ -1,6 +1,5 @@
 """Preparing images from every published layout, and the messages about mistakes."""
 
-import json
 import pathlib
 import pickle
 import tarfile
@@ -8,27 +7,23 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow as tf
-from pictures import NAMES, class_folders, encoded, example, open_shards, prepare, smooth
+from pictures import (
+    NAMES,
+    class_folders,
+    encoded,
+    example,
+    manifest,
+    open_shards,
+    prepare,
+    smooth,
+    stored,
+)
 
 from inputs.errors import InputError
-from inputs.images import examples as images
 from inputs.images import shards
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 CLASSES = "index,wnid,name\n" + "".join(f"{i},n{i},{name}\n" for i, name in enumerate(NAMES))
-
-
-def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def stored(folder):
-    """[(bytes, label)] of all records."""
-    reader = open_shards(folder)
-    rows = [
-        tf.io.parse_single_example(r, images.FEATURES) for r in reader.read(range(reader.count))[0]
-    ]
-    return [(row["image"].numpy(), int(row["label"])) for row in rows]
 
 
 def demo_example(data, label, **more):

@@ -15,11 +15,13 @@ import pytest
 import tensorflow as tf
 import tensorflow_text as tf_text
 from batch_checks import joined
+from read_only import read_only
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import locked
 from inputs.text import corpus, documents, examples, tokenizing, vocabulary
+from inputs.text import files as text_files
 from inputs.text import prepare as prepare_text
 from recipes import find_recipe, resized
 from tasks import TASKS
@@ -103,7 +105,7 @@ def flip_a_byte(path):
 @pytest.mark.parametrize("packing", ["pairs", "full-sentences"])
 def test_shards_and_raw_text_give_the_same_batches(source, folder, packing):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
-    read = documents.read_documents(documents.find_files(str(source / "text")), records())
+    read = documents.read_documents(text_files.find_files(str(source / "text")), records())
     in_memory = corpus.tokenize(read, pieces)
     training, held_out, kept_pieces, fingerprint = load(folder)
     assert fingerprint == corpus.fingerprint(in_memory) and kept_pieces == pieces
@@ -158,7 +160,7 @@ def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_text, "tokenize_in_processes", tokenize)
     said = []
     prepare(source, tmp_path / "run", log=said.append)
-    assert said == [f"{len(kept)} finished shards were verified and kept"]
+    assert said[1:] == [f"{len(kept)} finished shards were verified and kept"]
     assert times == [path.stat().st_mtime_ns for path in kept]
     assert content(tmp_path / "run") == content(whole)
 
@@ -181,7 +183,8 @@ def test_the_command_with_worker_processes(source, whole, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert content(tmp_path / "run") == content(whole)
     lines = done.stderr.split("\n")
-    assert len(lines) > 4 and lines.pop() == ""
+    assert len(lines) > 5 and lines.pop() == ""
+    assert lines.pop(0) == f"{source}/text: 2 files to read"
     for index, line in enumerate(lines):
         assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
     assert "tokens in 150 documents, 3 of them held out" in done.stdout
@@ -302,7 +305,81 @@ def test_shards_inside_their_input_are_not_read_as_text(source, tmp_path):
     with pytest.raises(
         InputError, match="shards holds prepared shards .manifest.json.*as the only entry"
     ):
-        documents.find_files(f"{source}/text,{output}")
+        text_files.find_files(f"{source}/text,{output}")
+
+
+def made(folder):
+    """The names of the files below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def first_batch(training, pieces):
+    """The first batch of pairs, for which the table of chunks is needed."""
+    made_of = {"sequence_length": 32, "predictions": 4, "whole_word": False, "seed": 1}
+    return next(iter(examples.Examples(training, pieces, **made_of).training_batches(4)))
+
+
+@pytest.mark.parametrize("used", ["never", "before", "with other packing"])
+def test_shards_that_cannot_be_written(folder, tmp_path, used):
+    """As on a read-only mount. What is missing is written into the cache, once."""
+    fingerprint = json.loads((folder / "manifest.json").read_text())["fingerprint"]
+    cache = pathlib.Path.home() / ".cache/tf_lamb" / fingerprint
+    shutil.rmtree(cache, ignore_errors=True)
+    training, held_out, pieces, _ = load(folder)
+    expected = first_batch(training, pieces)
+    layout = folder / "memory_map"
+    if used == "never":
+        shutil.rmtree(layout)
+    if used == "with other packing":
+        (chunks,) = (layout / "training").glob("pairs-*")
+        shutil.rmtree(chunks)
+    before = made(folder)
+    said = []
+    with read_only(folder):
+        for _ in range(2):
+            training, again, pieces, _ = corpus.load_prepared(
+                str(folder), "", records(), log=said.append
+            )
+            batch = first_batch(training, pieces)
+    tf.nest.map_structure(np.testing.assert_array_equal, batch, expected)
+    np.testing.assert_array_equal(again.tokens, held_out.tokens)
+    assert made(folder) == before
+    cached = cache.exists()
+    shutil.rmtree(cache, ignore_errors=True)  # other tests expect the files in the folder
+    assert cached == (used != "before")
+    assert said == [f"{folder}: the token ids are mapped from {cache} (--cache_dir)"] * (
+        used == "never"
+    )
+
+
+def test_the_cache_is_where_the_flag_says(folder, tmp_path, monkeypatch):
+    """Also if the shards can be written, as on a slow disk; and the error names the flag."""
+    before = made(folder)
+    training, *_ = corpus.load_prepared(str(folder), "", records(), cache_dir=str(tmp_path / "c"))
+    assert training.folder.startswith(f"{tmp_path}/c/") and made(folder) == before
+    monkeypatch.setattr(corpus, "CACHE", str(tmp_path / "closed"))
+    (tmp_path / "closed").mkdir()
+    with read_only(folder), read_only(tmp_path / "closed"):
+        with pytest.raises(InputError) as error:
+            load(folder)
+    said = str(error.value)
+    assert said.startswith(f"--data_dir: {folder} cannot be written (Permission denied), and ")
+    assert said.endswith("Give a folder for them with --cache_dir.")
+
+
+def test_the_task_passes_the_folder_of_the_cache(folder, tmp_path):
+    recipe = resized(find_recipe("bert-mini-demo"), steps=10, global_batch_size=8)
+    TASKS[recipe.task](
+        recipe,
+        data_dir=str(folder),
+        vocab="",
+        resume_dir=None,
+        seed=1,
+        synthetic=False,
+        log=print,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert list((tmp_path / "cache").glob("*/memory_map/training/arrays.json"))
 
 
 def test_two_at_once_are_refused(source, tmp_path):
@@ -319,7 +396,8 @@ def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
     said = []
     manifest = prepare(tmp_path, tmp_path / "run", log=said.append, max_bad_record_share=0.05)
     assert manifest["damaged_records"] == 2 and manifest["documents"] == 90
-    assert "a.jsonl, line 91: not a document" in said[0] and "line 92" in said[1]
+    assert "text: 1 file to read" in said[0]
+    assert "a.jsonl, line 91: not a document" in said[1] and "line 92" in said[2]
     with pytest.raises(InputError, match="raise the limit with --max_bad_record_share"):
         prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
 

@@ -1,0 +1,208 @@
+"""Labelled images in tars: with a CSV of the labels, and as image-net.org distributes ImageNet."""
+
+import os
+import posixpath
+import tarfile
+from typing import IO, NamedTuple
+
+from inputs.errors import InputError
+from inputs.files import PassedOver, file_state
+from inputs.images import imagenet
+from inputs.images.sources import (
+    Class,
+    Item,
+    Source,
+    is_picture,
+    label_of,
+    labels_of,
+    make_parts,
+    parse_label,
+    read_classes,
+    read_csv,
+)
+
+MAX_LINKS = 40  # that are followed from one to the next, as in Linux
+
+
+class Member(NamedTuple):
+    """Where a file lies in a tar, in bytes."""
+
+    offset: int
+    size: int
+
+
+def tar_source(
+    path: str, split: str, classes_csv: str, other_classes: list[Class] | None = None
+) -> Source:
+    """A tar of image files, or a tar of tars of them, one for each class.
+
+    The labels are in a CSV of the same name, with the columns file and index; in a file beside the
+    tar that `imagenet.find_labels` finds; or, in a tar of tars, in the names of the tars.
+
+    Args:
+        path: of the tar, which must not be compressed.
+        split: "train" or "validation".
+        classes_csv: the class list; "" for classes.csv beside the tar, or for the names of the
+            classes in alphabetical order if there are labels without a CSV.
+        other_classes: the class list of the other split, if it is known.
+
+    Raises:
+        InputError: a file, column or member is missing, or a label is outside the classes.
+    """
+    members = _read_members(path)
+    table = f"{os.path.splitext(path)[0]}.csv"
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.exists(table):
+        listed = read_classes(classes_csv or os.path.join(folder, "classes.csv"))
+        return _source(path, split, _listed(path, table, listed, members), listed, PassedOver())
+    classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(folder)
+    classes = classes or other_classes
+    if members and all(name.endswith(".tar") for name in members):
+        return _tar_of_tars(path, split, classes, members)
+    wnids = imagenet.find_labels(folder)
+    if wnids is None:
+        raise InputError(
+            f"--source: the labels of {path} are not known. Write {table} (columns file, index), "
+            f"or put {' or '.join(imagenet.LABELS)} beside the tar. If the tar has class folders, "
+            "unpack it and give the folder."
+        )
+    classes = classes or imagenet.sorted_classes(wnids.values())
+    labels = labels_of(classes)
+    passed_over = PassedOver()
+    rows = []
+    for name in sorted(members):
+        if is_picture(name):
+            rows.append((name, label_of(name, wnids, labels), members[name]))
+        else:
+            passed_over.add(name)
+    return _source(path, split, rows, classes, passed_over)
+
+
+def _listed(path, table, classes, members):
+    """(member, label, place) of each line of the CSV."""
+    rows = []
+    for line, row in read_csv(table, ("file", "index")):
+        label = parse_label(row["index"], classes, f"{table}, line {line}, index")
+        name = posixpath.normpath(row["file"])
+        if name not in members:
+            raise InputError(f"{table}, line {line}, file: {row['file']!r} is not in {path}.")
+        if row.get("wnid", classes[label].wnid) != classes[label].wnid:
+            raise InputError(
+                f"{table}, line {line}, wnid: {row['wnid']!r}, but class {label} of the class "
+                f"list is {classes[label].wnid!r}. The two count their labels differently."
+            )
+        rows.append((name, label, members[name]))
+    return rows
+
+
+def _tar_of_tars(path, split, classes, members) -> Source:
+    names = sorted(members)
+    wnids = [posixpath.basename(name).removesuffix(".tar") for name in names]
+    classes = classes or [Class(wnid, wnid) for wnid in wnids]
+    labels = labels_of(classes)
+    passed_over = PassedOver()
+    rows = []
+    with open(path, "rb") as file:
+        for name, wnid in zip(names, wnids, strict=True):
+            if wnid not in labels:
+                raise InputError(f"--source: {path}:{name} is not a class of the class list.")
+            found = _members_of(_Slice(file, members[name]), f"{path}:{name}")
+            if not any(map(is_picture, found)):
+                raise InputError(f"--source: {path}:{name} has no image.")
+            for inner in sorted(found):
+                if is_picture(inner):
+                    place = Member(members[name].offset + found[inner].offset, found[inner].size)
+                    rows.append((f"{name}:{inner}", labels[wnid], place))
+                else:
+                    passed_over.add(inner)
+    return _source(path, split, rows, classes, passed_over)
+
+
+def _source(path, split, rows, classes, passed_over) -> Source:
+    def read(chosen):
+        # At their places: `tarfile` would read the headers of all members again for each shard.
+        with open(path, "rb") as file:
+            for name, label, place, _ in chosen:
+                file.seek(place.offset)
+                yield Item(f"{path}:{name}", file.read(place.size), label)
+
+    state = file_state(path)
+    parts = make_parts(split, [(*row, state) for row in rows], read, path)
+    return Source(split, parts, classes, passed_over=passed_over)
+
+
+def _read_members(path) -> dict[str, Member]:
+    try:
+        with open(path, "rb") as file:
+            return _members_of(file, path)
+    except OSError as error:
+        raise InputError(f"--source: {path} cannot be read ({error.strerror}).") from None
+
+
+def _members_of(file: IO[bytes], where: str) -> dict[str, Member]:
+    """The files in a tar by name; a link has the place of what it links to.
+
+    Raises:
+        InputError: the tar is damaged, or a link leads to nothing.
+    """
+    members: dict[str, Member] = {}
+    links: dict[str, str] = {}
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                name = posixpath.normpath(member.name)
+                if member.islnk():
+                    links[name] = posixpath.normpath(member.linkname)
+                elif member.issym():
+                    links[name] = posixpath.normpath(
+                        posixpath.join(posixpath.dirname(name), member.linkname)
+                    )
+                elif member.issparse():
+                    raise InputError(f"--source: {where}:{name} is a sparse file. Unpack the tar.")
+                elif member.isfile():
+                    members[name] = Member(member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise InputError(
+            f"--source: {where} cannot be read as a tar ({error}). Decompress it if it is "
+            "compressed; otherwise copy it again."
+        ) from None
+    targets = {name: _target(name, links, members) for name in links}
+    for name, target in targets.items():
+        if target in members:
+            members[name] = members[target]
+        elif is_picture(name):
+            raise InputError(
+                f"--source: {where}:{name} is a link to {target}, which is not in the tar."
+            )
+    return members
+
+
+def _target(name, links, members) -> str:
+    """Where a link leads; a name that is not in `members` if it leads to nothing."""
+    for _ in range(MAX_LINKS):
+        if name in members or name not in links:
+            break
+        name = links[name]
+    return name
+
+
+class _Slice:
+    """A part of a file, as a file for `tarfile`."""
+
+    def __init__(self, file: IO[bytes], place: Member):
+        self._file = file
+        self._place = place
+        self._position = 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        self._position = position
+        return position
+
+    def read(self, size: int) -> bytes:
+        self._file.seek(self._place.offset + self._position)
+        data = self._file.read(max(0, min(size, self._place.size - self._position)))
+        self._position += len(data)
+        return data

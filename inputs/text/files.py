@@ -1,0 +1,316 @@
+"""Which files hold text, in which format, and how each is opened."""
+
+import bz2
+import glob
+import gzip
+import importlib.util
+import io
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import IO
+
+from inputs.errors import InputError
+from inputs.files import COMPRESSIONS, PassedOver, walk
+from inputs.shards import is_prepared
+
+VOCABULARY = "vocab.txt"
+PLAIN, JSON, WIKI, WIKI_JSON = (
+    "plain",
+    "json",
+    "wiki",
+    "wiki_json",
+)  # formats, see `documents.read_documents`
+SUFFIXES = {".txt": PLAIN, ".jsonl": JSON, ".ndjson": JSON}
+READ = (
+    f"{', '.join(SUFFIXES)} (and .json with a document per line), each also with "
+    f"{', '.join(COMPRESSIONS)}; and the files that WikiExtractor writes, wiki_00"
+)
+GUIDE = "docs/guides/your-data.md"
+WIKI_NAME = re.compile(r"wiki_\d+")
+WIKI_START = b"<doc id="
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
+SNIFFED_BYTES = 2**20  # of a file whose format its name does not tell
+# What to do with a file of another kind: the end of its name, and the advice.
+TO_JSON_LINES = (
+    "It is a table. Convert it to JSON lines, if its text is in the column `text`: python -c "
+    "\"import pandas; pandas.{reader}('{path}')[['text']].to_json('{path}.jsonl.gz', "
+    "orient='records', lines=True)\""
+)
+ADVICE = {
+    (".parquet",): TO_JSON_LINES.replace("{reader}", "read_parquet"),
+    (".arrow", ".feather"): "It is a table. Convert it to JSON lines.",
+    (".csv",): TO_JSON_LINES.replace("{reader}", "read_csv"),
+    (".xml",): (
+        "If it is a dump of Wikipedia, extract its text first: python -m "
+        "wikiextractor.WikiExtractor {path} -o extracted. Then give the folder `extracted`."
+    ),
+    (".wet", ".warc", ".wat"): "It is a web archive. Convert its text to JSON lines.",
+    (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"): (
+        "It is an archive. Unpack it, and give the folder."
+    ),
+    (".json",): (
+        "Its first line is not a JSON object with `text` or `paragraphs`. Write one such object "
+        "per line."
+    ),
+    (".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf", ".html", ".htm", ".md", ".tex"): (
+        "It holds more than text. Convert it to plain text, with a blank line between documents."
+    ),
+}
+OTHER_ADVICE = (
+    "If it is plain text in UTF-8 with a blank line between documents, give it a name that ends in "
+    ".txt."
+)
+
+
+def find_files(
+    data: str, flag: str = "--data_dir", log: Callable[[str], object] = lambda line: None
+) -> list[str]:
+    """Expands a comma-separated list of files, globs and folders into text files, in order.
+
+    Folders are read with all folders below them, as is `**` in a glob. Links are followed, and
+    each folder is read once. Not read are hidden and system files (`inputs.files.is_left_over`),
+    folders of prepared shards inside another folder, files of other kinds, and a file named
+    vocab.txt, unless it is an entry itself.
+
+    Args:
+        data: the list, without spaces.
+        flag: the flag that it comes from, for error messages.
+        log: receives a line about each folder and glob: how many files are read and passed over.
+
+    Raises:
+        InputError: an entry matches nothing, has another file type, or is a folder of shards; or
+            a package that a file needs is missing.
+    """
+    files: list[str] = []
+    for entry in data.split(","):
+        passed_over = PassedOver()
+        found: list[str] = []
+        others: list[str] = []
+        for path in _matches(entry, flag, passed_over):
+            if os.path.isdir(path):
+                _check_not_prepared(path, flag)
+                candidates = _files_below(path, flag, passed_over)
+            else:
+                candidates = [path]
+            for file in candidates:
+                if os.path.basename(file) == VOCABULARY and file != entry:
+                    passed_over[VOCABULARY] += 1
+                elif format_of(file, by_name=file != entry):
+                    found.append(file)
+                else:
+                    others.append(file)
+                    passed_over.add(file)
+        if not found:
+            if others:
+                raise InputError(f"{flag}: {_refusal(sorted(others)[0])}")
+            raise InputError(
+                f"{flag}: {entry!r} does not exist, or holds no text. Give a file, a glob or a "
+                f"folder with files that end in {READ}."
+            )
+        if found != [entry]:
+            rest = passed_over.describe()
+            plural = "s" * (len(found) != 1)
+            log(f"{entry}: {len(found):,} file{plural} to read" + (rest and f"; {rest}"))
+        files += sorted(found)
+    for file in files:
+        _check_package(file)
+    return files
+
+
+def _check_not_prepared(path, flag):
+    if is_prepared(path):
+        raise InputError(
+            f"{flag}: {path} holds prepared shards (manifest.json), not text. Give such a "
+            "folder as the only entry of --data_dir."
+        )
+
+
+def _files_below(top, flag, passed_over):
+    def enter(folder):
+        if is_prepared(folder):
+            passed_over["folder of prepared shards"] += 1
+            return False
+        return True
+
+    return [entry.path for entry in walk(top, flag, passed_over, enter=enter)]
+
+
+def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
+    """The files and folders that an entry names; in a glob, `**` stands for any folders."""
+    if os.path.exists(entry):  # its name may contain brackets
+        return [entry]
+    parts = entry.rstrip(os.sep).split(os.sep)
+    if "**" not in parts:
+        return sorted(glob.glob(entry))
+    # `glob` itself would follow a link to a parent folder again and again.
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    top = os.sep.join(parts[:first]) or (os.sep if first else os.curdir)
+    if not os.path.isdir(top):
+        return []
+    found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over)]
+    base = os.sep.join(parts[:first] + [""]) if first else ""
+    # As in other globs, a folder that fits stands for all that is in it.
+    return [
+        base + path
+        for path, names in ((path, path.split(os.sep)) for path in found)
+        if any(_fits(names[: i + 1], parts[first:]) for i in range(len(names)))
+    ]
+
+
+def _fits(path: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path fit those of a glob."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**" and _fits(path, pattern[1:]):
+        return True
+    if not path:
+        return False
+    rest = pattern if pattern[0] == "**" else pattern[1:]
+    return (pattern[0] == "**" or fnmatchcase(path[0], pattern[0])) and _fits(path[1:], rest)
+
+
+def compression_of(path: str) -> str:
+    """The suffix of the compression, in lower case, or ""."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def format_of(path: str, by_name: bool = True) -> str:
+    """The format of a text file: `PLAIN`, `JSON`, `WIKI` or `WIKI_JSON`; "" if it is no text.
+
+    The name decides, but text that begins with the <doc> line of WikiExtractor is in its format
+    whatever its name.
+
+    Args:
+        path: of the file.
+        by_name: if False, the file may have any name if its content is WikiExtractor's.
+    """
+    name = os.path.basename(path).lower()
+    name = name.removesuffix(compression_of(name))
+    suffix = os.path.splitext(name)[1]
+    known = SUFFIXES.get(suffix, "")
+    if known == JSON:
+        return JSON
+    is_wiki = WIKI_NAME.fullmatch(name)
+    if not (known or is_wiki or suffix == ".json" or not by_name):
+        return ""
+    start = _start(path)
+    if start.startswith(WIKI_START):
+        return WIKI
+    if (is_wiki or suffix == ".json") and _is_document(start):
+        return WIKI_JSON if is_wiki else JSON
+    return known
+
+
+def _start(path: str) -> bytes:
+    """The first line that is not blank; b"" if the file cannot be read."""
+    try:
+        with open(path, "rb") as raw, opened(raw, path) as file:
+            lines = iter(lambda: file.readline(SNIFFED_BYTES), b"")
+            return next((line for line in map(_stripped, lines) if line), b"")
+    except (OSError, InputError, *DAMAGE):
+        return b""  # reading reports the error
+
+
+def _stripped(line: bytes) -> bytes:
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _is_document(line: bytes) -> bool:
+    """Whether a line is a JSON object with text, as far as `SNIFFED_BYTES` of it tell."""
+    if len(line) >= SNIFFED_BYTES - 1:
+        return line.startswith(b"{") and (b'"text"' in line or b'"paragraphs"' in line)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and ("text" in record or "paragraphs" in record)
+
+
+def _refusal(path: str) -> str:
+    """Why a file is not read, and what to do."""
+    name = os.path.basename(path).lower()
+    stem = name.removesuffix(compression_of(name))
+    suffixes = (os.path.splitext(stem)[1], os.path.splitext(name)[1])
+    advice = next((text for ends, text in ADVICE.items() if {*ends} & {*suffixes}), OTHER_ADVICE)
+    advice = advice.replace("{path}", path)
+    return f"{path} is not of a kind that is read as text: {READ}. {advice} See {GUIDE}."
+
+
+def opened(raw: IO[bytes], path: str) -> IO[bytes]:
+    """The content of an open file, decompressed as its name says.
+
+    Damage is an `OSError` without `errno` or one of `DAMAGE`.
+
+    Args:
+        raw: the file.
+        path: its path.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    kind = compression_of(path)
+    if kind == ".gz":
+        return gzip.open(raw)
+    if kind == ".bz2":
+        return bz2.open(raw)
+    if kind == ".xz":
+        return lzma.open(raw)
+    if kind == ".zst":
+        _check_package(path)
+        return io.BufferedReader(_ZstdFile(raw))
+    return raw
+
+
+def _check_package(path):
+    if compression_of(path) == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise InputError(
+            f"{path}: reading .zst needs the package zstandard. Install it: pip install zstandard"
+        )
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses a file of Zstandard frames.
+
+    *Differs from* `zstandard`'s own `stream_reader`: a truncated file raises `EOFError`.
+    """
+
+    def __init__(self, raw: IO[bytes]):
+        import zstandard
+
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        # The window of `zstd --long=31`; by default the library refuses more than 128 MiB.
+        self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self._frame = None
+        self._compressed = self._content = b""
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Fills a buffer; returns the number of bytes, 0 at the end."""
+        while not self._content:
+            self._compressed = self._compressed or self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._content = self._frame.decompress(self._compressed)
+            except self._error as error:
+                raise OSError(str(error)) from None
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._content))
+        buffer[:size] = self._content[:size]
+        self._content = self._content[size:]
+        return size
