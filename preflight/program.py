@@ -83,13 +83,20 @@ def _tpu_random_bits():
     """Generates uniform numbers as on a TPU while the context is active.
 
     For a CPU, tf2xla expands Philox into integer arithmetic, which would be a third of a step. For
-    a TPU it uses `RngBitGenerator` with the default algorithm
-    (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc). Floats have 23 random bits.
+    a TPU it uses `RngBitGenerator` with the default algorithm, whose state is one word of the key
+    and one of the counter (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc, and
+    `GetCounterSize` and `BitGenerator` in random_ops_util.cc). The key is the seed as it is, and
+    the counter starts at 0. Floats have 23 random bits.
     """
 
+    def key_and_counter(seed, name=None):
+        low, high = tf.unstack(tf.cast(tf.cast(seed, tf.uint32), tf.uint64))
+        shift = tf.constant(32, tf.uint64)
+        key = tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, shift))
+        return tf.reshape(key, [1]), tf.zeros([2], tf.uint64)
+
     def integers(shape, key, counter, alg, dtype=tf.uint32, name=None):
-        del alg, name
-        state = tf.concat([key, counter], axis=0)
+        state = tf.concat([key, counter[:1]], axis=0)
         unsigned = tf.uint64 if dtype.size == 8 else tf.uint32
         bits = gen_xla_ops.xla_rng_bit_generator(
             DEFAULT_ALGORITHM, state, shape, dtype=unsigned
@@ -103,6 +110,7 @@ def _tpu_random_bits():
 
     with mock.patch.multiple(
         random_ops,
+        stateless_random_get_key_counter=key_and_counter,
         stateless_random_uniform_v2=floats,
         stateless_random_uniform_full_int_v2=integers,
     ):
