@@ -21,6 +21,10 @@ from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
 from training.step import ReplicaStep
 
+# Tensors decide no Python branch or loop in the functions below, so that AutoGraph would change
+# nothing, and its conversion of every layer would take seconds.
+do_not_convert = tf.autograph.experimental.do_not_convert
+
 DRY_RUN_STEPS = 2  # of each phase: the first one includes compilation
 
 
@@ -89,7 +93,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             self.optimizer = optimizers.make_optimizer(
                 recipe, optimizers.RunSchedule(schedule, self.state)
             )
-            self.model = task.build_model()
+            self.model = do_not_convert(task.build_model)()
             optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
         strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
         self._replica_step = ReplicaStep(
@@ -259,6 +263,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     # The interface of Orbit's controller: `train` and `evaluate`.
 
+    @do_not_convert
     def _start_data(self, phase_index: int, first_step: int):
         """Creates the datasets of a phase, from its step `first_step` on, and the functions."""
         distribute = self.strategy.distribute_datasets_from_function
@@ -270,8 +275,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._train_iterator = None
         # New functions, because each phase has its own shapes.
         self._train_loop = tf.function(self._run_steps)
-        self._train_step = tf.function(self._run_step)
-        self._eval_step = tf.function(self._evaluate_batch)
+        self._train_step = tf.function(self._run_step, autograph=False)
+        self._eval_step = tf.function(self._evaluate_batch, autograph=False)
 
     def train(self, num_steps):
         """Runs `num_steps` steps on the device.
