@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read
 from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text import vocabulary
+from inputs.text.casing import is_cased
 from tasks import squad_answers
 
 SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}
@@ -57,7 +58,8 @@ def main():
     begin = time.perf_counter()
     read = squad.read_squad(arguments.squad)
     parsed = time.perf_counter()
-    features = squad_examples.Features(read, pieces, **SETTINGS, seed=1)
+    lower_case = not is_cased(pieces)
+    features = squad_examples.Features(read, pieces, lower_case=lower_case, **SETTINGS, seed=1)
     ready = time.perf_counter()
     for _ in features.training_batches(64).take(arguments.batches):
         pass

@@ -21,16 +21,17 @@ class QuestionAnswerer(tf.Module):
     Args:
         model: from `models.squad.build_span_labeler`.
         vocabulary: list of word pieces.
+        lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
         recipe: a `recipes.squad.SquadRecipe`, for its lengths, stride and n-best.
     """
 
-    def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe):
+    def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool):
         super().__init__()
         self._recipe = recipe
         # Tracks only the weights; a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._logits = functools.partial(model, training=False)
-        self.tokenizer = OffsetTokenizer(vocabulary)
+        self.tokenizer = OffsetTokenizer(vocabulary, lower_case=lower_case)
         self._special = {
             key: vocabulary.index(token)
             for key, token in (("cls", CLS), ("sep", SEP), ("pad", PAD))
@@ -130,7 +131,10 @@ def _first_of_the_best(scores, example, examples):
     return tf.math.unsorted_segment_min(index, example, examples)
 
 
-def answering_export(model: tf_keras.Model, vocabulary: list[str], recipe) -> Export:
+def answering_export(
+    model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool
+) -> Export:
     """The export of a model from `models.squad.build_span_labeler`."""
-    module = QuestionAnswerer(model, vocabulary, recipe)
-    return Export(module, {"serving_default": module.answer}, bert.encoder_of(model), vocabulary)
+    module = QuestionAnswerer(model, vocabulary, recipe, lower_case=lower_case)
+    signatures = {"serving_default": module.answer}
+    return Export(module, signatures, bert.encoder_of(model), vocabulary, lower_case)

@@ -1,5 +1,6 @@
 """SQuAD v1.1: fine-tuning a pre-trained BERT to answer questions."""
 
+import dataclasses
 import os
 
 from export.model_card import make_card
@@ -8,7 +9,7 @@ from export.squad import answering_export
 from inputs.errors import InputError
 from inputs.squad import examples
 from inputs.squad import files as squad_files
-from inputs.text import vocabulary
+from inputs.text import casing, vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights, squad_answers
@@ -55,9 +56,12 @@ class SquadFineTuning(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
-        self.recipe = recipe
         self._encoder = _find_encoder(recipe, synthetic)
         self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic)
+        known = _known_case(self.vocabulary, self._encoder, resume_dir)
+        lower_case = casing.choose(recipe.lower_case, self.vocabulary, known)
+        log(casing.report(lower_case, self.vocabulary))
+        self.recipe = recipe = dataclasses.replace(recipe, lower_case=lower_case)
         if synthetic:
             self._source = _SyntheticQuestions(recipe, len(self.vocabulary), seed)
         else:
@@ -135,7 +139,10 @@ class SquadFineTuning(Task):
     def export(self, model, export_dir, results):
         """Writes a SavedModel that answers questions."""
         card = make_card(self, model.count_params(), results, USAGE)
-        write_export(answering_export(model, self.vocabulary, self.recipe), card, export_dir)
+        export = answering_export(
+            model, self.vocabulary, self.recipe, lower_case=self.recipe.lower_case
+        )
+        write_export(export, card, export_dir)
 
     def demonstrate(self, export_dir):
         """Prints the SavedModel's answer to a question of the dev file."""
@@ -191,6 +198,21 @@ def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
     return pieces
 
 
+def _known_case(pieces, encoder, resume_dir) -> tuple[bool, str] | None:
+    """What the run to resume or the initial checkpoint was trained with, for `casing.choose`."""
+    folders = [resume_dir] if resume_dir else []
+    if encoder:
+        folders.append(os.path.dirname(encoder.checkpoint))
+    for folder in folders:
+        if found := casing.of_checkpoint(folder):
+            return found
+    if not encoder:
+        return None
+    cased = casing.is_cased(pieces)
+    has = "has" if cased else "has no"
+    return not cased, f"the vocabulary of {encoder.checkpoint}, which {has} capitals or accents"
+
+
 class _Questions:
     """The windows of the training and the dev file."""
 
@@ -205,6 +227,7 @@ class _Questions:
             examples.Features(
                 file,
                 pieces,
+                lower_case=recipe.lower_case,
                 sequence_length=recipe.sequence_length,
                 max_query_length=recipe.max_query_length,
                 doc_stride=recipe.doc_stride,
@@ -218,6 +241,7 @@ class _Questions:
             for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
         )
         log(self.amount)
+        log(f"Contexts to train on: {self.training.report_unknown()}")
 
     def answer_all(self, model, strategy, output_dir) -> dict[str, float]:
         batch_size = self._recipe.phases[-1].global_batch_size

@@ -11,7 +11,8 @@ from inputs.errors import InputError
 from inputs.squad import windows
 from inputs.squad.files import Squad
 from inputs.squad.offsets import OffsetTokenizer
-from inputs.text.vocabulary import CLS, PAD, SEP
+from inputs.text import unknown
+from inputs.text.vocabulary import CLS, PAD, SEP, UNK
 
 TEXTS_PER_CALL = 4096  # tokenised at once; limits the memory
 
@@ -60,6 +61,7 @@ class Features:
     Args:
         squad: from `inputs.squad.files.read_squad`.
         vocabulary: word pieces.
+        lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
         sequence_length, max_query_length, doc_stride: see `inputs.squad.windows.cut_windows`.
         seed: int, decides the order in training.
 
@@ -79,6 +81,7 @@ class Features:
         squad: Squad,
         vocabulary: list[str],
         *,
+        lower_case: bool,
         sequence_length: int,
         max_query_length: int,
         doc_stride: int,
@@ -87,9 +90,11 @@ class Features:
         self.squad = squad
         self.sequence_length = sequence_length
         self._seed = seed
-        tokenizer = OffsetTokenizer(vocabulary)
+        tokenizer = OffsetTokenizer(vocabulary, lower_case=lower_case)
         self._contexts = _Texts(tokenizer, squad.contexts)
         self._questions = _Texts(tokenizer, [question.text for question in squad.questions])
+        self._lower_case = lower_case
+        self._vocabulary = vocabulary
         self._special = {
             key: vocabulary.index(token)
             for key, token in (("cls", CLS), ("sep", SEP), ("pad", PAD))
@@ -145,6 +150,15 @@ class Features:
             return start, start + len(text)
         first = len(context[:start].encode())
         return first, first + len(text.encode())
+
+    def report_unknown(self) -> str:
+        """A line about the share of [UNK] in the contexts: see `inputs.text.unknown.report`."""
+        contexts = self._contexts
+        places = np.flatnonzero(contexts.ids == self._vocabulary.index(UNK))
+        found = np.unique(np.searchsorted(contexts.begins, places, "right") - 1)
+        texts = [self.squad.contexts[i].encode() for i in found]
+        count = unknown.UnknownCharacters(self._vocabulary, lower_case=self._lower_case)
+        return unknown.report(len(places), int(contexts.begins[-1]), count(texts))
 
     def text_of(self, question: int, first: int, last: int) -> str:
         """The text of a question's context from piece `first` to `last`, as in the file."""

@@ -22,6 +22,7 @@ FIELDS = {
     "finished": bool,
     "vocabulary_hash": str,
     "vocabulary_size": int,
+    "lower_case": bool,
     "token_dtype": str,
     "shard_tokens": int,
     "inputs": list,
@@ -56,6 +57,7 @@ def load_manifest(folder: str) -> dict:
             f"{path}: `version` is {manifest.get('version')!r}, but this program reads {VERSION}. "
             f"{PREPARE_AGAIN}"
         )
+    manifest.setdefault("lower_case", True)  # as all text was before the field existed
     _check_fields(path, manifest, FIELDS)
     if manifest["finished"]:
         _check_fields(path, manifest, FINISHED_FIELDS)

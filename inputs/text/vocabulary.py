@@ -45,10 +45,15 @@ def load_vocabulary(path: str) -> list[str]:
     return pieces
 
 
-def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
-    """Learns about `size` lower-cased word pieces from the texts. The result is deterministic.
+def learn_vocabulary(texts: Iterable[str], size: int, *, lower_case: bool) -> list[str]:
+    """Learns about `size` word pieces from the texts. The result is deterministic.
 
     All letters of the texts and the special tokens are kept, even if they are more than `size`.
+
+    Args:
+        texts: any number of them.
+        size: number of pieces.
+        lower_case: whether to lower-case the texts and drop their accents before.
 
     Raises:
         InputError: the texts have no word.
@@ -68,7 +73,7 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
     }
     try:
         return bert_vocab_from_dataset.bert_vocab_from_dataset(
-            dataset.batch(512), size, [*SPECIAL_TOKENS], {"lower_case": True}, parameters
+            dataset.batch(512), size, [*SPECIAL_TOKENS], {"lower_case": lower_case}, parameters
         )
     except StopIteration:
         raise InputError("--data_dir: the text has no word to learn a vocabulary from.") from None

@@ -17,7 +17,7 @@ from export import saved_model
 from export import squad as question_answerer
 from inputs.squad.examples import Features
 from inputs.squad.files import Question, Squad
-from inputs.text.tokenizing import make_tokenizer
+from inputs.text.tokenizing import WordPieces
 from inputs.text.vocabulary import CLS, MASK, SPECIAL_TOKENS
 from models import bert
 from models import squad as span_model
@@ -112,8 +112,8 @@ def served(models, texts, tmp_path_factory):
     """Signature -> its outputs for the 100 strings with batches of 1 and 32, from one process."""
     folders = [str(tmp_path_factory.mktemp("export") / name) for name in ("pretrained", "squad")]
     made = (
-        pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS),
-        question_answerer.answering_export(models[1], VOCABULARY, RECIPE),
+        pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True),
+        question_answerer.answering_export(models[1], VOCABULARY, RECIPE, lower_case=True),
     )
     for folder, one in zip(folders, made, strict=True):
         saved_model.write_export(one, "# A card\n", folder)
@@ -159,7 +159,7 @@ def masked(texts):
 
 def rows_of(texts, length):
     """Yields the model's inputs for each text: one row without padding."""
-    tokenizer = make_tokenizer(VOCABULARY)
+    tokenizer = WordPieces(VOCABULARY, lower_case=True)
     for text in texts:
         parts = [tokenizer.tokenize([part])[0].numpy().tolist() for part in text.split(b"[MASK]")]
         ids = [VOCABULARY.index(CLS), *parts[0]]
@@ -219,7 +219,13 @@ def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mi
         contexts, [Question(str(i), questions[i], i, ((0, contexts[i][:1]),)) for i in whole], ""
     )
     features = Features(
-        squad, VOCABULARY, sequence_length=LENGTH, max_query_length=9, doc_stride=13, seed=1
+        squad,
+        VOCABULARY,
+        lower_case=True,
+        sequence_length=LENGTH,
+        max_query_length=9,
+        doc_stride=13,
+        seed=1,
     )
     with mirrored.scope():
         model = labeler()
@@ -244,7 +250,7 @@ def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mi
 
 
 def test_a_failed_export_leaves_the_older_one_whole(models, tmp_path, monkeypatch):
-    made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS)
+    made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True)
     folder = tmp_path / "model"
     saved_model.write_export(made, "first", str(folder))
 

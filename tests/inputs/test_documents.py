@@ -160,8 +160,8 @@ def test_installed_text_is_prose_without_repetitions():
 
 def test_learning_a_vocabulary_is_deterministic(tmp_path):
     texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
-    pieces = vocabulary.learn_vocabulary(texts, 60)
-    assert pieces == vocabulary.learn_vocabulary(texts, 60)
+    pieces = vocabulary.learn_vocabulary(texts, 60, lower_case=True)
+    assert pieces == vocabulary.learn_vocabulary(texts, 60, lower_case=True)
     assert set(vocabulary.SPECIAL_TOKENS) < set(pieces) and "the" in pieces and len(pieces) <= 60
     vocabulary.save_vocabulary(pieces, tmp_path / "vocab.txt")
     assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
@@ -183,4 +183,4 @@ def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
 
 def test_no_vocabulary_without_words():
     with pytest.raises(InputError, match="has no word to learn"):
-        vocabulary.learn_vocabulary([], 100)
+        vocabulary.learn_vocabulary([], 100, lower_case=True)

@@ -127,6 +127,7 @@ def test_files_are_found_or_named(tmp_path):
         examples.Features(
             squad.read_squad(write(tmp_path / "x.json", invisible)),
             [*SPECIAL_TOKENS, "a"],
+            lower_case=True,
             sequence_length=32,
             max_query_length=8,
             doc_stride=9,
