@@ -6,6 +6,7 @@ import os
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from export.squad import answering_export
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.squad import examples
 from inputs.squad import files as squad_files
@@ -221,7 +222,10 @@ class _Questions:
         files = squad_files.find_files(data_dir)
         self.description = " and ".join(files)
         log(f"Reading {self.description}")
-        read = [squad_files.read_squad(path) for path in files]
+        records = BadRecords(
+            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
+        )
+        read = [squad_files.read_squad(files[0], records), squad_files.read_squad(files[1])]
         self.fingerprint = "-".join(file.fingerprint for file in read)
         self.training, self.dev = (
             examples.Features(
@@ -241,6 +245,11 @@ class _Questions:
             for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
         )
         log(self.amount)
+        if count := int((~self.dev.placed).sum()):
+            log(
+                f"{count:,} dev questions have no answer at its answer_start. They are scored by "
+                "the texts of their answers, and do not count in the loss"
+            )
         log(f"Contexts to train on: {self.training.report_unknown()}")
 
     def answer_all(self, model, strategy, output_dir) -> dict[str, float]:

@@ -70,7 +70,9 @@ class Features:
         num_examples: number of windows.
         question_of: [num_examples] int32, the question of each window, in ascending order.
         first_pieces, last_pieces: [questions] ints, where the first annotated answer of each
-            question begins and ends in its context, in word pieces.
+            question begins and ends in its context, in word pieces; of those whose place is known.
+        placed: [questions] bool, whether there is such an answer. Without one, the question's
+            windows do not count in the loss.
 
     Raises:
         InputError: a context has no word.
@@ -116,6 +118,7 @@ class Features:
         )
         self.question_of = self._windows.example.numpy()
         self.num_examples = len(self.question_of)
+        self.placed = np.array([question.placed is not None for question in squad.questions])
         self.first_pieces, self.last_pieces = self._answer_pieces()
         self._tables = {
             "question": tf.constant(self._questions.ids),
@@ -124,6 +127,7 @@ class Features:
             "context_begin": tf.constant(self._contexts.begins[:-1][self._context_of]),
             "first": tf.constant(self.first_pieces, tf.int32),
             "last": tf.constant(self.last_pieces, tf.int32),
+            "placed": tf.constant(self.placed),
         }
 
     def _answer_pieces(self):
@@ -145,7 +149,7 @@ class Features:
 
     def _answer_bytes(self, question):
         context = self.squad.contexts[question.context]
-        start, text = question.answers[0]
+        start, text = question.placed or (0, "")
         if context.isascii():
             return start, start + len(text)
         first = len(context[:start].encode())
@@ -209,7 +213,8 @@ class Features:
 
         Returns:
             A dictionary as described by `element_spec`. Where the window does not contain the whole
-            answer, both positions are 0, that of [CLS].
+            answer, both positions are 0, that of [CLS]. If the place of the answer is not known,
+            the weight is 0.
         """
         cut = self._cut(feature)
         first = tf.gather(self._tables["first"], cut.example) - cut.start
@@ -218,7 +223,7 @@ class Features:
         return self._rows(cut) | {
             "start_positions": tf.where(inside, first + cut.question + 2, 0),
             "end_positions": tf.where(inside, last + cut.question + 2, 0),
-            "example_weights": weights,
+            "example_weights": tf.where(tf.gather(self._tables["placed"], cut.example), weights, 0),
         }
 
     def question_batch(self, feature, weights):

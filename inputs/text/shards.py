@@ -127,12 +127,18 @@ def read_shard(
         shard: the manifest's entry.
         dtype: of the ids.
         records: counts the documents. A shard that is missing or has another number of records
-            than the manifest says counts as that many damaged ones.
+            than the manifest says counts as that many damaged ones: an error, unless all may be
+            damaged.
 
     Raises:
         InputError: from `records`.
     """
     path = os.path.join(folder, shard["file"])
+    with records.of_file():
+        yield from _read_documents(path, shard, dtype, records)
+
+
+def _read_documents(path, shard, dtype, records):
     if not os.path.isfile(path):
         records.add_bad(f"{path} is missing, but the manifest lists it.", shard["documents"])
         return

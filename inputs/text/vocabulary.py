@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from inputs.errors import InputError
 from inputs.files import atomic_write
+from inputs.text.encoding import check_beginning
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -21,8 +22,12 @@ def load_vocabulary(path: str) -> list[str]:
         InputError: the file cannot be read, lacks a special token, or has a piece twice.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            pieces = file.read().rstrip("\n").split("\n")
+        with open(path, "rb") as file:
+            content = file.read()
+        check_beginning(path, content, flag="--vocab")
+        # Ids are line numbers, so only line ends may separate lines.
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n")
+        pieces = lines.rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--vocab: {path} cannot be read as UTF-8 text ({error}). "
