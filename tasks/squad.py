@@ -58,7 +58,7 @@ class SquadFineTuning(Task):
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
         self._encoder = _find_encoder(recipe, synthetic)
-        self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic)
+        self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic, log)
         known = _known_case(self.vocabulary, self._encoder, resume_dir)
         lower_case = casing.choose(recipe.lower_case, self.vocabulary, known)
         log(casing.report(lower_case, self.vocabulary))
@@ -87,7 +87,7 @@ class SquadFineTuning(Task):
         encoder = self._encoder
         model = span_model.build_span_labeler(
             bert.SIZES[self.recipe.model],
-            len(self.vocabulary),
+            encoder.vocabulary_size if encoder else len(self.vocabulary),
             encoder.max_sequence_length if encoder else POSITIONS,
             types=encoder.types if encoder else TYPES,
             dropout=self.recipe.dropout,
@@ -174,7 +174,7 @@ def _find_encoder(recipe, synthetic):
     return None
 
 
-def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
+def _find_vocabulary(vocab, encoder, synthetic, log) -> list[str]:
     beside = encoder.vocabulary_file if encoder else ""
     if not vocab and not os.path.exists(beside):
         if synthetic and not encoder:
@@ -190,10 +190,17 @@ def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
             f"--vocab: {vocab} differs from {beside}, the vocabulary that the checkpoint was "
             "trained with. Leave --vocab out."
         )
-    if encoder and len(pieces) != encoder.vocabulary_size:
+    if encoder and len(pieces) < encoder.vocabulary_size:
+        rows = encoder.vocabulary_size
+        log(
+            f"{encoder.checkpoint} has embeddings of {rows:,} word pieces, {rows - len(pieces):,} "
+            f"more than {vocab or beside} lists. If they are padding, all is well: no text has "
+            "them, and they are kept. If not, this is another vocabulary than the checkpoint's"
+        )
+    if encoder and len(pieces) > encoder.vocabulary_size:
         raise InputError(
             f"--vocab: {vocab or beside} has {len(pieces):,} word pieces, but "
-            f"{encoder.checkpoint} has embeddings of {encoder.vocabulary_size:,}. "
+            f"{encoder.checkpoint} has embeddings of only {encoder.vocabulary_size:,}. "
             "Give the vocabulary that the checkpoint was trained with."
         )
     return pieces

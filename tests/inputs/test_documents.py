@@ -238,7 +238,15 @@ def test_learning_a_vocabulary_is_deterministic(tmp_path):
     ("content", "said"),
     [
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"lacks \[MASK\]"),
-        (b"\n".join(t.encode() for t in vocabulary.SPECIAL_TOKENS) + b"\nx\nx\n", "'x' twice"),
+        (
+            "\n".join([*vocabulary.SPECIAL_TOKENS, "x", "[unused6]", "x", ""]).encode(),
+            r"'x' in line 6 and in line 8, .*that of the last line\. Ids are line numbers.*"
+            r"Replace line 6 by \[unused7\]\. Only a vocabulary that no checkpoint",
+        ),
+        (
+            "\n".join([*vocabulary.SPECIAL_TOKENS, "x", "", "y"]).encode(),
+            r"line 7 is blank.*one lower.*Replace line 7 by \[unused7\]\. Only a vocabulary",
+        ),
         (b"caf\xe9", "cannot be read as UTF-8"),
         (b"\xff\xfe", "is UTF-16, not UTF-8.*iconv -f UTF-16 -t UTF-8 .*vocab.txt > NEW"),
         ("[PAD]".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
