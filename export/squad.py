@@ -50,7 +50,7 @@ class QuestionAnswerer(tf.Module):
 
         Args:
             question: [N] strings. Malformed UTF-8 is read as U+FFFD.
-            context: [N] strings, one per question.
+            context: [N] strings, one per question; or a single one for all questions.
 
         Returns:
             `answer`: [N] strings, spans of the contexts. `start`, `end`: [N] int32, position of
@@ -59,6 +59,15 @@ class QuestionAnswerer(tf.Module):
             float.
         """
         question, context = sanitized(question), sanitized(context)
+        is_shared = tf.size(context) == 1
+        context = tf.repeat(context, tf.where(is_shared, tf.size(question), 1))
+        same = tf.debugging.assert_equal(
+            tf.size(question),
+            tf.size(context),
+            "Give as many contexts as questions, or one context for all of them.",
+        )
+        with tf.control_dependencies([same]):
+            question, context = tf.identity(question), tf.identity(context)
         question_ids, _, _ = self.tokenizer.tokenize(question)
         context_ids, starts, ends = self.tokenizer.tokenize(context)
         cut = windows.cut_windows(

@@ -185,6 +185,17 @@ def test_savedmodel_client_classifies_images(example, tmp_path, capsys):
     assert lines[3].startswith("  no JPEG, PNG, BMP or GIF")
 
 
-def test_savedmodel_client_names_a_folder_without_a_model(example):
+def test_savedmodel_client_names_what_is_wrong(example):
+    main = example("savedmodel_client").main
     with pytest.raises(SystemExit, match="nothing holds no SavedModel"):
-        example("savedmodel_client").main("nothing", "the [MASK]")
+        main("nothing", "the [MASK]")
+    specs = {"audio": "audio", "image": "image"}
+    for name, argument in specs.items():
+        module = tf.Module()
+        module.call = tf.function(lambda **inputs: inputs)
+        spec = tf.TensorSpec([None], tf.string, name=argument)
+        tf.saved_model.save(module, name, module.call.get_concrete_function(**{argument: spec}))
+    with pytest.raises(SystemExit, match="audio is no export of train.py: it takes audio"):
+        main("audio", "the [MASK]")
+    with pytest.raises(SystemExit, match="missing.jpg; No such file"):
+        main("image", "missing.jpg")

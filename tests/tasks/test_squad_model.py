@@ -86,10 +86,11 @@ def test_sums_match_values_computed_from_the_logits():
     assert (sums["span_accuracy"], counts["span"]) == (right, 2)
 
 
-def tfm_encoder(layers=SIZE.layers, width=SIZE.width):
+def tfm_encoder(layers=SIZE.layers, width=SIZE.width, rows=None):
     return networks.BertEncoder(
-        vocab_size=len(VOCABULARY), hidden_size=width, num_layers=layers, num_attention_heads=2,
-        inner_dim=4 * width, max_sequence_length=POSITIONS, type_vocab_size=2, dict_outputs=True,
+        vocab_size=rows or len(VOCABULARY), hidden_size=width, num_layers=layers,
+        num_attention_heads=2, inner_dim=4 * width, max_sequence_length=POSITIONS,
+        type_vocab_size=2, dict_outputs=True,
     )  # fmt: skip
 
 
@@ -240,10 +241,8 @@ def test_rows_of_padding_are_kept(data, in_process, tmp_path, capfd):
     tf_keras.utils.set_random_seed(1)
     rows = 24
     assert len(VOCABULARY) == 21
-    encoder = bert.build_encoder(
-        SIZE, rows, POSITIONS, 2, 0.1, tf_keras.initializers.TruncatedNormal(stddev=0.02)
-    )
-    weights.save_encoder(encoder, str(tmp_path / "pre"))
+    encoder = tfm_encoder(rows=rows)
+    tf.train.Checkpoint(encoder=encoder).write(str(tmp_path / "pre/bert_model.ckpt"))
     save_vocabulary(VOCABULARY, str(tmp_path / "pre/vocab.txt"))
     run = tmp_path / "run"
     arguments = [*SMALL, f"--data_dir={data}", f"--model_dir={run}"]
