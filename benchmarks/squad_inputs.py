@@ -14,6 +14,7 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
+from inputs.bad_records import BadRecords
 from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text import vocabulary
@@ -27,7 +28,7 @@ def lost_answers(features):
     """[(cause, annotated, decoded, question)] of answers that differ after decoding."""
     lost = []
     for i, question in enumerate(features.squad.questions):
-        wanted = question.answers[0][1]
+        _, wanted = question.placed
         found = features.text_of(i, features.first_pieces[i], features.last_pieces[i])
         if found == wanted:
             continue
@@ -43,7 +44,7 @@ def lost_answers(features):
 
 def same_normalized(found: str, question: squad.Question) -> bool:
     """Whether the decoded answer is an exact match by the official metric."""
-    one = squad.Squad([], [dataclasses.replace(question, answers=question.answers[:1])], "")
+    one = squad.Squad([], [dataclasses.replace(question, answers=(question.placed,))], "")
     return squad_answers.metrics(one, {question.id: found})["exact_match"] == 100
 
 
@@ -56,7 +57,7 @@ def main():
     arguments = parser.parse_args()
     pieces = vocabulary.load_vocabulary(arguments.vocab)
     begin = time.perf_counter()
-    read = squad.read_squad(arguments.squad)
+    read = squad.read_squad(arguments.squad, BadRecords(0.01, skip=True, log=print))
     parsed = time.perf_counter()
     lower_case = not is_cased(pieces)
     features = squad_examples.Features(read, pieces, lower_case=lower_case, **SETTINGS, seed=1)

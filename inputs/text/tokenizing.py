@@ -81,8 +81,9 @@ class WordPieces(tf.Module):
 
     def __init__(self, vocabulary: list[str], *, lower_case: bool):
         super().__init__()
-        # google-research/bert drops them for both kinds of vocabulary, and so does the lower-casing
-        # of `FastBertTokenizer`. Without lower-casing it would split words at them.
+        # google-research/bert drops them for both kinds of vocabulary. The lower-casing of
+        # `FastBertTokenizer` drops them too, but for a few signs of Arabic, Syriac and hieroglyphs.
+        # Without lower-casing it would split words at them.
         ranges = "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in format_ranges())
         self._dropped = "" if lower_case else f"[{ranges}]"
         self._tokenizer = tf_text.FastBertTokenizer(
