@@ -169,7 +169,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
     with blame("--set"):
         run = Run(
             task,
-            recipe,
+            task.recipe,
             where,
             model_dir=model_dir,
             seed=FLAGS.seed,

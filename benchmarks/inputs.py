@@ -26,6 +26,7 @@ from official.nlp.data import pretrain_text_dataloader
 from inputs.bad_records import BadRecords
 from inputs.text import documents
 from inputs.text import examples as text
+from inputs.text.casing import is_cased
 from inputs.text.corpus import load_prepared
 from inputs.text.files import find_files
 from inputs.text.tokenizing import Tokenizer, batch_documents
@@ -75,7 +76,7 @@ def tokenizing(path, vocab, folder) -> dict:
     with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
         tokens = json.load(file)["tokens"]
     _, _, vocabulary, _ = load_prepared(folder, "", BadRecords(0, skip=False, log=print))
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = Tokenizer(vocabulary, lower_case=not is_cased(vocabulary))
     alone, both, seen = 0.0, 0.0, 0
     for batch in batch_documents(read(path)):
         start = time.thread_time()
@@ -108,7 +109,7 @@ def write_records(path, vocabulary, file, line_tokens) -> str:
     Returns:
         `file`.
     """
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = Tokenizer(vocabulary, lower_case=not is_cased(vocabulary))
     with tf.io.TFRecordWriter(file) as writer:
         for document in itertools.islice(read(path), ARTICLES):
             sentences = tokenizer.break_sentences(document).flat_values

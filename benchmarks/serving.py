@@ -24,6 +24,7 @@ from export.saved_model import write_export
 from export.squad import answering_export
 from inputs.squad import files as squad
 from inputs.text import vocabulary
+from inputs.text.casing import is_cased
 from models import bert
 from models.squad import build_span_labeler
 from recipes.squad import SQUAD_BASE
@@ -35,11 +36,12 @@ def exports(size: str, pieces: list[str]):
     """Name -> export of a model with random weights."""
     made = bert.SIZES[size], len(pieces), POSITIONS
     weights = {"dropout": 0.1, "initializer_stddev": 0.02}
+    case = {"lower_case": not is_cased(pieces)}
+    pretrainer = bert.build_pretrainer(*made, **weights)
+    labeler = build_span_labeler(*made, types=2, **weights)
     return {
-        "pretrained": pretrained_export(bert.build_pretrainer(*made, **weights), pieces, POSITIONS),
-        "squad": answering_export(
-            build_span_labeler(*made, types=2, **weights), pieces, SQUAD_BASE
-        ),
+        "pretrained": pretrained_export(pretrainer, pieces, POSITIONS, **case),
+        "squad": answering_export(labeler, pieces, SQUAD_BASE, **case),
     }
 
 

@@ -14,9 +14,11 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
+from inputs.bad_records import BadRecords
 from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text import vocabulary
+from inputs.text.casing import is_cased
 from tasks import squad_answers
 
 SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}
@@ -26,7 +28,7 @@ def lost_answers(features):
     """[(cause, annotated, decoded, question)] of answers that differ after decoding."""
     lost = []
     for i, question in enumerate(features.squad.questions):
-        wanted = question.answers[0][1]
+        _, wanted = question.placed
         found = features.text_of(i, features.first_pieces[i], features.last_pieces[i])
         if found == wanted:
             continue
@@ -42,7 +44,7 @@ def lost_answers(features):
 
 def same_normalized(found: str, question: squad.Question) -> bool:
     """Whether the decoded answer is an exact match by the official metric."""
-    one = squad.Squad([], [dataclasses.replace(question, answers=question.answers[:1])], "")
+    one = squad.Squad([], [dataclasses.replace(question, answers=(question.placed,))], "")
     return squad_answers.metrics(one, {question.id: found})["exact_match"] == 100
 
 
@@ -55,9 +57,10 @@ def main():
     arguments = parser.parse_args()
     pieces = vocabulary.load_vocabulary(arguments.vocab)
     begin = time.perf_counter()
-    read = squad.read_squad(arguments.squad)
+    read = squad.read_squad(arguments.squad, BadRecords(0.01, skip=True, log=print))
     parsed = time.perf_counter()
-    features = squad_examples.Features(read, pieces, **SETTINGS, seed=1)
+    lower_case = not is_cased(pieces)
+    features = squad_examples.Features(read, pieces, lower_case=lower_case, **SETTINGS, seed=1)
     ready = time.perf_counter()
     for _ in features.training_batches(64).take(arguments.batches):
         pass

@@ -73,9 +73,18 @@ def main(export_dir, *arguments):
     if not tf.saved_model.contains_saved_model(export_dir):
         sys.exit(f"{export_dir} holds no SavedModel. Give the `export` folder of a run.")
     model = tf.saved_model.load(export_dir)
-    signature = model.signatures["serving_default"]
-    _, inputs = signature.structured_input_signature
-    CLIENTS[tuple(sorted(inputs))](signature, *arguments)
+    signature = model.signatures.get("serving_default")
+    inputs = tuple(sorted(signature.structured_input_signature[1])) if signature else ()
+    if inputs not in CLIENTS:
+        sys.exit(
+            f"{export_dir} is no export of train.py: it takes {', '.join(inputs) or 'nothing'}."
+        )
+    if inputs == ("context", "question") and len(arguments) < 2:
+        sys.exit("This model answers questions about a context: give the context and a question.")
+    try:
+        CLIENTS[inputs](signature, *arguments)
+    except tf.errors.NotFoundError as error:  # an image file
+        sys.exit(error.message)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import tf_keras
 
 from export.saved_model import Export
 from inputs.squad.windows import single_rows
-from inputs.text.tokenizing import make_tokenizer
+from inputs.text.tokenizing import WordPieces
 from inputs.text.vocabulary import CLS, MASK, PAD, SEP
 from models import bert
 
@@ -21,16 +21,24 @@ class PretrainedBert(tf.Module):
         model: from `models.bert.build_pretrainer`.
         vocabulary: list of word pieces.
         max_sequence_length: word pieces per string; longer strings are truncated.
+        lower_case: see `inputs.text.tokenizing.WordPieces`.
     """
 
-    def __init__(self, model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int):
+    def __init__(
+        self,
+        model: tf_keras.Model,
+        vocabulary: list[str],
+        max_sequence_length: int,
+        *,
+        lower_case: bool,
+    ):
         super().__init__()
         self._length = max_sequence_length
         # Tracks only the weights; a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._outputs = functools.partial(model, training=False)
         self._encoded = functools.partial(bert.encoder_of(model), training=False)
-        self.tokenizer = make_tokenizer(vocabulary)
+        self.tokenizer = WordPieces(vocabulary, lower_case=lower_case)
         self.pieces = tf.Variable(vocabulary, trainable=False, name="vocabulary")
         self._pad = vocabulary.index(PAD)
         self._cls = vocabulary.index(CLS)
@@ -102,11 +110,13 @@ class PretrainedBert(tf.Module):
         return single_rows(joined, self._length, cls=self._cls, sep=self._sep, pad=self._pad)
 
 
-def pretrained_export(model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int):
+def pretrained_export(
+    model: tf_keras.Model, vocabulary: list[str], max_sequence_length: int, *, lower_case: bool
+) -> Export:
     """The export of a model from `models.bert.build_pretrainer`.
 
     Its signatures are `serving_default`, which fills masks, and `encode`.
     """
-    module = PretrainedBert(model, vocabulary, max_sequence_length)
+    module = PretrainedBert(model, vocabulary, max_sequence_length, lower_case=lower_case)
     signatures = {"serving_default": module.fill, "encode": module.encode}
-    return Export(module, signatures, bert.encoder_of(model), vocabulary)
+    return Export(module, signatures, bert.encoder_of(model), vocabulary, lower_case)

@@ -68,6 +68,7 @@ def answer_questions(signature, context: str, *questions: str) -> None:
     """Prints the context, and each question with its answer and its place in the context."""
     if not questions:
         raise ClientError("this model answers questions about a context. Give CONTEXT QUESTION...")
+    # One for each question: exports of earlier versions do not repeat a single context.
     contexts = tf.fill([len(questions)], context)
     outputs = signature(question=tf.constant(questions), context=contexts)
     columns = (outputs[key].numpy() for key in ("answer", "start", "end", "score"))
@@ -91,12 +92,40 @@ def classify_images(signature, *paths: str) -> None:
         print(f"  {path}: {error.decode() or line}")
 
 
-# Arguments of the signature -> the function that calls it.
+# Arguments of the signature -> the function that calls it, and the outputs that it needs.
 TASKS = {
-    frozenset({"text"}): fill_masks,
-    frozenset({"question", "context"}): answer_questions,
-    frozenset({"image"}): classify_images,
+    frozenset({"text"}): (fill_masks, {"tokens", "probabilities", "masks"}),
+    frozenset({"question", "context"}): (answer_questions, {"answer", "start", "end", "score"}),
+    frozenset({"image"}): (classify_images, {"names", "probabilities", "error"}),
 }
+
+
+def check_kind(export_dir: str, signature):
+    """The function that calls a signature.
+
+    Raises:
+        ClientError: it has other arguments, other outputs or other types than an export.
+    """
+    arguments = signature.structured_input_signature[1]
+    names = frozenset(arguments)
+    if names not in TASKS:
+        raise ClientError(
+            f"{export_dir} takes {', '.join(sorted(names)) or 'nothing'}. This client calls "
+            "models that take text, question and context, or image."
+        )
+    function, needed = TASKS[names]
+    others = sorted(name for name in names if arguments[name].dtype != tf.string)
+    missing = sorted(needed - set(signature.structured_outputs))
+    if others or missing:
+        problem = (
+            f"takes {others[0]} as {arguments[others[0]].dtype.name}"
+            if others
+            else f"does not return {', '.join(missing)}"
+        )
+        raise ClientError(
+            f"{export_dir} {problem}: it was not exported by train.py, or by another version of it."
+        )
+    return function
 
 
 def main(arguments: list[str]) -> int:
@@ -110,13 +139,7 @@ def main(arguments: list[str]) -> int:
     export_dir, *inputs = arguments
     try:
         signature = load_signature(export_dir)
-        names = frozenset(signature.structured_input_signature[1])
-        if names not in TASKS:
-            raise ClientError(
-                f"{export_dir} takes {', '.join(sorted(names)) or 'nothing'}. This client calls "
-                "models that take text, question and context, or image."
-            )
-        TASKS[names](signature, *inputs)
+        check_kind(export_dir, signature)(signature, *inputs)
     except ClientError as error:
         print(f"export.client: {error}", file=sys.stderr)
         return 1

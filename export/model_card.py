@@ -3,6 +3,8 @@
 import platform
 from importlib import metadata
 
+from inputs.text import casing
+
 PACKAGES = ("tensorflow", "tensorflow-text", "tf_keras", "tf-models-official", "numpy")
 
 
@@ -18,6 +20,8 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
     recipe = task.recipe
     versions = [("Python", platform.python_version())]
     versions += [(name, metadata.version(name)) for name in PACKAGES]
+    lower_case = getattr(recipe, "lower_case", None)  # text only
+    text = [] if lower_case is None else [f"- Text: {casing.describe(lower_case)}"]
     figures = [f"- {name}: {value:.4g}" for name, value in results.items()]
     return "\n".join(
         [
@@ -30,6 +34,7 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
             "has all its fields.",
             f"- Data: {task.data}",
             f"- Amount: {task.amount}",
+            *text,
             *(f"- Fingerprint of the {name}: {value}" for name, value in task.facts.items()),
             "",
             "## Results on held-out data",

@@ -61,7 +61,10 @@ class ImageClassifier(tf.Module):
 
     def _classify_pixels(self, pixels):
         """Classifies pixels [N, S, S, 3], float32 in [0, 255], already cropped and resized."""
-        logits = tf.cast(self._logits(pixels), tf.float32)
+        count = tf.shape(pixels)[0]
+        # The network cannot process an empty batch.
+        some = tf.pad(pixels, [[0, tf.maximum(1 - count, 0)], [0, 0], [0, 0], [0, 0]])
+        logits = tf.cast(self._logits(some), tf.float32)[:count]
         best = tf.math.top_k(tf.nn.softmax(logits), min(TOP_K, logits.shape[-1]))
         return {
             "names": tf.gather(self.names, best.indices),

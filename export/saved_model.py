@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from export import weights as tf_models_weights
 from inputs.errors import InputError
-from inputs.files import atomic_folder, check_writable
+from inputs.files import atomic_folder, check_writable, write_json
+from inputs.text.casing import TOKENIZER
 from inputs.text.vocabulary import save_vocabulary
 
 CARD, WEIGHTS = "model_card.md", "tf_models"
@@ -25,12 +26,14 @@ class Export:
         encoder: the BERT encoder, or None. Its weights are also written to the folder tf_models,
             as an `init_checkpoint` for tf-models' `BertEncoder`.
         vocabulary: word pieces of the encoder, or None.
+        lower_case: whether the encoder's text is lower-cased, or None.
     """
 
     module: tf.Module
     signatures: dict
     encoder: tf.Module | None = None
     vocabulary: list[str] | None = None
+    lower_case: bool | None = None
 
 
 def check_export_dir(export_dir: str, model_dir: str) -> None:
@@ -75,6 +78,7 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
             weights = os.path.join(fresh, WEIGHTS)
             tf_models_weights.save_encoder(export.encoder, weights)
             save_vocabulary(export.vocabulary, os.path.join(weights, "vocab.txt"))
+            write_json(os.path.join(weights, TOKENIZER), {"do_lower_case": export.lower_case})
         with open(os.path.join(fresh, CARD), "w", encoding="utf-8") as file:
             file.write(card)
 

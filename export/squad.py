@@ -21,16 +21,17 @@ class QuestionAnswerer(tf.Module):
     Args:
         model: from `models.squad.build_span_labeler`.
         vocabulary: list of word pieces.
+        lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
         recipe: a `recipes.squad.SquadRecipe`, for its lengths, stride and n-best.
     """
 
-    def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe):
+    def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool):
         super().__init__()
         self._recipe = recipe
         # Tracks only the weights; a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._logits = functools.partial(model, training=False)
-        self.tokenizer = OffsetTokenizer(vocabulary)
+        self.tokenizer = OffsetTokenizer(vocabulary, lower_case=lower_case)
         self._special = {
             key: vocabulary.index(token)
             for key, token in (("cls", CLS), ("sep", SEP), ("pad", PAD))
@@ -49,7 +50,7 @@ class QuestionAnswerer(tf.Module):
 
         Args:
             question: [N] strings. Malformed UTF-8 is read as U+FFFD.
-            context: [N] strings, one per question.
+            context: [N] strings, one per question; or a single one for all questions.
 
         Returns:
             `answer`: [N] strings, spans of the contexts. `start`, `end`: [N] int32, position of
@@ -58,6 +59,15 @@ class QuestionAnswerer(tf.Module):
             float.
         """
         question, context = sanitized(question), sanitized(context)
+        is_shared = tf.size(context) == 1
+        context = tf.repeat(context, tf.where(is_shared, tf.size(question), 1))
+        same = tf.debugging.assert_equal(
+            tf.size(question),
+            tf.size(context),
+            "Give as many contexts as questions, or one context for all of them.",
+        )
+        with tf.control_dependencies([same]):
+            question, context = tf.identity(question), tf.identity(context)
         question_ids, _, _ = self.tokenizer.tokenize(question)
         context_ids, starts, ends = self.tokenizer.tokenize(context)
         cut = windows.cut_windows(
@@ -130,7 +140,10 @@ def _first_of_the_best(scores, example, examples):
     return tf.math.unsorted_segment_min(index, example, examples)
 
 
-def answering_export(model: tf_keras.Model, vocabulary: list[str], recipe) -> Export:
+def answering_export(
+    model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool
+) -> Export:
     """The export of a model from `models.squad.build_span_labeler`."""
-    module = QuestionAnswerer(model, vocabulary, recipe)
-    return Export(module, {"serving_default": module.answer}, bert.encoder_of(model), vocabulary)
+    module = QuestionAnswerer(model, vocabulary, recipe, lower_case=lower_case)
+    signatures = {"serving_default": module.answer}
+    return Export(module, signatures, bert.encoder_of(model), vocabulary, lower_case)

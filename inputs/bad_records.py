@@ -1,6 +1,8 @@
 """Damaged records: reported, counted and skipped up to a limit."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 
 from inputs.errors import InputError
 
@@ -8,6 +10,17 @@ MAX_REPORTED = 10  # messages about single records; after that only the total is
 # Damaged records may come in a cluster at the start, so the share is checked while reading only
 # after this many of them.
 CHECKED_FROM = 1_000
+# A file with a larger share of damaged records is not what the reader takes it for.
+MAX_SHARE_OF_FILE = 0.5
+
+
+@dataclasses.dataclass
+class _File:
+    """The file that is being read: the counts before it, the message of its first bad record."""
+
+    good: int
+    bad: int
+    first: str = ""
 
 
 class BadRecords:
@@ -34,8 +47,24 @@ class BadRecords:
         self._limit_flag = limit_flag
         self._first = ""
         self._expected = 0
+        self._file: _File | None = None
         self.good = 0
         self.bad = 0
+
+    @contextlib.contextmanager
+    def of_file(self) -> Iterator[None]:
+        """Counts the records that are read in the block also as those of one file.
+
+        A wrong file among many good ones would be within the share of all records. So a file of
+        which most records are damaged is an error, unless `max_share` allows that many.
+
+        Raises:
+            InputError: more than `MAX_SHARE_OF_FILE` of the file's records were damaged.
+        """
+        self._file = _File(self.good, self.bad)
+        yield
+        self._check_file()
+        self._file = None
 
     def expect(self, count: int) -> None:
         """Announces `count` records that are read at random.
@@ -63,11 +92,15 @@ class BadRecords:
                 f"{message} Repair it, or skip damaged records with --set on_bad_record=skip."
             )
         self._first = self._first or message
+        if self._file and not self._file.first:
+            self._file.first = message
         if self.bad < MAX_REPORTED:
             self._log(f"Skipped: {message}")
         self.bad += count
         if self._expected or self.bad >= CHECKED_FROM:
             self._check()
+        if self._file and self.bad - self._file.bad >= CHECKED_FROM:
+            self._check_file()
 
     def end(self) -> None:
         """Checks the share and logs the total. Call it when every record was read once.
@@ -93,4 +126,14 @@ class BadRecords:
                 f"{self._first} With it {self._count} are damaged, more than the share of "
                 f"{self._max_share:g} that may be skipped. Repair the data, or raise the limit "
                 f"with {self._limit_flag}."
+            )
+
+    def _check_file(self) -> None:
+        file = self._file
+        bad, good = self.bad - file.bad, self.good - file.good
+        if bad > max(MAX_SHARE_OF_FILE, self._max_share) * (bad + good):
+            raise InputError(
+                f"{file.first} With it {bad:,} of {bad + good:,} records of the file are damaged, "
+                "so that it is a wrong file, not one with records to skip. Repair it, or take it "
+                "out of the data."
             )

@@ -7,6 +7,8 @@ of (seed, example id), so any host can make any step without the steps before it
 import numpy as np
 import tensorflow as tf
 
+FEW = 2**18  # for `integers_below`
+
 
 def host_batches(global_batch_size: int, context: tf.distribute.InputContext | None):
     """Splits the global batches among hosts and replicas.
@@ -62,17 +64,42 @@ def uniform(seed: int, stream: int, example_ids, columns: int):
         example_ids: [B] int64.
         columns: how many numbers each example needs.
     """
+    return unit_floats(random_bits(seed, stream, example_ids, columns))
+
+
+def random_bits(seed: int, stream: int, example_ids, columns: int):
+    """Uniform random bits for each example: [B, columns] uint64. Args: as `uniform`."""
     key = _mix(tf.constant(seed * 64 + stream, tf.uint64))
     rows = _mix(tf.cast(example_ids, tf.uint64) + key)[:, tf.newaxis]
-    bits = _mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
-    top = tf.bitwise.right_shift(bits, tf.constant(40, tf.uint64))
-    return tf.cast(tf.cast(top, tf.int64), tf.float32) / 2.0**24
+    return _mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
 
 
-def integers_below(draws, limit):
-    """Turns uniform `draws` in [0, 1) into int64 in [0, `limit`); 0 where `limit` is below 1."""
-    scaled = tf.cast(draws, tf.float64) * tf.cast(limit, tf.float64)
+def unit_floats(bits):
+    """The upper 24 bits of uint64 `bits` as float32 in [0, 1)."""
+    return tf.cast(_upper(bits, 24), tf.float32) / 2.0**24
+
+
+def integers_below(bits, limit):
+    """Chooses uniformly: int64 in [0, `limit`), 0 where `limit` is below 1.
+
+    Up to `FEW`, the 24 bits of `unit_floats` decide, as in earlier versions: their examples stay
+    the same, and the probability of a number differs from 1 / `limit` by at most 1.6 %. Above it 53
+    bits decide, as many as a float64 holds, so that each of up to 2^53 numbers can be chosen.
+
+    Args:
+        bits: uint64, from `random_bits`.
+        limit: ints, of a shape that broadcasts with that of `bits`.
+    """
+    limit = tf.cast(limit, tf.float64)
+    few = tf.cast(_upper(bits, 24), tf.float64) / 2.0**24
+    many = tf.cast(_upper(bits, 53), tf.float64) / 2.0**53
+    scaled = tf.where(limit <= FEW, few, many) * limit
     return tf.maximum(tf.cast(scaled, tf.int64), 0)
+
+
+def _upper(bits, count: int):
+    """The upper `count` bits, as int64."""
+    return tf.cast(tf.bitwise.right_shift(bits, tf.constant(64 - count, tf.uint64)), tf.int64)
 
 
 def _mix(x):

@@ -65,7 +65,8 @@ def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
 def span_counts(batch) -> dict[str, tf.Tensor]:
     """The divisor of `span_sums`: the number of windows."""
-    return {"span": tf.reduce_sum(batch["example_weights"])}
+    # It can be 0: a dev file may give no right place of an answer.
+    return {"span": tf.maximum(tf.reduce_sum(batch["example_weights"]), 1e-9)}
 
 
 def best_spans(start_logits, end_logits, may_begin, may_end, *, n_best, max_answer_length):

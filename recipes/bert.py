@@ -36,6 +36,9 @@ class BertRecipe(Recipe):
 
     task: str = "bert"  # see `Recipe`
     exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS  # see `Recipe`
+    # Whether to lower-case the text and drop its accents. None: as the shards, the run or the
+    # vocabulary has it; a vocabulary that is learned from the text is lower-cased.
+    lower_case: bool | None = None
     vocabulary_size: int = 30_522  # used when the vocabulary is learned from the text
     max_sequence_length: int = 512  # rows of the table of position embeddings
     dropout: float = 0.1  # rate, in all layers

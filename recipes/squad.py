@@ -14,6 +14,8 @@ class SquadRecipe(Recipe):
     task: str = "squad"  # see `Recipe`
     exclude_from_weight_decay: tuple[str, ...] = BERT_EXCLUSIONS  # see `Recipe`
     init_from: str = ""  # folder of a pre-training run, or a checkpoint of tf-models
+    # Whether to lower-case the texts and drop their accents. None: as the checkpoint has it.
+    lower_case: bool | None = None
     sequence_length: int = 384  # word pieces of question and context together
     max_query_length: int = 64  # longer questions are truncated; in word pieces
     doc_stride: int = 128  # word pieces between the starts of two windows of a context

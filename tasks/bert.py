@@ -1,5 +1,6 @@
 """BERT pre-training with masked language modelling and next-sentence prediction."""
 
+import dataclasses
 import itertools
 import os
 
@@ -10,9 +11,10 @@ from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.shards import is_prepared
-from inputs.text import chunks, corpus, documents, examples, installed_text, vocabulary
+from inputs.shards import MANIFEST, is_prepared
+from inputs.text import casing, chunks, corpus, documents, examples, installed_text, vocabulary
 from inputs.text.files import find_files
+from inputs.text.shards import load_manifest
 from models import bert
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
@@ -58,14 +60,15 @@ class BertPretraining(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
-        self.recipe = recipe
         self._seed = seed
         if synthetic:
             self._source = _SyntheticText(recipe, vocab, seed)
         else:
             if not vocab and resume_dir:
                 vocab = os.path.join(resume_dir, "vocab.txt")
-            self._source = _Text(recipe, data_dir, vocab, log, cache_dir)
+            known = casing.of_checkpoint(resume_dir) if resume_dir else None
+            self._source = _Text(recipe, data_dir, vocab, known, log, cache_dir)
+        self.recipe = dataclasses.replace(recipe, lower_case=self._source.lower_case)
         self.vocabulary = self._source.vocabulary
         self.data = self._source.description
         self.amount = self._source.amount
@@ -135,7 +138,12 @@ class BertPretraining(Task):
     def export(self, model, export_dir, results):
         """Writes a SavedModel that predicts masked tokens and encodes sentences."""
         card = make_card(self, model.count_params(), results, USAGE)
-        export = pretrained_export(model, self.vocabulary, self.recipe.max_sequence_length)
+        export = pretrained_export(
+            model,
+            self.vocabulary,
+            self.recipe.max_sequence_length,
+            lower_case=self.recipe.lower_case,
+        )
         write_export(export, card, export_dir)
 
     def demonstrate(self, export_dir):
@@ -152,7 +160,7 @@ class BertPretraining(Task):
 class _Text:
     """Training and held-out documents as word pieces."""
 
-    def __init__(self, recipe, data_dir, vocab, log, cache_dir):
+    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir):
         self._recipe = recipe
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
@@ -160,16 +168,20 @@ class _Text:
         self.description = data_dir or "Python's help topics and installed packages' docstrings"
         log(f"Reading {self.description}")
         if data_dir and is_prepared(data_dir):
+            lower_case = load_manifest(data_dir)["lower_case"]
+            known_case = lower_case, f"the text in {data_dir}, according to its {MANIFEST}"
             self._training, self._held_out, self.vocabulary, self.fingerprint = (
                 corpus.load_prepared(data_dir, vocab, records, cache_dir=cache_dir, log=log)
             )
+            self.lower_case = casing.choose(recipe.lower_case, self.vocabulary, known_case)
+            log(casing.report(self.lower_case, self.vocabulary))
         else:
-            self._tokenize(data_dir, vocab, records, log)
+            self._tokenize(data_dir, vocab, known_case, records, log)
         training, held_out = self._training.describe(), self._held_out.describe()
         self.amount = f"To train on: {training}; held out: {held_out}"
         log(self.amount)
 
-    def _tokenize(self, data_dir, vocab, records, log):
+    def _tokenize(self, data_dir, vocab, known_case, records, log):
         files = find_files(data_dir, log=log) if data_dir else []
 
         def read():
@@ -177,15 +189,22 @@ class _Text:
                 return documents.read_documents(files, records)
             return installed_text.read_installed_text()
 
+        asked = self._recipe.lower_case
         if vocab:
+            texts = read()
             self.vocabulary = vocabulary.load_vocabulary(vocab)
-            tokenized = corpus.tokenize(read(), self.vocabulary)
+            self.lower_case = casing.choose(asked, self.vocabulary, known_case)
         else:
-            kept = list(read())
-            paragraphs = itertools.chain.from_iterable(kept)
-            self.vocabulary = vocabulary.learn_vocabulary(paragraphs, self._recipe.vocabulary_size)
+            texts = list(read())
+            self.lower_case = True if asked is None else asked
+            self.vocabulary = vocabulary.learn_vocabulary(
+                itertools.chain.from_iterable(texts),
+                self._recipe.vocabulary_size,
+                lower_case=self.lower_case,
+            )
             log(f"Learned a vocabulary of {len(self.vocabulary):,} word pieces")
-            tokenized = corpus.tokenize(kept, self.vocabulary)
+        log(casing.report(self.lower_case, self.vocabulary))
+        tokenized = corpus.tokenize(texts, self.vocabulary, lower_case=self.lower_case, log=log)
         self._training, self._held_out = corpus.split_held_out(tokenized)
         self.fingerprint = corpus.fingerprint(tokenized)
 
@@ -237,6 +256,7 @@ class _SyntheticText:
             self.vocabulary = vocabulary.load_vocabulary(vocab)
         else:
             self.vocabulary = made_up.synthetic_vocabulary(recipe.vocabulary_size)
+        self.lower_case = casing.choose(recipe.lower_case, self.vocabulary)
         self._seed = seed
 
     def training_examples(self, phase, seed):

@@ -1,14 +1,16 @@
 """SQuAD v1.1: fine-tuning a pre-trained BERT to answer questions."""
 
+import dataclasses
 import os
 
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from export.squad import answering_export
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.squad import examples
 from inputs.squad import files as squad_files
-from inputs.text import vocabulary
+from inputs.text import casing, vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights, squad_answers
@@ -55,9 +57,12 @@ class SquadFineTuning(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
-        self.recipe = recipe
         self._encoder = _find_encoder(recipe, synthetic)
-        self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic)
+        self.vocabulary = _find_vocabulary(vocab, self._encoder, synthetic, log)
+        known = _known_case(self.vocabulary, self._encoder, resume_dir)
+        lower_case = casing.choose(recipe.lower_case, self.vocabulary, known)
+        log(casing.report(lower_case, self.vocabulary))
+        self.recipe = recipe = dataclasses.replace(recipe, lower_case=lower_case)
         if synthetic:
             self._source = _SyntheticQuestions(recipe, len(self.vocabulary), seed)
         else:
@@ -82,7 +87,7 @@ class SquadFineTuning(Task):
         encoder = self._encoder
         model = span_model.build_span_labeler(
             bert.SIZES[self.recipe.model],
-            len(self.vocabulary),
+            encoder.vocabulary_size if encoder else len(self.vocabulary),
             encoder.max_sequence_length if encoder else POSITIONS,
             types=encoder.types if encoder else TYPES,
             dropout=self.recipe.dropout,
@@ -135,7 +140,10 @@ class SquadFineTuning(Task):
     def export(self, model, export_dir, results):
         """Writes a SavedModel that answers questions."""
         card = make_card(self, model.count_params(), results, USAGE)
-        write_export(answering_export(model, self.vocabulary, self.recipe), card, export_dir)
+        export = answering_export(
+            model, self.vocabulary, self.recipe, lower_case=self.recipe.lower_case
+        )
+        write_export(export, card, export_dir)
 
     def demonstrate(self, export_dir):
         """Prints the SavedModel's answer to a question of the dev file."""
@@ -166,7 +174,7 @@ def _find_encoder(recipe, synthetic):
     return None
 
 
-def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
+def _find_vocabulary(vocab, encoder, synthetic, log) -> list[str]:
     beside = encoder.vocabulary_file if encoder else ""
     if not vocab and not os.path.exists(beside):
         if synthetic and not encoder:
@@ -182,13 +190,35 @@ def _find_vocabulary(vocab, encoder, synthetic) -> list[str]:
             f"--vocab: {vocab} differs from {beside}, the vocabulary that the checkpoint was "
             "trained with. Leave --vocab out."
         )
-    if encoder and len(pieces) != encoder.vocabulary_size:
+    if encoder and len(pieces) < encoder.vocabulary_size:
+        rows = encoder.vocabulary_size
+        log(
+            f"{encoder.checkpoint} has embeddings of {rows:,} word pieces, {rows - len(pieces):,} "
+            f"more than {vocab or beside} lists. If they are padding, all is well: no text has "
+            "them, and they are kept. If not, this is another vocabulary than the checkpoint's"
+        )
+    if encoder and len(pieces) > encoder.vocabulary_size:
         raise InputError(
             f"--vocab: {vocab or beside} has {len(pieces):,} word pieces, but "
-            f"{encoder.checkpoint} has embeddings of {encoder.vocabulary_size:,}. "
+            f"{encoder.checkpoint} has embeddings of only {encoder.vocabulary_size:,}. "
             "Give the vocabulary that the checkpoint was trained with."
         )
     return pieces
+
+
+def _known_case(pieces, encoder, resume_dir) -> tuple[bool, str] | None:
+    """What the run to resume or the initial checkpoint was trained with, for `casing.choose`."""
+    folders = [resume_dir] if resume_dir else []
+    if encoder:
+        folders.append(os.path.dirname(encoder.checkpoint))
+    for folder in folders:
+        if found := casing.of_checkpoint(folder):
+            return found
+    if not encoder:
+        return None
+    cased = casing.is_cased(pieces)
+    has = "has" if cased else "has no"
+    return not cased, f"the vocabulary of {encoder.checkpoint}, which {has} capitals or accents"
 
 
 class _Questions:
@@ -199,12 +229,16 @@ class _Questions:
         files = squad_files.find_files(data_dir)
         self.description = " and ".join(files)
         log(f"Reading {self.description}")
-        read = [squad_files.read_squad(path) for path in files]
+        records = BadRecords(
+            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
+        )
+        read = [squad_files.read_squad(files[0], records), squad_files.read_squad(files[1])]
         self.fingerprint = "-".join(file.fingerprint for file in read)
         self.training, self.dev = (
             examples.Features(
                 file,
                 pieces,
+                lower_case=recipe.lower_case,
                 sequence_length=recipe.sequence_length,
                 max_query_length=recipe.max_query_length,
                 doc_stride=recipe.doc_stride,
@@ -218,6 +252,12 @@ class _Questions:
             for windows, use in ((self.training, "to train on"), (self.dev, "to answer"))
         )
         log(self.amount)
+        if count := int((~self.dev.placed).sum()):
+            log(
+                f"{count:,} dev questions have no answer at its answer_start. They are scored by "
+                "the texts of their answers, and do not count in the loss"
+            )
+        log(f"Contexts to train on: {self.training.report_unknown()}")
 
     def answer_all(self, model, strategy, output_dir) -> dict[str, float]:
         batch_size = self._recipe.phases[-1].global_batch_size

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from inputs.batching import integers_below, uniform
+from inputs.batching import integers_below, random_bits, uniform, unit_floats
 
 # Szegedy et al., arXiv:1409.4842, section 6
 AREA = (0.08, 1.0)
@@ -130,7 +130,7 @@ def random_shifts(images, *, seed: int, ids):
     """
     size = images.shape[1]
     padded = tf.pad(images, [[0, 0], [4, 4], [4, 4], [0, 0]])
-    draws = uniform(seed, SHIFT_STREAM, ids, 2)
+    draws = random_bits(seed, SHIFT_STREAM, ids, 2)
     start = tf.cast(integers_below(draws, 9), tf.int32)
     rows = start[:, :1] + tf.range(size)[tf.newaxis]
     columns = start[:, 1:] + tf.range(size)[tf.newaxis]
@@ -159,9 +159,9 @@ def rand_augment(image, *, seed: int, example_id):
         [S, S, 3] uint8.
     """
     shape = image.shape
-    draws = uniform(seed, AUGMENT_STREAM, tf.reshape(example_id, [1]), 2 * LAYERS)[0]
+    draws = random_bits(seed, AUGMENT_STREAM, tf.reshape(example_id, [1]), 2 * LAYERS)[0]
     for layer in range(LAYERS):
-        sign = tf.where(draws[2 * layer] < 0.5, -1.0, 1.0)
+        sign = tf.where(unit_floats(draws[2 * layer]) < 0.5, -1.0, 1.0)
         operations = _augmentations(image, MAGNITUDE / 10, sign)
         chosen = integers_below(draws[2 * layer + 1], len(operations))
         image = tf.switch_case(tf.cast(chosen, tf.int32), operations)

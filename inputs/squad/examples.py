@@ -11,7 +11,8 @@ from inputs.errors import InputError
 from inputs.squad import windows
 from inputs.squad.files import Squad
 from inputs.squad.offsets import OffsetTokenizer
-from inputs.text.vocabulary import CLS, PAD, SEP
+from inputs.text import unknown
+from inputs.text.vocabulary import CLS, PAD, SEP, UNK
 
 TEXTS_PER_CALL = 4096  # tokenised at once; limits the memory
 
@@ -60,6 +61,7 @@ class Features:
     Args:
         squad: from `inputs.squad.files.read_squad`.
         vocabulary: word pieces.
+        lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
         sequence_length, max_query_length, doc_stride: see `inputs.squad.windows.cut_windows`.
         seed: int, decides the order in training.
 
@@ -68,7 +70,9 @@ class Features:
         num_examples: number of windows.
         question_of: [num_examples] int32, the question of each window, in ascending order.
         first_pieces, last_pieces: [questions] ints, where the first annotated answer of each
-            question begins and ends in its context, in word pieces.
+            question begins and ends in its context, in word pieces; of those whose place is known.
+        placed: [questions] bool, whether there is such an answer. Without one, the question's
+            windows do not count in the loss.
 
     Raises:
         InputError: a context has no word.
@@ -79,6 +83,7 @@ class Features:
         squad: Squad,
         vocabulary: list[str],
         *,
+        lower_case: bool,
         sequence_length: int,
         max_query_length: int,
         doc_stride: int,
@@ -87,9 +92,11 @@ class Features:
         self.squad = squad
         self.sequence_length = sequence_length
         self._seed = seed
-        tokenizer = OffsetTokenizer(vocabulary)
+        tokenizer = OffsetTokenizer(vocabulary, lower_case=lower_case)
         self._contexts = _Texts(tokenizer, squad.contexts)
         self._questions = _Texts(tokenizer, [question.text for question in squad.questions])
+        self._lower_case = lower_case
+        self._vocabulary = vocabulary
         self._special = {
             key: vocabulary.index(token)
             for key, token in (("cls", CLS), ("sep", SEP), ("pad", PAD))
@@ -111,6 +118,7 @@ class Features:
         )
         self.question_of = self._windows.example.numpy()
         self.num_examples = len(self.question_of)
+        self.placed = np.array([question.placed is not None for question in squad.questions])
         self.first_pieces, self.last_pieces = self._answer_pieces()
         self._tables = {
             "question": tf.constant(self._questions.ids),
@@ -119,6 +127,7 @@ class Features:
             "context_begin": tf.constant(self._contexts.begins[:-1][self._context_of]),
             "first": tf.constant(self.first_pieces, tf.int32),
             "last": tf.constant(self.last_pieces, tf.int32),
+            "placed": tf.constant(self.placed),
         }
 
     def _answer_pieces(self):
@@ -140,11 +149,20 @@ class Features:
 
     def _answer_bytes(self, question):
         context = self.squad.contexts[question.context]
-        start, text = question.answers[0]
+        start, text = question.placed or (0, "")
         if context.isascii():
             return start, start + len(text)
         first = len(context[:start].encode())
         return first, first + len(text.encode())
+
+    def report_unknown(self) -> str:
+        """A line about the share of [UNK] in the contexts: see `inputs.text.unknown.report`."""
+        contexts = self._contexts
+        places = np.flatnonzero(contexts.ids == self._vocabulary.index(UNK))
+        found = np.unique(np.searchsorted(contexts.begins, places, "right") - 1)
+        texts = [self.squad.contexts[i].encode() for i in found]
+        count = unknown.UnknownCharacters(self._vocabulary, lower_case=self._lower_case)
+        return unknown.report(len(places), int(contexts.begins[-1]), count(texts))
 
     def text_of(self, question: int, first: int, last: int) -> str:
         """The text of a question's context from piece `first` to `last`, as in the file."""
@@ -195,7 +213,8 @@ class Features:
 
         Returns:
             A dictionary as described by `element_spec`. Where the window does not contain the whole
-            answer, both positions are 0, that of [CLS].
+            answer, both positions are 0, that of [CLS]. If the place of the answer is not known,
+            the weight is 0.
         """
         cut = self._cut(feature)
         first = tf.gather(self._tables["first"], cut.example) - cut.start
@@ -204,7 +223,7 @@ class Features:
         return self._rows(cut) | {
             "start_positions": tf.where(inside, first + cut.question + 2, 0),
             "end_positions": tf.where(inside, last + cut.question + 2, 0),
-            "example_weights": weights,
+            "example_weights": tf.where(tf.gather(self._tables["placed"], cut.example), weights, 0),
         }
 
     def question_batch(self, feature, weights):

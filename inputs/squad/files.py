@@ -1,5 +1,6 @@
 """Reads SQuAD v1.1 files, checks every field, and names the file and field of a mistake."""
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -7,6 +8,7 @@ import json
 import os
 import zlib
 
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import read_bytes
 
@@ -21,13 +23,19 @@ class Question:
         id: unique in the file.
         text: the question.
         context: index in `Squad.contexts`.
-        answers: each as (index of its first character in the context, text).
+        answers: each as (index of its first character in the context, text). The index is None if
+            the text is not at the place that the file gives.
     """
 
     id: str
     text: str
     context: int
-    answers: tuple[tuple[int, str], ...]
+    answers: tuple[tuple[int | None, str], ...]
+
+    @property
+    def placed(self) -> tuple[int, str] | None:
+        """The first answer whose place in the context is known."""
+        return next(((start, text) for start, text in self.answers if start is not None), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +88,18 @@ def find_files(data_dir: str) -> tuple[str, str]:
     return tuple(os.path.join(given[0], names[0]) for names in found)
 
 
-def read_squad(path: str) -> Squad:
+def read_squad(path: str, records: BadRecords | None = None) -> Squad:
     """Reads a SQuAD v1.1 file, gzipped or not.
 
+    Args:
+        path: of the file.
+        records: counts the answers of a training file. One that differs from the context at its
+            position is damaged; a question without another one is left out. None for a dev file,
+            whose answers are compared as texts: they need no position.
+
     Raises:
-        InputError: the file cannot be read, a field is missing or of another type, or an answer
-            differs from the context at its position.
+        InputError: the file cannot be read, a field is missing or of another type; or from
+            `records`.
     """
     raw = _content(path)
     try:
@@ -94,15 +108,19 @@ def read_squad(path: str) -> Squad:
         raise InputError(f"--data_dir: {path} is not JSON in UTF-8 ({error}).") from None
     contexts, questions = [], []
     locations: dict[str, str] = {}
-    for paragraph, where in _paragraphs(_Reader(path), content):
-        contexts.append(_context(paragraph, where))
-        for index, entry in enumerate(where.get(paragraph, "qas", list)):
-            at = where.at(f"qas[{index}]")
-            question = _question(entry, at, contexts[-1], len(contexts) - 1)
-            if question.id in locations:
-                at.fail(f"id {question.id!r} is also at {locations[question.id]}")
-            locations[question.id] = at.location
-            questions.append(question)
+    with records.of_file() if records else contextlib.nullcontext():
+        for paragraph, where in _paragraphs(_Reader(path), content):
+            contexts.append(_context(paragraph, where))
+            for index, entry in enumerate(where.get(paragraph, "qas", list)):
+                at = where.at(f"qas[{index}]")
+                question = _question(entry, at, contexts[-1], len(contexts) - 1, records)
+                if question.id in locations:
+                    at.fail(f"id {question.id!r} is also at {locations[question.id]}")
+                locations[question.id] = at.location
+                if records is None or question.placed:
+                    questions.append(question)
+    if records:
+        records.end()
     if not questions:
         raise InputError(f"--data_dir: {path} has no question. Give a SQuAD v1.1 file.")
     return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16], path)
@@ -162,20 +180,24 @@ def _context(paragraph, where: _Reader) -> str:
     return context
 
 
-def _question(entry, where: _Reader, context: str, context_index: int) -> Question:
+def _question(entry, where: _Reader, context: str, context_index: int, records) -> Question:
     text = where.get(entry, "question", str)
     answers = []
     for index, answer in enumerate(where.get(entry, "answers", list)):
         at = where.at(f"answers[{index}]")
         start = at.get(answer, "answer_start", int)
         given = at.get(answer, "text", str)
+        if not given:
+            at.fail("text is empty")
         found = context[start : start + len(given)] if start >= 0 else ""
-        if not given or found != given:
-            at.fail(
-                f"the answer {given[:SHOWN_CHARACTERS]!r} differs from the context at "
-                f"answer_start={start} ({found[:SHOWN_CHARACTERS]!r})"
+        answers.append((start if found == given else None, given))
+        if records and found == given:
+            records.add_good()
+        elif records:
+            records.add_bad(
+                f"{at.path}, {at.location}: the answer {given[:SHOWN_CHARACTERS]!r} differs from "
+                f"the context at answer_start={start} ({found[:SHOWN_CHARACTERS]!r})."
             )
-        answers.append((start, given))
     if not answers:
         where.fail("answers is empty, but in SQuAD v1.1 every question has an answer")
     return Question(where.get(entry, "id", str), text, context_index, tuple(answers))

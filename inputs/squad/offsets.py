@@ -1,8 +1,10 @@
 """BERT's tokenizer with the byte offsets of each word piece in the original text."""
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from inputs.text.tokenizing import format_ranges
 from inputs.text.vocabulary import UNK
 
 
@@ -12,7 +14,7 @@ def sanitized(text):
 
 
 class OffsetTokenizer(tf.Module):
-    """The uncased BERT tokenizer, with the byte offsets of each word piece.
+    """The tokenizer of `inputs.text.tokenizing.WordPieces`, with the offsets of each word piece.
 
     A piece extends from the first byte of the first character that it comes from to the last byte
     of the last one, including following accents, so a span of pieces never splits a character.
@@ -24,11 +26,13 @@ class OffsetTokenizer(tf.Module):
 
     Args:
         vocabulary: word pieces, ids by position.
+        lower_case: see `inputs.text.tokenizing.WordPieces`.
     """
 
-    def __init__(self, vocabulary: list[str]):
+    def __init__(self, vocabulary: list[str], *, lower_case: bool):
         super().__init__()
-        self._normalizer = tf_text.FastBertNormalizer(lower_case_nfd_strip_accents=True)
+        self._normalizer = tf_text.FastBertNormalizer(lower_case_nfd_strip_accents=lower_case)
+        self._lower_case = lower_case
         self._pieces = tf_text.FastWordpieceTokenizer(
             vocabulary, token_out_type=tf.int32, unknown_token=UNK
         )
@@ -43,7 +47,7 @@ class OffsetTokenizer(tf.Module):
             ids, starts, ends: [N, (pieces)] int32 ragged tensors. Starts and ends are byte offsets
             in the string, and neither decreases from one piece to the next.
         """
-        normal, origin = self._normalizer.normalize_with_offsets(text)
+        normal, origin = self._normalized(text)
         ids, first, end = self._pieces.tokenize_with_offsets(normal)
         # `origin` has, for each byte of the normalised string, the byte where its character begins
         # in the original, and at the end the length of the original. A character ends where the
@@ -65,3 +69,42 @@ class OffsetTokenizer(tf.Module):
         last = tf.gather(character, flat_index(end, of_row) - 1)
         ends = tf.gather(begins, last + 1)
         return ids, ids.with_flat_values(starts), ids.with_flat_values(ends)
+
+    def _normalized(self, text):
+        """The normalised strings [N], and for each of their bytes its origin in the original.
+
+        The origin of the normaliser is [N, (bytes + 1)]: where the byte's character begins, and at
+        the end the length of the original.
+        """
+        if self._lower_case:
+            return self._normalizer.normalize_with_offsets(text)
+        kept, places = _without_format_characters(text)
+        normal, origin = self._normalizer.normalize_with_offsets(kept)
+        # From a byte of `kept` to the byte of the original.
+        index = tf.cast(origin.flat_values, tf.int64)
+        index += tf.gather(places.row_starts(), origin.value_rowids())
+        return normal, origin.with_flat_values(tf.gather(places.flat_values, index))
+
+
+def _without_format_characters(text):
+    """The strings [N] without format characters, and the origin of each byte of them.
+
+    The origin is as in `OffsetTokenizer._normalized`: [N, (bytes + 1)] int64 ragged tensor.
+    """
+    points, offsets = tf.strings.unicode_decode_with_offsets(text, "UTF-8")
+    borders = np.array([(first, last + 1) for first, last in format_ranges()], np.int32).ravel()
+    # Inside a range, an odd number of borders lies at or below a character.
+    below = tf.searchsorted(borders, points.flat_values, side="right")
+    is_kept = points.with_flat_values(below % 2 == 0)
+    points, offsets = (tf.ragged.boolean_mask(x, is_kept) for x in (points, offsets))
+    value = points.flat_values
+    sizes = 1 + sum(tf.cast(value >= least, tf.int32) for least in (0x80, 0x800, 0x10000))
+    bytes_of_row = tf.reduce_sum(points.with_flat_values(sizes), axis=1)
+    origin = tf.RaggedTensor.from_row_lengths(
+        tf.repeat(offsets.flat_values, sizes), tf.cast(bytes_of_row, tf.int64)
+    )
+    length = tf.cast(tf.strings.length(text), tf.int64)
+    return (
+        tf.strings.unicode_encode(points, "UTF-8"),
+        tf.concat([origin, length[:, tf.newaxis]], axis=1),
+    )

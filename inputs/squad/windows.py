@@ -132,11 +132,12 @@ def single_rows(ids, sequence_length, *, cls, sep, pad):
 
     Returns:
         `input_word_ids`, `input_mask`, `input_type_ids`: [N, L] int32, L the length of the longest
-        row.
+        row; 2 if N is 0, because a network cannot process rows without any position.
     """
     ends = [tf.fill([ids.nrows(), 1], special) for special in (cls, sep)]
     ragged = tf.concat([ends[0], ids[:, : sequence_length - 2], ends[1]], axis=1)
     padded = ragged.to_tensor(pad)
+    padded = tf.pad(padded, [[0, 0], [0, tf.maximum(2 - tf.shape(padded)[1], 0)]])
     mask = tf.sequence_mask(ragged.row_lengths(), tf.shape(padded)[1], tf.int32)
     return {
         "input_word_ids": padded,

@@ -4,6 +4,7 @@
 `inputs.text.prepare` wrote, and maps their tokens into memory from files.
 """
 
+import collections
 import dataclasses
 import hashlib
 import os
@@ -16,10 +17,10 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import first_writable, locked
 from inputs.shards import MANIFEST
-from inputs.text import chunks, mapped_arrays
+from inputs.text import chunks, mapped_arrays, unknown
 from inputs.text.shards import load_manifest, read_shard
 from inputs.text.tokenizing import tokenize_in_threads
-from inputs.text.vocabulary import SEP, load_vocabulary, vocabulary_hash
+from inputs.text.vocabulary import SEP, UNK, load_vocabulary, vocabulary_hash
 
 HELD_OUT_SHARE = 0.02
 RECENT_KEYS = 2**18
@@ -80,23 +81,33 @@ class Corpus:
         return found[0]
 
 
-def tokenize(documents: Iterable[list[str]], vocabulary: list[str]) -> Corpus:
+def tokenize(
+    documents: Iterable[list[str]],
+    vocabulary: list[str],
+    *,
+    lower_case: bool,
+    log: Callable[[str], object] = lambda line: None,
+) -> Corpus:
     """Makes a corpus from raw text. Documents with the same tokens as an earlier one are dropped.
 
     Args:
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
+        lower_case: see `inputs.text.tokenizing.WordPieces`.
+        log: receives a line about the share of [UNK].
 
     Raises:
         InputError: `documents` raised it.
     """
     known = KnownDocuments()
-    kept = [
-        document
-        for part in tokenize_in_threads(documents, vocabulary)
-        for document in part.documents()
-        if known.add(document_key(document[0]))
-    ]
+    kept = []
+    characters: collections.Counter[str] = collections.Counter()
+    for part in tokenize_in_threads(documents, vocabulary, lower_case=lower_case):
+        kept += [found for found in part.documents() if known.add(document_key(found[0]))]
+        characters.update(part.unknown_characters)
+    unk = vocabulary.index(UNK)
+    count = sum(np.count_nonzero(tokens == unk) for tokens, _ in kept)
+    log(unknown.report(count, sum(len(tokens) for tokens, _ in kept), characters))
     return joined(kept, vocabulary.index(SEP))
 
 

@@ -10,6 +10,7 @@ from xml.sax.saxutils import unescape
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import COMPRESSIONS
+from inputs.text.encoding import check_beginning
 from inputs.text.files import DAMAGE, JSON, WIKI, WIKI_JSON, compression_of, format_of, opened
 
 # Limits on memory. (War and Peace has 3.2 million characters.)
@@ -28,10 +29,11 @@ def read_documents(
     WikiExtractor: a document is between <doc ...> and </doc>, or a line of JSON. Its &lt;, &gt; and
     &amp; are replaced. The line that repeats the title is left out, as the JSON format does.
 
-    Damaged records are skipped and counted: a line that is not UTF-8, is not such a JSON object or
-    is longer than `MAX_LINE_BYTES`; the rest of a truncated compressed file; a file without text;
-    a file named .gz that is not gzip. The document continues with the next line. A document longer
-    than `MAX_DOCUMENT_CHARACTERS` is split.
+    Damaged records are skipped and counted: a line that is not UTF-8, has a NUL, is not such a JSON
+    object or is longer than `MAX_LINE_BYTES`; the rest of a truncated compressed file; a file
+    without text. The document continues with the next line. A file in which most records are
+    damaged, such as one named .gz that is not gzip, is an error. A document longer than
+    `MAX_DOCUMENT_CHARACTERS` is split.
 
     Args:
         files: paths, from `inputs.text.files.find_files`.
@@ -39,7 +41,7 @@ def read_documents(
         advance: receives the number of bytes read since its last call, for progress.
 
     Raises:
-        InputError: a file cannot be read; or from `records`.
+        InputError: a file cannot be read, or is in UTF-16 or UTF-32; or from `records`.
     """
     readers = {
         JSON: _json_documents,
@@ -49,10 +51,11 @@ def read_documents(
     for path in files:
         count, bad = 0, records.bad
         read = readers.get(format_of(path, by_name=False), _text_documents)
-        for document in read(path, records, advance):
-            for part in _split_long(document):
-                count += 1
-                yield part
+        with records.of_file():
+            for document in read(path, records, advance):
+                for part in _split_long(document):
+                    count += 1
+                    yield part
         if count == 0 and records.bad == bad:
             records.add_bad(f"{path} holds no text.")
     records.end()
@@ -78,17 +81,23 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
         with open(path, "rb") as raw, opened(raw, path) as file:
             for number, line in enumerate(_raw_lines(file, raw, path, records), start=1):
                 place = f"{path}, line {number}"
+                if number == 1:
+                    check_beginning(path, line, compressed=file is not raw)
                 if number % 256 == 0:
                     advance(raw.tell() - read)
                     read = raw.tell()
+                start, offset = offset, offset + len(line)
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    where = f"{place}, byte {offset + error.start}"
+                    where = f"{place}, byte {start + error.start}"
                     records.add_bad(f"{where}: not UTF-8 (0x{line[error.start]:02x}).")
-                else:
-                    yield place, text.rstrip("\r\n")
-                offset += len(line)
+                    continue
+                if "\0" in text:  # as in UTF-16 of any language
+                    where = f"{place}, byte {start + line.index(0)}"
+                    records.add_bad(f"{where}: a NUL, which text does not have.")
+                    continue
+                yield place, text.rstrip("\r\n")
             advance(raw.tell() - read)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None

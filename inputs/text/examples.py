@@ -7,7 +7,14 @@ without the steps before it.
 import numpy as np
 import tensorflow as tf
 
-from inputs.batching import host_batches, integers_below, shuffled, uniform
+from inputs.batching import (
+    host_batches,
+    integers_below,
+    random_bits,
+    shuffled,
+    uniform,
+    unit_floats,
+)
 from inputs.text.chunks import FULL, PAIRS
 from inputs.text.mapped_arrays import as_tensor, dataset_options
 from inputs.text.vocabulary import SPECIAL_TOKENS
@@ -179,7 +186,7 @@ class Examples:
             for name, values in self._chunks.items()
             if name != "sentence_starts"
         }
-        draws = self._uniform(ids, 4, stream=0)
+        draws = random_bits(self.seed, 0, ids, 4)
         start, end, sentences = column["start"], column["end"], column["sentences"]
         # A ends after any sentence but the last, or inside it if there is only one.
         cut_sentence = column["first"] + 1 + integers_below(draws[:, 0], sentences - 1)
@@ -189,7 +196,7 @@ class Examples:
         )
         inside = start + 1 + integers_below(draws[:, 0], end - start - 1)
         a_end = tf.where(sentences > 1, at_sentence, inside)
-        is_random = draws[:, 1] < 0.5
+        is_random = unit_floats(draws[:, 1]) < 0.5
         others = self.num_examples - column["document_chunks"]
         other = (column["next_document"] + integers_below(draws[:, 2], others)) % self.num_examples
         other_sentence = tf.gather(self._chunks["first"], other) + integers_below(
@@ -233,7 +240,7 @@ class Examples:
         labels = tf.where(counts, tf.gather(tokens, positions, batch_dims=1), 0)
         kind = self._uniform(ids, self.predictions, stream=3)
         index = integers_below(
-            self._uniform(ids, self.predictions, stream=4), tf.size(self._ordinary, tf.int64)
+            random_bits(self.seed, 4, ids, self.predictions), tf.size(self._ordinary, tf.int64)
         )
         replacement = tf.where(kind < AS_MASK, self._mask, tf.gather(self._ordinary, index))
         replacement = tf.where(kind < AS_MASK + AS_RANDOM, replacement, labels)

@@ -5,10 +5,13 @@ the last finished shard.
 """
 
 import argparse
+import collections
 import hashlib
 import itertools
 import os
 import sys
+
+import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
 
@@ -17,16 +20,18 @@ from inputs.errors import InputError
 from inputs.files import LOCK, NEW, locked
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
-from inputs.text import documents
+from inputs.text import casing, documents, unknown
 from inputs.text.corpus import Fingerprint, KnownDocuments, document_key, held_out_below
 from inputs.text.files import READ, find_files
 from inputs.text.shards import ShardWriter, load_manifest, read_shard, save_manifest, token_dtype
 from inputs.text.tokenizing import tokenize_in_processes
-from inputs.text.vocabulary import load_vocabulary, save_vocabulary, vocabulary_hash
+from inputs.text.vocabulary import UNK, load_vocabulary, save_vocabulary, vocabulary_hash
 
 NAME = "inputs.text.prepare"
 SHARD_TOKENS = 2**24
 COMPARED_BYTES = 2**20  # at each end of an input file, to recognise the same file again
+LISTED_CHARACTERS = 100  # of a shard's unknown characters, in the manifest
+CASES = {"auto": None, "true": True, "false": False}
 STOPPED = 130  # exit status of a shell after Ctrl-C
 
 
@@ -36,6 +41,7 @@ def prepare(
     output: str,
     *,
     workers: int,
+    lower_case: bool | None = None,
     shard_tokens: int = SHARD_TOKENS,
     max_bad_record_share: float = 0.001,
     log=lambda line: None,
@@ -48,10 +54,12 @@ def prepare(
         vocab: path of a vocab.txt.
         output: folder; missing, empty, or of the same preparation, stopped or finished.
         workers: number of processes that tokenise; 0 to use this one.
+        lower_case: whether to lower-case the text; None: if the vocabulary has no capitals.
         shard_tokens: tokens after which a shard ends.
         max_bad_record_share: the share of lines that may be damaged, in [0, 1].
-        log: receives lines about the files that are read and passed over, damaged records, and
-            shards that exist already.
+        log: receives lines about the files that are read and passed over, damaged records, shards
+            that exist already, and about what happens to capitals and to words that the vocabulary
+            cannot spell.
         show_progress: if True, shows progress on standard error.
 
     Returns:
@@ -67,12 +75,14 @@ def prepare(
     except OSError as error:
         raise InputError(f"--output: {output} cannot be created: {error.strerror}.") from None
     with locked(output, "--output"):
-        manifest = _begin(output, files, vocabulary, shard_tokens)
-        preparation = _Preparation(output, manifest, log)
+        manifest = _begin(output, files, vocabulary, lower_case, shard_tokens)
+        preparation = _Preparation(output, manifest, vocabulary.index(UNK), log)
         save_vocabulary(vocabulary, os.path.join(output, "vocab.txt"))
         if manifest["finished"]:
             log(f"{output} is finished already")
             return manifest
+        lower_case = manifest["lower_case"]
+        log(casing.report(lower_case, vocabulary))
         records = BadRecords(
             max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
         )
@@ -80,22 +90,29 @@ def prepare(
         with Progress(size, "B", enabled=show_progress) as progress:
             read = documents.read_documents(files, records, progress.advance)
             done = manifest["shards"][-1]["batches"] if manifest["shards"] else 0
-            batches = tokenize_in_processes(read, vocabulary, workers, skip=done)
+            batches = tokenize_in_processes(
+                read, vocabulary, lower_case=lower_case, workers=workers, skip=done
+            )
             preparation.write(batches, progress)
         preparation.finish(records)
+        log(preparation.describe_unknown())
     return preparation.manifest
 
 
-def _begin(output, files, vocabulary, shard_tokens):
+def _begin(output, files, vocabulary, lower_case, shard_tokens):
     """The manifest of the preparation that was stopped in this folder, or a new one."""
+    known = None
+    if is_prepared(output):
+        known = load_manifest(output)["lower_case"], f"the text that {output} was begun with"
     facts = {
         "vocabulary_hash": vocabulary_hash(vocabulary),
         "vocabulary_size": len(vocabulary),
+        "lower_case": casing.choose(lower_case, vocabulary, known),
         "token_dtype": token_dtype(len(vocabulary)),
         "shard_tokens": shard_tokens,
         "inputs": [_identity(file) for file in files],
     }
-    if not is_prepared(output):
+    if known is None:
         others = sorted(set(os.listdir(output)) - {LOCK, MANIFEST + NEW})
         if others:
             raise InputError(
@@ -132,8 +149,9 @@ class _Preparation:
     written again, and so are all after it, because their content depends on earlier documents.
     """
 
-    def __init__(self, folder, manifest, log):
+    def __init__(self, folder, manifest, unknown_id, log):
         self._folder = folder
+        self._unknown_id = unknown_id
         self.manifest = manifest
         self._known = KnownDocuments()
         self._fingerprint = Fingerprint()
@@ -150,15 +168,18 @@ class _Preparation:
     def _verify(self, shard, log):
         records = BadRecords(1.0, skip=True, log=log)
         dtype = self.manifest["token_dtype"]
-        found = [
-            (document_key(tokens), lengths)
-            for tokens, lengths in read_shard(self._folder, shard, dtype, records)
-        ]
+        found, unknown_tokens = [], 0
+        for tokens, lengths in read_shard(self._folder, shard, dtype, records):
+            found.append((document_key(tokens), lengths))
+            unknown_tokens += self._count_unknown(tokens)
         fingerprint = Fingerprint()
         for key, lengths in found:
             fingerprint.add(key, lengths)
         if fingerprint.hexdigest() != shard["fingerprint"]:
             return False
+        # Shards of earlier versions lack these; which characters they were is not known.
+        shard.setdefault("unknown_tokens", unknown_tokens)
+        shard.setdefault("unknown_characters", {})
         for key, lengths in found:
             self._known.add(key)
             self._fingerprint.add(key, lengths)
@@ -171,14 +192,17 @@ class _Preparation:
         counted = enumerate(batches, start=done + 1)
         while (first := next(counted, None)) is not None:
             fingerprint = Fingerprint()
+            characters = collections.Counter()
             with ShardWriter(self._folder, len(shards), self.manifest["token_dtype"]) as writer:
-                writer.facts["repeated_documents"] = 0
+                writer.facts |= {"repeated_documents": 0, "unknown_tokens": 0}
                 for count, tokenized in itertools.chain([first], counted):
                     self._add(writer, fingerprint, tokenized)
+                    characters.update(tokenized.unknown_characters)
                     writer.facts["batches"] = count  # of the text so far
                     progress.note(f"{self._tokens(writer):,} tokens")
                     if writer.facts["tokens"] >= self.manifest["shard_tokens"]:
                         break
+            writer.facts["unknown_characters"] = dict(characters.most_common(LISTED_CHARACTERS))
             shards.append(writer.facts | {"fingerprint": fingerprint.hexdigest()})
             save_manifest(self._folder, self.manifest)
             progress.milestone(f"{writer.facts['file']}: {writer.facts['tokens']:,} tokens")
@@ -188,10 +212,21 @@ class _Preparation:
             key = document_key(tokens)
             if self._known.add(key):
                 writer.add(tokens, lengths)
+                writer.facts["unknown_tokens"] += self._count_unknown(tokens)
                 fingerprint.add(key, lengths)
                 self._fingerprint.add(key, lengths)
             else:
                 writer.facts["repeated_documents"] += 1
+
+    def _count_unknown(self, tokens):
+        return int(np.count_nonzero(tokens == self._unknown_id))
+
+    def describe_unknown(self) -> str:
+        """A line about the share of [UNK], after `finish`."""
+        characters = collections.Counter()
+        for shard in self.manifest["shards"]:
+            characters.update(shard["unknown_characters"])
+        return unknown.report(self.manifest["unknown_tokens"], self.manifest["tokens"], characters)
 
     def _tokens(self, writer):
         return writer.facts["tokens"] + sum(s["tokens"] for s in self.manifest["shards"])
@@ -200,7 +235,13 @@ class _Preparation:
         """Completes the manifest: totals, and which documents are held out."""
         totals = {
             name: sum(shard[name] for shard in self.manifest["shards"])
-            for name in ("documents", "sentences", "tokens", "repeated_documents")
+            for name in (
+                "documents",
+                "sentences",
+                "tokens",
+                "unknown_tokens",
+                "repeated_documents",
+            )
         }
         keys = self._known.sorted()
         below = held_out_below(keys)
@@ -229,6 +270,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument(
+        "--lower_case",
+        choices=CASES,
+        default="auto",
+        help="whether to lower-case the text and drop its accents; auto: unless the vocabulary has "
+        "capitals or accents (default: %(default)s)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count(),
@@ -247,6 +295,7 @@ def main(arguments=None) -> int:
         help="the share of lines that may be damaged (default: %(default)s)",
     )
     flags = vars(parser.parse_args(arguments))
+    flags["lower_case"] = CASES[flags["lower_case"]]
     try:
         for name in ("workers", "shard_tokens"):
             if flags[name] < 1:

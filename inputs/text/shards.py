@@ -22,6 +22,7 @@ FIELDS = {
     "finished": bool,
     "vocabulary_hash": str,
     "vocabulary_size": int,
+    "lower_case": bool,
     "token_dtype": str,
     "shard_tokens": int,
     "inputs": list,
@@ -56,6 +57,7 @@ def load_manifest(folder: str) -> dict:
             f"{path}: `version` is {manifest.get('version')!r}, but this program reads {VERSION}. "
             f"{PREPARE_AGAIN}"
         )
+    manifest.setdefault("lower_case", True)  # as all text was before the field existed
     _check_fields(path, manifest, FIELDS)
     if manifest["finished"]:
         _check_fields(path, manifest, FINISHED_FIELDS)
@@ -125,12 +127,18 @@ def read_shard(
         shard: the manifest's entry.
         dtype: of the ids.
         records: counts the documents. A shard that is missing or has another number of records
-            than the manifest says counts as that many damaged ones.
+            than the manifest says counts as that many damaged ones: an error, unless all may be
+            damaged.
 
     Raises:
         InputError: from `records`.
     """
     path = os.path.join(folder, shard["file"])
+    with records.of_file():
+        yield from _read_documents(path, shard, dtype, records)
+
+
+def _read_documents(path, shard, dtype, records):
     if not os.path.isfile(path):
         records.add_bad(f"{path} is missing, but the manifest lists it.", shard["documents"])
         return

@@ -2,11 +2,14 @@
 
 import collections
 import concurrent.futures
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -17,6 +20,8 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 
 from inputs.errors import InputError
+from inputs.text.unknown import UnknownCharacters
+from inputs.text.vocabulary import UNK
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
 DOCUMENT_CHARACTERS = 100  # added per document, for the memory that even a short one takes
@@ -36,11 +41,14 @@ class Tokenized(NamedTuple):
         tokens: [T] int32 ids.
         sentence_lengths: [S] int32, in tokens, all above 0.
         sentence_counts: [D] int64, sentences of each document; 0 for one without a word.
+        unknown_characters: character -> how often it occurs in sentences with an [UNK], for the
+            characters that are no word piece.
     """
 
     tokens: np.ndarray
     sentence_lengths: np.ndarray
     sentence_counts: np.ndarray
+    unknown_characters: dict[str, int]
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (tokens, sentence lengths) of each document that has any."""
@@ -53,11 +61,40 @@ class Tokenized(NamedTuple):
             )
 
 
-def make_tokenizer(vocabulary: list[str]) -> tf_text.FastBertTokenizer:
-    """BERT's uncased tokenizer: NFD, accents stripped, lower case, WordPiece."""
-    return tf_text.FastBertTokenizer(
-        vocabulary, token_out_type=tf.int32, lower_case_nfd_strip_accents=True
-    )
+@functools.cache
+def format_ranges() -> list[tuple[int, int]]:
+    """The ranges (first, last) of format characters (Cf): soft hyphen, zero-width joiner, ..."""
+    points = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
+    firsts = [point for point in points if point - 1 not in points]
+    lasts = [point for point in points if point + 1 not in points]
+    return list(zip(firsts, lasts, strict=True))
+
+
+class WordPieces(tf.Module):
+    """BERT's tokenizer: white space, punctuation, Chinese characters, WordPiece.
+
+    Args:
+        vocabulary: word pieces, ids by position.
+        lower_case: whether to lower-case, separate accents (NFD) and drop them before. If False,
+            text stays as it is, but for format characters.
+    """
+
+    def __init__(self, vocabulary: list[str], *, lower_case: bool):
+        super().__init__()
+        # google-research/bert drops them for both kinds of vocabulary. The lower-casing of
+        # `FastBertTokenizer` drops them too, but for a few signs of Arabic, Syriac and hieroglyphs.
+        # Without lower-casing it would split words at them.
+        ranges = "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in format_ranges())
+        self._dropped = "" if lower_case else f"[{ranges}]"
+        self._tokenizer = tf_text.FastBertTokenizer(
+            vocabulary, token_out_type=tf.int32, lower_case_nfd_strip_accents=lower_case
+        )
+
+    def tokenize(self, text) -> tf.RaggedTensor:
+        """Splits each of [N] strings: [N, (pieces)] int32 ids."""
+        if self._dropped:
+            text = tf.strings.regex_replace(text, self._dropped, "")
+        return self._tokenizer.tokenize(text)
 
 
 class Tokenizer:
@@ -65,15 +102,18 @@ class Tokenizer:
 
     Args:
         vocabulary: word pieces, ids by position.
+        lower_case: see `WordPieces`.
 
     Attributes:
         pieces: function from a tensor of sentences to a ragged tensor of their ids.
     """
 
-    def __init__(self, vocabulary: list[str]):
+    def __init__(self, vocabulary: list[str], *, lower_case: bool):
         self._breaker = tf_text.StateBasedSentenceBreaker()
         self._splitter = tf_text.ByteSplitter()
-        self.pieces = make_tokenizer(vocabulary).tokenize
+        self._unknown = vocabulary.index(UNK)
+        self._unknown_characters = UnknownCharacters(vocabulary, lower_case=lower_case)
+        self.pieces = WordPieces(vocabulary, lower_case=lower_case).tokenize
 
     def __call__(self, documents: list[list[str]]) -> Tokenized:
         """Tokenises documents, each a list of paragraphs."""
@@ -81,18 +121,26 @@ class Tokenizer:
             paragraphs = list(itertools.chain.from_iterable(documents))
             sentences = self.break_sentences(paragraphs)
             pieces = self.pieces(sentences.flat_values)
-        lengths = pieces.row_lengths().numpy()
+        ids, lengths = pieces.flat_values.numpy(), pieces.row_lengths().numpy()
         # The number of sentences with a word before each sentence.
         before = np.concatenate([[0], np.cumsum(lengths > 0)])
         ends = np.cumsum([0, *map(len, documents)])
         counts = np.diff(before[sentences.row_splits.numpy()[ends]])
-        return Tokenized(pieces.flat_values.numpy(), lengths[lengths > 0].astype(np.int32), counts)
+        unknown = {}
+        if (places := np.flatnonzero(ids == self._unknown)).size:
+            rows = np.unique(np.searchsorted(np.cumsum(lengths), places, "right"))
+            unknown = self._unknown_characters(tf.gather(sentences.flat_values, rows).numpy())
+        return Tokenized(ids, lengths[lengths > 0].astype(np.int32), counts, unknown)
 
     def break_sentences(self, paragraphs: list[str]) -> tf.RaggedTensor:
         """Splits as `StateBasedSentenceBreaker.break_sentences`, three to six times as fast.
 
         The library tries 150 emoticons at each byte. Here it gets the text without the inner
         bytes of plain words, and the offsets that it returns are mapped back to the whole text.
+
+        *Differs from* the library: it counts one byte for each space between two sentences, so
+        that a sentence after U+00A0 or U+3000 begins inside that character. Here every cut is
+        moved to the next boundary of a character.
 
         Args:
             paragraphs: P strings.
@@ -114,16 +162,28 @@ class Tokenizer:
         )
         rows = begins.row_lengths().numpy()
         offset, start = np.repeat(low, rows), np.repeat(starts, rows)
-        first = kept[begins.flat_values.numpy() + offset] - start
-        last = kept[ends.flat_values.numpy() + offset - 1] - start
+        first = _next_character(text, kept[begins.flat_values.numpy() + offset]) - start
+        end = _next_character(text, kept[ends.flat_values.numpy() + offset - 1] + 1) - start
 
         def ragged(values):
             values = tf.constant(values.astype(np.int32))
             return tf.RaggedTensor.from_row_lengths(values, rows, validate=False)
 
         return self._splitter.split_by_offsets(
-            tf.constant(raw, tf.string), ragged(first), ragged(last + 1)
+            tf.constant(raw, tf.string), ragged(first), ragged(end)
         )
+
+
+def _next_character(text: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Moves places inside a UTF-8 character to the end of that character.
+
+    Args:
+        text: [N] uint8.
+        places: [K] ints below N.
+    """
+    for _ in range(3):  # at most three bytes of a character are not its first
+        places = places + (text[places] & 0xC0 == 0x80)
+    return places
 
 
 def _near_punctuation(text: np.ndarray) -> np.ndarray:
@@ -156,22 +216,28 @@ def batch_documents(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]
 
 
 def tokenize_in_threads(
-    documents: Iterable[list[str]], vocabulary: list[str], threads: int = 2
+    documents: Iterable[list[str]], vocabulary: list[str], *, lower_case: bool, threads: int = 2
 ) -> Iterator[Tokenized]:
     """Tokenises batches of documents, in order, in threads of this process."""
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = Tokenizer(vocabulary, lower_case=lower_case)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         yield from _in_order(pool, tokenizer, batch_documents(documents), threads)
 
 
 def tokenize_in_processes(
-    documents: Iterable[list[str]], vocabulary: list[str], workers: int, skip: int = 0
+    documents: Iterable[list[str]],
+    vocabulary: list[str],
+    *,
+    lower_case: bool,
+    workers: int,
+    skip: int = 0,
 ) -> Iterator[Tokenized]:
     """Tokenises batches of documents, in order, in worker processes.
 
     Args:
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
+        lower_case: see `WordPieces`.
         workers: number of processes; 0 to use this one.
         skip: number of batches to read without tokenising them.
 
@@ -180,14 +246,16 @@ def tokenize_in_processes(
     """
     batches = itertools.islice(batch_documents(documents), skip, None)
     if workers == 0:
-        yield from map(Tokenizer(vocabulary), batches)
+        yield from map(Tokenizer(vocabulary, lower_case=lower_case), batches)
         return
     # Workers are forked from a server process that has imported TensorFlow but never run it. That
     # is safe, unlike forking this process, and the workers share the memory of the import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "tensorflow_text"])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages of the workers
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (vocabulary,))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, context, _start_worker, (vocabulary, lower_case)
+    )
     try:
         yield from _in_order(pool, _tokenize_in_worker, batches, QUEUED_BATCHES * workers)
     except BrokenProcessPool:
@@ -210,13 +278,13 @@ def _in_order(pool, function, batches, queued):
         yield futures.popleft().result()
 
 
-def _start_worker(vocabulary):
+def _start_worker(vocabulary, lower_case):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     global _worker_tokenizer
-    _worker_tokenizer = Tokenizer(vocabulary)
+    _worker_tokenizer = Tokenizer(vocabulary, lower_case=lower_case)
 
 
 def _exit_with_parent():

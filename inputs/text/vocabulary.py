@@ -1,10 +1,12 @@
 """WordPiece vocabularies: loaded from a file, or learned by tensorflow-text's own tool."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 from inputs.errors import InputError
 from inputs.files import atomic_write
+from inputs.text.encoding import check_beginning
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -18,11 +20,17 @@ def load_vocabulary(path: str) -> list[str]:
     """Reads a `vocab.txt` with one word piece per line; ids are line numbers from 0.
 
     Raises:
-        InputError: the file cannot be read, lacks a special token, or has a piece twice.
+        InputError: the file cannot be read, lacks a special token, or has a blank line or a piece
+            twice. Google's and Hugging Face's programs load the latter two; a blank line is then a
+            piece that no text has, and of a piece's two ids the last one counts.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            pieces = file.read().rstrip("\n").split("\n")
+        with open(path, "rb") as file:
+            content = file.read()
+        check_beginning(path, content, flag="--vocab")
+        # Ids are line numbers, so only line ends may separate lines.
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n")
+        pieces = lines.rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--vocab: {path} cannot be read as UTF-8 text ({error}). "
@@ -36,19 +44,43 @@ def load_vocabulary(path: str) -> list[str]:
         )
     if len(pieces) == len(SPECIAL_TOKENS):
         raise InputError(f"--vocab: {path} has no word pieces besides the special tokens.")
-    if "" in pieces:
-        line = pieces.index("") + 1
-        raise InputError(f"--vocab: {path}, line {line} is blank. Remove the line.")
-    if len(set(pieces)) != len(pieces):
-        twice = next(piece for piece in pieces if pieces.count(piece) > 1)
-        raise InputError(f"--vocab: {path} has {twice!r} twice. Remove one of the lines.")
+    seen: dict[str, int] = {}
+    for line, piece in enumerate(pieces, start=1):
+        if not piece:
+            raise InputError(
+                f"--vocab: {path}, line {line} is blank, and no text has an empty word piece. "
+                f"{_replace(line, pieces)}"
+            )
+        if piece in seen:
+            raise InputError(
+                f"--vocab: {path} has {piece!r} in line {seen[piece]} and in line {line}, but text "
+                "gets only one id for it: with Google's and Hugging Face's programs that of the "
+                f"last line. {_replace(seen[piece], pieces)}"
+            )
+        seen[piece] = line
     return pieces
 
 
-def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
-    """Learns about `size` lower-cased word pieces from the texts. The result is deterministic.
+def _replace(line: int, pieces: list[str]) -> str:
+    """What to do about a line that is not needed."""
+    names = (f"[unused{i}]" for i in itertools.count(line))
+    unused = next(name for name in names if name not in pieces)
+    return (
+        f"Ids are line numbers: without the line, the id of every later piece would be one lower, "
+        f"and a checkpoint trained with this vocabulary would get wrong embeddings. Replace line "
+        f"{line} by {unused}. Only a vocabulary that no checkpoint was trained with may lose it."
+    )
+
+
+def learn_vocabulary(texts: Iterable[str], size: int, *, lower_case: bool) -> list[str]:
+    """Learns about `size` word pieces from the texts. The result is deterministic.
 
     All letters of the texts and the special tokens are kept, even if they are more than `size`.
+
+    Args:
+        texts: any number of them.
+        size: number of pieces.
+        lower_case: whether to lower-case the texts and drop their accents before.
 
     Raises:
         InputError: the texts have no word.
@@ -68,7 +100,7 @@ def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
     }
     try:
         return bert_vocab_from_dataset.bert_vocab_from_dataset(
-            dataset.batch(512), size, [*SPECIAL_TOKENS], {"lower_case": True}, parameters
+            dataset.batch(512), size, [*SPECIAL_TOKENS], {"lower_case": lower_case}, parameters
         )
     except StopIteration:
         raise InputError("--data_dir: the text has no word to learn a vocabulary from.") from None

@@ -120,7 +120,7 @@ def pretrained_export(tmp_path_factory):
     vocabulary = [*SPECIAL_TOKENS, *"abcdefgh", "the", "of", "array"]
     model = bert.build_pretrainer(bert.SIZES["tiny"], len(vocabulary), 16, **WEIGHTS)
     folder = str(tmp_path_factory.mktemp("pretrained") / "export")
-    write_export(pretrained_export(model, vocabulary, 16), "A card.\n", folder)
+    write_export(pretrained_export(model, vocabulary, 16, lower_case=True), "A card.\n", folder)
     return folder
 
 
@@ -152,7 +152,8 @@ def test_savedmodel_client_answers_questions(example, tmp_path, capsys):
     model = squad.build_span_labeler(
         bert.SIZES["tiny"], len(vocabulary), length, types=2, **WEIGHTS
     )
-    write_export(answering_export(model, vocabulary, SQUAD_MINI), "A card.\n", str(tmp_path / "m"))
+    export = answering_export(model, vocabulary, SQUAD_MINI, lower_case=True)
+    write_export(export, "A card.\n", str(tmp_path / "m"))
     example("savedmodel_client").main("m", "Ada wrote it.", "Who wrote it?", "In it?")
     answer = r"  '(.*)', characters (\d+) to (\d+)"
     found = re.findall(rf"Who wrote it\?\n{answer}\nIn it\?\n{answer}\n", capsys.readouterr().out)
@@ -184,6 +185,17 @@ def test_savedmodel_client_classifies_images(example, tmp_path, capsys):
     assert lines[3].startswith("  no JPEG, PNG, BMP or GIF")
 
 
-def test_savedmodel_client_names_a_folder_without_a_model(example):
+def test_savedmodel_client_names_what_is_wrong(example):
+    main = example("savedmodel_client").main
     with pytest.raises(SystemExit, match="nothing holds no SavedModel"):
-        example("savedmodel_client").main("nothing", "the [MASK]")
+        main("nothing", "the [MASK]")
+    specs = {"audio": "audio", "image": "image"}
+    for name, argument in specs.items():
+        module = tf.Module()
+        module.call = tf.function(lambda **inputs: inputs)
+        spec = tf.TensorSpec([None], tf.string, name=argument)
+        tf.saved_model.save(module, name, module.call.get_concrete_function(**{argument: spec}))
+    with pytest.raises(SystemExit, match="audio is no export of train.py: it takes audio"):
+        main("audio", "the [MASK]")
+    with pytest.raises(SystemExit, match="missing.jpg; No such file"):
+        main("image", "missing.jpg")

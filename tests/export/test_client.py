@@ -92,11 +92,27 @@ def broken(folder):
             "image.",
         ),
         (
+            lambda folder: save(folder, lambda text: {"tokens": text}, TEXT),
+            "model does not return masks, probabilities: it was not exported by train.py",
+        ),
+        (
+            lambda folder: save(folder, lambda image: {"y": image}, {"image": ([2], tf.uint8)}),
+            "model takes image as uint8: it was not exported by train.py",
+        ),
+        (
             lambda folder: save(folder, lambda text: {"y": text}, TEXT, "other"),
             "model has no signature 'serving_default'. Its signatures: other.",
         ),
     ],
-    ids=["missing", "empty", "broken", "other inputs", "other signature"],
+    ids=[
+        "missing",
+        "empty",
+        "broken",
+        "other inputs",
+        "other outputs",
+        "other types",
+        "other signature",
+    ],
 )
 def test_what_cannot_be_called_is_one_sentence(make, message, tmp_path, capsys):
     make(tmp_path / "model")

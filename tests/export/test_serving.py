@@ -13,13 +13,14 @@ import tensorflow as tf
 import tf_keras
 
 from export import bert as pretrained_export
+from export import resnet as image_classifier
 from export import saved_model
 from export import squad as question_answerer
 from inputs.squad.examples import Features
 from inputs.squad.files import Question, Squad
-from inputs.text.tokenizing import make_tokenizer
+from inputs.text.tokenizing import WordPieces
 from inputs.text.vocabulary import CLS, MASK, SPECIAL_TOKENS
-from models import bert
+from models import bert, resnet
 from models import squad as span_model
 from recipes.squad import SQUAD_MINI
 from tasks import squad_answers
@@ -112,8 +113,8 @@ def served(models, texts, tmp_path_factory):
     """Signature -> its outputs for the 100 strings with batches of 1 and 32, from one process."""
     folders = [str(tmp_path_factory.mktemp("export") / name) for name in ("pretrained", "squad")]
     made = (
-        pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS),
-        question_answerer.answering_export(models[1], VOCABULARY, RECIPE),
+        pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True),
+        question_answerer.answering_export(models[1], VOCABULARY, RECIPE, lower_case=True),
     )
     for folder, one in zip(folders, made, strict=True):
         saved_model.write_export(one, "# A card\n", folder)
@@ -159,7 +160,7 @@ def masked(texts):
 
 def rows_of(texts, length):
     """Yields the model's inputs for each text: one row without padding."""
-    tokenizer = make_tokenizer(VOCABULARY)
+    tokenizer = WordPieces(VOCABULARY, lower_case=True)
     for text in texts:
         parts = [tokenizer.tokenize([part])[0].numpy().tolist() for part in text.split(b"[MASK]")]
         ids = [VOCABULARY.index(CLS), *parts[0]]
@@ -219,7 +220,13 @@ def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mi
         contexts, [Question(str(i), questions[i], i, ((0, contexts[i][:1]),)) for i in whole], ""
     )
     features = Features(
-        squad, VOCABULARY, sequence_length=LENGTH, max_query_length=9, doc_stride=13, seed=1
+        squad,
+        VOCABULARY,
+        lower_case=True,
+        sequence_length=LENGTH,
+        max_query_length=9,
+        doc_stride=13,
+        seed=1,
     )
     with mirrored.scope():
         model = labeler()
@@ -243,8 +250,62 @@ def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mi
                 assert (start, end, score) == (0, 0, tf.float32.min)
 
 
+def test_an_empty_batch_gives_an_empty_answer(models):
+    """From every signature of every export."""
+    shapes = {
+        "fill": {"tokens": [0, 0, 5], "probabilities": [0, 0, 5], "masks": [0]},
+        "encode": {"pooled_output": [0, 128], "sequence_output": [0, 2, 128], "mask": [0, 2]},
+        "answer": {"answer": [0], "start": [0], "end": [0], "score": [0]},
+        "classify": {name: [0, 2] for name in ("names", "wnids", "probabilities")},
+    }
+    none = tf.constant([], tf.string)
+    pretrained = pretrained_export.pretrained_export(
+        models[0], VOCABULARY, POSITIONS, lower_case=True
+    )
+    answering = question_answerer.answering_export(models[1], VOCABULARY, RECIPE, lower_case=True)
+    classifier = resnet.build_classifier(
+        resnet.SIZES["cifar-resnet-10"], 32, 2, normalization="cifar10", batch_norm_momentum=0.9
+    )
+    classes = [("n1", "cat"), ("n2", "dog")]
+    images = image_classifier.classifier_export(classifier, classes, 32, 0)
+    outputs = {
+        "fill": pretrained.signatures["serving_default"](none),
+        "encode": pretrained.signatures["encode"](none),
+        "answer": answering.signatures["serving_default"](none, none),
+        "classify": images.signatures["pixels"](tf.zeros([0, 32, 32, 3])),
+    }
+    found = {
+        name: {key: value.shape.as_list() for key, value in output.items()}
+        for name, output in outputs.items()
+    }
+    assert found == shapes
+    files = images.signatures["serving_default"](none)
+    assert files.pop("error").shape == [0]
+    assert {key: value.shape.as_list() for key, value in files.items()} == shapes["classify"]
+
+
+def test_questions_that_share_one_context(models):
+    made = question_answerer.answering_export(models[1], VOCABULARY, RECIPE, lower_case=True)
+    answer = made.signatures["serving_default"]
+    questions = [f"the {letter}?" for letter in "abcdefgh"]
+    context = "a b c. d e f g the h i j k " * 9  # several windows
+    expected = [answer([question], [context]) for question in questions]
+    assert len({(*one["start"].numpy(), *one["end"].numpy()) for one in expected}) > 1
+    for contexts in ([context], [context] * len(questions)):
+        found = answer(questions, contexts)
+        for name, values in found.items():
+            alone = np.concatenate([one[name].numpy() for one in expected])
+            if name == "score":
+                np.testing.assert_allclose(values, alone, atol=1e-4)
+            else:
+                np.testing.assert_array_equal(values, alone)
+    for questions, contexts in ((["a"], ["b", "c"]), (["a", "b", "c"], ["d", "e"])):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="as many contexts as questions"):
+            answer(questions, contexts)
+
+
 def test_a_failed_export_leaves_the_older_one_whole(models, tmp_path, monkeypatch):
-    made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS)
+    made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True)
     folder = tmp_path / "model"
     saved_model.write_export(made, "first", str(folder))
 

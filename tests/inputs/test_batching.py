@@ -9,12 +9,36 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from inputs.batching import synthetic_batches
+from inputs.batching import integers_below, random_bits, synthetic_batches, uniform
 from recipes import find_recipe, resized
 from tasks import TASKS
 from training.monitor.progress import read_rows
 
 TRAIN = str(pathlib.Path(__file__).parents[2] / "train.py")
+
+
+def test_every_one_of_many_can_be_chosen():
+    """Of 2^26, 24 bits would choose only every fourth; of 40 million, 42 %."""
+    bits = random_bits(3, 7, tf.range(200_000, dtype=tf.int64), 1)[:, 0]
+    whole = [int(x) for x in bits.numpy()]
+    for limit in (2**26, 40_000_000):
+        found = integers_below(bits, limit).numpy()
+        assert found.tolist() == [(x >> 11) * limit >> 53 for x in whole]
+        if limit == 2**26:
+            assert np.bincount(found % 4) / len(found) == pytest.approx(0.25, abs=0.01)
+    limits = tf.constant([2**40, 5, 0, -1], tf.int64)
+    found = integers_below(bits[:4], limits).numpy()
+    assert found.tolist() == [whole[0] >> 24, (whole[1] >> 40) * 5 >> 24, 0, 0]
+
+
+@pytest.mark.parametrize("limit", [1, 9, 30_522, 2**18])
+def test_a_choice_among_few_is_that_of_earlier_versions(limit):
+    ids = tf.range(50_000, dtype=tf.int64)
+    draws = uniform(5, 2, ids, 3)
+    expected = tf.cast(tf.cast(draws, tf.float64) * limit, tf.int64)
+    found = integers_below(random_bits(5, 2, ids, 3), limit)
+    np.testing.assert_array_equal(found, expected)
+    assert set(np.unique(found)) <= set(range(limit))
 
 
 def test_synthetic_values_are_uniform_below_their_limits():

@@ -40,12 +40,79 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 def test_an_unusable_file_is_skipped_up_to_the_limit(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(["A line."] * 10))
     (tmp_path / "b.txt").write_text(" ")
-    (tmp_path / "c.txt.gz").write_bytes(b"plain")
     said = []
     assert read(tmp_path, max_share=0.2, log=said.append) == [["A line."] * 10]
-    assert "b.txt holds no text" in said[0] and "c.txt.gz is named .gz" in said[1]
-    with pytest.raises(InputError, match="b.txt holds no text. With it 2 of 13 records"):
+    assert "b.txt holds no text" in said[0]
+    with pytest.raises(InputError, match="b.txt holds no text. With it 1 of 12 records"):
+        read(tmp_path, max_share=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("z.txt.gz", b"plain", "With it 1 of 1 records of the file are damaged"),
+        (
+            "z.txt",
+            LATIN1[7:] * 3 + b"a line\n" * 2,
+            "line 1, byte 3: not UTF-8 .0xe9.. With it 3 of 5",
+        ),
+        ("z.jsonl", b'{"text": "x"}\n{"title": "x"}\nz', "not a document.* With it 2 of 3"),
+    ],
+)
+def test_a_wrong_file_is_not_within_the_tolerance(tmp_path, name, content, said):
+    """One wrong file among many good lines; the share of damaged records is far below the limit."""
+    (tmp_path / "a.txt").write_text("A line.\n" * 2_000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}.*{said}.*a wrong file"):
         read(tmp_path, max_share=0.1)
+    assert read(tmp_path, max_share=1.0)
+
+
+ENGLISH, RUSSIAN = "It rained.\r\nAll day.\r\n", "Шёл дождь.\nВесь день.\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "said"),
+    [
+        ("utf-16", b"", "is UTF-16, not UTF-8: its first bytes are a byte-order mark"),
+        ("utf-16-be", b"\xfe\xff", "is UTF-16, not UTF-8: its first bytes are a byte-order mark"),
+        ("utf-32", b"", "is UTF-32, not UTF-8: its first bytes are a byte-order mark"),
+        ("utf-32-be", b"\0\0\xfe\xff", "is UTF-32, not UTF-8"),
+        ("utf-16-le", b"", "is UTF-16LE, not UTF-8: 48% of its first line are NUL bytes"),
+        ("utf-16-be", b"", "is UTF-16BE, not UTF-8: 50% of its first line are NUL bytes"),
+        ("utf-32-le", b"", "is UTF-32LE, not UTF-8: 73% of its first line are NUL bytes"),
+        ("utf-32-be", b"", "is UTF-32BE, not UTF-8: 75% of its first line are NUL bytes"),
+    ],
+)
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz", "b.jsonl"])
+def test_other_encodings_are_named(tmp_path, encoding, mark, said, name):
+    """With the command that converts the file, although the tolerance would allow it."""
+    (tmp_path / "a.txt").write_text("A line.\n" * 20_000)
+    content = mark + ENGLISH.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    message = str(error.value)
+    assert f"{tmp_path}/{name} {said}" in message and "\n" not in message
+    known = said.split(",")[0].removeprefix("is ")
+    assert f"`iconv -f {known} -t UTF-8" in message
+    assert mark + ENGLISH.encode(encoding) == content  # iconv's names are Python's
+    assert content.decode(known).removeprefix("\ufeff") == ENGLISH
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_in_any_script_is_an_error(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("A line.\n" * 20_000)
+    (tmp_path / "b.txt").write_bytes((RUSSIAN * 20).encode(encoding))
+    with pytest.raises(InputError, match="b.txt.* records of the file are damaged"):
+        read(tmp_path)
+
+
+def test_a_line_with_a_nul_is_damaged(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One.\nTw\0o.\nThree.\nFour.\n")
+    said = []
+    assert read(tmp_path, max_share=0.3, log=said.append) == [["One.", "Three.", "Four."]]
+    assert "a.txt, line 2, byte 7: a NUL" in said[0]
 
 
 def test_json_lines_hold_paragraphs_or_text(tmp_path):
@@ -160,8 +227,8 @@ def test_installed_text_is_prose_without_repetitions():
 
 def test_learning_a_vocabulary_is_deterministic(tmp_path):
     texts = ["the cat sat on the mat", "The dog sat on the log", "a cat and a dog"] * 20
-    pieces = vocabulary.learn_vocabulary(texts, 60)
-    assert pieces == vocabulary.learn_vocabulary(texts, 60)
+    pieces = vocabulary.learn_vocabulary(texts, 60, lower_case=True)
+    assert pieces == vocabulary.learn_vocabulary(texts, 60, lower_case=True)
     assert set(vocabulary.SPECIAL_TOKENS) < set(pieces) and "the" in pieces and len(pieces) <= 60
     vocabulary.save_vocabulary(pieces, tmp_path / "vocab.txt")
     assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
@@ -171,8 +238,18 @@ def test_learning_a_vocabulary_is_deterministic(tmp_path):
     ("content", "said"),
     [
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n", r"lacks \[MASK\]"),
-        (b"\n".join(t.encode() for t in vocabulary.SPECIAL_TOKENS) + b"\nx\nx\n", "'x' twice"),
-        (b"\xff\xfe", "cannot be read as UTF-8"),
+        (
+            "\n".join([*vocabulary.SPECIAL_TOKENS, "x", "[unused6]", "x", ""]).encode(),
+            r"'x' in line 6 and in line 8, .*that of the last line\. Ids are line numbers.*"
+            r"Replace line 6 by \[unused7\]\. Only a vocabulary that no checkpoint",
+        ),
+        (
+            "\n".join([*vocabulary.SPECIAL_TOKENS, "x", "", "y"]).encode(),
+            r"line 7 is blank.*one lower.*Replace line 7 by \[unused7\]\. Only a vocabulary",
+        ),
+        (b"caf\xe9", "cannot be read as UTF-8"),
+        (b"\xff\xfe", "is UTF-16, not UTF-8.*iconv -f UTF-16 -t UTF-8 .*vocab.txt > NEW"),
+        ("[PAD]".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
     ],
 )
 def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
@@ -183,4 +260,4 @@ def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
 
 def test_no_vocabulary_without_words():
     with pytest.raises(InputError, match="has no word to learn"):
-        vocabulary.learn_vocabulary([], 100)
+        vocabulary.learn_vocabulary([], 100, lower_case=True)

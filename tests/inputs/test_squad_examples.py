@@ -14,7 +14,7 @@ from inputs.squad import examples, windows
 from inputs.squad import files as squad
 from inputs.squad.offsets import OffsetTokenizer, sanitized
 from inputs.text import vocabulary
-from inputs.text.tokenizing import make_tokenizer
+from inputs.text.tokenizing import WordPieces
 from tasks import squad_answers
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
@@ -39,6 +39,7 @@ def real(pieces, tmp_path_factory):
     return examples.Features(
         squad.read_squad(str(path)),
         pieces,
+        lower_case=True,
         sequence_length=LENGTH,
         max_query_length=QUERY,
         doc_stride=STRIDE,
@@ -60,8 +61,8 @@ def test_pieces_have_the_offsets_of_their_characters(pieces):
         "x" * 101 + " y": ["x" * 101, "y"],  # [UNK]
     }
     texts = list(expected)
-    ids, starts, ends = OffsetTokenizer(pieces).tokenize(tf.constant(texts))
-    assert ids.to_list() == make_tokenizer(pieces).tokenize(texts).to_list()
+    ids, starts, ends = OffsetTokenizer(pieces, lower_case=True).tokenize(tf.constant(texts))
+    assert ids.to_list() == WordPieces(pieces, lower_case=True).tokenize(texts).to_list()
     found = [
         [text.encode()[a:b].decode() for a, b in zip(first, last, strict=True)]
         for text, first, last in zip(texts, starts.to_list(), ends.to_list(), strict=True)
@@ -138,7 +139,7 @@ def test_rows_show_question_context_and_answer(real, pieces):
     everything = tf.range(real.num_examples, dtype=tf.int64), tf.ones([real.num_examples])
     batch = {key: value.numpy() for key, value in real.batch(*everything).items()}
     offsets = real.question_batch(*everything)["offset"].numpy()
-    tokenizer = make_tokenizer(pieces)
+    tokenizer = WordPieces(pieces, lower_case=True)
     questions = tokenizer.tokenize([q.text for q in real.squad.questions]).to_list()
     contexts = tokenizer.tokenize(real.squad.contexts).to_list()
     cls, sep, pad = (pieces.index(token) for token in ("[CLS]", "[SEP]", "[PAD]"))

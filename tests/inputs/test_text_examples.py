@@ -20,8 +20,8 @@ def words():
     """(vocabulary, training corpus, held-out corpus) of some installed text."""
     found = list(itertools.islice(installed_text.read_installed_text(), 1500))
     few = itertools.chain.from_iterable(found[:300])  # learning is slow
-    pieces = vocabulary.learn_vocabulary(few, 1500)
-    return pieces, *corpus.split_held_out(corpus.tokenize(found, pieces))
+    pieces = vocabulary.learn_vocabulary(few, 1500, lower_case=True)
+    return pieces, *corpus.split_held_out(corpus.tokenize(found, pieces, lower_case=True))
 
 
 def make(words, seed=1, whole_word=False, held_out=False):
@@ -132,7 +132,7 @@ def test_whole_words_are_masked_whole(words):
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_text_of_unknown_words_is_not_masked(words, whole_word):
     documents = [["\U0001f600 \U0001f601 " * (3 + i)] for i in range(20)]
-    unknown = corpus.tokenize(documents, words[0])
+    unknown = corpus.tokenize(documents, words[0], lower_case=True)
     examples = make((words[0], unknown), whole_word=whole_word)
     batch = joined(examples.training_batches(BATCH).take(3))
     unk, cls, sep = map(words[0].index, ("[UNK]", "[CLS]", "[SEP]"))
@@ -153,12 +153,13 @@ def test_held_out_documents_are_new(words):
 
 def test_a_repeated_document_is_dropped(words):
     twice = [["The same words here."], ["Others stand there."], ["the  same words HERE."]]
-    assert len(corpus.tokenize(twice, words[0]).documents) - 1 == 2
+    assert len(corpus.tokenize(twice, words[0], lower_case=True).documents) - 1 == 2
 
 
 def test_too_few_documents_are_refused(words):
     with pytest.raises(InputError, match="3 different documents, but at least 4"):
-        corpus.split_held_out(corpus.tokenize([["a b."], ["c d."], ["e f."]], words[0]))
+        three = [["a b."], ["c d."], ["e f."]]
+        corpus.split_held_out(corpus.tokenize(three, words[0], lower_case=True))
 
 
 def test_synthetic_batches_have_the_same_spec(words):

@@ -38,7 +38,7 @@ def read(entry):
 def test_hidden_and_system_files_are_no_text(tmp_path):
     contents = {
         "a.txt": "One.",
-        "._a.txt": "\0\5\26",
+        "._a.txt": "\5\26",
         ".ipynb_checkpoints/a-checkpoint.txt": "Old.",
         "__MACOSX/a.txt": "x",
         "lost+found/a.txt": "x",
@@ -49,7 +49,7 @@ def test_hidden_and_system_files_are_no_text(tmp_path):
     assert names == ["a.txt"]
     assert said == [f"{tmp_path}: 1 file to read; 5 passed over: 5 × hidden"]
     assert found(tmp_path / "**", tmp_path)[0] == ["a.txt"]
-    assert read(tmp_path / "._a.txt") == [["\0\5\26"]]  # it is named
+    assert read(tmp_path / "._a.txt") == [["\5\26"]]  # it is named
 
 
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path):

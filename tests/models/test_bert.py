@@ -47,7 +47,9 @@ def answer(model, tmp_path_factory):
     """A function that runs the SavedModel on batches of byte strings in a separate process."""
     folder = str(tmp_path_factory.mktemp("export") / "model")
     for _ in range(2):  # the second export replaces the first
-        write_export(pretrained_export(model, VOCABULARY, LENGTH), "a card", folder)
+        write_export(
+            pretrained_export(model, VOCABULARY, LENGTH, lower_case=True), "a card", folder
+        )
 
     def ask(*batches):
         payload = json.dumps([[text.hex() for text in batch] for batch in batches])

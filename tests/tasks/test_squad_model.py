@@ -86,10 +86,11 @@ def test_sums_match_values_computed_from_the_logits():
     assert (sums["span_accuracy"], counts["span"]) == (right, 2)
 
 
-def tfm_encoder(layers=SIZE.layers, width=SIZE.width):
+def tfm_encoder(layers=SIZE.layers, width=SIZE.width, rows=None):
     return networks.BertEncoder(
-        vocab_size=len(VOCABULARY), hidden_size=width, num_layers=layers, num_attention_heads=2,
-        inner_dim=4 * width, max_sequence_length=POSITIONS, type_vocab_size=2, dict_outputs=True,
+        vocab_size=rows or len(VOCABULARY), hidden_size=width, num_layers=layers,
+        num_attention_heads=2, inner_dim=4 * width, max_sequence_length=POSITIONS,
+        type_vocab_size=2, dict_outputs=True,
     )  # fmt: skip
 
 
@@ -235,6 +236,34 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
         np.testing.assert_array_equal(value, trained[name])
 
 
+def test_rows_of_padding_are_kept(data, in_process, tmp_path, capfd):
+    """From a checkpoint of 24 rows for 21 pieces: through training, saving, resuming and export."""
+    tf_keras.utils.set_random_seed(1)
+    rows = 24
+    assert len(VOCABULARY) == 21
+    encoder = tfm_encoder(rows=rows)
+    tf.train.Checkpoint(encoder=encoder).write(str(tmp_path / "pre/bert_model.ckpt"))
+    save_vocabulary(VOCABULARY, str(tmp_path / "pre/vocab.txt"))
+    run = tmp_path / "run"
+    arguments = [*SMALL, f"--data_dir={data}", f"--model_dir={run}"]
+    arguments += ["--set", f"init_from={tmp_path}/pre", "--set", "weight_decay=0"]
+    for steps in (2, 4):  # the second one goes on from the first
+        assert in_process([*arguments, f"--steps={steps}"]) == 0
+        said = capfd.readouterr().err
+        assert "has embeddings of 24 word pieces, 3 more than" in said
+    assert "Going on from step 2 of 4" in said
+    variables = bert.encoder_variables(encoder)
+    (name,) = (name for name in variables if name.startswith("word_embeddings/"))
+    given = variables[name].numpy()
+    for place in ("", "export/tf_models"):
+        saved = initial_weights.find_encoder(str(run / place))
+        assert saved.vocabulary_size == rows
+        kept = initial_weights.read_encoder(saved)[name]
+        assert np.array_equal(kept[21:], given[21:]) and not np.array_equal(kept, given)
+    config = json.loads((run / "export/tf_models" / weights.CONFIG).read_text())
+    assert config["vocab_size"] == rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -245,7 +274,7 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
         (["--set", "init_from=@CKPT", "--set", "model=mini"], "width 128 and 2 heads, but model="),
         (["--set", "init_from=@CKPT", "--set", "sequence_length=41"], "has only 40 rows"),
         (["--set", "init_from=@CKPT"], "--vocab is needed: there is no vocab.txt beside"),
-        (["--set", "init_from=@CKPT", "--vocab=@SHORT"], "has 6 word pieces, but"),
+        (["--set", "init_from=@CKPT", "--vocab=@LONG"], "has 22 word pieces, but"),
         (["--set", "init_from=@CKPT", "--vocab=@VOCAB", "--data_dir="], "SQuAD needs a folder"),
         (
             ["--set", "init_from=random", "--vocab=@VOCAB", "--set", "sequence_length=513"],
@@ -258,8 +287,8 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
 )
 def test_a_mistake_is_reported_in_one_line(arguments, said, data, tmp_path, in_process, capfd):
     tf.train.Checkpoint(encoder=tfm_encoder()).write(str(tmp_path / "pre/bert_model.ckpt"))
-    save_vocabulary([*SPECIAL_TOKENS, "a"], str(tmp_path / "short.txt"))
-    places = {"@DATA": data, "@CKPT": tmp_path / "pre", "@SHORT": tmp_path / "short.txt"}
+    save_vocabulary([*VOCABULARY, "more"], str(tmp_path / "long.txt"))
+    places = {"@DATA": data, "@CKPT": tmp_path / "pre", "@LONG": tmp_path / "long.txt"}
     places["@VOCAB"] = data / "vocab.txt"
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]

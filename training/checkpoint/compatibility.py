@@ -37,6 +37,10 @@ MAY_CHANGE = (
     "telemetry",
     "profile",
 )
+# Fields that earlier versions did not have, with the value that their runs had.
+ADDED = {"lower_case": True}
+# Fields of which None means that the task finds the value out, which it does after the first check.
+FOUND_OUT = ("lower_case",)
 
 
 def check_compatible(model_dir: str, recipe, **facts) -> None:
@@ -113,7 +117,9 @@ def _check_same_settings(model_dir: str, path: str, new: dict) -> dict:
             "Choose another folder."
         ) from None
     new = _flatten(new)
-    differing = [key for key in new if old.get(key) != new[key]]
+    old = {key: value for key, value in ADDED.items() if key in new} | old
+    left_out = {key for key in FOUND_OUT if new.get(key) is None}
+    differing = [key for key in new if key not in left_out and old.get(key) != new[key]]
     differing = [key for key in differing if key.rpartition(".")[2] not in MAY_CHANGE]
     if differing:
         pairs = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in differing)
