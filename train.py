@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import check_export_dir
 from inputs.errors import InputError
-from inputs.files import locked, write_json
+from inputs.files import locked, recover_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
 from training import optimizers, strategy
@@ -271,6 +271,8 @@ def main(arguments) -> int:
         if chief:
             stack.enter_context(locked(model_dir, "--model_dir", log=log))
             manager.recover(model_dir, log)
+            if recover_folder(export_dir):
+                log(f"{export_dir}: restored, because the process that replaced it was killed")
         # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
             where, recipe=recipe, seed=FLAGS.seed, steps_per_loop=FLAGS.steps_per_loop

@@ -49,6 +49,7 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
             f"--export_dir: {export_dir} contains --model_dir, and an export replaces the folder. "
             "Choose a separate folder."
         )
+    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
     occupied = os.path.isfile(export_dir) or (
         os.path.isdir(export_dir)
         and os.listdir(export_dir)
@@ -58,7 +59,6 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
         raise InputError(
             f"--export_dir: {export_dir} exists and is not a SavedModel. Choose another folder."
         )
-    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
 
 
 def write_export(export: Export, card: str, export_dir: str) -> None:

@@ -16,6 +16,7 @@ from inputs.errors import InputError
 
 LOCK = ".lock"
 NEW = ".new"  # suffix of a file that is not complete yet
+OLD = "old"  # the folder that is being replaced
 LOGGER = logging.getLogger(__name__)
 # What operating systems and archivers leave among other files. Names that begin with a dot are
 # left-overs, too: .ipynb_checkpoints, ._a.txt (macOS), .nfs0001, our own .lock.
@@ -163,21 +164,43 @@ def write_json(path: str, value, *, indent: int | None = 1) -> None:
 def atomic_folder(path: str) -> Iterator[str]:
     """Yields an empty folder to fill; it gets the name `path` when the block ends without an error.
 
-    An existing folder `path` is replaced. The temporary folder is always .NAME.new in the same
-    parent, so that the next writer removes what a killed process left there.
+    An existing folder `path` is replaced, with two renames. The temporary folder is always
+    .NAME.new in the same parent, so that the next writer finds what a killed process left there.
+    If it was killed between the renames, `recover_folder` gives the earlier folder its name back.
     """
-    parent, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(parent, f".{name}{NEW}")
+    temporary = _temporary_folder(path)
+    recover_folder(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         new = os.path.join(temporary, "new")
         os.makedirs(new)
         yield new
         if os.path.exists(path):
-            os.replace(path, os.path.join(temporary, "old"))
+            os.replace(path, os.path.join(temporary, OLD))
         os.replace(new, path)
     finally:
+        recover_folder(path)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(path: str) -> bool:
+    """Restores the folder `path` if `atomic_folder` was interrupted between its two renames.
+
+    Call it only where no other process writes the folder.
+
+    Returns:
+        Whether there was something to restore.
+    """
+    old = os.path.join(_temporary_folder(path), OLD)
+    if os.path.exists(path) or not os.path.exists(old):
+        return False
+    os.replace(old, path)
+    return True
+
+
+def _temporary_folder(path: str) -> str:
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(parent, f".{name}{NEW}")
 
 
 @contextlib.contextmanager

@@ -182,6 +182,50 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert saved_steps(str(tmp_path / "best")) == [50]
 
 
+@pytest.mark.parametrize("old_step", [10, 20])
+def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, monkeypatch):
+    """At any file operation; `old_step` 20: the files have the names of those they replace."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(operation):
+        folder = tmp_path / str(operation)
+        small = Small(folder).save_at(old_step)
+        BestCheckpoint(small.manager, ACCURACY)({"accuracy": 0.5})
+        small.save_at(30, 20)
+        counted = iter(range(99))
+
+        def counting(function):
+            def call(*arguments):
+                if next(counted) == operation:
+                    raise Killed
+                return function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "link", "remove"):
+                patch.setattr(manager.os, name, counting(getattr(os, name)))
+            try:
+                BestCheckpoint(small.manager, ACCURACY)._keep(
+                    str(folder / "ckpt-20"), {"accuracy": 0.9}
+                )
+                killed = False
+            except Killed:
+                killed = True
+        best = folder / "best"
+        assert manager.read_error(tf.train.latest_checkpoint(best)) is None, operation
+        # The next evaluation goes on from what is there.
+        BestCheckpoint(small.manager, ACCURACY)._keep(str(folder / "ckpt-30"), {"accuracy": 1.0})
+        assert saved_steps(str(best)) == [30] and not list(best.glob("*.new"))
+        assert manager.read_error(str(folder / "ckpt-20")) is None
+        return killed
+
+    assert [kill_at(operation) for operation in (0, 1, 2, 3, 4, 5, 6, 7)].count(True) >= 7
+    assert not kill_at(60)
+
+
 def python(code, *arguments):
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
