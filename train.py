@@ -14,7 +14,7 @@ import tempfile
 import time
 
 STARTED = time.perf_counter()  # before TensorFlow is imported, which takes seconds
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
+from inputs import process  # isort: split
 
 import numpy as np
 import tensorflow as tf
@@ -22,12 +22,12 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
-from export.saved_model import check_export_dir
+from export.saved_model import ClientFailed, check_export_dir
 from inputs.errors import InputError
 from inputs.files import locked, recover_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
-from training import optimizers, strategy
+from training import cluster, optimizers, strategy
 from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
 from training.monitor.divergence import Diverged
@@ -53,6 +53,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
 flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'. Default: the GPUs or the CPU.")
+flags.DEFINE_float(
+    "connect_seconds", 600, "How long to wait for the workers of TF_CONFIG, or for a TPU's address."
+)
 flags.DEFINE_integer("steps", None, "Total steps; phases and warm-up keep their share of them.")
 flags.DEFINE_integer("global_batch_size", None, "Examples per step, over all replicas.")
 flags.DEFINE_string(
@@ -71,6 +74,7 @@ flags.DEFINE_string("preflight_json", "", "File for the pre-flight's figures; it
 flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all TPU kernels.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
 
+MAX_SECONDS = 10**6  # of --connect_seconds
 DIVERGED = 3  # exit status of a run that diverged
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
@@ -101,6 +105,11 @@ def choose_recipe() -> Recipe:
         value = FLAGS[name].value
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+    if not 0 < FLAGS.connect_seconds <= MAX_SECONDS:
+        raise InputError(
+            f"--connect_seconds must lie in (0, {MAX_SECONDS}]. Received: "
+            f"--connect_seconds={FLAGS.connect_seconds:g}."
+        )
     with blame("--recipe"):
         recipe = recipes.find_recipe(FLAGS.recipe)
     if FLAGS.scaling == "none":
@@ -132,6 +141,17 @@ def choose_folders(recipe: Recipe):
         return
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
     yield model_dir, os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
+
+
+def connect() -> tf.distribute.Strategy:
+    """Returns the strategy of the run, once all of its machines can be reached."""
+    with handle_signals(log):
+        remote = cluster.wait_until_reachable(FLAGS.tpu, FLAGS.connect_seconds, log)
+    if not remote:
+        return strategy.connect(FLAGS.tpu)
+    log(f"Connecting, for at most {FLAGS.connect_seconds:g} s")
+    with cluster.time_limit(FLAGS.connect_seconds):
+        return strategy.connect(FLAGS.tpu)
 
 
 def check_replicas(recipe: Recipe, where) -> None:
@@ -212,7 +232,13 @@ Picture    {picture}
 Logs       tensorboard --logdir={model_dir}""",
         flush=True,
     )
-    task.demonstrate(export_dir)
+    try:
+        task.demonstrate(export_dir)
+    except (ClientFailed, OSError, ValueError) as error:  # a ValueError: a name or text, encoded
+        log(
+            "train.py: the run is complete, but export.client could not show examples of the "
+            f"SavedModel: {error}"
+        )
 
 
 def format_loss(loss: float | None) -> str:
@@ -246,6 +272,8 @@ def main(arguments) -> int:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     strategy.silence_tensorflow()
+    if process.ASKED_BACKEND not in ("", "tensorflow"):
+        log(f"KERAS_BACKEND={process.ASKED_BACKEND} is ignored: train.py runs on TensorFlow")
     recipe = choose_recipe()
     if FLAGS.preflight:
         from preflight import run as preflight  # training does not need its dependencies
@@ -263,7 +291,7 @@ def main(arguments) -> int:
         model_dir, export_dir = stack.enter_context(choose_folders(recipe))
         compatibility.check_compatible(model_dir, recipe, seed=FLAGS.seed)
         check_export_dir(export_dir, model_dir)
-        where = strategy.connect(FLAGS.tpu)
+        where = connect()
         check_replicas(recipe, where)
         chief = strategy.is_chief(where)
         log_line = log if chief else lambda line: None
@@ -304,6 +332,9 @@ def run(argv) -> int:
         log(f"train.py: {error}")
     except (OSError, tf.errors.OpError) as error:
         log(f"train.py: {describe_error(error)}")
+    except Interrupted as signal:
+        log(f"train.py: {signal}: stopped before the training began")
+        return signal.exit_status
     except KeyboardInterrupt:
         log("train.py: stopped. Nothing was saved after the last checkpoint.")
         return INTERRUPTED
@@ -332,4 +363,5 @@ def describe_error(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    process.escape_output()  # also for --help
     app.run(run)

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -278,8 +279,17 @@ def check_writable(folder: str, flag: str) -> None:
     """Makes the folder if it is missing, and writes a temporary file in it.
 
     Raises:
-        InputError: that failed. The message starts with `flag`.
+        InputError: that failed, or the folder's name is not text in UTF-8. The message starts with
+            `flag`.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{flag}: the name {os.fspath(folder)!r} is not UTF-8, or the locale, whose encoding "
+            f"is {sys.getfilesystemencoding()}, cannot decode it. Set LC_ALL=C.UTF-8, or choose "
+            "another folder."
+        ) from None
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 
+from inputs import process  # isort: split
+
 # This file runs without any installed package.
 try:
     from packaging.requirements import Requirement
@@ -403,4 +405,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(main, sys.argv[1:])

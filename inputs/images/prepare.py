@@ -18,11 +18,10 @@ import concurrent.futures
 import hashlib
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
+from inputs import process  # isort: split
 
 import tensorflow as tf
 
@@ -394,4 +393,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

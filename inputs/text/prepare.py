@@ -8,9 +8,8 @@ import argparse
 import hashlib
 import itertools
 import os
-import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
+from inputs import process  # isort: split
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
@@ -271,4 +270,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

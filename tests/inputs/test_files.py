@@ -142,6 +142,8 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     files.check_writable(tmp_path / "a/b", "--flag")
     assert names(tmp_path / "a/b") == []
+    with pytest.raises(InputError, match=r"^--flag: the name '.*caf\\udce9' is not UTF-8, or"):
+        files.check_writable(os.fsdecode(b"caf\xe9"), "--flag")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--flag: .*file/b cannot be written .Not a directory"):
         files.check_writable(tmp_path / "file/b", "--flag")

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorflow as tf
 
+from export.saved_model import ClientFailed
 from inputs.text.vocabulary import SPECIAL_TOKENS
+from recipes import find_recipe
 from training.checkpoint.manager import saved_step
 from training.monitor.progress import read_rows
 
@@ -202,6 +205,41 @@ def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, c
     assert "step 2/2" in said.err and "Traceback" not in said.err
     assert "no file is kept" in said.out and re.search(r"SavedModel \d", said.out)
     assert not model_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ClientFailed("it ended with exit status 1"),
+        OSError(28, "No space left on device"),
+        UnicodeEncodeError("ascii", "\u4e2d", 0, 1, "ordinal not in range"),
+    ],
+)
+def test_a_finished_run_without_its_examples_is_reported(error, in_process, tmp_path, capfd):
+    import train as program
+
+    def fail(export_dir):
+        raise error
+
+    task = types.SimpleNamespace(
+        example_unit="examples", data="data", describe=str, demonstrate=fail
+    )
+    progress = types.SimpleNamespace(examples_per_second=1.0, describe_speed=lambda: "1 example/s")
+    run = types.SimpleNamespace(
+        task=task,
+        recipe=find_recipe("bert-mini-demo"),
+        progress=progress,
+        model=types.SimpleNamespace(trainable_variables=[]),
+        strategy=types.SimpleNamespace(num_replicas_in_sync=1),
+    )
+    program.report(run, {"loss": 1.0}, str(tmp_path), "exported")
+    said = capfd.readouterr()
+    assert "SavedModel exported" in said.out
+    assert said.err == (
+        "train.py: the run is complete, but export.client could not show examples of the "
+        f"SavedModel: {error}\n"
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["loss"] == 1.0
 
 
 def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
