@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import time
 
 STARTED = time.perf_counter()  # before TensorFlow is imported, which takes seconds
@@ -23,8 +22,9 @@ from absl import app, flags, logging
 
 import recipes
 from export.saved_model import ClientFailed, check_export_dir
+from inputs import memory
 from inputs.errors import InputError
-from inputs.files import locked, recover_folder, write_json
+from inputs.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
 from training import cluster, optimizers, strategy
@@ -76,6 +76,10 @@ flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe;
 
 MAX_SECONDS = 10**6  # of --connect_seconds
 DIVERGED = 3  # exit status of a run that diverged
+LESS_MEMORY = (
+    "Add --set accumulation=2 or more, with which the same run goes on, or use a smaller "
+    "--global_batch_size in another --model_dir."
+)
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
@@ -99,6 +103,13 @@ def choose_recipe() -> Recipe:
     Raises:
         InputError: a flag has a wrong value.
     """
+    for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flag.present and any(isinstance(v, str) and not v.strip() for v in values):
+            raise InputError(
+                f"--{flag.name} is empty. Give a value, or leave --{flag.name} out (was it to come "
+                "from a variable that is not set?)."
+            )
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
@@ -136,7 +147,7 @@ def choose_recipe() -> Recipe:
 def choose_folders(recipe: Recipe):
     """Yields (model_dir, export_dir); a dry run uses a temporary folder."""
     if FLAGS.dry_run:
-        with tempfile.TemporaryDirectory(prefix="dry-run-") as folder:
+        with temporary_folder("dry-run-") as folder:
             yield folder, os.path.join(folder, "export")
         return
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
@@ -152,6 +163,13 @@ def connect() -> tf.distribute.Strategy:
     log(f"Connecting, for at most {FLAGS.connect_seconds:g} s")
     with cluster.time_limit(FLAGS.connect_seconds):
         return strategy.connect(FLAGS.tpu)
+
+
+def warn_of_shortage(needed: int, purpose: str) -> None:
+    """Says so, in each worker, if less than `needed` bytes of memory are free for `purpose`."""
+    shortage = memory.describe_shortage(needed, purpose)
+    if shortage:
+        log(f"train.py: {shortage}")
 
 
 def check_replicas(recipe: Recipe, where) -> None:
@@ -199,6 +217,10 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
             log=log_line,
             started=STARTED,
         )
+    if "CPU" in where.extended.worker_devices[0]:
+        weights = run.model.trainable_variables
+        size = sum(weight.dtype.size * int(np.prod(weight.shape)) for weight in weights)
+        warn_of_shortage(size * len(where.extended.worker_devices), "each step's gradients alone")
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
@@ -293,6 +315,7 @@ def main(arguments) -> int:
         check_export_dir(export_dir, model_dir)
         where = connect()
         check_replicas(recipe, where)
+        warn_of_shortage(memory.MINIMUM, "a small run")
         chief = strategy.is_chief(where)
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
@@ -335,6 +358,8 @@ def run(argv) -> int:
     except Interrupted as signal:
         log(f"train.py: {signal}: stopped before the training began")
         return signal.exit_status
+    except MemoryError:
+        log(f"train.py: out of memory. {LESS_MEMORY}")
     except KeyboardInterrupt:
         log("train.py: stopped. Nothing was saved after the last checkpoint.")
         return INTERRUPTED
@@ -350,6 +375,8 @@ def describe_error(error: Exception) -> str:
             f"({str(error).splitlines()[0]}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "

@@ -275,6 +275,24 @@ def first_writable(folders: list[str], flag: str, fix: str) -> str:
     raise InputError(f"{flag}: {', and '.join(reasons)}. {fix}")
 
 
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """Yields an empty folder among the system's temporary files, and removes it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"no temporary folder can be made ({error.strerror or error}). Set the environment "
+            "variable TMPDIR to a folder on a disk with free space."
+        ) from None
+    with folder as path:
+        yield path
+
+
 def check_writable(folder: str, flag: str) -> None:
     """Makes the folder if it is missing, and writes a temporary file in it.
 

@@ -3,12 +3,12 @@
 import contextlib
 import ctypes
 import os
-import tempfile
 
 import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import temporary_folder
 from training import cluster
 
 
@@ -77,7 +77,7 @@ def worker_folder(strategy: tf.distribute.Strategy, model_dir: str):
     if is_chief(strategy):
         yield model_dir
     else:
-        with tempfile.TemporaryDirectory(prefix="worker-") as folder:
+        with temporary_folder("worker-") as folder:
             yield folder
 
 

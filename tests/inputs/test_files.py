@@ -139,6 +139,21 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     assert "cannot be locked (No locks available)" in said[0]
 
 
+def test_a_temporary_folder_is_removed_or_its_absence_explained(monkeypatch):
+    with files.temporary_folder("mine-") as folder:
+        pathlib.Path(folder, "file").touch()
+        assert "mine-" in folder
+    assert not os.path.exists(folder)
+
+    def full(**arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(InputError, match=r"made \(No space left on device\)\. Set .* TMPDIR to"):
+        with files.temporary_folder("mine-"):
+            pass
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     files.check_writable(tmp_path / "a/b", "--flag")
     assert names(tmp_path / "a/b") == []

@@ -169,6 +169,21 @@ ACCURACY = Metric("accuracy", "count", higher_is_better=True)
 LOSS = Metric("the_loss", "count", higher_is_better=False)
 
 
+def test_a_worker_whose_temporary_folder_is_full_names_it(tmp_path, monkeypatch):
+    small = Small(tmp_path / "run")
+    small.manager._scratch = str(tmp_path / "worker-1/scratch")
+
+    def full(prefix, options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(small.manager, "_write", full)
+    with pytest.raises(SaveFailed) as error:
+        small.save_at(10)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/worker-1/scratch: the checkpoint of step 10 could not be")
+    assert "or set TMPDIR to a folder on another one; the same command resumes" in said
+
+
 def test_the_best_checkpoint_is_kept(tmp_path):
     small = Small(tmp_path, keep=2)
     for step, accuracy in ((10, 0.2), (20, 0.5), (30, 0.4), (40, 0.4), (50, float("nan"))):

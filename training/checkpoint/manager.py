@@ -213,10 +213,13 @@ class CheckpointManager(tf.train.CheckpointManager):
         except (OSError, tf.errors.OpError) as error:
             kept = saved_steps(self.directory)
             last = f"the last good one is of step {kept[-1]}" if kept else "there is no earlier one"
+            fix = "Free some space or repair the disk"
+            if self._scratch:
+                fix += ", or set TMPDIR to a folder on another one"
             raise SaveFailed(
-                f"{self.directory}: the checkpoint of step {step} could not be written "
-                f"({describe_disk_error(error) or error}); {last}. Free some space or repair the "
-                "disk; the same command resumes from there."
+                f"{self._scratch or self.directory}: the checkpoint of step {step} could not be "
+                f"written ({describe_disk_error(error) or error}); {last}. {fix}; the same command "
+                "resumes from there."
             ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
