@@ -23,7 +23,7 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import ClientFailed, check_export_dir
 from inputs import memory
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_empty
 from inputs.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
@@ -104,12 +104,9 @@ def choose_recipe() -> Recipe:
         InputError: a flag has a wrong value.
     """
     for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
-        values = flag.value if isinstance(flag.value, list) else [flag.value]
-        if flag.present and any(isinstance(v, str) and not v.strip() for v in values):
-            raise InputError(
-                f"--{flag.name} is empty. Give a value, or leave --{flag.name} out (was it to come "
-                "from a variable that is not set?)."
-            )
+        for value in flag.value if isinstance(flag.value, list) else [flag.value]:
+            if flag.present:
+                refuse_empty(**{flag.name: value})
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):

@@ -12,7 +12,7 @@ import os
 from inputs import process  # isort: split
 
 from inputs.bad_records import BadRecords
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_empty
 from inputs.files import LOCK, NEW, locked
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
@@ -247,6 +247,7 @@ def main(arguments=None) -> int:
     )
     flags = vars(parser.parse_args(arguments))
     try:
+        refuse_empty(**{name: flags[name] for name in ("input", "vocab", "output")})
         for name in ("workers", "shard_tokens"):
             if flags[name] < 1:
                 raise InputError(f"--{name} must be at least 1. Received: --{name}={flags[name]}.")

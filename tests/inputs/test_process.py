@@ -65,6 +65,20 @@ def test_a_backend_that_was_asked_for_is_mentioned(in_process, capfd, monkeypatc
         assert "KERAS_BACKEND" not in capfd.readouterr().err
 
 
+def test_a_flag_without_a_value_is_refused(capfd):
+    from inputs.images import prepare as images
+    from inputs.text import prepare as text
+
+    for main, arguments, empty in (
+        (text.main, ["--input=a.txt", "--vocab=v.txt", "--output="], "--output"),
+        (text.main, ["--input= ", "--vocab=v.txt", "--output=o"], "--input"),
+        (images.main, ["--source=", "--output=o"], "--source"),
+        (images.main, ["--source=s", "--output="], "--output"),
+    ):
+        assert main(arguments) == 1
+        assert f"{empty} is empty. Give a value, or leave" in capfd.readouterr().err
+
+
 def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
