@@ -54,7 +54,6 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
             f"--export_dir: {export_dir} contains --model_dir, and an export replaces the folder. "
             "Choose a separate folder."
         )
-    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
     occupied = os.path.isfile(export_dir) or (
         os.path.isdir(export_dir)
         and os.listdir(export_dir)
@@ -64,6 +63,7 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
         raise InputError(
             f"--export_dir: {export_dir} exists and is not a SavedModel. Choose another folder."
         )
+    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
 
 
 def write_export(export: Export, card: str, export_dir: str) -> None:
@@ -96,7 +96,7 @@ def run_client(export_dir: str, *inputs: str) -> None:
         ClientFailed: the client could not be started, failed, or did not end.
     """
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    arguments: list[str] | list[bytes] = [os.path.abspath(export_dir), *inputs]
+    arguments = [os.path.abspath(export_dir), *inputs]
     # The training process may hold all memory of the GPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
     try:

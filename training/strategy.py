@@ -112,9 +112,10 @@ def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:
     """Whether `error` is of a collective operation that failed because another worker ended."""
+    if not isinstance(error, tf.errors.UnavailableError) and "Collective ops" not in str(error):
+        return False
     config = cluster.read_cluster()
-    lost = isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
-    return lost and config is not None and len(config.workers) > 1
+    return config is not None and len(config.workers) > 1
 
 
 def _connect_workers(workers: int) -> tf.distribute.Strategy:
