@@ -253,6 +253,14 @@ def locked(
         yield
 
 
+def cache_folder() -> str:
+    """~/.cache/tf_lamb, or a folder of temporary files for a user who has no home folder."""
+    folder = os.path.expanduser("~/.cache/tf_lamb")
+    if folder.startswith("~"):  # HOME is not set, and the user has no entry in /etc/passwd
+        return os.path.join(tempfile.gettempdir(), f"tf_lamb-{os.getuid()}")
+    return folder
+
+
 def first_writable(folders: list[str], flag: str, fix: str) -> str:
     """The first folder that can be written and locked; it is made if it is missing.
 

@@ -22,6 +22,7 @@ import rich.console
 import rich.progress
 
 from inputs.errors import InputError
+from inputs.files import cache_folder
 from inputs.memory import free_memory
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,17 +31,7 @@ TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
-
-
-def _cache_folder() -> pathlib.Path:
-    """A folder in the user's home, or among the temporary files of a user without one."""
-    try:
-        return pathlib.Path("~/.cache/tf_lamb/preflight").expanduser()
-    except RuntimeError:
-        return pathlib.Path(tempfile.gettempdir(), f"tf_lamb-{os.getuid()}", "preflight")
-
-
-CACHE = _cache_folder()
+CACHE = pathlib.Path(cache_folder(), "preflight")
 
 
 def check_installed() -> None:

@@ -139,6 +139,13 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     assert "cannot be locked (No locks available)" in said[0]
 
 
+def test_the_cache_of_a_user_without_a_home_is_among_temporary_files(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert files.cache_folder() == "/home/me/.cache/tf_lamb"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert files.cache_folder() == f"{files.tempfile.gettempdir()}/tf_lamb-{os.getuid()}"
+
+
 def test_a_temporary_folder_is_removed_or_its_absence_explained(monkeypatch):
     with files.temporary_folder("mine-") as folder:
         pathlib.Path(folder, "file").touch()
