@@ -10,11 +10,10 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import time
 
 STARTED = time.perf_counter()  # before TensorFlow is imported, which takes seconds
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
+from inputs import process  # isort: split
 
 import numpy as np
 import tensorflow as tf
@@ -22,12 +21,13 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
-from export.saved_model import check_export_dir
-from inputs.errors import InputError
-from inputs.files import locked, write_json
+from export.saved_model import ClientFailed, check_export_dir
+from inputs import memory
+from inputs.errors import InputError, refuse_empty
+from inputs.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
-from training import optimizers, strategy
+from training import cluster, optimizers, strategy
 from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
 from training.monitor.divergence import Diverged
@@ -53,6 +53,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
 flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'. Default: the GPUs or the CPU.")
+flags.DEFINE_float(
+    "connect_seconds", 600, "How long to wait for the workers of TF_CONFIG, or for a TPU's address."
+)
 flags.DEFINE_integer("steps", None, "Total steps; phases and warm-up keep their share of them.")
 flags.DEFINE_integer("global_batch_size", None, "Examples per step, over all replicas.")
 flags.DEFINE_string(
@@ -71,7 +74,12 @@ flags.DEFINE_string("preflight_json", "", "File for the pre-flight's figures; it
 flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all TPU kernels.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
 
+MAX_SECONDS = 10**6  # of --connect_seconds
 DIVERGED = 3  # exit status of a run that diverged
+LESS_MEMORY = (
+    "Add --set accumulation=2 or more, with which the same run goes on, or use a smaller "
+    "--global_batch_size in another --model_dir."
+)
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
@@ -95,12 +103,21 @@ def choose_recipe() -> Recipe:
     Raises:
         InputError: a flag has a wrong value.
     """
+    for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
+        for value in flag.value if isinstance(flag.value, list) else [flag.value]:
+            if flag.present:
+                refuse_empty(**{flag.name: value})
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
         value = FLAGS[name].value
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+    if not 0 < FLAGS.connect_seconds <= MAX_SECONDS:
+        raise InputError(
+            f"--connect_seconds must lie in (0, {MAX_SECONDS}]. Received: "
+            f"--connect_seconds={FLAGS.connect_seconds:g}."
+        )
     with blame("--recipe"):
         recipe = recipes.find_recipe(FLAGS.recipe)
     if FLAGS.scaling == "none":
@@ -127,11 +144,29 @@ def choose_recipe() -> Recipe:
 def choose_folders(recipe: Recipe):
     """Yields (model_dir, export_dir); a dry run uses a temporary folder."""
     if FLAGS.dry_run:
-        with tempfile.TemporaryDirectory(prefix="dry-run-") as folder:
+        with temporary_folder("dry-run-") as folder:
             yield folder, os.path.join(folder, "export")
         return
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
     yield model_dir, os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
+
+
+def connect() -> tf.distribute.Strategy:
+    """Returns the strategy of the run, once all of its machines can be reached."""
+    with handle_signals(log):
+        remote = cluster.wait_until_reachable(FLAGS.tpu, FLAGS.connect_seconds, log)
+    if not remote:
+        return strategy.connect(FLAGS.tpu)
+    log(f"Connecting, for at most {FLAGS.connect_seconds:g} s")
+    with cluster.time_limit(FLAGS.connect_seconds):
+        return strategy.connect(FLAGS.tpu)
+
+
+def warn_of_shortage(needed: int, purpose: str) -> None:
+    """Says so, in each worker, if less than `needed` bytes of memory are free for `purpose`."""
+    shortage = memory.describe_shortage(needed, purpose)
+    if shortage:
+        log(f"train.py: {shortage}")
 
 
 def check_replicas(recipe: Recipe, where) -> None:
@@ -179,6 +214,10 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
             log=log_line,
             started=STARTED,
         )
+    if "CPU" in where.extended.worker_devices[0]:
+        weights = run.model.trainable_variables
+        size = sum(weight.dtype.size * int(np.prod(weight.shape)) for weight in weights)
+        warn_of_shortage(size * len(where.extended.worker_devices), "each step's gradients alone")
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
@@ -212,7 +251,13 @@ Picture    {picture}
 Logs       tensorboard --logdir={model_dir}""",
         flush=True,
     )
-    task.demonstrate(export_dir)
+    try:
+        task.demonstrate(export_dir)
+    except (ClientFailed, OSError, ValueError) as error:  # a ValueError: a name or text, encoded
+        log(
+            "train.py: the run is complete, but export.client could not show examples of the "
+            f"SavedModel: {error}"
+        )
 
 
 def format_loss(loss: float | None) -> str:
@@ -246,6 +291,8 @@ def main(arguments) -> int:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     strategy.silence_tensorflow()
+    if process.ASKED_BACKEND not in ("", "tensorflow"):
+        log(f"KERAS_BACKEND={process.ASKED_BACKEND} is ignored: train.py runs on TensorFlow")
     recipe = choose_recipe()
     if FLAGS.preflight:
         from preflight import run as preflight  # training does not need its dependencies
@@ -263,14 +310,17 @@ def main(arguments) -> int:
         model_dir, export_dir = stack.enter_context(choose_folders(recipe))
         compatibility.check_compatible(model_dir, recipe, seed=FLAGS.seed)
         check_export_dir(export_dir, model_dir)
-        where = strategy.connect(FLAGS.tpu)
+        where = connect()
         check_replicas(recipe, where)
+        warn_of_shortage(memory.MINIMUM, "a small run")
         chief = strategy.is_chief(where)
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
         if chief:
             stack.enter_context(locked(model_dir, "--model_dir", log=log))
             manager.recover(model_dir, log)
+            if recover_folder(export_dir):
+                log(f"{export_dir}: restored, because the process that replaced it was killed")
         # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
             where, recipe=recipe, seed=FLAGS.seed, steps_per_loop=FLAGS.steps_per_loop
@@ -302,6 +352,11 @@ def run(argv) -> int:
         log(f"train.py: {error}")
     except (OSError, tf.errors.OpError) as error:
         log(f"train.py: {describe_error(error)}")
+    except Interrupted as signal:
+        log(f"train.py: {signal}: stopped before the training began")
+        return signal.exit_status
+    except MemoryError:
+        log(f"train.py: out of memory. {LESS_MEMORY}")
     except KeyboardInterrupt:
         log("train.py: stopped. Nothing was saved after the last checkpoint.")
         return INTERRUPTED
@@ -317,6 +372,8 @@ def describe_error(error: Exception) -> str:
             f"({str(error).splitlines()[0]}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
@@ -330,4 +387,5 @@ def describe_error(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    process.escape_output()  # also for --help
     app.run(run)

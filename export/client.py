@@ -14,7 +14,9 @@ import os
 import pathlib
 import sys
 
+# As inputs/process.py, which a copy of this file does not have.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+os.environ["KERAS_BACKEND"] = "tensorflow"  # tensorflow_text imports Keras
 
 import tensorflow as tf
 
@@ -53,9 +55,17 @@ def load_signature(export_dir: str):
     return signatures[SIGNATURE]
 
 
+def utf8(text: str) -> bytes:
+    """An argument of the command line in UTF-8, also where the locale cannot decode it."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # Python has kept its bytes
+        return os.fsencode(text)
+
+
 def fill_masks(signature, *texts: str) -> None:
     """Prints each text and, for each of its masks, the most likely word pieces."""
-    outputs = signature(text=tf.constant(texts))
+    outputs = signature(text=tf.constant([*map(utf8, texts)]))
     columns = (outputs[key].numpy() for key in ("tokens", "probabilities", "masks"))
     for text, tokens, probabilities, masks in zip(texts, *columns, strict=True):
         print(f"  {text}")
@@ -69,8 +79,8 @@ def answer_questions(signature, context: str, *questions: str) -> None:
     if not questions:
         raise ClientError("this model answers questions about a context. Give CONTEXT QUESTION...")
     # One for each question: exports of earlier versions do not repeat a single context.
-    contexts = tf.fill([len(questions)], context)
-    outputs = signature(question=tf.constant(questions), context=contexts)
+    contexts = tf.fill([len(questions)], utf8(context))
+    outputs = signature(question=tf.constant([*map(utf8, questions)]), context=contexts)
     columns = (outputs[key].numpy() for key in ("answer", "start", "end", "score"))
     print(f"  {context}")
     for question, answer, start, end, score in zip(questions, *columns, strict=True):
@@ -147,4 +157,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where it cannot encode a character
     sys.exit(main(sys.argv[1:]))

@@ -14,6 +14,11 @@ from inputs.text.casing import TOKENIZER
 from inputs.text.vocabulary import save_vocabulary
 
 CARD, WEIGHTS = "model_card.md", "tf_models"
+CLIENT_SECONDS = 600  # the client starts in seconds; a busy machine takes a minute
+
+
+class ClientFailed(Exception):
+    """The client did not run to its end. The message says how it ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,8 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
             save_vocabulary(export.vocabulary, os.path.join(weights, "vocab.txt"))
             write_json(os.path.join(weights, TOKENIZER), {"do_lower_case": export.lower_case})
         with open(os.path.join(fresh, CARD), "w", encoding="utf-8") as file:
-            file.write(card)
+            # Names of files that the locale cannot decode keep their bytes, if these are UTF-8.
+            file.write(card.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
 def run_client(export_dir: str, *inputs: str) -> None:
@@ -91,10 +97,25 @@ def run_client(export_dir: str, *inputs: str) -> None:
         inputs: as the client takes them.
 
     Raises:
-        subprocess.CalledProcessError: the client failed.
+        ClientFailed: the client could not be started, failed, or did not end.
     """
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = [sys.executable, "-m", "export.client", os.path.abspath(export_dir), *inputs]
+    arguments = [os.path.abspath(export_dir), *inputs]
     # The training process may hold all memory of the GPU.
-    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
-    subprocess.run(command, cwd=folder, env=on_cpu, check=True)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
+    try:
+        for argument in arguments:
+            os.fsencode(argument)
+    except UnicodeEncodeError:  # the locale's encoding lacks a character of the text
+        arguments = [argument.encode("utf-8", "surrogateescape") for argument in arguments]
+        environment["PYTHONUTF8"] = "1"  # the client ignores the locale, except for its output
+        environment["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    command = [sys.executable, "-m", "export.client", *arguments]
+    try:
+        subprocess.run(command, cwd=folder, env=environment, check=True, timeout=CLIENT_SECONDS)
+    except subprocess.CalledProcessError as error:
+        raise ClientFailed(f"it ended with exit status {error.returncode}") from None
+    except subprocess.TimeoutExpired:
+        raise ClientFailed(f"it did not end within {CLIENT_SECONDS} s") from None
+    except OSError as error:
+        raise ClientFailed(f"it could not be started: {error.strerror}") from None

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -16,6 +17,7 @@ from inputs.errors import InputError
 
 LOCK = ".lock"
 NEW = ".new"  # suffix of a file that is not complete yet
+OLD = "old"  # the folder that is being replaced
 LOGGER = logging.getLogger(__name__)
 # What operating systems and archivers leave among other files. Names that begin with a dot are
 # left-overs, too: .ipynb_checkpoints, ._a.txt (macOS), .nfs0001, our own .lock.
@@ -163,21 +165,43 @@ def write_json(path: str, value, *, indent: int | None = 1) -> None:
 def atomic_folder(path: str) -> Iterator[str]:
     """Yields an empty folder to fill; it gets the name `path` when the block ends without an error.
 
-    An existing folder `path` is replaced. The temporary folder is always .NAME.new in the same
-    parent, so that the next writer removes what a killed process left there.
+    An existing folder `path` is replaced, with two renames. The temporary folder is always
+    .NAME.new in the same parent, so that the next writer finds what a killed process left there.
+    If it was killed between the renames, `recover_folder` gives the earlier folder its name back.
     """
-    parent, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(parent, f".{name}{NEW}")
+    temporary = _temporary_folder(path)
+    recover_folder(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         new = os.path.join(temporary, "new")
         os.makedirs(new)
         yield new
         if os.path.exists(path):
-            os.replace(path, os.path.join(temporary, "old"))
+            os.replace(path, os.path.join(temporary, OLD))
         os.replace(new, path)
     finally:
+        recover_folder(path)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(path: str) -> bool:
+    """Restores the folder `path` if `atomic_folder` was interrupted between its two renames.
+
+    Call it only where no other process writes the folder.
+
+    Returns:
+        Whether there was something to restore.
+    """
+    old = os.path.join(_temporary_folder(path), OLD)
+    if os.path.exists(path) or not os.path.exists(old):
+        return False
+    os.replace(old, path)
+    return True
+
+
+def _temporary_folder(path: str) -> str:
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(parent, f".{name}{NEW}")
 
 
 @contextlib.contextmanager
@@ -229,6 +253,14 @@ def locked(
         yield
 
 
+def cache_folder() -> str:
+    """~/.cache/tf_lamb, or a folder of temporary files for a user who has no home folder."""
+    folder = os.path.expanduser("~/.cache/tf_lamb")
+    if folder.startswith("~"):  # HOME is not set, and the user has no entry in /etc/passwd
+        return os.path.join(tempfile.gettempdir(), f"tf_lamb-{os.getuid()}")
+    return folder
+
+
 def first_writable(folders: list[str], flag: str, fix: str) -> str:
     """The first folder that can be written and locked; it is made if it is missing.
 
@@ -251,12 +283,39 @@ def first_writable(folders: list[str], flag: str, fix: str) -> str:
     raise InputError(f"{flag}: {', and '.join(reasons)}. {fix}")
 
 
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """Yields an empty folder among the system's temporary files, and removes it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"no temporary folder can be made ({error.strerror or error}). Set the environment "
+            "variable TMPDIR to a folder on a disk with free space."
+        ) from None
+    with folder as path:
+        yield path
+
+
 def check_writable(folder: str, flag: str) -> None:
     """Makes the folder if it is missing, and writes a temporary file in it.
 
     Raises:
-        InputError: that failed. The message starts with `flag`.
+        InputError: that failed, or the folder's name is not text in UTF-8. The message starts with
+            `flag`.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{flag}: the name {os.fspath(folder)!r} is not UTF-8, or the locale, whose encoding "
+            f"is {sys.getfilesystemencoding()}, cannot decode it. Set LC_ALL=C.UTF-8, or choose "
+            "another folder."
+        ) from None
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -22,14 +22,16 @@ import rich.console
 import rich.progress
 
 from inputs.errors import InputError
+from inputs.files import cache_folder
+from inputs.memory import free_memory
 
 ROOT = pathlib.Path(__file__).parent.parent
-CACHE = pathlib.Path("~/.cache/tf_lamb/preflight").expanduser()
 REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the extra `preflight` pins the same
 TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
+CACHE = pathlib.Path(cache_folder(), "preflight")
 
 
 def check_installed() -> None:
@@ -265,8 +267,8 @@ class Children:
                 return
             except subprocess.TimeoutExpired:
                 pass
-            free = psutil.virtual_memory().available
-            if free < RESERVED_BYTES:
+            free = free_memory()
+            if free is not None and free < RESERVED_BYTES:
                 used = psutil.Process(child.pid).memory_info().rss / 2**30
                 raise InputError(
                     f"{task}: the host's memory is not sufficient. The process used {used:.1f} GiB "

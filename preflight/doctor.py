@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 
+from inputs import process  # isort: split
+
 # This file runs without any installed package.
 try:
     from packaging.requirements import Requirement
@@ -31,10 +33,10 @@ except ImportError:
         return name.lower().replace("_", "-")
 
 
+from inputs.memory import GIB, MINIMUM, free_memory
 from preflight.probe import IMPORTS, STAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
-GIB = 2**30
 # Supported Python versions: from, below. TensorFlow 2.20 or a package that depends on it has no
 # wheel for others.
 PYTHON_VERSIONS = ((3, 10), (3, 13))
@@ -50,7 +52,7 @@ SAME_MINOR = (*TENSORFLOW_WHEELS, "tensorflow-text", "tf-keras", "tf-models-offi
 MAX_LISTED = 5  # packages listed by name
 
 MIN_DISK = (1 * GIB, 20 * GIB)  # error, warning; three checkpoints of BERT-Large take 12 GiB
-MIN_MEMORY = (1 * GIB, 4 * GIB)  # error, warning; BERT-base with its slots takes 2 GiB
+MIN_MEMORY = (MINIMUM, 4 * GIB)  # error, warning; BERT-base with its slots takes 2 GiB
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
@@ -330,22 +332,6 @@ def _check_amount(check, amount, limits, text, fix) -> Finding:
     return Finding(ERROR if amount < error_below else WARNING, check, message, fix)
 
 
-def free_memory() -> int | None:
-    """Bytes that a process can allocate, by the machine and the control group; None if unknown."""
-    known = []
-    try:
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                known.append(int(line.split()[1]) * 1024)
-        group = pathlib.Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            known.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(known, default=None)
-
-
 # The command
 
 
@@ -403,4 +389,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(main, sys.argv[1:])

@@ -8,6 +8,8 @@
 import pathlib
 import sys
 
+from inputs import process  # isort: split
+
 import recipes
 from inputs.errors import InputError
 from preflight import estimate
@@ -206,4 +208,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(main, sys.argv[1:])

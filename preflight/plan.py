@@ -9,10 +9,9 @@ accumulation and time come from the pre-flight (`preflight.run`).
 
 import argparse
 import dataclasses
-import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
@@ -165,4 +164,4 @@ def main(arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(main, sys.argv[1:])

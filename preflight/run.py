@@ -11,7 +11,7 @@ import os
 import tempfile
 
 from inputs.errors import InputError
-from inputs.files import atomic_write
+from inputs.files import atomic_write, temporary_folder
 from preflight import estimate
 from preflight.children import (
     ChildFailed,
@@ -312,7 +312,7 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
         search: as for `PhaseExaminer`.
         strict: whether to check TensorFlow's TPU kernels, too.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("preflight-") as folder:
         children = Children(progress, folder)
         examiner = PhaseExaminer(recipe, topologies, children, search)
         results = []

@@ -8,6 +8,46 @@ import typing
 from recipes.types import Recipe
 
 NOT_SETTABLE = ("name", "task", "phases", "examples")
+# Names of other programs and papers -> the field here, where spelling does not lead to it.
+OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "lr", "base_lr", "max_lr"), "peak_learning_rate"),
+    **dict.fromkeys(("min_lr", "final_learning_rate"), "end_learning_rate"),
+    **dict.fromkeys(("batch_size", "bs", "train_batch_size"), "global_batch_size"),
+    **dict.fromkeys(("num_steps", "train_steps", "max_steps", "num_train_steps"), "steps"),
+    **dict.fromkeys(("warmup", "warmup_proportion", "warmup_ratio"), "warmup_steps"),
+    **dict.fromkeys(("wd", "decay", "weight_decay_rate", "l2"), "weight_decay"),
+    **dict.fromkeys(("clip_norm", "clipnorm", "max_grad_norm", "grad_clip"), "global_clipnorm"),
+    **dict.fromkeys(("eps", "adam_epsilon"), "epsilon"),
+    **dict.fromkeys(("beta1", "adam_beta1"), "beta_1"),
+    **dict.fromkeys(("beta2", "adam_beta2"), "beta_2"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accum_steps"), "accumulation"),
+    **dict.fromkeys(("dtype", "precision", "mixed_precision", "bf16", "fp16"), "compute_dtype"),
+    **dict.fromkeys(("xla", "use_xla"), "jit_compile"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "seq_length", "seq_len"), "sequence_length"),
+    **dict.fromkeys(("max_predictions_per_seq", "predictions_per_seq"), "predictions"),
+    **dict.fromkeys(("vocab_size",), "vocabulary_size"),
+    **dict.fromkeys(("dropout_rate", "hidden_dropout_prob"), "dropout"),
+    **dict.fromkeys(("initializer_range",), "initializer_stddev"),
+    **dict.fromkeys(("eval_steps", "eval_every"), "evaluate_every_steps"),
+    **dict.fromkeys(
+        ("save_steps", "checkpoint_every", "save_checkpoints_steps"), "save_every_steps"
+    ),
+    **dict.fromkeys(("max_to_keep", "save_total_limit"), "keep_checkpoints"),
+    **dict.fromkeys(("init_checkpoint", "checkpoint"), "init_from"),
+    **dict.fromkeys(("eeta", "eta", "trust_coef"), "trust_coefficient"),
+}
+# Names that are not fields of a recipe -> what to do instead.
+INSTEAD = {
+    **dict.fromkeys(
+        ("epochs", "epoch", "num_epochs", "num_train_epochs", "train_epochs"),
+        "Runs are measured in steps: examples x epochs / global_batch_size. Give --steps.",
+    ),
+    **dict.fromkeys(("name", "task"), "It belongs to the recipe. Choose one with --recipe."),
+    "recipe": "Choose the recipe with --recipe.",
+    "phases": "Set the fields of a phase, such as phase1.steps.",
+    **dict.fromkeys(("model_dir", "data_dir", "export_dir", "vocab"), "It is a flag of its own."),
+    **dict.fromkeys(("seed", "steps_per_loop", "tpu", "scaling"), "It is a flag of its own."),
+}
 
 
 def override(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -43,7 +83,7 @@ def override(recipe: Recipe, assignments: list[str]) -> Recipe:
             ]
             if phase_name and phase_field in in_phase:
                 known = [f"{phase}.{phase_field}" for phase in phase_indices]
-            raise ValueError(f"no field is called {field!r}. {nearest_name(field, known)}")
+            raise ValueError(f"no field is called {field!r}. {_advice(field, known)}")
         changed = {phase_field: _parse_value(recipe.phases[0], phase_field, text)}
         if phase_field in ("steps", "global_batch_size"):
             changed["examples"] = None
@@ -89,6 +129,18 @@ def nearest_name(name: str, known) -> str:
     """Returns a sentence with the name in `known` nearest to `name`, or with all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(sorted(known))}."
+
+
+def _advice(field: str, known: list[str]) -> str:
+    """What to write instead of an unknown field, of a recipe whose fields are `known`."""
+    prefix, dot, name = field.rpartition(".")
+    key = name.lower().replace("-", "_")
+    if key in INSTEAD:
+        return INSTEAD[key]
+    other = OTHER_NAMES.get(key, key)
+    if other in known:
+        return f"Did you mean {prefix + dot + other!r}?"
+    return nearest_name(field, known)
 
 
 def _parse_value(recipe, field: str, text: str):

@@ -140,7 +140,11 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings of a run except its data."""
+    """All settings of a run except its data.
+
+    A field that is added later needs a default, the value that all earlier runs had: a run that is
+    resumed had that value (training/checkpoint/compatibility.py).
+    """
 
     name: str  # what `--recipe` selects
     reference: str  # source of the constants

@@ -2,14 +2,14 @@
 
 import contextlib
 import ctypes
-import json
 import os
-import tempfile
 
 import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import temporary_folder
+from training import cluster
 
 
 def silence_tensorflow() -> None:
@@ -43,51 +43,12 @@ def connect(tpu: str) -> tf.distribute.Strategy:
     """
     if tpu:
         return _connect_tpu(tpu)
-    workers = count_workers(os.environ.get("TF_CONFIG", ""))
-    if workers > 1:
-        return _connect_workers(workers)
+    config = cluster.read_cluster()
+    if config and len(config.workers) > 1:
+        return _connect_workers(len(config.workers))
     if tf.config.list_physical_devices("GPU"):
         return tf.distribute.MirroredStrategy()
     return tf.distribute.OneDeviceStrategy("/cpu:0")
-
-
-def count_workers(tf_config: str) -> int:
-    """Returns the number of processes in the cluster of TF_CONFIG; 1 if the text is empty.
-
-    Raises:
-        InputError: the text is not JSON, or not of a cluster with this process as a worker.
-    """
-    if not tf_config:
-        return 1
-    example = (
-        '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, '
-        '"task": {"type": "worker", "index": 0}}'
-    )
-
-    def wrong(what):
-        return InputError(f"TF_CONFIG {what}. Write it like {example}, or unset it.")
-
-    try:
-        config = json.loads(tf_config)
-    except ValueError as error:
-        raise wrong(f"is not JSON ({error})") from None
-    cluster = config.get("cluster") if isinstance(config, dict) else None
-    jobs = ("chief", "worker")
-    if not isinstance(cluster, dict) or not any(cluster.get(job) for job in jobs):
-        raise wrong("names no cluster of workers")
-    for job, addresses in cluster.items():
-        if job not in jobs:
-            raise wrong(f"has a job {job!r}; only chief and worker are supported")
-        if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
-            raise wrong(f"gives no list of addresses for {job!r}")
-    task = config.get("task")
-    job, index = (task.get("type"), task.get("index")) if isinstance(task, dict) else (None, None)
-    count = len(cluster.get(job) or ()) if isinstance(job, str) else 0
-    if not isinstance(index, int) or not 0 <= index < count:
-        raise wrong(
-            f"says that this process is {job!r} number {index}, which is not in its cluster"
-        )
-    return sum(len(addresses) for addresses in cluster.values())
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
@@ -116,7 +77,7 @@ def worker_folder(strategy: tf.distribute.Strategy, model_dir: str):
     if is_chief(strategy):
         yield model_dir
     else:
-        with tempfile.TemporaryDirectory(prefix="worker-") as folder:
+        with temporary_folder("worker-") as folder:
             yield folder
 
 
@@ -151,9 +112,10 @@ def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:
     """Whether `error` is of a collective operation that failed because another worker ended."""
-    together = count_workers(os.environ.get("TF_CONFIG", "")) > 1
-    lost = isinstance(error, tf.errors.UnavailableError) or "Collective ops" in str(error)
-    return together and lost
+    if not isinstance(error, tf.errors.UnavailableError) and "Collective ops" not in str(error):
+        return False
+    config = cluster.read_cluster()
+    return config is not None and len(config.workers) > 1
 
 
 def _connect_workers(workers: int) -> tf.distribute.Strategy:
@@ -168,8 +130,19 @@ def _connect_workers(workers: int) -> tf.distribute.Strategy:
 
 
 def _connect_tpu(tpu: str) -> tf.distribute.Strategy:
+    addresses = cluster.tpu_addresses(tpu)
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu)
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+            # Without the scheme an address would be looked up as a name.
+            ",".join(f"grpc://{host}:{port}" for host, port in addresses) or tpu
+        )
+    except Exception as error:  # of the look-up in Google Cloud: network, credentials, HTTP, JSON
+        raise InputError(
+            f"--tpu={tpu}: this name cannot be looked up ({_first_line(error)}). A TPU's name is "
+            "known in its own Google Cloud project only; elsewhere give its address, "
+            "grpc://HOST:PORT, or leave --tpu out to train on GPU or CPU."
+        ) from None
+    try:
         if tpu != "local":
             tf.config.experimental_connect_to_cluster(resolver)
         topology = tf.tpu.experimental.initialize_tpu_system(resolver)

@@ -18,15 +18,14 @@ import concurrent.futures
 import hashlib
 import itertools
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
+from inputs import process  # isort: split
 
 import tensorflow as tf
 
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_empty
 from inputs.files import list_folder, locked, read_json
 from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
 from inputs.images.sources import Class, Item, Source, read_classes
@@ -372,6 +371,7 @@ def main(arguments=None) -> int:
     flags = parser.parse_args(arguments)
     request = {"source": os.path.abspath(flags.source), "label_base": flags.label_base}
     try:
+        refuse_empty(source=flags.source, output=flags.output)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
             for source in found:
@@ -394,4 +394,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

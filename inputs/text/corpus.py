@@ -15,7 +15,7 @@ import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import first_writable, locked
+from inputs.files import cache_folder, first_writable, locked
 from inputs.shards import MANIFEST
 from inputs.text import chunks, mapped_arrays, unknown
 from inputs.text.shards import load_manifest, read_shard
@@ -25,7 +25,6 @@ from inputs.text.vocabulary import SEP, UNK, load_vocabulary, vocabulary_hash
 HELD_OUT_SHARE = 0.02
 RECENT_KEYS = 2**18
 LAYOUT = "memory_map"  # folder of the mapped files, inside the prepared folder or a cache
-CACHE = "~/.cache/tf_lamb"  # for prepared folders that cannot be written
 CACHE_FIX = (
     "The token ids are written there once, to be memory-mapped. Give a folder for them with "
     "--cache_dir."
@@ -289,7 +288,8 @@ def load_prepared(
             f"{manifest['vocabulary_hash']}. {fix}"
         )
     fingerprint = manifest["fingerprint"]
-    cache = os.path.join(os.path.expanduser(cache_dir or CACHE), fingerprint)
+    cache = os.path.expanduser(cache_dir) if cache_dir else cache_folder()
+    cache = os.path.join(cache, fingerprint)
     homes = [cache] if cache_dir else [folder, cache]
     found = next(filter(None, (_open_layout(home, fingerprint, cache) for home in homes)), None)
     if found is None:

@@ -9,14 +9,13 @@ import collections
 import hashlib
 import itertools
 import os
-import sys
+
+from inputs import process  # isort: split
 
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: its start-up messages
-
 from inputs.bad_records import BadRecords
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_empty
 from inputs.files import LOCK, NEW, locked
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
@@ -297,6 +296,7 @@ def main(arguments=None) -> int:
     flags = vars(parser.parse_args(arguments))
     flags["lower_case"] = CASES[flags["lower_case"]]
     try:
+        refuse_empty(**{name: flags[name] for name in ("input", "vocab", "output")})
         for name in ("workers", "shard_tokens"):
             if flags[name] < 1:
                 raise InputError(f"--{name} must be at least 1. Received: --{name}={flags[name]}.")
@@ -320,4 +320,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

@@ -1,9 +1,14 @@
 """The client: output for each kind of export, and one sentence for each kind of error."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import tensorflow as tf
 
-from export import client
+from export import client, saved_model
 
 TEXT = {"text": ([None], tf.string)}
 QUESTION = {"question": ([None], tf.string), "context": ([None], tf.string)}
@@ -33,6 +38,56 @@ def test_masks_are_filled(tmp_path, capsys):
     assert client.main([folder, "no mask", "[MASK] and [MASK]"]) == 0
     line = "     word 75 %, word 25 %\n"
     assert capsys.readouterr().out == f"  no mask\n  [MASK] and [MASK]\n{line}{line}"
+
+
+def test_text_that_the_locale_cannot_encode_is_passed_to_the_client(tmp_path):
+    """As at the end of a run on Chinese text under LC_ALL=C."""
+
+    def fill(text):
+        known = tf.reduce_all(text == "\u4e2d [MASK]")
+        tokens = tf.where(known, "\u6587", "unknown")
+        return {
+            "tokens": tf.reshape(tokens, [1, 1, 1]),
+            "probabilities": tf.ones([1, 1, 1]),
+            "masks": tf.constant([1]),
+        }
+
+    folder = save(tmp_path / "model", fill, TEXT)
+    code = (
+        "import sys\nfrom export.saved_model import run_client\n"
+        "assert sys.getfilesystemencoding() == 'ascii'\n"
+        "run_client(sys.argv[1], '\\u4e2d [MASK]')"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        cwd=pathlib.Path(client.__file__).parents[1],
+        env=environment,
+        capture_output=True,
+    )
+    assert done.stdout == b"  \\u4e2d [MASK]\n     \\u6587 100 %\n", done.stderr.decode()
+
+
+def test_arguments_that_the_locale_cannot_decode_keep_their_bytes():
+    assert client.utf8("\u4e2d") == "\u4e2d".encode()
+    assert client.utf8(os.fsdecode(b"caf\xe9")) == b"caf\xe9"
+
+
+def test_a_client_that_fails_is_one_exception(tmp_path, monkeypatch):
+    for name, script, said in (
+        ("fails", "exit 3", "it ended with exit status 3"),
+        ("hangs", "exec sleep 60", "it did not end within 0.3 s"),
+    ):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(saved_model.sys, "executable", str(path))
+        monkeypatch.setattr(saved_model, "CLIENT_SECONDS", 0.3 if name == "hangs" else 60)
+        with pytest.raises(saved_model.ClientFailed, match=said):
+            saved_model.run_client("model", "input")
+    monkeypatch.setattr(saved_model.sys, "executable", str(tmp_path / "nowhere"))
+    with pytest.raises(saved_model.ClientFailed, match="could not be started: No such file"):
+        saved_model.run_client("model", "input")
 
 
 def test_questions_are_answered(tmp_path, capsys):

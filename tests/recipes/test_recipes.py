@@ -6,7 +6,7 @@ import pytest
 
 import recipes
 import tf_lamb
-from recipes import types
+from recipes import overrides, types
 from recipes.bert import BERT_LARGE_32K as PAPER
 from recipes.bert import BERT_MINI_DEMO as DEMO
 from recipes.squad import SQUAD_LARGE as SQUAD
@@ -204,6 +204,16 @@ def test_a_phase_field_is_set_in_all_phases_or_in_one():
     [
         ("weight_decai=0.1", "Did you mean 'weight_decay'"),
         ("peak_learning_rat=0.1", "Did you mean 'peak_learning_rate'"),
+        ("learning_rate=0.1", "Did you mean 'peak_learning_rate'?"),
+        ("LR=0.1", "Did you mean 'peak_learning_rate'?"),
+        ("phase2.lr=0.1", "Did you mean 'phase2.peak_learning_rate'?"),
+        ("batch_size=8", "Did you mean 'global_batch_size'?"),
+        ("wd=0.1", "Did you mean 'weight_decay'?"),
+        ("max-seq-length=128", "Did you mean 'sequence_length'?"),
+        ("Beta_1=0.8", "Did you mean 'beta_1'?"),
+        ("epochs=3", "Runs are measured in steps"),
+        ("seed=3", "It is a flag of its own."),
+        ("task=squad", "It belongs to the recipe."),
         ("phase3.steps=1", "no field is called 'phase3.steps'"),
         ("examples=1", "no field is called 'examples'"),
         ("phases=1", "no field is called 'phases'"),
@@ -217,6 +227,22 @@ def test_a_bad_assignment_is_refused(assignment, said):
     with pytest.raises(ValueError) as error:
         recipes.override(PAPER, [assignment])
     assert said in str(error.value)
+
+
+def test_names_of_other_programs_lead_to_fields_and_are_none():
+    fields = {
+        field.name
+        for recipe in recipes.RECIPES.values()
+        for holder in (recipe, *recipe.phases)
+        for field in dataclasses.fields(holder)
+    }
+    settable = fields - set(overrides.NOT_SETTABLE)
+    assert set(overrides.OTHER_NAMES.values()) <= settable
+    assert not (overrides.OTHER_NAMES.keys() | overrides.INSTEAD.keys()) & settable
+    # A field that this recipe does not have is not suggested.
+    with pytest.raises(ValueError) as error:
+        recipes.override(SQUAD, ["vocab_size=9"])
+    assert "vocabulary_size" not in str(error.value)
 
 
 def test_an_unknown_recipe_names_the_nearest():

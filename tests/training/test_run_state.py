@@ -169,6 +169,21 @@ ACCURACY = Metric("accuracy", "count", higher_is_better=True)
 LOSS = Metric("the_loss", "count", higher_is_better=False)
 
 
+def test_a_worker_whose_temporary_folder_is_full_names_it(tmp_path, monkeypatch):
+    small = Small(tmp_path / "run")
+    small.manager._scratch = str(tmp_path / "worker-1/scratch")
+
+    def full(prefix, options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(small.manager, "_write", full)
+    with pytest.raises(SaveFailed) as error:
+        small.save_at(10)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}/worker-1/scratch: the checkpoint of step 10 could not be")
+    assert "or set TMPDIR to a folder on another one; the same command resumes" in said
+
+
 def test_the_best_checkpoint_is_kept(tmp_path):
     small = Small(tmp_path, keep=2)
     for step, accuracy in ((10, 0.2), (20, 0.5), (30, 0.4), (40, 0.4), (50, float("nan"))):
@@ -180,6 +195,50 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     BestCheckpoint(small.manager, LOSS)({"the_loss": 2.0})  # metrics.json does not have this metric
     BestCheckpoint(small.manager, LOSS)({"the_loss": 3.0})
     assert saved_steps(str(tmp_path / "best")) == [50]
+
+
+@pytest.mark.parametrize("old_step", [10, 20])
+def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, monkeypatch):
+    """At any file operation; `old_step` 20: the files have the names of those they replace."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(operation):
+        folder = tmp_path / str(operation)
+        small = Small(folder).save_at(old_step)
+        BestCheckpoint(small.manager, ACCURACY)({"accuracy": 0.5})
+        small.save_at(30, 20)
+        counted = iter(range(99))
+
+        def counting(function):
+            def call(*arguments):
+                if next(counted) == operation:
+                    raise Killed
+                return function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "link", "remove"):
+                patch.setattr(manager.os, name, counting(getattr(os, name)))
+            try:
+                BestCheckpoint(small.manager, ACCURACY)._keep(
+                    str(folder / "ckpt-20"), {"accuracy": 0.9}
+                )
+                killed = False
+            except Killed:
+                killed = True
+        best = folder / "best"
+        assert manager.read_error(tf.train.latest_checkpoint(best)) is None, operation
+        # The next evaluation goes on from what is there.
+        BestCheckpoint(small.manager, ACCURACY)._keep(str(folder / "ckpt-30"), {"accuracy": 1.0})
+        assert saved_steps(str(best)) == [30] and not list(best.glob("*.new"))
+        assert manager.read_error(str(folder / "ckpt-20")) is None
+        return killed
+
+    assert [kill_at(operation) for operation in (0, 1, 2, 3, 4, 5, 6, 7)].count(True) >= 7
+    assert not kill_at(60)
 
 
 def python(code, *arguments):

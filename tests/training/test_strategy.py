@@ -1,7 +1,6 @@
-"""Values of `--tpu` and TF_CONFIG, and the messages for invalid ones."""
+"""The strategy of a run, and the checks of its replicas."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -10,49 +9,6 @@ import tensorflow as tf
 from inputs.errors import InputError
 from recipes import find_recipe
 from training import strategy
-
-TWO = {"worker": ["a:1", "b:1"]}
-
-
-def tf_config(cluster, job="worker", index=0):
-    return json.dumps({"cluster": cluster, "task": {"type": job, "index": index}})
-
-
-@pytest.mark.parametrize(
-    ("text", "workers"),
-    [
-        ("", 1),
-        (tf_config(TWO, index=1), 2),
-        (tf_config({"chief": ["a:1"]}, "chief"), 1),
-        (tf_config({"chief": ["a:1"], **TWO}), 3),
-    ],
-)
-def test_the_workers_are_counted(text, workers):
-    assert strategy.count_workers(text) == workers
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "names no cluster of workers"),
-        ("{}", "names no cluster of workers"),
-        (tf_config({}), "names no cluster of workers"),
-        (tf_config({"worker": []}), "names no cluster of workers"),
-        (tf_config({"worker": "a:1"}), "gives no list of addresses for 'worker'"),
-        (tf_config({**TWO, "ps": ["c:1"]}), "has a job 'ps'"),
-        (tf_config(TWO, index=2), "says that this process is 'worker' number 2"),
-        (tf_config(TWO, index="0"), "says that this process is 'worker' number 0"),
-        (tf_config(TWO, "chief"), "says that this process is 'chief' number 0"),
-        (json.dumps({"cluster": TWO}), "says that this process is None number None"),
-    ],
-)
-def test_an_invalid_tf_config_is_refused(text, said, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(InputError) as error:
-        strategy.connect("")
-    assert str(error.value).startswith(f"TF_CONFIG {said}")
-    assert "or unset it" in str(error.value)
 
 
 def test_forward_and_backward_are_compiled_where_that_is_faster_or_asked_for():

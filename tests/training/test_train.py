@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorflow as tf
 
+from export.saved_model import ClientFailed
 from inputs.text.vocabulary import SPECIAL_TOKENS
+from recipes import find_recipe
 from training.checkpoint.manager import saved_step
 from training.monitor.progress import read_rows
 
@@ -146,6 +149,14 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(whole_run, tex
         (["--synthetic", "--export_dir=@ROOT"], "exists and is not a SavedModel"),
         (["--synthetic", "--export_dir=@MODEL/.."], "contains --model_dir"),
         (["--data_dir=@LATIN1", "--vocab=@VOCAB"], "line 1, byte 3: not UTF-8"),
+        (["--model_dir="], "--model_dir is empty. Give a value"),
+        (["--tpu="], "--tpu is empty"),
+        (["--data_dir= "], "--data_dir is empty"),
+        (["--preflight="], "--preflight is empty"),
+        (["--set="], "--set is empty"),
+        (["--connect_seconds=0"], "--connect_seconds must lie in (0, 1000000]"),
+        (["--connect_seconds=nan"], "--connect_seconds must lie in (0, 1000000]"),
+        (["--set", "learning_rate=1"], "Did you mean 'peak_learning_rate'?"),
         (["--recipe=bert-mini-dem"], "Did you mean 'bert-mini-demo'"),
         (["--set", "weight_decai=1"], "Did you mean 'weight_decay'"),
         (
@@ -194,14 +205,71 @@ def test_a_mistake_is_reported_in_one_line(arguments, said, text, tmp_path, capf
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
-def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, capfd):
+def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, capfd, monkeypatch):
+    monkeypatch.setattr("inputs.memory.free_memory", lambda: 2**20)  # as in a small container
     model_dir = tmp_path / "run"
     asked = ["--dry_run", "--synthetic", f"--model_dir={model_dir}", *SMALL]
     assert in_process([*asked, "--set", "telemetry=true", "--set", "profile=10:20"]) == 0
     said = capfd.readouterr()
     assert "step 2/2" in said.err and "Traceback" not in said.err
+    assert "0.00 GiB of memory are free" in said.err and "a small run needs 1.00 GiB" in said.err
+    assert "each step's gradients alone needs 0.00 GiB" in said.err
     assert "no file is kept" in said.out and re.search(r"SavedModel \d", said.out)
     assert not model_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ClientFailed("it ended with exit status 1"),
+        OSError(28, "No space left on device"),
+        UnicodeEncodeError("ascii", "\u4e2d", 0, 1, "ordinal not in range"),
+    ],
+)
+def test_a_finished_run_without_its_examples_is_reported(error, in_process, tmp_path, capfd):
+    import train as program
+
+    def fail(export_dir):
+        raise error
+
+    task = types.SimpleNamespace(
+        example_unit="examples", data="data", describe=str, demonstrate=fail
+    )
+    progress = types.SimpleNamespace(examples_per_second=1.0, describe_speed=lambda: "1 example/s")
+    run = types.SimpleNamespace(
+        task=task,
+        recipe=find_recipe("bert-mini-demo"),
+        progress=progress,
+        model=types.SimpleNamespace(trainable_variables=[]),
+        strategy=types.SimpleNamespace(num_replicas_in_sync=1),
+    )
+    program.report(run, {"loss": 1.0}, str(tmp_path), "exported")
+    said = capfd.readouterr()
+    assert "SavedModel exported" in said.out
+    assert said.err == (
+        "train.py: the run is complete, but export.client could not show examples of the "
+        f"SavedModel: {error}\n"
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["loss"] == 1.0
+
+
+def test_too_little_memory_is_one_sentence(in_process, monkeypatch, capfd, tmp_path):
+    from training import strategy
+
+    for error, said in (
+        (
+            tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nmore"),
+            "out of memory (OOM when allocating). Add --set accumulation=2 or more",
+        ),
+        (MemoryError(), "out of memory. Add --set accumulation=2 or more"),
+    ):
+
+        def fail(tpu, error=error):
+            raise error
+
+        monkeypatch.setattr(strategy, "connect", fail)
+        assert in_process(["--synthetic", f"--model_dir={tmp_path}"]) == 1
+        assert capfd.readouterr().err.startswith(f"train.py: {said}")
 
 
 def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):

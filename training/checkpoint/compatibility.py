@@ -8,13 +8,20 @@ import os
 
 from inputs.errors import InputError
 from inputs.files import atomic_write, check_writable
+from recipes.types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from training.checkpoint.manager import saved_steps
 
 RUN_CONFIG = "recipe.json"
+# Of recipe.json. Increase it when a field gets another name or meaning. A new field does not need
+# that: runs without it had the field's default (see `recipes.types.Recipe`). 1 was not written.
+FORMAT = 2
 
-# Fields that may differ when a run is resumed, such as its length, its logging and its handling of
-# errors. With any other field changed, the saved weights and slots belong to a different run.
+# Fields that may differ when a run is resumed, such as its length, its logging, its evaluation and
+# its handling of errors. With any other field changed, the saved weights and slots belong to a
+# different run.
 MAY_CHANGE = (
+    "name",
+    "reference",
     "steps",
     "warmup_steps",
     "warmup_from",
@@ -22,6 +29,9 @@ MAY_CHANGE = (
     "examples",
     "save_every_steps",
     "evaluate_every_steps",
+    "evaluation_examples",
+    "n_best",
+    "max_answer_length",
     "expected",
     "accumulation",
     "jit_compile",
@@ -37,10 +47,15 @@ MAY_CHANGE = (
     "telemetry",
     "profile",
 )
-# Fields that earlier versions did not have, with the value that their runs had.
-ADDED = {"lower_case": True}
-# Fields of which None means that the task finds the value out, which it does after the first check.
-FOUND_OUT = ("lower_case",)
+# Fields of which None means that the task finds the value out, which it does after the first check;
+# each with the value that runs had before there was the field.
+FOUND_OUT = {"lower_case": True}
+# Lists of patterns in the recipes of version 0.1.0. Those of today select the same variables of our
+# models (tests/training/test_old_runs.py).
+EARLIER_PATTERNS = {
+    ("(?i)layer_?norm", "bias$"): BERT_EXCLUSIONS,
+    ("(?i)batch_?norm|bn/", "bias$"): RESNET_EXCLUSIONS,
+}
 
 
 def check_compatible(model_dir: str, recipe, **facts) -> None:
@@ -66,9 +81,9 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
             f"--model_dir: {model_dir} holds a run at step {steps[-1]}, beyond the {recipe.steps} "
             "steps asked for. Give more --steps, or choose another folder."
         )
-    new = json.loads(run_config(recipe, facts))
-    old = _check_same_settings(model_dir, os.path.join(model_dir, RUN_CONFIG), new)
-    then = [old[f"phase{i}.steps"] for i in range(1, len(recipe.phases) + 1)]
+    old = _read_settings(model_dir, recipe)
+    _check_same_settings(model_dir, old, json.loads(run_config(recipe, facts)), facts)
+    then = [phase["steps"] for phase in old["phases"]]
     now = [phase.steps for phase in recipe.phases]
     if not _phases_at(steps[-1], then) & _phases_at(steps[-1], now):
         raise InputError(
@@ -86,7 +101,7 @@ def _phases_at(step: int, lengths: list[int]) -> set[int]:
 
 def run_config(recipe, facts: dict) -> str:
     """Returns the recipe as run and the other settings that checkpoints depend on, as JSON."""
-    return json.dumps(dataclasses.asdict(recipe) | facts, indent=2)
+    return json.dumps({"format": FORMAT} | dataclasses.asdict(recipe) | facts, indent=2)
 
 
 def write_run_config(model_dir: str, recipe, **facts) -> None:
@@ -106,28 +121,66 @@ def write_run_config(model_dir: str, recipe, **facts) -> None:
         file.write(run_config(recipe, facts))
 
 
-def _check_same_settings(model_dir: str, path: str, new: dict) -> dict:
-    """Returns the saved settings; raises if they differ from `new` outside of `MAY_CHANGE`."""
+def _read_settings(model_dir: str, recipe) -> dict:
+    """Reads recipe.json, of this version or an earlier one, as the current version writes it.
+
+    Fields that the file lacks get the defaults of the classes of `recipe` and its phases.
+
+    Raises:
+        InputError: the file cannot be read, or a later version wrote it.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            old = _flatten(json.load(file))
+        with open(os.path.join(model_dir, RUN_CONFIG), encoding="utf-8") as file:
+            settings = json.load(file)
+        written = settings.get("format", 1)
+        phases = [_defaults(recipe.phases[0]) | phase for phase in settings["phases"]]
+        settings = _defaults(recipe) | FOUND_OUT | settings | {"phases": phases}
+        for field, value in settings.items():
+            if field.startswith("exclude_from_") and value is not None:
+                settings[field] = list(EARLIER_PATTERNS.get(tuple(value), value))
+        newer = written > FORMAT
+        all(phase["steps"] for phase in phases)  # raises KeyError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"--model_dir: {model_dir} holds checkpoints but no readable recipe.json ({error}). "
             "Choose another folder."
         ) from None
-    new = _flatten(new)
-    old = {key: value for key, value in ADDED.items() if key in new} | old
-    left_out = {key for key in FOUND_OUT if new.get(key) is None}
-    differing = [key for key in new if key not in left_out and old.get(key) != new[key]]
-    differing = [key for key in differing if key.rpartition(".")[2] not in MAY_CHANGE]
+    if newer:
+        raise InputError(
+            f"--model_dir: a later version of this program wrote {model_dir} (recipe.json has "
+            f"format {written}, this version writes {FORMAT}). Use that version, or choose another "
+            "folder."
+        )
+    return settings
+
+
+def _defaults(dataclass) -> dict:
+    """Field -> default as a JSON value, of the fields that have one."""
+    fields = dataclasses.fields(dataclass)
+    defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(defaults))
+
+
+def _check_same_settings(model_dir: str, old: dict, new: dict, facts) -> None:
+    """Raises `InputError` if a setting that decides the weights differs."""
+    differing = {}
+    if len(old["phases"]) != len(new["phases"]):
+        differing["the number of phases"] = len(old["phases"]), len(new["phases"])
+    old, new = _flatten(old), _flatten(new)
+    for key, value in new.items():
+        if key.rpartition(".")[2] in MAY_CHANGE or key == "format" or old.get(key) == value:
+            continue
+        if key in FOUND_OUT and value is None:
+            continue
+        # An earlier version did not record a fact that was added later.
+        if key in old or key not in facts:
+            differing[key] = old.get(key), value
     if differing:
-        pairs = ", ".join(f"{k} {old.get(k)!r} (now {new.get(k)!r})" for k in differing)
+        pairs = ", ".join(f"{key} {a!r} (now {b!r})" for key, (a, b) in differing.items())
         raise InputError(
             f"--model_dir: {model_dir} holds a run with other settings: {pairs}. "
             "Give that run's settings, or another --model_dir."
         )
-    return old
 
 
 def _flatten(settings: dict) -> dict:

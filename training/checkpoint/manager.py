@@ -18,7 +18,7 @@ import shutil
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import atomic_write
+from inputs.files import atomic_file, atomic_write
 
 SAVING = ".saving"
 DAMAGED = "damaged"
@@ -213,10 +213,13 @@ class CheckpointManager(tf.train.CheckpointManager):
         except (OSError, tf.errors.OpError) as error:
             kept = saved_steps(self.directory)
             last = f"the last good one is of step {kept[-1]}" if kept else "there is no earlier one"
+            fix = "Free some space or repair the disk"
+            if self._scratch:
+                fix += ", or set TMPDIR to a folder on another one"
             raise SaveFailed(
-                f"{self.directory}: the checkpoint of step {step} could not be written "
-                f"({describe_disk_error(error) or error}); {last}. Free some space or repair the "
-                "disk; the same command resumes from there."
+                f"{self._scratch or self.directory}: the checkpoint of step {step} could not be "
+                f"written ({describe_disk_error(error) or error}); {last}. {fix}; the same command "
+                "resumes from there."
             ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -306,15 +309,18 @@ class BestCheckpoint:
         for path in sorted(glob.glob(glob.escape(prefix) + ".*")):
             copy = os.path.join(self._folder, os.path.basename(path))
             new.add(copy)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(copy)
-            try:
-                os.link(path, copy)
-            except OSError:
-                shutil.copyfile(path, copy)
+            with atomic_file(copy) as temporary:
+                # One that a killed process left may be a link to a file of another checkpoint.
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(temporary)
+                try:
+                    os.link(path, temporary)
+                except OSError:
+                    shutil.copyfile(path, temporary)
         write_checkpoint_state(self._folder, [name])
         metrics = os.path.join(self._folder, "metrics.json")
         with atomic_write(metrics) as file:
             json.dump({"step": int(name.rpartition("-")[2])} | values, file)
         for path in old - new:
-            os.remove(path)
+            with contextlib.suppress(FileNotFoundError):  # a .new that `atomic_file` removed
+                os.remove(path)

@@ -8,7 +8,7 @@ curves of a single run, or, if there are several runs, into a file in each run's
 import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # set before TensorFlow logs at import
+from inputs import process  # isort: split
 
 import matplotlib
 
@@ -123,4 +123,4 @@ def main(model_dirs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(main, sys.argv[1:])

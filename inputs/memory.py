@@ -1,0 +1,87 @@
+"""The memory that this process can still allocate, also where a container limits it."""
+
+import pathlib
+
+GIB = 2**30
+MINIMUM = 1 * GIB  # TensorFlow and a small model with its data
+
+
+def free_memory(root: str = "/") -> int | None:
+    """The bytes that can be allocated before the kernel ends the process; None if unknown.
+
+    The least of the machine's available memory and, for the process's control group and each one
+    around it, of the limit minus what is in use. Container runtimes set these limits. Both versions
+    of control groups are read. Cached file contents count as free, because the kernel drops them
+    first.
+
+    Sources: https://docs.kernel.org/admin-guide/cgroup-v2.html ("Memory Interface Files") and
+    https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
+
+    Args:
+        root: folder with proc/ and sys/; another one in tests.
+    """
+    base = pathlib.Path(root)
+    known = [_available(base / "proc/meminfo"), *_groups(base)]
+    return min((amount for amount in known if amount is not None), default=None)
+
+
+def describe_shortage(needed: int, purpose: str) -> str | None:
+    """A sentence if less than `needed` bytes are free, else None.
+
+    Args:
+        needed: bytes.
+        purpose: what needs them.
+    """
+    free = free_memory()
+    if free is None or free >= needed:
+        return None
+    return (
+        f"Only {max(free, 0) / GIB:.2f} GiB of memory are free, within the limits of this machine "
+        f"or container, and {purpose} needs {needed / GIB:.2f} GiB: the system may kill this "
+        "process. End other programs, raise the limit, or use a smaller model or batch."
+    )
+
+
+def _available(path) -> int | None:
+    for line in _lines(path):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _groups(base) -> list[int | None]:
+    """What is left in the control groups of this process."""
+    mounts = base / "sys/fs/cgroup"
+    left = []
+    for line in _lines(base / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2; where both are used, it is mounted on unified/
+            top = mounts / "unified" if (mounts / "unified").is_dir() else mounts
+            names = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top = mounts / "memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be that on the host, and the mount may begin with the
+        # container's own group.
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            left.append(_left(top.joinpath(*parts[:depth]), *names))
+    return left
+
+
+def _left(group, limit, usage, reclaimable) -> int | None:
+    limits, used = _lines(group / limit), _lines(group / usage)
+    if not limits or not used or not limits[0].isdecimal():  # "max"
+        return None
+    statistics = dict(line.split(maxsplit=1) for line in _lines(group / "memory.stat"))
+    return int(limits[0]) - int(used[0]) + int(statistics.get(reclaimable, 0))
+
+
+def _lines(path) -> list[str]:
+    """The lines of a file; none if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, ValueError):
+        return []
