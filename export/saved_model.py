@@ -12,7 +12,8 @@ from inputs.errors import InputError
 from inputs.files import atomic_folder, check_writable
 from inputs.text.vocabulary import save_vocabulary
 
-CARD, WEIGHTS = "model_card.md", "tf_models"
+CARD = "model_card.md"
+WEIGHTS = "tf_models"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,7 @@ def _tpu_random_bits():
     """
 
     def key_and_counter(seed, name=None):
+        """Returns the key, [1] uint64, and the counter, [2] uint64, of a seed of two integers."""
         low, high = tf.unstack(tf.cast(tf.cast(seed, tf.uint32), tf.uint64))
         shift = tf.constant(32, tf.uint64)
         key = tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, shift))

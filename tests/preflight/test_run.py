@@ -130,7 +130,12 @@ def examine(tmp_path_factory):
             )
         rows = json.loads((folder / "rows.json").read_text())
         return types.SimpleNamespace(
-            status=status, rows=rows, row=rows[0], printed="\n".join(printed), lines=lines, folder=folder
+            status=status,
+            rows=rows,
+            row=rows[0],
+            printed="\n".join(printed),
+            lines=lines,
+            folder=folder,
         )
 
     return run
