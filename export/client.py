@@ -1,10 +1,10 @@
 """Calls an exported model: python -m export.client EXPORT_DIR INPUT...
 
-The SavedModel's signature says what it takes:
+The inputs depend on the model. Its signature tells which kind it is:
 
     a pre-trained BERT     TEXT...              fills every [MASK] of each text
     a SQuAD model          CONTEXT QUESTION...  answers each question about the context
-    an image classifier    FILE...              names what is in each image file
+    an image classifier    FILE...              classifies each image file
 
 This file imports only tensorflow, and tensorflow_text, which text models need.
 """
@@ -31,10 +31,14 @@ class ClientError(Exception):
 
 
 def load_signature(export_dir: str):
-    """The default signature of a SavedModel.
+    """Returns the default signature of a SavedModel.
+
+    Args:
+        export_dir: folder of the SavedModel.
 
     Raises:
-        ClientError: the folder does not exist or is not a SavedModel that can be loaded.
+        ClientError: the folder does not exist, is not a SavedModel that can be loaded, or has no
+            default signature.
     """
     if not tf.io.gfile.isdir(export_dir):
         raise ClientError(f"{export_dir} is not a folder.")
@@ -75,7 +79,7 @@ def fill_masks(signature, *texts: str) -> None:
 
 
 def answer_questions(signature, context: str, *questions: str) -> None:
-    """Prints the context, and each question with its answer and its place in the context."""
+    """Prints the context, and each question with its answer and the answer's position."""
     if not questions:
         raise ClientError("this model answers questions about a context. Give CONTEXT QUESTION...")
     # One for each question: exports of earlier versions do not repeat a single context.
@@ -102,7 +106,7 @@ def classify_images(signature, *paths: str) -> None:
         print(f"  {path}: {error.decode() or line}")
 
 
-# Arguments of the signature -> the function that calls it, and the outputs that it needs.
+# Arguments of a signature -> the function that calls it, and the outputs that it needs.
 TASKS = {
     frozenset({"text"}): (fill_masks, {"tokens", "probabilities", "masks"}),
     frozenset({"question", "context"}): (answer_questions, {"answer", "start", "end", "score"}),
@@ -139,7 +143,11 @@ def check_kind(export_dir: str, signature):
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command and returns its exit status.
+
+    Args:
+        arguments: the command's arguments.
+    """
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0

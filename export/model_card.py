@@ -9,13 +9,13 @@ PACKAGES = ("tensorflow", "tensorflow-text", "tf_keras", "tf-models-official", "
 
 
 def make_card(task, parameters: int, results: dict[str, float], usage: str) -> str:
-    """The card in Markdown.
+    """Returns the model card in Markdown.
 
     Args:
-        task: a task of `tasks`: its recipe, data and facts.
-        parameters: number of the model's parameters.
+        task: a task of `tasks`, for its recipe, data and facts.
+        parameters: number of parameters of the model.
         results: metric name -> value, from the task's `results`.
-        usage: Python code that calls the SavedModel `model`.
+        usage: Python code that calls the SavedModel, which is in the variable `model`.
     """
     recipe = task.recipe
     versions = [("Python", platform.python_version())]
@@ -30,7 +30,7 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
             f"{recipe.task} {recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps of "
             f"{recipe.phases[-1].global_batch_size} {task.example_unit}.",
             "",
-            f"- Recipe: {recipe.name}, after {recipe.reference}. `recipe.json` in the run's folder "
+            f"- Recipe: {recipe.name}, from {recipe.reference}. `recipe.json` in the run's folder "
             "has all its fields.",
             f"- Data: {task.data}",
             f"- Amount: {task.amount}",

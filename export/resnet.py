@@ -9,7 +9,8 @@ from export.saved_model import Export
 from inputs.images.decoding import decode_centre
 
 TOP_K = 5
-NO_IMAGE = "no JPEG, PNG, BMP or GIF that can be decoded"  # an output: keep the text
+# The model returns this text, and clients may compare with it: do not change it.
+NO_IMAGE = "no JPEG, PNG, BMP or GIF that can be decoded"
 
 
 class ImageClassifier(tf.Module):
@@ -17,16 +18,16 @@ class ImageClassifier(tf.Module):
 
     Args:
         model: from `models.resnet.build_classifier`.
-        classes: (wnid, name) of each class, in the order of the labels.
-        image_size: height and width in pixels, S.
-        padding: as for `decode_centre`.
+        classes: list of (wnid, name) of each class, in the order of the labels.
+        image_size: S, the height and width of an image in pixels.
+        padding: as for `inputs.images.decoding.decode_centre`.
     """
 
     def __init__(self, model: tf_keras.Model, classes, image_size: int, padding: int):
         super().__init__()
         self._size = image_size
         self._padding = padding
-        # Tracks only the weights; a tracked model would also save the functions of all its layers.
+        # Track only the weights: a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._logits = functools.partial(model, training=False)
         wnids, names = zip(*classes, strict=True)
@@ -39,28 +40,35 @@ class ImageClassifier(tf.Module):
         self.classify_pixels = tf.function(self._classify_pixels, input_signature=[pixels])
 
     def _classify_files(self, image):
-        """The most likely classes of each image file.
+        """Returns the most likely classes of each image file.
 
         Args:
             image: [N] strings, the bytes of JPEG, PNG, BMP or GIF files.
 
         Returns:
-            `names`, `wnids`: [N, K] strings, the K most likely classes in descending order;
-            `probabilities`: [N, K] float32; `error`: [N] strings, "" for an image. A file that is
-            not an image gets an error, empty names and probabilities of 0; the other files are
-            classified.
+            `names`, `wnids`: [N, K] strings, the K most likely classes in descending order.
+            `probabilities`: [N, K] float32. `error`: [N] strings, "" for an image. A file that is
+            not an image has an error, empty names and probabilities of 0, and does not affect the
+            other files.
         """
-        pixels, decoded = self._decoded(image)
+        pixels, is_image = self._decode_files(image)
         answer = self._classify_pixels(tf.cast(pixels, tf.float32))
         blank = {tf.string: "", tf.float32: 0.0}
         shown = {
-            key: tf.where(decoded[:, tf.newaxis], value[:-1], blank[value.dtype])
+            key: tf.where(is_image[:, tf.newaxis], value[:-1], blank[value.dtype])
             for key, value in answer.items()
         }
-        return shown | {"error": tf.where(decoded, "", NO_IMAGE)}
+        return shown | {"error": tf.where(is_image, "", NO_IMAGE)}
 
     def _classify_pixels(self, pixels):
-        """Classifies pixels [N, S, S, 3], float32 in [0, 255], already cropped and resized."""
+        """Returns the most likely classes of images that are already cropped and resized.
+
+        Args:
+            pixels: [N, S, S, 3] float32 in [0, 255].
+
+        Returns:
+            `names`, `wnids` and `probabilities`, as `_classify_files`.
+        """
         count = tf.shape(pixels)[0]
         # The network cannot process an empty batch.
         some = tf.pad(pixels, [[0, tf.maximum(1 - count, 0)], [0, 0], [0, 0], [0, 0]])
@@ -72,12 +80,13 @@ class ImageClassifier(tf.Module):
             "probabilities": best.values,
         }
 
-    def _decoded(self, files):
-        """Decodes files.
+    def _decode_files(self, files):
+        """Decodes [N] image files.
 
         Returns:
-            Pixels, [N + 1, S, S, 3] uint8, and [N] bool: which files are images. The last row of
-            pixels is black, because the network cannot process an empty batch.
+            A tuple: the pixels, [N + 1, S, S, 3] uint8, and [N] bool, whether each file is an
+            image. The last image is black, so that the batch is never empty: the network cannot
+            process an empty one.
         """
         count = tf.size(files, tf.int64)
         # A graph cannot catch an error, but a data set can skip an element that raises one.
@@ -89,6 +98,7 @@ class ImageClassifier(tf.Module):
         blank = tf.zeros([self._size, self._size, 3], tf.uint8)
         images = images.concatenate(tf.data.Dataset.from_tensors((count, blank)))
         rows, pixels = images.batch(count + 1).get_single_element()
+        # The position of each file in `pixels`, and -1 for a file that was skipped.
         place = tf.scatter_nd(rows[:, tf.newaxis], tf.range(tf.size(rows)) + 1, [count + 1]) - 1
         return tf.gather(pixels, tf.maximum(place, 0)), place[:-1] >= 0
 
@@ -97,9 +107,9 @@ class ImageClassifier(tf.Module):
 
 
 def classifier_export(model, classes, image_size: int, padding: int) -> Export:
-    """The export of a trained classifier; arguments as for `ImageClassifier`.
+    """Returns the `Export` of a trained classifier. Arguments as for `ImageClassifier`.
 
-    Its signatures are `serving_default`, which takes files, and `pixels`.
+    Its signatures are `serving_default`, which takes image files, and `pixels`.
     """
     module = ImageClassifier(model, classes, image_size, padding)
     signatures = {"serving_default": module.classify_files, "pixels": module.classify_pixels}

@@ -13,7 +13,8 @@ from inputs.files import atomic_folder, check_writable, write_json
 from inputs.text.casing import TOKENIZER
 from inputs.text.vocabulary import save_vocabulary
 
-CARD, WEIGHTS = "model_card.md", "tf_models"
+CARD = "model_card.md"
+WEIGHTS = "tf_models"
 CLIENT_SECONDS = 600  # the client starts in seconds; a busy machine takes a minute
 
 
@@ -23,14 +24,14 @@ class ClientFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `write_export` writes.
+    """The parts of an export, for `write_export`.
 
     Attributes:
-        module: holds the weights, the tokenizer and the vocabulary.
+        module: contains the weights and the tables of the signatures.
         signatures: name -> `tf.function` of the module.
         encoder: the BERT encoder, or None. Its weights are also written to the folder tf_models,
             as an `init_checkpoint` for tf-models' `BertEncoder`.
-        vocabulary: word pieces of the encoder, or None.
+        vocabulary: word pieces of the encoder; None without an encoder.
         lower_case: whether the encoder's text is lower-cased, or None.
     """
 
@@ -42,14 +43,14 @@ class Export:
 
 
 def check_export_dir(export_dir: str, model_dir: str) -> None:
-    """Checks that an export can be written without losing anything but an older SavedModel.
+    """Checks that an export can be written, and would replace nothing but an older SavedModel.
 
     Args:
         export_dir: the folder to write.
-        model_dir: the run's folder, which must not lie in `export_dir`.
+        model_dir: the run's folder, which must not be in `export_dir`.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written.
+        InputError: the folder contains something else, or cannot be written.
     """
     inner, outer = os.path.realpath(model_dir), os.path.realpath(export_dir)
     if os.path.commonpath([inner, outer]) == outer:
@@ -70,7 +71,7 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
 
 
 def write_export(export: Export, card: str, export_dir: str) -> None:
-    """Writes a SavedModel; replaces an older one only when the new one is complete.
+    """Writes an export. An older one is replaced only when the new one is complete.
 
     Args:
         export: what to write.
@@ -94,7 +95,7 @@ def run_client(export_dir: str, *inputs: str) -> None:
 
     Args:
         export_dir: folder of the SavedModel.
-        inputs: as the client takes them.
+        inputs: the inputs of the model, as `export.client` takes them.
 
     Raises:
         ClientFailed: the client could not be started, failed, or did not end.

@@ -12,7 +12,7 @@ from inputs.text.vocabulary import CLS, PAD, SEP
 from models import bert
 from models.squad import IMPOSSIBLE, best_spans
 
-WINDOWS_PER_CALL = 32  # batch size of the model; bounds the memory that a long context needs
+WINDOWS_PER_CALL = 32  # the model's batch size, which limits the memory for a long context
 
 
 class QuestionAnswerer(tf.Module):
@@ -21,14 +21,15 @@ class QuestionAnswerer(tf.Module):
     Args:
         model: from `models.squad.build_span_labeler`.
         vocabulary: list of word pieces.
+        recipe: a `recipes.squad.SquadRecipe`, for its `sequence_length`, `max_query_length`,
+            `doc_stride`, `n_best` and `max_answer_length`.
         lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
-        recipe: a `recipes.squad.SquadRecipe`, for its lengths, stride and n-best.
     """
 
     def __init__(self, model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool):
         super().__init__()
         self._recipe = recipe
-        # Tracks only the weights; a tracked model would also save the functions of all its layers.
+        # Track only the weights: a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._logits = functools.partial(model, training=False)
         self.tokenizer = OffsetTokenizer(vocabulary, lower_case=lower_case)
@@ -44,7 +45,7 @@ class QuestionAnswerer(tf.Module):
         ]
     )
     def answer(self, question, context):
-        """The most likely answer to each question in its context.
+        """Returns the most likely answer to each question in its context.
 
         A context that is longer than the model's input is split into overlapping windows.
 
@@ -53,10 +54,10 @@ class QuestionAnswerer(tf.Module):
             context: [N] strings, one per question; or a single one for all questions.
 
         Returns:
-            `answer`: [N] strings, spans of the contexts. `start`, `end`: [N] int32, position of
-            the answer in characters. `score`: [N] float32, sum of its start and end logits. If a
-            context has no words, the answer is "", its position 0 to 0 and its score the lowest
-            float.
+            `answer`: [N] strings, spans of the contexts. `start`, `end`: [N] int32, the positions
+            in characters at which the answer starts and ends. `score`: [N] float32, the sum of its
+            start and end logits. If a context has no words, the answer is "", both positions are
+            0, and the score is the lowest float32.
         """
         question, context = sanitized(question), sanitized(context)
         is_shared = tf.size(context) == 1
@@ -78,17 +79,19 @@ class QuestionAnswerer(tf.Module):
             doc_stride=self._recipe.doc_stride,
         )
         scores, first, last = self._best_of_windows(cut, question_ids, context_ids)
-        best = _first_of_the_best(scores, cut.example, tf.size(context))
+        best = _best_window_of_each(scores, cut.example, tf.size(context))
         score, first, last = (tf.gather(x, best) for x in (scores, first, last))
         found = score > 0.5 * IMPOSSIBLE
         base = context_ids.row_starts()
 
-        def place(of_piece, index):
-            index = tf.where(found, base + tf.cast(index, tf.int64), 0)
-            # The extra element is for contexts without any word piece.
-            return tf.where(found, tf.gather(tf.concat([of_piece.flat_values, [0]], 0), index), 0)
+        def offset(offsets, piece):
+            """Returns the byte offset of a word piece of each context; 0 without an answer."""
+            index = tf.where(found, base + tf.cast(piece, tf.int64), 0)
+            # The appended element makes index 0 valid if no context has a word piece.
+            return tf.where(found, tf.gather(tf.concat([offsets.flat_values, [0]], 0), index), 0)
 
-        start, end = place(starts, first), place(ends, last)
+        start = offset(starts, first)
+        end = offset(ends, last)
         return {
             "answer": tf.strings.substr(context, start, end - start),
             "start": tf.strings.length(tf.strings.substr(context, 0 * start, start), "UTF8_CHAR"),
@@ -97,8 +100,13 @@ class QuestionAnswerer(tf.Module):
         }
 
     def _best_of_windows(self, cut, question_ids, context_ids):
-        """Score, first and last word piece of each window's best span, counted in its context."""
-        # As long as the longest window, so that short contexts cost little.
+        """Finds the best span of each window.
+
+        Returns:
+            A list of three tensors [windows]: the score (float32), and the first and the last word
+            piece (int32), counted from the start of the context.
+        """
+        # The longest window sets the length of all rows, so short contexts take little time.
         used = cut.question + cut.length + windows.SPECIAL
         length = tf.reduce_max(tf.concat([used, [windows.SPECIAL]], axis=0))
         tables = [
@@ -113,8 +121,8 @@ class QuestionAnswerer(tf.Module):
         ]
         for call in tf.range(calls):
             low = call * WINDOWS_PER_CALL
-            some = windows.Windows(*(field[low : low + WINDOWS_PER_CALL] for field in cut))
-            best = self._best_spans(some, tables, length)
+            batch = windows.Windows(*(field[low : low + WINDOWS_PER_CALL] for field in cut))
+            best = self._best_spans(batch, tables, length)
             columns = [c.write(call, x) for c, x in zip(columns, best, strict=True)]
         return [column.concat() for column in columns]
 
@@ -128,22 +136,36 @@ class QuestionAnswerer(tf.Module):
             n_best=self._recipe.n_best,
             max_answer_length=self._recipe.max_answer_length,
         )
+        # From a position in the row, after [CLS], the question and [SEP], to one in the context.
         offset = cut.question + 2 - cut.start
         return scores[:, 0], starts[:, 0] - offset, ends[:, 0] - offset
 
 
-def _first_of_the_best(scores, example, examples):
-    """[N] int32: the window of each example with the highest score; the first one if equal."""
-    highest = tf.math.unsorted_segment_max(scores, example, examples)
+def _best_window_of_each(scores, example, num_examples):
+    """Returns the window with the highest score of each example, or the first of equal ones.
+
+    Args:
+        scores: [windows] float32.
+        example: [windows] int32, the example that each window belongs to.
+        num_examples: N, the number of examples.
+
+    Returns:
+        [N] int32, indices of windows.
+    """
+    highest = tf.math.unsorted_segment_max(scores, example, num_examples)
     is_highest = scores == tf.gather(highest, example)
     index = tf.where(is_highest, tf.range(tf.size(scores)), tf.size(scores))
-    return tf.math.unsorted_segment_min(index, example, examples)
+    return tf.math.unsorted_segment_min(index, example, num_examples)
 
 
 def answering_export(
     model: tf_keras.Model, vocabulary: list[str], recipe, *, lower_case: bool
 ) -> Export:
-    """The export of a model from `models.squad.build_span_labeler`."""
+    """Returns the `Export` of a model from `models.squad.build_span_labeler`.
+
+    Its signature is `serving_default`, which answers questions. Arguments as for
+    `QuestionAnswerer`.
+    """
     module = QuestionAnswerer(model, vocabulary, recipe, lower_case=lower_case)
     signatures = {"serving_default": module.answer}
     return Export(module, signatures, bert.encoder_of(model), vocabulary, lower_case)

@@ -8,7 +8,8 @@ from official.nlp.modeling import networks
 
 from models import bert
 
-PREFIX, CONFIG = "bert_model.ckpt", "bert_config.json"
+PREFIX = "bert_model.ckpt"
+CONFIG = "bert_config.json"
 
 
 def save_encoder(encoder: networks.BertEncoderV2, folder: str) -> None:
@@ -19,7 +20,7 @@ def save_encoder(encoder: networks.BertEncoderV2, folder: str) -> None:
 
     Args:
         encoder: the encoder to save.
-        folder: where to write.
+        folder: the folder to write the files in.
     """
     config = encoder.get_config()
     copy = networks.BertEncoder(
@@ -35,7 +36,7 @@ def save_encoder(encoder: networks.BertEncoderV2, folder: str) -> None:
     for name, variable in bert.encoder_variables(encoder).items():
         variables[name].assign(variable.numpy())
     tf.train.Checkpoint(encoder=copy).save(os.path.join(folder, PREFIX))
-    # Field names of google-research/bert, which tf-models' converter reads.
+    # The field names of google-research/bert, which the converter of tf-models reads.
     settings = {
         "attention_probs_dropout_prob": config["attention_dropout"],
         "hidden_act": "gelu",

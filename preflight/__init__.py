@@ -1,1 +1,1 @@
-"""Checks before a run: this machine, and estimates for TPU pods that need not exist."""
+"""Checks before a run: whether this machine can train, and what a run would need on a TPU pod."""

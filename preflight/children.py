@@ -1,6 +1,6 @@
-"""Runs lowering and compilation in child processes, so that a crash there does not end the run.
+"""Runs lowering and compilation in child processes, so that a crash does not end the pre-flight.
 
-TensorFlow's lowered programs are passed to the compiler as files. The compiler's results are
+TensorFlow writes lowered programs to files, which the compiler reads. The compiler's results are
 cached in `~/.cache/tf_lamb/preflight`, by program, compiler version and topology.
 """
 
@@ -26,7 +26,7 @@ from inputs.files import cache_folder
 from inputs.memory import free_memory
 
 ROOT = pathlib.Path(__file__).parent.parent
-REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the extra `preflight` pins the same
+REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` in setup.cfg
 TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
@@ -58,7 +58,7 @@ def check_strict_installed() -> None:
         )
 
 
-class Lines:
+class ProgressLines:
     """Shows progress as plain lines, for a file or a pipe.
 
     Args:
@@ -70,22 +70,27 @@ class Lines:
         self._last = 0.0
 
     def update(self, task: str, seconds: float) -> None:
-        """Reports that a task has been running for so many seconds; 0 when it starts."""
+        """Writes a line if the task starts, or if enough time has passed since its last line.
+
+        Args:
+            task: what is running.
+            seconds: how long it has been running; 0 when it starts.
+        """
         if seconds and seconds - self._last < LINE_EVERY_SECONDS:
             return
         self._last = seconds
         self._write(f"{task} ... {seconds:.0f} s" if seconds else f"{task} ...")
 
     def advance(self) -> None:
-        """Reports that one of the results is complete."""
+        """Does nothing: only a bar shows how many results are complete."""
 
     def title(self, text: str) -> None:
-        """Names the group of tasks that follows."""
+        """Writes the name of the group of tasks that follows."""
         self._write(text)
 
 
-class Bar:
-    """Shows progress as a bar on a terminal; methods as those of `Lines`.
+class ProgressBar:
+    """Shows progress as a bar on a terminal; has the methods of `ProgressLines`.
 
     Args:
         live: a started `rich.progress.Progress`.
@@ -97,7 +102,7 @@ class Bar:
         self._bar = live.add_task("", total=total)
 
     def update(self, task: str, seconds: float) -> None:
-        """Shows the running task and its seconds."""
+        """Shows the running task, and for how many seconds it has been running."""
         self._live.update(self._bar, description=f"{task}, {seconds:.0f} s")
         self._live.refresh()
 
@@ -106,22 +111,22 @@ class Bar:
         self._live.advance(self._bar)
 
     def title(self, text: str) -> None:
-        """Prints the name of the group of tasks that follows above the bar."""
+        """Prints, above the bar, the name of the group of tasks that follows."""
         self._live.console.print(text)
 
 
 @contextlib.contextmanager
 def show_progress(write, total: int, stream=None):
-    """Yields a `Bar` if `stream` is a terminal, else `Lines`.
+    """Yields a `ProgressBar` if `stream` is a terminal, else `ProgressLines`.
 
     Args:
-        write: function that takes a line; used where there is no terminal.
+        write: function that takes a line; used if `stream` is not a terminal.
         total: number of results to come.
-        stream: where the bar goes; standard error by default.
+        stream: text stream for the bar; standard error by default.
     """
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield Lines(write)
+        yield ProgressLines(write)
         return
     columns = (
         rich.progress.BarColumn(),
@@ -135,7 +140,7 @@ def show_progress(write, total: int, stream=None):
         *columns, console=console, auto_refresh=False, redirect_stdout=False
     )
     with live:
-        yield Bar(live, total)
+        yield ProgressBar(live, total)
 
 
 class ChildFailed(InputError):
@@ -150,8 +155,8 @@ class Children:
         folder: a temporary folder for the programs.
 
     Attributes:
-        facts: about the model: `parameters`, and `weight_bytes` and `slot_bytes` of a replica;
-            None before `lower`.
+        facts: dict with `parameters` (number of the model's trainable parameters), `weight_bytes`
+            and `slot_bytes` (of a replica); None before the first call of `lower`.
     """
 
     def __init__(self, progress, folder: str):
@@ -166,7 +171,8 @@ class Children:
         Args:
             recipe: a checked recipe.
             phase_index: the phase, from 0.
-            programs: (examples per replica, or None for the update alone; micro-batches).
+            programs: pairs (examples per replica, or None for the update alone; number of
+                micro-batches).
 
         Raises:
             ChildFailed: a program cannot be lowered.
@@ -197,11 +203,12 @@ class Children:
         Args:
             phase_index: the phase, from 0.
             batch: examples per replica, or None for the update alone.
-            accumulation: micro-batches.
+            accumulation: number of micro-batches.
             topology: such as "v3:32x32".
 
         Returns:
-            As `preflight.compile.compile_file`: the compiler's figures or {"error": reason}.
+            The result of `preflight.compile.compile_file`, or {"error": reason} if its process
+            fails.
         """
         program = "the update" if batch is None else f"{batch} examples per replica"
         if accumulation > 1:
@@ -218,7 +225,11 @@ class Children:
             return {"error": str(error)}
 
     def check_kernels(self, recipe, phase_index: int) -> dict:
-        """`preflight.strict.check_kernels` of a phase, from 0."""
+        """Runs `preflight.strict.check_kernels`; arguments and result are the same.
+
+        Raises:
+            ChildFailed: its process failed.
+        """
         return self._run(
             "preflight.strict",
             f"phase {phase_index + 1}: checking TensorFlow's TPU kernels",
@@ -227,7 +238,18 @@ class Children:
         )
 
     def _run(self, module: str, task: str, job: dict, python: str = sys.executable) -> dict:
-        """Runs `python -m module JOB ANSWER`; returns the answer."""
+        """Runs `python -m module JOB ANSWER` and returns the answer.
+
+        Args:
+            module: the module to run. It reads the job with pickle and writes the answer as JSON.
+            task: what the process does, for the progress and for error messages.
+            job: the module's input.
+            python: the Python interpreter.
+
+        Raises:
+            ChildFailed: the exit status is not 0.
+            InputError: the host's memory is not sufficient.
+        """
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             job_path = os.path.join(folder, "job")
             answer_path = os.path.join(folder, "answer")
@@ -237,7 +259,8 @@ class Children:
                 "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             }
-            environment.pop("TPU_LIBRARY_PATH", None)  # JAX sets it; each Python has its own libtpu
+            # Importing JAX sets it to the libtpu of this Python, but each Python has its own.
+            environment.pop("TPU_LIBRARY_PATH", None)
             with open(os.path.join(folder, "output"), "w+b") as output:
                 child = subprocess.Popen(
                     [python, "-m", module, job_path, answer_path],
@@ -258,7 +281,11 @@ class Children:
                 return json.load(file)
 
     def _wait(self, child, task: str) -> None:
-        """Waits for a child and shows progress; raises if the host runs out of memory."""
+        """Waits for a child and shows progress.
+
+        Raises:
+            InputError: the host's memory is not sufficient.
+        """
         start = time.monotonic()
         self._progress.update(task, 0)
         while True:
@@ -279,7 +306,11 @@ class Children:
 
 
 def _reason(output: str, status: int) -> str:
-    """Why a process ended: the first line of its exception, which names the operation."""
+    """Returns why a process failed.
+
+    If it printed an exception, that is the first line of the last exception, which names the
+    operation. The last line of the output may belong to a stack trace.
+    """
     if status == -signal.SIGKILL:
         return "the process was killed, most likely because the host ran out of memory"
     lines = output.splitlines()

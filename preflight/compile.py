@@ -1,4 +1,4 @@
-"""Compiles HLO for a TPU without a TPU, and returns the compiler's figures.
+"""Compiles HLO for a TPU without a TPU, and returns the compiler's estimates of cost and memory.
 
 Import this in a separate process only: JAX and libtpu read their settings from the environment
 once, when they are loaded. The extra `preflight` installs both.
@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 
-# libtpu would request these from the metadata server of a TPU VM before it compiles.
+# Without these, libtpu would ask the metadata server of a TPU VM for them before it compiles.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
@@ -30,12 +30,12 @@ from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
 
-FORMAT = 1  # version of `figures` in the cache
+FORMAT = 1  # of the cached results of `figures`; increase it when their entries change
 MAX_ERROR_LENGTH = 400  # characters
 
 
 def open_topology(name: str) -> list:
-    """Devices of a TPU topology to compile for; no such TPU needs to exist.
+    """Returns the devices of a TPU topology to compile for. No such TPU needs to exist.
 
     Args:
         name: such as "v3:2x2".
@@ -57,8 +57,8 @@ def compile_program(program: bytes, devices, donated: int | None = None):
     Args:
         program: from `from_hlo`.
         devices: from `open_topology`.
-        donated: number of leading arguments whose buffers the leading results reuse; None to keep
-            the program's own aliasing.
+        donated: number n of donated arguments: the first n results reuse the buffers of the first n
+            arguments. None keeps the aliasing of the program.
 
     Returns:
         A `jaxlib` executable.
@@ -78,7 +78,8 @@ def compile_program(program: bytes, devices, donated: int | None = None):
             )
         _prepare(module.operation, len(devices))
         options = xla_client.CompileOptions()
-        options.num_replicas, options.num_partitions = len(devices), 1
+        options.num_replicas = len(devices)
+        options.num_partitions = 1
         options.device_assignment = xla_client.DeviceAssignment.create(
             np.array([[device.id] for device in devices], np.int32)
         )
@@ -87,7 +88,10 @@ def compile_program(program: bytes, devices, donated: int | None = None):
 
 
 def _prepare(operation, replicas: int) -> None:
-    """Makes every all-reduce span all replicas, and removes copies, which StableHLO lacks."""
+    """Makes every all-reduce span all replicas, and removes copies, which StableHLO cannot express.
+
+    Changes the operations inside `operation`, recursively.
+    """
     for region in operation.regions:
         for block in region:
             for inner in list(block.operations):
@@ -102,25 +106,30 @@ def _prepare(operation, replicas: int) -> None:
 
 
 def figures(executable) -> dict:
-    """The compiler's figures for a program, per device.
+    """Returns the compiler's figures for one run of a program on one device.
+
+    Args:
+        executable: from `compile_program`.
 
     Returns:
-        A dict of
-        flops, bytes_accessed: of one run; bytes of HBM traffic, with tensors padded to tiles.
-        seconds: the compiler's estimate of one run.
+        A dict with the entries
+        flops: number of floating-point operations.
+        bytes_accessed: bytes of HBM traffic, with tensors padded to tiles.
+        seconds: the compiler's estimate of the time.
         argument_bytes, temporary_bytes, code_bytes: memory.
         hbm_bytes: total memory; results that reuse arguments' buffers count once.
-        all_reduce_bytes: bytes that one device contributes to all-reduces.
+        all_reduce_bytes: bytes that the device contributes to all-reduces.
         all_reduces, asynchronous: number of all-reduces, and how many of them overlap with other
             work.
     """
-    counts, memory = executable.cost_analysis(), executable.get_compiled_memory_stats()
+    costs = executable.cost_analysis()
+    memory = executable.get_compiled_memory_stats()
     text = executable.hlo_modules()[0].to_string()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "flops": counts["flops"],
-        "bytes_accessed": counts["bytes accessed"],
-        "seconds": counts["optimal_seconds"] + _count_untimed(text),
+        "flops": costs["flops"],
+        "bytes_accessed": costs["bytes accessed"],
+        "seconds": costs["optimal_seconds"] + _count_untimed(text),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -133,24 +142,29 @@ def figures(executable) -> dict:
 
 
 def _count_untimed(text: str) -> int:
-    """Number of operations without a time estimate, each of which the compiler counts as -1 s.
+    """Returns the number of operations without a time, each of which the compiler counts as -1 s.
 
     They split and join 64-bit integers such as the step counter.
     """
-    fused, untimed = False, 0
+    in_fusion = False
+    untimed = 0
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
-            fused = line.startswith("%fused")
-        elif not fused and " custom-call(" in line:
+            in_fusion = line.startswith("%fused")
+        elif not in_fusion and " custom-call(" in line:
             untimed += 1
     return untimed
 
 
+# Bytes of an element.
 WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "pred": 1}
 
 
 def _all_reduces(text: str) -> dict:
-    total = count = asynchronous = 0
+    """Returns the entries of `figures` that describe all-reduces, from the text of the HLO."""
+    total = 0
+    count = 0
+    asynchronous = 0
     for line in text.splitlines():
         found = re.match(r"\s*(?:ROOT )?%[\w.-]+ = (.*?) all-reduce(-start)?\(", line)
         if found:
@@ -168,10 +182,11 @@ PRODUCTS = ("stablehlo.convolution", "stablehlo.dot", "stablehlo.dot_general")
 def count_products(program: bytes) -> dict:
     """Counts matrix products and convolutions of a StableHLO program.
 
-    A TPU multiplies in bfloat16; a float32 product takes several passes.
+    A TPU multiplies in bfloat16, so a float32 product takes several passes.
 
     Returns:
-        `products`, and the `float32_products` among them.
+        A dict with `products`, the number of all products, and `float32_products`, the number of
+        those that have a float32 operand.
     """
     with jax.interpreters.mlir.make_ir_context():
         operand_types = list(_operand_types(ir.Module.parse(program).operation))
@@ -198,11 +213,12 @@ def compile_file(path: str, topology: str, cache: str) -> dict:
     Args:
         path: the file.
         topology: such as "v3:2x2".
-        cache: folder for results.
+        cache: folder of the cached results.
 
     Returns:
-        `figures` and `count_products`; or, if the program does not compile, `error`: one sentence,
-        and `hbm_bytes` if it needs too much memory.
+        A dict with the entries of `figures` and `count_products`. If the program does not compile,
+        it has the entry `error`, one sentence, in place of those of `figures`, and `hbm_bytes` if
+        the program needs too much memory.
     """
     with open(path, "rb") as file:
         program = from_hlo(file.read())
@@ -210,6 +226,7 @@ def compile_file(path: str, topology: str, cache: str) -> dict:
 
 
 def _compile_cached(program, topology, cache):
+    """Returns the cached result of a program, or compiles it and adds its result to the cache."""
     version = importlib.metadata.version("libtpu")
     key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
     cached = pathlib.Path(cache, f"{key}.json")
@@ -230,7 +247,10 @@ def _compile_cached(program, topology, cache):
 
 
 def _describe_error(message: str) -> dict:
-    """The compiler's error in one sentence, with the operation and source line that it names."""
+    """Returns the compiler's error as the entries `error` and `hbm_bytes` of `compile_file`.
+
+    `error` contains the operation and the source line that the compiler names.
+    """
     first = next((line.strip() for line in message.splitlines() if line.strip()), "no reason given")
     result = {"error": first[:MAX_ERROR_LENGTH]}
     for pattern in (r'op_name="([^"]+)"', r'source_file="([^"]+)" source_line=(\d+)'):

@@ -1,7 +1,7 @@
 """Checks whether training can start on this machine: python -m preflight.doctor [MODEL_DIR]
 
 Checks the Python version, the installed packages, TensorFlow with its devices and XLA, free disk
-space for MODEL_DIR, and free memory. Each problem comes with a fix. The exit status is 0 if
+space for MODEL_DIR, and free memory. For each problem, it prints a fix. The exit status is 0 if
 training can start, and 1 if not.
 """
 
@@ -20,7 +20,7 @@ import sys
 
 from inputs import process  # isort: split
 
-# This file runs without any installed package.
+# This file must run even if no package is installed, to say which are missing.
 try:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -29,7 +29,7 @@ except ImportError:
     Requirement = Version = None
 
     def canonicalize_name(name: str) -> str:
-        """The normalized name, for the names that this file compares."""
+        """Returns the normalized name. Sufficient for the names that this file compares."""
         return name.lower().replace("_", "-")
 
 
@@ -37,26 +37,41 @@ from inputs.memory import GIB, MINIMUM, free_memory
 from preflight.probe import IMPORTS, STAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Supported Python versions: from, below. TensorFlow 2.20 or a package that depends on it has no
-# wheel for others.
+# The first supported Python version, and the first that is too new. For other versions, TensorFlow
+# 2.20 or a package that depends on it has no wheel.
 PYTHON_VERSIONS = ((3, 10), (3, 13))
 
 # All of these wheels install the package `tensorflow`, and overwrite each other's files.
 TENSORFLOW_WHEELS = (
-    *("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-tpu", "tensorflow-intel"),
-    *("tensorflow-macos", "tensorflow-rocm", "tensorflow-aarch64", "tensorflow-cpu-aws"),
-    *("intel-tensorflow", "tf-nightly", "tf-nightly-cpu", "tf-nightly-gpu", "tf-nightly-tpu"),
+    "tensorflow",
+    "tensorflow-cpu",
+    "tensorflow-gpu",
+    "tensorflow-tpu",
+    "tensorflow-intel",
+    "tensorflow-macos",
+    "tensorflow-rocm",
+    "tensorflow-aarch64",
+    "tensorflow-cpu-aws",
+    "intel-tensorflow",
+    "tf-nightly",
+    "tf-nightly-cpu",
+    "tf-nightly-gpu",
+    "tf-nightly-tpu",
 )
-# Must have the tested major and minor version: compiled against each other, or use private APIs.
+# These must have the tested major and minor version, because they are compiled against each other
+# or use private APIs.
 SAME_MINOR = (*TENSORFLOW_WHEELS, "tensorflow-text", "tf-keras", "tf-models-official")
-MAX_LISTED = 5  # packages listed by name
+MAX_LISTED = 5  # number of packages that a finding lists by name
 
-MIN_DISK = (1 * GIB, 20 * GIB)  # error, warning; three checkpoints of BERT-Large take 12 GiB
-MIN_MEMORY = (MINIMUM, 4 * GIB)  # error, warning; BERT-base with its slots takes 2 GiB
+# Free bytes below which there is an error, and below which there is a warning.
+MIN_DISK = (1 * GIB, 20 * GIB)  # three checkpoints of BERT-Large take 12 GiB
+MIN_MEMORY = (MINIMUM, 4 * GIB)  # BERT-base with its slots takes 2 GiB
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
-OK, WARNING, ERROR = "ok", "warning", "error"
+OK = "ok"
+WARNING = "warning"
+ERROR = "error"
 STYLES = {OK: "green", WARNING: "yellow", ERROR: "bold red"}
 
 
@@ -81,7 +96,7 @@ class Finding:
 
 
 def installed_packages() -> dict[str, str]:
-    """Normalized name -> version of each installed package."""
+    """Returns the version of each installed package, by normalized name."""
     return {
         canonicalize_name(found.metadata["Name"]): found.version
         for found in importlib.metadata.distributions()
@@ -90,7 +105,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def read_pins(path) -> dict[str, str]:
-    """Normalized name -> version of each `name==version` in a constraints file."""
+    """Returns the version of each `name==version` in a constraints file, by normalized name."""
     pins = {}
     for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
         line = line.partition("#")[0].strip()
@@ -102,7 +117,7 @@ def read_pins(path) -> dict[str, str]:
 
 
 def needed_packages() -> list[str]:
-    """Normalized names of the packages that the training program needs, from setup.cfg."""
+    """Returns the normalized names of the packages that training needs, from setup.cfg."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = config["options"]["install_requires"] + config["options.extras_require"]["train"]
@@ -125,14 +140,22 @@ def check_python(version) -> Finding:
 
 
 def install_command(installed: dict[str, str]) -> str:
-    """The command that installs the tested versions."""
+    """Returns the command that installs the tested versions.
+
+    Args:
+        installed: name -> version.
+    """
     if "tensorflow-tpu" in installed:
         return "pip install --no-deps --force-reinstall -r constraints-tpu.txt"
     return "pip install -c constraints.txt -e .[train]; on a TPU VM: make tpu"
 
 
 def check_wheels(installed: dict[str, str]) -> Finding:
-    """Checks that exactly one TensorFlow wheel is installed (name -> version)."""
+    """Checks that exactly one TensorFlow wheel is installed.
+
+    Args:
+        installed: name -> version.
+    """
     wheels = [name for name in TENSORFLOW_WHEELS if name in installed]
     listed = ", ".join(f"{name} {installed[name]}" for name in wheels)
     if not wheels:
@@ -178,7 +201,11 @@ def check_versions(installed, pins, needed) -> list[Finding]:
 
 
 def check_packages(installed: dict[str, str]) -> list[Finding]:
-    """Compares the installed packages (name -> version) with setup.cfg and the constraints."""
+    """Compares the installed packages with setup.cfg and the constraints.
+
+    Args:
+        installed: name -> version.
+    """
     if Requirement is None:
         message = "the package `packaging` is not installed: versions were not compared"
         return [Finding(ERROR, "Packages", message, install_command(installed))]
@@ -191,24 +218,24 @@ def check_packages(installed: dict[str, str]) -> list[Finding]:
 
 
 def has_tpu() -> bool:
-    """Whether a TPU is attached to this machine."""
+    """Returns whether a TPU is attached to this machine."""
     vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
     return any(pathlib.Path(path).read_text().strip() == GOOGLE_PCI_VENDOR for path in vendors)
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver of an NVIDIA GPU is loaded."""
+    """Returns whether the driver of an NVIDIA GPU is loaded."""
     return bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def run_probe(root) -> tuple[list[dict], str]:
-    """Runs `preflight.probe` in a child process, which may crash or hang.
+    """Runs `preflight.probe` in a child process, because it may crash or hang.
 
     Args:
         root: folder that contains the package `preflight`.
 
     Returns:
-        The stages that it printed, and how it failed: "" if it did not.
+        A tuple: the list of stages that the process printed, and how it failed ("" if it did not).
     """
     environment = dict(os.environ)
     if not has_tpu():
@@ -235,7 +262,7 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
     """Turns the results of `run_probe` into findings.
 
     Args:
-        stages: list of dicts.
+        stages: list of dicts, as printed by `preflight.probe`.
         failure: how the probe failed, or "".
         tpu_wheel: whether tensorflow-tpu is installed.
         fix: the fix for packages that cannot be imported.
@@ -271,7 +298,7 @@ def _check_xla(xla, devices, tpu_wheel) -> Finding:
         return Finding(OK, "XLA", f"compiles and runs on {xla['device']}")
     if tpu_wheel and not devices.get("tpus"):
         message = "not checked: tensorflow-tpu compiles only for TPUs, and found none"
-        return Finding(ERROR, "XLA", message, "see TPU")
+        return Finding(ERROR, "XLA", message, "fix the problem with the TPU first")
     fix = "reinstall TensorFlow, and a driver that supports its CUDA version (see nvidia-smi)"
     return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", fix)
 
@@ -307,7 +334,7 @@ def _check_gpu(devices) -> Finding:
 
 
 def check_machine(model_dir: str) -> list[Finding]:
-    """Checks free disk space for `model_dir`, which need not exist, and free memory."""
+    """Checks free memory, and free disk space for `model_dir`, which need not exist."""
     folder = pathlib.Path(model_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -336,7 +363,7 @@ def _check_amount(check, amount, limits, text, fix) -> Finding:
 
 
 def check_all(model_dir: str) -> list[Finding]:
-    """Runs all checks."""
+    """Runs all checks and returns their findings."""
     installed = installed_packages()
     findings = [check_python(sys.version_info), check_wheels(installed)]
     findings += check_packages(installed)
@@ -349,7 +376,7 @@ def check_all(model_dir: str) -> list[Finding]:
 
 
 def show(findings: list[Finding], stream) -> None:
-    """Prints a table on a terminal, else one line per finding and per fix."""
+    """Prints the findings: as a table on a terminal, else one line per finding and per fix."""
     if stream.isatty() and importlib.util.find_spec("rich"):
         _show_table(findings, stream)
         return
@@ -368,13 +395,17 @@ def _show_table(findings, stream):
     table = Table("", "check", "found", "fix")
     for finding in findings:
         level = Text(finding.level, STYLES[finding.level])
-        # As `Text`, so that ".[train]" is not read as a style.
+        # As `Text`, so that rich does not read ".[train]" as a style.
         table.add_row(level, *map(Text, (finding.check, finding.message, finding.fix)))
     Console(file=stream).print(table)
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command and returns its exit status.
+
+    Args:
+        arguments: the command's arguments.
+    """
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print(__doc__, file=sys.stderr)
         return 1

@@ -19,8 +19,8 @@ from preflight.report import LEGEND
 from preflight.topology import parse_topologies
 
 PATH = pathlib.Path("docs/results/preflight.md")
-# The pod that each recipe was published on, or is meant for. The other columns of the paper's
-# tables run the program of the largest one: 16 examples per core.
+# The pod that each recipe was published on or is meant for. The paper's other batch sizes are not
+# listed: a core gets 16 examples with all of them, and so runs the program of bert-large-32k.
 PODS = {
     "bert-mini-demo": "v3:2x2",
     "bert-mini": "v3:2x2",
@@ -39,11 +39,11 @@ PODS = {
     "resnet50-adamw-16k": "v3:16x32",
     "resnet50-adagrad-16k": "v3:16x32",
 }
-# Recipes to search the largest batch of, which takes several compilations per phase.
+# Recipes whose largest batch is searched for. A search takes several compilations per phase.
 SEARCHED = ("bert-mini-demo", "bert-mini", "bert-large-64k-32k")
 # Minutes on 1,024 v3 chips: arXiv:1904.00962v3, Table 1; MLPerf Training v0.6, Google, ResNet.
 PUBLISHED = {"bert-large-32k": 101.2, "bert-large-64k-32k": 76.19, "resnet50-lars-32k": 76.9 / 60}
-# Columns of the same table with 16 examples per core: batch, topology, minutes.
+# Columns of the same table with 16 examples per core: global batch size, topology, minutes.
 COLUMNS = (
     (512, "v3:4x4", 82.8 * 60),
     (1_024, "v3-64", 43.2 * 60),
@@ -59,27 +59,34 @@ HEAD = (
     "of peak | minutes |\n|" + "---|" * 15
 )
 GAPS = """
-Why the estimates are below the published times: each operation and each link is taken at its peak
-rate, and everything around the step is left out. The estimates say what the chips must do at least,
-not what they did in 2019. For BERT, the last column is the share of the peak that the chips reached
-in the published time. Part of the gap is the XLA of that time; part is outside the step (input,
-checkpoints, evaluation, waiting for the slowest of 2,048 replicas). The paper gives no figures that
-separate them. For ResNet-50, MLPerf's time includes the evaluations and the first pass over the
-data.
+The estimates are below the published times, because they assume that each operation and each link
+runs at its peak rate, and leave out everything around the step. They are a lower bound on the time,
+not a prediction of what was measured in 2019. For BERT, the last column is the share of the peak
+that the chips reached in the published time. Part of the gap is due to the XLA of that time, and
+part is outside the step (input, checkpoints, evaluation, waiting for the slowest of 2,048
+replicas). The paper gives no figures that separate them. For ResNet-50, MLPerf's time includes the
+evaluations and the first pass over the data.
 
-Why the scaling is better than the published one, which falls to 76.7 %: the model does not contain
-replicas that wait for each other. Above 100 %: a mesh has wrap-around links only in a dimension as
-long as the pod, so the two largest slices have more links for the same all-reduce.
+The scaling is better than the published one, which falls to 76.7 %, because the model does not
+contain replicas that wait for each other. It is above 100 % for the two largest slices: a mesh has
+wrap-around links only in a dimension as long as the pod, so these slices have more links for the
+same all-reduce.
 
-No constant was fitted to close a gap."""
+No constant was fitted to close these gaps."""
 
 
-def row(name: str, result) -> str:
-    """The table row of one phase of a recipe."""
+def format_row(name: str, result) -> str:
+    """Returns the table row of one phase of a recipe.
+
+    Args:
+        name: the recipe.
+        result: its `PhaseResult`.
+    """
     start = f"| {name} | {result.phase} | {result.topology.name} | {result.replica_batch_size}"
     if result.error:
         return f"{start} | does not compile: {result.error}" + " |" * 11
-    program, time = result.program, result.time
+    program = result.program
+    time = result.time
     if result.accumulation > 1:
         start += f" / {result.accumulation}"
     values = (
@@ -99,7 +106,7 @@ def row(name: str, result) -> str:
 
 
 def published_table(results_of: dict) -> list[str]:
-    """Lines of the table of whole recipes next to the published times.
+    """Returns the lines of the table of whole recipes next to the published times.
 
     Args:
         results_of: recipe name -> list of `PhaseResult`.
@@ -125,14 +132,15 @@ def published_table(results_of: dict) -> list[str]:
 
 
 def scaling_table(results) -> list[str]:
-    """Lines of the table of the paper's columns, all with 16 examples per core.
+    """Returns the lines of the table of the paper's columns, all with 16 examples per core.
 
     Args:
         results: list of `PhaseResult` of bert-large-32k, whose program all columns run; may be
             empty.
 
     Returns:
-        The lines; an empty list without results.
+        The lines; an empty list if there are no results, if a phase does not compile, or if a core
+        gets another number of examples.
     """
     if not results:
         return []
@@ -140,7 +148,7 @@ def scaling_table(results) -> list[str]:
         "| batch | chips | estimated minutes | published | estimated speed-up | published |",
         "|---|---|---|---|---|---|",
     ]
-    first = None
+    smallest = None
     for batch, name, published in COLUMNS:
         (topology,) = parse_topologies(name)
         minutes = 0.0
@@ -150,23 +158,26 @@ def scaling_table(results) -> list[str]:
             time = estimate.step_time(topology, result.program, result.update, 1)
             steps = result.steps * result.global_batch_size / batch
             minutes += steps * time.step / 60
-        first = first or (minutes, published, topology.chips)
-        times_chips = topology.chips / first[2]
-        ours, theirs = first[0] / minutes, first[1] / published
+        smallest = smallest or (minutes, published, topology.chips)
+        smallest_minutes, smallest_published, smallest_chips = smallest
+        ideal = topology.chips / smallest_chips
+        estimated_speedup = smallest_minutes / minutes
+        published_speedup = smallest_published / published
         lines.append(
             f"| {batch:,} | {topology.chips:,} | {minutes:,.0f} | {published:,.1f} | "
-            f"{ours:.1f} ({ours / times_chips:.1%}) | {theirs:.1f} ({theirs / times_chips:.1%}) |"
+            f"{estimated_speedup:.1f} ({estimated_speedup / ideal:.1%}) | "
+            f"{published_speedup:.1f} ({published_speedup / ideal:.1%}) |"
         )
     return lines
 
 
-def page(results_of: dict) -> str:
-    """The page in Markdown.
+def format_page(results_of: dict) -> str:
+    """Returns the page in Markdown.
 
     Args:
         results_of: recipe name -> list of `PhaseResult`.
     """
-    table = [row(name, result) for name, results in results_of.items() for result in results]
+    table = [format_row(name, result) for name, results in results_of.items() for result in results]
     text = ["# Pre-flight", "", "Written by `make preflight`, without a TPU.", "", HEAD, *table]
     text += ["", *LEGEND.strip().splitlines()]
     if results_of.keys() & PUBLISHED.keys():
@@ -180,12 +191,17 @@ def _print_line(line: str) -> None:
 
 
 def main(names: list[str]) -> int:
-    """Examines the recipes and writes the page; returns the exit status."""
+    """Runs the command and returns its exit status.
+
+    Args:
+        names: the recipes to examine; all of `PODS` if empty.
+    """
     try:
         check_installed()
         for name in names:
             if name not in PODS:
-                raise InputError(f"{name}: no pod is listed for it. Known: {', '.join(PODS)}.")
+                known = ", ".join(PODS)
+                raise InputError(f"{name}: no pod is listed for it. Known recipes: {known}.")
         chosen = {name: recipes.find_recipe(name) for name in names or PODS}
         results_of = {}
         phases = sum(len(recipe.phases) for recipe in chosen.values())
@@ -198,8 +214,8 @@ def main(names: list[str]) -> int:
                     progress=progress,
                     search=name in SEARCHED,
                 )
-                # All recipes together take an hour: keep what is done.
-                PATH.write_text(page(results_of), encoding="utf-8")
+                # Write after each recipe: all of them together take an hour.
+                PATH.write_text(format_page(results_of), encoding="utf-8")
     except ValueError as error:
         _print_line(f"preflight.document: {error}")
         return 1

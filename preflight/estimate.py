@@ -1,6 +1,6 @@
-"""Estimates a step's time from the compiler's figures.
+"""Estimates the time of a step from the compiler's figures.
 
-Pure functions. No constant is fitted to a measurement: peak rates are the published ones of
+The functions are pure. No constant is fitted to a measurement: peak rates are the published ones of
 `training.chips`.
 """
 
@@ -11,17 +11,18 @@ from preflight.topology import Topology
 
 # Latency of one link ("How to Scale Your Model", part 3: about 1 us per hop).
 HOP_SECONDS = 1e-6
-BACKWARD_SHARE = 2 / 3  # of forward and backward: two of the three matrix products of a layer
-TILE_ROWS = 8  # batches are rounded down to a multiple of this
-MAX_TRIES = 2  # compilations per search; one takes minutes for a large model
+# Share of the backward pass in forward and backward: two of the three matrix products of a layer.
+BACKWARD_SHARE = 2 / 3
+TILE_ROWS = 8  # the search rounds batches down to a multiple of this
+MAX_TRIES = 2  # compilations per search after the first; one takes minutes for a large model
 
 
 def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
-    """Time of a sum over all replicas on the torus, with the links at their peak rate.
+    """Returns the time of a sum over all replicas on the torus, with the links at their peak rate.
 
-    Each chip reduces a part of the sum and receives the other parts over all its links at once,
-    so 2·num_bytes·(n-1)/n bytes leave a chip. Latency is twice the diameter of the mesh. The
-    compiler's time already contains the memory traffic of the sum.
+    Each of n chips reduces a part of the sum and receives the other parts over all its links at
+    once, so 2·num_bytes·(n-1)/n bytes leave a chip. The latency is that of twice the diameter of
+    the mesh. The memory traffic of the sum is not included: the compiler's time contains it.
 
     Args:
         topology: the slice.
@@ -32,8 +33,8 @@ def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
     """
     chips = topology.chips
     sent = 2 * num_bytes * (chips - 1) / chips
-    on_links = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
-    return on_links + 2 * topology.diameter * HOP_SECONDS
+    sending = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
+    return sending + 2 * topology.diameter * HOP_SECONDS
 
 
 def largest_batch(
@@ -49,9 +50,9 @@ def largest_batch(
     the next batch to try is extrapolated from two points.
 
     Args:
-        memory_needed: number of examples -> bytes; compiles a program.
+        memory_needed: function from a number of examples to bytes. It compiles a program.
         start: number of examples to try first.
-        fixed_bytes: memory without any example: weights and slots.
+        fixed_bytes: memory that does not depend on the batch: weights and slots.
         limit_bytes: memory of a device.
         max_examples: upper bound of the search.
 
@@ -60,11 +61,10 @@ def largest_batch(
     """
     points = {0: fixed_bytes, start: memory_needed(start)}
     for _ in range(MAX_TRIES):
-        (low, below), (high, above) = sorted(
-            sorted(points.items(), key=lambda point: abs(point[1] - limit_bytes))[:2]
-        )
-        per_example = max((above - below) / (high - low), 1e-9)
-        batch = min(int(low + (limit_bytes - below) / per_example), max_examples)
+        nearest = sorted(points.items(), key=lambda point: abs(point[1] - limit_bytes))[:2]
+        (low, low_bytes), (high, high_bytes) = sorted(nearest)
+        per_example = max((high_bytes - low_bytes) / (high - low), 1e-9)
+        batch = min(int(low + (limit_bytes - low_bytes) / per_example), max_examples)
         batch = max(1, batch // TILE_ROWS * TILE_ROWS or batch)
         if batch in points:
             break
@@ -72,18 +72,18 @@ def largest_batch(
     return max(batch for batch, size in points.items() if batch == 0 or size <= limit_bytes)
 
 
-def needed_accumulation(replica_batch_size: int, largest: int, least: int) -> int | None:
-    """Smallest number of micro-batches, from `least` up, that divides the batch and fits.
+def needed_accumulation(replica_batch_size: int, largest: int, minimum: int) -> int | None:
+    """Returns the smallest number of micro-batches that divides the batch and fits in memory.
 
     Args:
         replica_batch_size: examples per replica and step.
         largest: examples of the largest micro-batch that fits.
-        least: smallest number of micro-batches to consider.
+        minimum: smallest number of micro-batches to consider.
 
     Returns:
-        The number of micro-batches, or None if not even single examples fit.
+        The number of micro-batches, or None if not even a single example fits.
     """
-    for count in range(least, replica_batch_size + 1):
+    for count in range(minimum, replica_batch_size + 1):
         if replica_batch_size % count == 0 and replica_batch_size // count <= largest:
             return count
     return None
@@ -94,12 +94,12 @@ class StepTime:
     """The estimated time of one step and its parts, in seconds.
 
     Attributes:
-        compiler: forward, backward and update, by the compiler's estimate; includes the memory
+        compiler: the compiler's estimate of forward, backward and update, including the memory
             traffic of the all-reduce.
         update: the optimizer's share of `compiler`.
         compute: time of the FLOPs at the peak rate.
         memory: time of the memory traffic at the peak bandwidth.
-        all_reduce: time on the links.
+        all_reduce: time of the all-reduce on the links.
         hideable: part of `all_reduce` that could overlap with the backward pass.
         hidden: part of `all_reduce` that does overlap in the compiled program.
     """
@@ -114,7 +114,7 @@ class StepTime:
 
     @property
     def step(self) -> float:
-        """The whole step."""
+        """The time of the whole step, in seconds."""
         return self.compiler + self.all_reduce - self.hidden
 
     @property
@@ -124,9 +124,10 @@ class StepTime:
 
 
 def whole_step(topology: Topology, program: dict, update: dict, accumulation: int) -> dict:
-    """Costs of a step of several micro-batches.
+    """Returns the costs of a step of one or more micro-batches.
 
-    The compiler's own figures for such a step count one iteration of the loop over micro-batches.
+    The compiler's figures cannot be used for such a step: they count only one iteration of the loop
+    over micro-batches.
 
     Args:
         topology: the slice.
@@ -135,15 +136,17 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
         accumulation: micro-batches per step.
 
     Returns:
-        `flops`, `bytes_accessed` and `seconds`.
+        A dict with `flops`, `bytes_accessed` and `seconds`.
     """
-    chip, gradient_bytes = topology.chip, program["all_reduce_bytes"]
+    chip = topology.chip
+    gradient_bytes = program["all_reduce_bytes"]
     bandwidth = chip.hbm_bandwidth / chip.devices_per_chip
-    # Update and all-reduce run once per step; the all-reduce reads and writes the gradients. Each
-    # micro-batch reads its gradients, and reads and writes the accumulated ones.
-    per_step = 2 * gradient_bytes
-    per_micro_batch = 3 * gradient_bytes if accumulation > 1 else 0
-    moved = accumulation * per_micro_batch - (accumulation - 1) * per_step
+    # Update and all-reduce run once per step, but `accumulation` times `program` counts them for
+    # each micro-batch. An all-reduce reads and writes the gradients. To accumulate, a micro-batch
+    # reads its gradients, and reads and writes the accumulated ones.
+    all_reduce_traffic = 2 * gradient_bytes
+    accumulation_traffic = 3 * gradient_bytes if accumulation > 1 else 0
+    moved = accumulation * accumulation_traffic - (accumulation - 1) * all_reduce_traffic
     added = {"flops": 0, "bytes_accessed": moved, "seconds": moved / bandwidth}
     return {
         name: accumulation * program[name] - (accumulation - 1) * update[name] + more
@@ -152,19 +155,21 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
 
 
 def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
-    """Estimated time of a step; arguments as for `whole_step`."""
+    """Returns the estimated time of a step. Arguments as for `whole_step`."""
     chip = topology.chip
     whole = whole_step(topology, program, update, accumulation)
-    on_links = all_reduce_seconds(topology, program["all_reduce_bytes"])
+    all_reduce = all_reduce_seconds(topology, program["all_reduce_bytes"])
     backward = BACKWARD_SHARE * (program["seconds"] - update["seconds"])
-    hideable = min(on_links, backward)
-    share = program["asynchronous"] / program["all_reduces"] if program["all_reduces"] else 0
+    hideable = min(all_reduce, backward)
+    asynchronous_share = 0
+    if program["all_reduces"]:
+        asynchronous_share = program["asynchronous"] / program["all_reduces"]
     return StepTime(
         compiler=whole["seconds"],
         update=update["seconds"],
         compute=whole["flops"] * chip.devices_per_chip / chip.flops,
         memory=whole["bytes_accessed"] * chip.devices_per_chip / chip.hbm_bandwidth,
-        all_reduce=on_links,
+        all_reduce=all_reduce,
         hideable=hideable,
-        hidden=share * hideable,
+        hidden=asynchronous_share * hideable,
     )

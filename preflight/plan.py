@@ -2,9 +2,9 @@
 
     python -m preflight.plan --recipe=NAME --topology=TPU
 
-The batch size is --batch, or the largest one published for the same model; a gradient noise scale
-bounds it. Learning rates and steps follow the paper's scaling rule (`recipes.scaling`). Memory,
-accumulation and time come from the pre-flight (`preflight.run`).
+The batch size is --batch, or else the largest one published for the same model, but at most the
+gradient noise scale if that is given. Learning rates and steps follow the paper's scaling rule
+(`recipes.scaling`). Memory, accumulation and time come from the pre-flight (`preflight.run`).
 """
 
 import argparse
@@ -23,13 +23,13 @@ from training.monitor import noise_scale
 
 
 def family(name: str) -> list[Recipe]:
-    """The recipe with this name, or all recipes whose names start with it.
+    """Returns the recipe with this name, or all recipes whose names start with it.
 
     Args:
         name: such as "bert-large-32k" (one recipe) or "bert-large" (several).
 
     Raises:
-        InputError: there is none, or they differ in model or optimizer.
+        InputError: no recipe matches, or the matching ones differ in model or optimizer.
     """
     if name in recipes.RECIPES:
         return [recipes.RECIPES[name]]
@@ -44,43 +44,50 @@ def family(name: str) -> list[Recipe]:
     return members or [recipes.find_recipe(name)]
 
 
-def batch_of(recipe: Recipe) -> int:
-    """The batch size of the first phase, which scaling refers to."""
+def first_batch_size(recipe: Recipe) -> int:
+    """Returns the global batch size of the first phase, which scaling refers to."""
     return recipe.phases[0].global_batch_size
 
 
-def proposed_batch(members: list[Recipe], topology: Topology, noise_scale: float | None) -> int:
-    """The largest batch published for this model, at most the noise scale.
+def propose_batch(members: list[Recipe], topology: Topology, scale: float | None) -> int:
+    """Returns the largest batch published for this model, but at most the noise scale.
 
-    A batch above the noise scale wastes more than half of what additional data parallelism
-    contributes (McCandlish et al., arXiv:1812.06162, section 2.2).
+    Above the noise scale, training needs more than twice the examples that it needs with a very
+    small batch (McCandlish et al., arXiv:1812.06162, section 2.2).
 
     Args:
         members: recipes of one model and optimizer, from `family`.
         topology: the slice.
-        noise_scale: in examples; None if it is not known.
+        scale: the gradient noise scale in examples; None if it is not known.
 
     Returns:
         Examples per step, a multiple of the replicas; at least one example per replica.
     """
-    kind = members[0].task, members[0].model
-    published = [r for r in recipes.RECIPES.values() if (r.task, r.model) == kind]
-    batch = max(map(batch_of, published))
-    if noise_scale is not None:
-        batch = min(batch, int(noise_scale))
+    task_and_model = (members[0].task, members[0].model)
+    published = [r for r in recipes.RECIPES.values() if (r.task, r.model) == task_and_model]
+    batch = max(map(first_batch_size, published))
+    if scale is not None:
+        batch = min(batch, int(scale))
     batch = max(1, batch // topology.replicas) * topology.replicas
     while batch > topology.replicas and any(
-        phase.global_batch_size % topology.replicas for phase in planned(members, batch).phases
+        phase.global_batch_size % topology.replicas
+        for phase in scale_nearest(members, batch).phases
     ):
-        batch -= topology.replicas  # the batches of later phases must divide, too
+        batch -= topology.replicas  # the batches of later phases must be multiples, too
     return batch
 
 
 def parse_noise_scale(text: str) -> float:
-    """Reads `--noise_scale`: a number of examples, or the folder of a run that measured it.
+    """Reads `--noise_scale`.
+
+    Args:
+        text: a number of examples, or the folder of a run that measured it.
+
+    Returns:
+        The noise scale in examples.
 
     Raises:
-        InputError: it is neither.
+        InputError: the text is neither, or the number is not positive and finite.
     """
     try:
         scale = float(text)
@@ -93,14 +100,26 @@ def parse_noise_scale(text: str) -> float:
     return scale
 
 
-def planned(members: list[Recipe], batch: int) -> Recipe:
-    """The member with the nearest batch size, scaled to `batch` by the square-root rule."""
-    nearest = min(members, key=lambda r: max(batch, batch_of(r)) / min(batch, batch_of(r)))
-    return nearest if batch == batch_of(nearest) else recipes.scale_recipe(nearest, batch, "sqrt")
+def scale_nearest(members: list[Recipe], batch: int) -> Recipe:
+    """Returns the recipe with the nearest batch size, scaled to `batch` by the square-root rule."""
+
+    def ratio(recipe):
+        size = first_batch_size(recipe)
+        return max(batch, size) / min(batch, size)
+
+    nearest = min(members, key=ratio)
+    if batch == first_batch_size(nearest):
+        return nearest
+    return recipes.scale_recipe(nearest, batch, "sqrt")
 
 
 def describe(recipe: Recipe, results) -> str:
-    """The proposal, one line per phase."""
+    """Returns the proposal as text, one line per phase.
+
+    Args:
+        recipe: from `scale_nearest`.
+        results: list with a `preflight.run.PhaseResult` for each phase.
+    """
     lines = [f"Plan from {recipe.name}, {recipe.optimizer}, {recipe.compute_dtype}"]
     for phase, result in zip(recipe.phases, results, strict=True):
         if result.error:
@@ -124,7 +143,11 @@ def _print_line(line: str) -> None:
 
 
 def main(arguments) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command and returns its exit status.
+
+    Args:
+        arguments: the command's arguments.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="a recipe, or a prefix of several names")
     parser.add_argument("--topology", required=True, help="such as v3:32x32 or v3-2048")
@@ -143,8 +166,8 @@ def main(arguments) -> int:
         (topology,) = topologies
         if flags.batch is not None and flags.batch < 1:
             raise InputError(f"--batch must be at least 1. Received: --batch={flags.batch}.")
-        batch = flags.batch or proposed_batch(members, topology, scale)
-        recipe = dataclasses.replace(planned(members, batch), compute_dtype="bfloat16")
+        batch = flags.batch or propose_batch(members, topology, scale)
+        recipe = dataclasses.replace(scale_nearest(members, batch), compute_dtype="bfloat16")
         for phase in recipe.phases:
             preflight.replica_batch_size(recipe, phase, topology, "--topology", "--batch")
         check_installed()

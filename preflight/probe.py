@@ -1,4 +1,4 @@
-"""Tries what training needs: imports, devices, and a function compiled by XLA.
+"""Tries what training needs: imports, devices, and compilation with XLA.
 
     python -m preflight.probe
 
@@ -14,10 +14,14 @@ STAGES = (*IMPORTS, "devices", "XLA")
 
 
 def find_devices(tf) -> dict:
-    """The devices that TensorFlow finds.
+    """Returns the devices that TensorFlow finds.
+
+    Args:
+        tf: the module `tensorflow`.
 
     Returns:
-        `cuda_build`: whether TensorFlow is built with CUDA. `gpus`: names. `tpus`: number of cores.
+        A dict with `cuda_build`, whether TensorFlow is built with CUDA; `gpus`, a list of names;
+        and `tpus`, the number of TPU cores.
     """
     build = tf.sysconfig.get_build_info()
     found = {"cuda_build": bool(build.get("is_cuda_build")), "gpus": [], "tpus": 0}
@@ -34,8 +38,14 @@ def find_devices(tf) -> dict:
 def run_xla(tf) -> dict:
     """Multiplies two matrices of ones with XLA on the device that training would use.
 
+    Args:
+        tf: the module `tensorflow`.
+
     Returns:
-        `device`: where it ran.
+        A dict with `device`, the name of that device.
+
+    Raises:
+        ArithmeticError: the result is wrong.
     """
 
     def product():
@@ -52,7 +62,7 @@ def run_xla(tf) -> dict:
 
 
 def main():
-    """Runs all stages; a stage that fails does not prevent the following ones."""
+    """Runs all stages. If one fails, the following ones still run."""
     modules = {}
     for stage in STAGES:
         found = {"stage": stage}
@@ -63,7 +73,7 @@ def main():
                 found |= run_xla(modules["tensorflow"])
             else:
                 modules[stage] = importlib.import_module(stage)
-        except Exception as error:  # any error is a result
+        except Exception as error:  # whatever it is, it is the result of the stage
             lines = [line for line in str(error).splitlines() if line.strip()]
             found["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
         print(json.dumps(found), flush=True)

@@ -1,8 +1,8 @@
-"""Traces and lowers a replica's training step as on a TPU, without running it.
+"""Traces and lowers the training step of a replica as on a TPU, without running it.
 
-Stock TensorFlow lowers for a CPU only. Three parts that would give a different program than on a
-TPU are replaced: the strategy, the all-reduce and the random bits (`PodStrategy`,
-`_tpu_random_bits`).
+Stock TensorFlow lowers for a CPU only. Three parts would give a different program than on a TPU and
+are replaced: the strategy and the all-reduce by `PodStrategy`, the random bits by
+`_tpu_random_bits`.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ DEFAULT_ALGORITHM = tf.random.Algorithm.AUTO_SELECT.value
 
 
 class _PodExtended(OneDeviceExtended):
+    """The implementation of `PodStrategy`: one CPU that acts as one of several replicas."""
+
     def __init__(self, strategy, replicas):
         super().__init__(strategy, "/cpu:0")
         self._replicas = replicas
@@ -41,7 +43,7 @@ class _PodExtended(OneDeviceExtended):
             with tf.Graph().as_default():
                 value = value()
         if tf.is_tensor(value) and value.shape.num_elements() > 1:
-            # The operating system allocates no memory for values that are never touched.
+            # Leave it uninitialized: no memory is allocated for pages that are never written.
             value = tf.raw_ops.Empty(shape=value.shape, dtype=value.dtype)
             kwargs["initial_value"] = value
         return super()._create_variable(next_creator, **kwargs)
@@ -74,22 +76,23 @@ class PodStrategy(tf.distribute.TPUStrategy):
     """
 
     def __init__(self, replicas: int):
-        # TPUStrategy.__init__ would connect to a TPU.
+        # Does not call `TPUStrategy.__init__`, which would connect to a TPU.
         tf.distribute.Strategy.__init__(self, _PodExtended(self, replicas))
 
 
 @contextlib.contextmanager
 def _tpu_random_bits():
-    """Generates uniform numbers as on a TPU while the context is active.
+    """Returns a context in which random numbers are generated as on a TPU.
 
     For a CPU, tf2xla expands Philox into integer arithmetic, which would be a third of a step. For
-    a TPU it uses `RngBitGenerator` with the default algorithm, whose state is one word of the key
+    a TPU, it uses `RngBitGenerator` with the default algorithm, whose state is one word of the key
     and one of the counter (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc, and
-    `GetCounterSize` and `BitGenerator` in random_ops_util.cc). The key is the seed as it is, and
+    `GetCounterSize` and `BitGenerator` in random_ops_util.cc). The key is the unmodified seed, and
     the counter starts at 0. Floats have 23 random bits.
     """
 
     def key_and_counter(seed, name=None):
+        """Returns the key, [1] uint64, and the counter, [2] uint64, of a seed of two integers."""
         low, high = tf.unstack(tf.cast(tf.cast(seed, tf.uint32), tf.uint64))
         shift = tf.constant(32, tf.uint64)
         key = tf.bitwise.bitwise_or(low, tf.bitwise.left_shift(high, shift))
@@ -124,7 +127,8 @@ class Replica:
         recipe: a checked `recipes.types.Recipe`.
         phase_index: the phase, from 0.
         replicas: number of replicas that share a global batch.
-        optimizer: function `(recipe, schedule) -> optimizer`; the recipe's own by default.
+        optimizer: function `(recipe, schedule) -> optimizer`. By default, the optimizer is the one
+            of the recipe.
     """
 
     def __init__(
@@ -139,10 +143,11 @@ class Replica:
             self._state = RunState()
             schedule = optimizers.RunSchedule(optimizers.make_schedule(recipe), self._state)
             self.optimizer = optimizer(recipe, schedule)
-            self.model = self._task(1).build_model()
+            self.model = self._make_task(1).build_model()
             optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
 
-    def _task(self, replica_batch_size):
+    def _make_task(self, replica_batch_size):
+        """Returns the recipe's task with synthetic data and this batch size in all phases."""
         phases = tuple(
             dataclasses.replace(phase, global_batch_size=replica_batch_size)
             for phase in self.recipe.phases
@@ -158,29 +163,37 @@ class Replica:
         )
 
     def step_program(self, replica_batch_size: int, accumulation: int) -> bytes:
-        """Serialized HLO of a whole step on a batch of this many examples."""
-        step, spec = self._step(replica_batch_size, accumulation)
-        return self._lowered(lambda **batch: step.train(batch, self._state.step), **spec)
+        """Lowers a whole step.
+
+        Args:
+            replica_batch_size: examples per replica and step.
+            accumulation: number of micro-batches, which divides `replica_batch_size`.
+
+        Returns:
+            The serialized HLO.
+        """
+        step, spec = self._make_step(replica_batch_size, accumulation)
+        return self._lower(lambda **batch: step.train(batch, self._state.step), **spec)
 
     def traced_step(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
-        """A whole step with the recipe's accumulation, traced but not lowered."""
-        step, spec = self._step(replica_batch_size, self.recipe.accumulation)
-        function = self._function(lambda **batch: step.train(batch, self._state.step))
+        """Traces a whole step with the recipe's accumulation, without lowering it."""
+        step, spec = self._make_step(replica_batch_size, self.recipe.accumulation)
+        function = self._make_function(lambda **batch: step.train(batch, self._state.step))
         return function.get_concrete_function(**spec)
 
     def traced_gradients(self, replica_batch_size: int) -> tf.types.experimental.ConcreteFunction:
-        """Forward and backward of one micro-batch, traced but not lowered."""
-        step, spec = self._step(replica_batch_size, 1)
-        task = self._task(replica_batch_size)
+        """Traces forward and backward of one micro-batch, without lowering them."""
+        step, spec = self._make_step(replica_batch_size, 1)
+        task = self._make_task(replica_batch_size)
         function = tf.function(
             lambda batch, seed: step.sums_and_gradients(batch, task.counts(batch), seed),
             autograph=False,
         )
         return function.get_concrete_function(spec, tf.TensorSpec([2], tf.int32))
 
-    def _step(self, replica_batch_size, accumulation):
-        """The `ReplicaStep`, and the element spec of its batches."""
-        task = self._task(replica_batch_size)
+    def _make_step(self, replica_batch_size, accumulation):
+        """Returns a `ReplicaStep`, and the element spec of its batches."""
+        task = self._make_task(replica_batch_size)
         step = ReplicaStep(
             task,
             self.model,
@@ -193,7 +206,11 @@ class Replica:
         return step, task.train_batches(self.phase_index, 0)(None).element_spec
 
     def update_program(self) -> bytes:
-        """Serialized HLO of the update alone, with the gradients as arguments."""
+        """Lowers the update alone, with the gradients as arguments.
+
+        Returns:
+            The serialized HLO.
+        """
         variables = self.model.trainable_variables
 
         def update(*gradients):
@@ -201,15 +218,17 @@ class Replica:
                 zip(gradients, variables, strict=True), skip_gradients_aggregation=True
             )
 
-        return self._lowered(update, *(tf.TensorSpec(v.shape, v.dtype) for v in variables))
+        return self._lower(update, *(tf.TensorSpec(v.shape, v.dtype) for v in variables))
 
-    def _lowered(self, function, *specs, **named_specs):
+    def _lower(self, function, *specs, **named_specs):
+        """Lowers a function that runs in replica context. Returns the serialized HLO."""
         with _tpu_random_bits():
-            lower = self._function(function).experimental_get_compiler_ir(*specs, **named_specs)
+            compiled = self._make_function(function)
+            lower = compiled.experimental_get_compiler_ir(*specs, **named_specs)
             return lower(stage="hlo_serialized")
 
-    def _function(self, function):
-        """A `tf.function` for XLA that runs the function in replica context."""
+    def _make_function(self, function):
+        """Returns a `tf.function` for XLA that runs a function in replica context."""
         run = self.strategy.extended.call_for_each_replica
         return tf.function(
             lambda *args, **kwargs: run(function, args, kwargs), jit_compile=True, autograph=False
@@ -217,17 +236,17 @@ class Replica:
 
     @property
     def parameters(self) -> int:
-        """Number of trainable parameters."""
+        """The number of trainable parameters."""
         return sum(v.shape.num_elements() for v in self.model.trainable_variables)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all variables of the model."""
+        """The bytes of all variables of the model."""
         return _bytes(self.model.variables)
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of all variables of the optimizer."""
+        """The bytes of all variables of the optimizer."""
         return _bytes(self.optimizer.variables)
 
 
@@ -236,14 +255,15 @@ def _bytes(variables):
 
 
 def main(job_path: str, answer_path: str) -> None:
-    """Lowers the programs of a job and writes facts about the model as JSON.
+    """Lowers the programs of a job, and writes facts about the model as JSON.
 
-    Programs are lowered for two replicas; `preflight.compile` sets the replicas of the all-reduces.
+    Programs are lowered for two replicas. `preflight.compile` sets the replicas of the all-reduces.
 
     Args:
-        job_path: a pickled dict of `recipe`, `phase_index`, and `programs`: a list of (examples
-            per replica, or None for the update alone; micro-batches; path for the HLO).
-        answer_path: file for `parameters`, `weight_bytes` and `slot_bytes`.
+        job_path: file with a pickled dict of `recipe`, `phase_index` (from 0) and `programs`, a
+            list of tuples (examples per replica, or None for the update alone; number of
+            micro-batches; path for the HLO).
+        answer_path: file to write, with `parameters`, `weight_bytes` and `slot_bytes`.
     """
     with open(job_path, "rb") as file:
         job = pickle.load(file)

@@ -7,13 +7,14 @@ import matplotlib.pyplot as plt
 
 GIB = 2**30
 LEGEND = """
-All figures are estimates. By the compiler: memory, FLOPs, bytes, and the time of forward, backward
-and update, each operation at the chip's peak. By a model: the all-reduce, 2·bytes·(n-1)/n over a
-chip's links at their peak, and 1 us per hop. Not included: waiting for the host and for the slowest
-replica, random bits, evaluation, checkpoints, start-up, and what a real kernel loses against the
-peak."""
+All figures are estimates. The compiler estimates memory, FLOPs, bytes, and the time of forward,
+backward and update, with each operation at the chip's peak rate. The time of the all-reduce is
+modelled as 2·bytes·(n-1)/n over a chip's links at their peak rate, plus 1 us per hop. Not included:
+waiting for the host and for the slowest replica, random bits, evaluation, checkpoints and start-up.
+Real kernels do not reach the peak rate."""
 
-# Measured examples/s per CPU core: docs/results/text.md (two cores, `pairs`) and images.md.
+# Measured examples/s of one CPU core, from docs/results/text.md (`pairs` on two cores) and
+# docs/results/images.md: task, sequence length or image size, examples/s, command.
 EXAMPLES_PER_CORE = (
     ("bert", 128, 124_777 / 2, "benchmarks.inputs"),
     ("bert", 512, 51_511 / 2, "benchmarks.inputs"),
@@ -22,14 +23,19 @@ EXAMPLES_PER_CORE = (
 
 
 def describe(recipe, results) -> str:
-    """The report: a block per phase and topology, then the whole recipe with its efficiency."""
+    """Returns the report: a block per phase and topology, then times of the whole recipe.
+
+    Args:
+        recipe: a checked recipe.
+        results: list of `preflight.run.PhaseResult`.
+    """
     blocks = [f"Pre-flight {recipe.name}: {recipe.task} {recipe.model}, {recipe.compute_dtype}"]
-    blocks += [_block(recipe, result) for result in results]
-    blocks += _whole_recipe(results)
+    blocks += [_describe_phase(recipe, result) for result in results]
+    blocks += _describe_recipe(results)
     return "\n".join([*blocks, LEGEND])
 
 
-def _block(recipe, result) -> str:
+def _describe_phase(recipe, result) -> str:
     topology = result.topology
     head = (
         f"\nPhase {result.phase}: {result.steps:,} steps of {result.global_batch_size:,} on "
@@ -40,11 +46,14 @@ def _block(recipe, result) -> str:
         compiled = result.time is not None
         label = "kernels" if compiled else "compiles"
         return "\n".join([*lines, _line(label, f"NO: {result.error}")])
-    return "\n".join([*lines, *_figures(recipe, result)])
+    return "\n".join([*lines, *_describe_figures(recipe, result)])
 
 
-def _figures(recipe, result):
-    topology, program, time = result.topology, result.program, result.time
+def _describe_figures(recipe, result):
+    """Yields the lines of a phase that compiles."""
+    topology = result.topology
+    program = result.program
+    time = result.time
     limit = topology.chip.hbm_bytes
     split = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result.memory.items())
     intensity = program["flops"] / program["bytes_accessed"]
@@ -109,12 +118,15 @@ def _line(name: str, text: str) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Such as "1.23 s" or "45.6 ms"."""
+    """Returns a time as text, such as "1.23 s" or "45.6 ms"."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def whole_minutes(results) -> dict[str, float]:
-    """Topology name -> minutes of all phases, for topologies where all phases compile."""
+    """Returns the minutes of all phases, by topology name.
+
+    A topology for which a phase does not compile is left out.
+    """
     minutes = {}
     for result in results:
         minutes.setdefault(result.topology.name, []).append(result.minutes)
@@ -122,19 +134,20 @@ def whole_minutes(results) -> dict[str, float]:
 
 
 def efficiencies(results) -> dict[str, float]:
-    """Topology name -> speed per chip, relative to the smallest slice with the same chips."""
+    """Returns the speed per chip, relative to the smallest slice of that chip, by topology name."""
     minutes = whole_minutes(results)
     chips = {result.topology.name: result.topology.chips for result in results}
     efficiency = {}
     for name in minutes:
         kind = name.split(":")[0]
-        least = min((n for n in minutes if n.split(":")[0] == kind), key=chips.get)
-        efficiency[name] = minutes[least] * chips[least] / (minutes[name] * chips[name])
+        smallest = min((n for n in minutes if n.split(":")[0] == kind), key=chips.get)
+        efficiency[name] = minutes[smallest] * chips[smallest] / (minutes[name] * chips[name])
     return efficiency
 
 
-def _whole_recipe(results):
-    minutes, efficiency = whole_minutes(results), efficiencies(results)
+def _describe_recipe(results):
+    minutes = whole_minutes(results)
+    efficiency = efficiencies(results)
     lines = ["\nWhole recipe"] if minutes else []
     for name, value in minutes.items():
         line = f"{value:,.1f} minutes"
@@ -145,7 +158,13 @@ def _whole_recipe(results):
 
 
 def draw(recipe, results, path: str) -> None:
-    """Writes a PNG with three panels: memory, time of a step, efficiency."""
+    """Writes a PNG with three panels: memory, time of a step, efficiency.
+
+    Args:
+        recipe: a checked recipe.
+        results: list of `preflight.run.PhaseResult`.
+        path: the file to write.
+    """
     compiled = [result for result in results if result.time]
     labels = [f"{r.topology.name}\nphase {r.phase}" for r in compiled]
     size = (max(9, 1.2 * len(compiled) + 5), 9)
@@ -184,7 +203,7 @@ def _gib(memory):
 
 
 def _milliseconds(time):
-    """Parts of a step that add up to its time."""
+    """Returns the parts of a step, in milliseconds. They add up to its time."""
     compute = min(time.compute, time.compiler - time.update)
     parts = {
         "compute": compute,
@@ -196,6 +215,7 @@ def _milliseconds(time):
 
 
 def _draw_stacks(panel, labels, rows):
+    """Draws one stacked bar per row, a dict from the name of a part to its height."""
     bottom = [0.0] * len(rows)
     for name in rows[0] if rows else ():
         heights = [row[name] for row in rows]

@@ -1,7 +1,7 @@
 """Estimates what a recipe needs on a TPU pod: python train.py --preflight=v3:32x32
 
-The training step of each phase is lowered, and compiled by the TPU compiler for each topology, in
-child processes. No TPU is needed. Training imports nothing from this package.
+Child processes lower the training step of each phase, and compile it with the TPU compiler for each
+topology. No TPU is needed. Training imports nothing from this package.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from preflight.topology import Topology, parse_topologies
 
 GIB = 2**30
 PICTURE_SUFFIX = ".png"
-MAX_START = 32  # examples per replica that the search for the largest batch starts with
+MAX_START = 32  # the search for the largest batch starts with at most so many examples per replica
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +32,23 @@ class PhaseResult:
     """One phase on one topology: the compiler's figures and the estimates made from them.
 
     Attributes:
-        phase: number of the phase, from 1.
-        steps: steps of the phase.
+        phase: the number of the phase, from 1.
+        steps: number of steps of the phase.
         global_batch_size: examples per step over all replicas.
         topology: the slice.
         replica_batch_size: examples per replica and step.
-        error: why the step does not compile or has no kernels; None if it does.
-        accumulation: micro-batches per step; None if no micro-batch fits.
-        largest: largest micro-batch found to fit, in examples; None without a search.
-        parameters: trainable parameters.
+        error: why the step does not compile, or which TPU kernels are missing; None if neither.
+        accumulation: micro-batches per step; None if not even a single example fits in memory.
+        largest: examples of the largest micro-batch that was tried and fits in memory; None if
+            there was no search.
+        parameters: number of trainable parameters.
         program: `preflight.compile.figures` of the step; FLOPs, bytes and seconds cover all its
-            micro-batches. Holds `error` if the step does not compile.
+            micro-batches. Contains `error` if the step does not compile.
         update: `preflight.compile.figures` of the update alone.
         memory: purpose -> bytes per replica.
-        time: None if the step does not compile.
-        num_operations: kinds of operations checked for TPU kernels; None without that check.
+        time: estimates for a step; None if it does not compile.
+        num_operations: number of kinds of operations checked for TPU kernels; None if there was no
+            check.
     """
 
     phase: int
@@ -66,16 +68,16 @@ class PhaseResult:
 
     @property
     def minutes(self) -> float | None:
-        """Estimated time of the whole phase."""
+        """The estimated time of the whole phase; None if the step does not compile."""
         return self.time and self.steps * self.time.step / 60
 
     @property
     def utilization(self) -> float:
-        """FLOP/s of the step as a fraction of the chips' peak."""
+        """The FLOP/s of the step as a fraction of the chips' peak."""
         return self.time.compute / self.time.step
 
-    def row(self) -> dict:
-        """The result as `--preflight_json` writes it."""
+    def to_json(self) -> dict:
+        """Returns the result as `--preflight_json` writes it."""
         estimated = self.time is not None
         update_bytes = self.update.get("bytes_accessed", 0)
         return {
@@ -102,13 +104,13 @@ class PhaseResult:
 def replica_batch_size(
     recipe, phase, topology: Topology, flag="--preflight", batch_flag="--global_batch_size"
 ) -> int:
-    """Examples per replica and step.
+    """Returns the number of examples per replica and step.
 
     Args:
-        recipe: the recipe.
+        recipe: a checked recipe.
         phase: one of its phases.
         topology: the slice.
-        flag: the flag that named the topology, for the error message.
+        flag: the flag that gives the topology, for the error message.
         batch_flag: the flag that sets the batch size, for the error message.
 
     Raises:
@@ -126,17 +128,17 @@ def replica_batch_size(
 
 
 class _CompileError(Exception):
-    """A program does not compile, for another reason than memory; the message says which."""
+    """A program does not compile, for a reason other than memory. The message says why."""
 
 
 class PhaseExaminer:
-    """Compiles the programs of a recipe, each one once.
+    """Compiles the programs of a recipe. Each one is compiled once.
 
     Args:
         recipe: a checked recipe.
         topologies: all topologies that will be examined.
-        children: lowers and compiles.
-        search: whether to search for the largest batch even where the recipe's own fits.
+        children: lowers and compiles the programs.
+        search: whether to search for the largest batch even if that of the recipe may fit.
     """
 
     def __init__(self, recipe, topologies, children: Children, search: bool):
@@ -148,7 +150,12 @@ class PhaseExaminer:
         self._compiled = {}
 
     def examine(self, phase_index: int, topology: Topology) -> PhaseResult:
-        """The result for a phase, counted from 0, on a topology."""
+        """Returns the result for a phase on a topology.
+
+        Args:
+            phase_index: the phase, from 0.
+            topology: one of the topologies given to the constructor.
+        """
         phase = self._recipe.phases[phase_index]
         result = PhaseResult(
             phase=phase_index + 1,
@@ -164,16 +171,18 @@ class PhaseExaminer:
 
     def _examine(self, phase_index, topology, result):
         phase = self._recipe.phases[phase_index]
-        least = self._recipe.accumulation
+        recipe_accumulation = self._recipe.accumulation
         batch = result.replica_batch_size
-        self._children.lower(self._recipe, phase_index, self._first_programs(phase, least))
+        self._children.lower(self._recipe, phase_index, self._first_programs(phase))
         update = self._figures(phase_index, topology, None, 1)
         facts = self._children.facts
-        largest, accumulation = None, least
-        if self._search or batch // least > MAX_START:
-            start = min(batch // least, MAX_START)
+        largest = None
+        accumulation = recipe_accumulation
+        micro_batch = batch // recipe_accumulation
+        if self._search or micro_batch > MAX_START:
+            start = min(micro_batch, MAX_START)
             largest = self._largest_batch(phase_index, topology, start, update)
-            accumulation = estimate.needed_accumulation(batch, largest, least)
+            accumulation = estimate.needed_accumulation(batch, largest, recipe_accumulation)
         while True:
             result = dataclasses.replace(
                 result,
@@ -188,8 +197,8 @@ class PhaseExaminer:
             step = program
             if accumulation > 1:
                 step = self._figures(phase_index, topology, batch, accumulation)
-            # The accumulated gradients need memory, too: use smaller micro-batches if that is
-            # what does not fit.
+            # The accumulated gradients need memory, too. If the step does not fit because of them,
+            # try smaller micro-batches.
             if largest is None or accumulation == 1 or not {"error", "hbm_bytes"} <= step.keys():
                 break
             accumulation = estimate.needed_accumulation(batch, largest, accumulation + 1)
@@ -204,28 +213,29 @@ class PhaseExaminer:
             time=estimate.step_time(topology, program, update, accumulation),
         )
 
-    def _first_programs(self, phase, least):
-        """Programs that every search needs, so that one process can lower them together."""
+    def _first_programs(self, phase):
+        """Returns the programs that every search needs, so that one process lowers all of them."""
         sizes = {replica_batch_size(self._recipe, phase, topology) for topology in self._topologies}
-        sizes = sorted({min(size // least, MAX_START) for size in sizes})
+        sizes = sorted({min(size // self._recipe.accumulation, MAX_START) for size in sizes})
         return [(None, 1), *((size, 1) for size in sizes)]
 
     def _figures(self, phase_index, topology, batch, accumulation):
-        """Figures of a program, compiled for the largest topology with the same chips.
+        """Returns the figures of a program, compiled for the largest topology with the same chips.
 
-        A program's figures do not depend on the number of chips.
+        The figures do not depend on the number of chips, so one compilation serves all topologies.
         """
         self._children.lower(self._recipe, phase_index, [(batch, accumulation)])
         same_chips = [t for t in self._topologies if t.chip == topology.chip]
         name = max(same_chips, key=lambda t: t.replicas).name
-        key = batch, accumulation, name, None if batch is None else phase_index
+        # The update is the same in all phases.
+        key = (batch, accumulation, name, None if batch is None else phase_index)
         if key not in self._compiled:
             self._compiled[key] = self._children.compile(phase_index, batch, accumulation, name)
         return self._compiled[key]
 
     def _largest_batch(self, phase_index, topology, start, update):
-        """The largest batch that fits on these chips; searched once."""
-        key = phase_index, topology.chip.name
+        """Returns the largest batch that fits on these chips. It is searched for once."""
+        key = (phase_index, topology.chip.name)
         if key not in self._largest:
             limit = topology.chip.hbm_bytes
 
@@ -234,7 +244,8 @@ class PhaseExaminer:
                 if "error" in program and "hbm_bytes" not in program:
                     raise _CompileError(program["error"])
                 size = program["hbm_bytes"]
-                # The compiler decides what fits: it may recompute activations to save memory.
+                # The compiler decides what fits, because it may recompute activations to save
+                # memory.
                 return max(size, limit + 1) if "error" in program else min(size, limit)
 
             self._largest[key] = estimate.largest_batch(
@@ -248,13 +259,13 @@ class PhaseExaminer:
 
 
 def _memory_by_purpose(facts, program, update):
-    """Purpose -> bytes of one replica."""
+    """Returns the bytes of one replica, by purpose."""
     state = facts["weight_bytes"] + facts["slot_bytes"]
     return {
         "parameters": facts["weight_bytes"],
         "slots": facts["slot_bytes"],
         "batch and padding": max(0, program["argument_bytes"] - state),
-        # One heap in which buffers share memory; the compiler reports only its size.
+        # One number, because these buffers share memory in one heap.
         "activations, gradients and temporaries": program["temporary_bytes"],
         "program": program["code_bytes"],
     }
@@ -263,7 +274,7 @@ def _memory_by_purpose(facts, program, update):
 def run(
     recipe, names: str, *, json_path: str, log, search: bool = True, strict: bool = False
 ) -> int:
-    """The command behind `--preflight`.
+    """Runs the command `train.py --preflight`.
 
     Args:
         recipe: a checked recipe.
@@ -274,9 +285,13 @@ def run(
         strict: whether to check TensorFlow's TPU kernels, too.
 
     Returns:
-        The exit status: 1 if something does not compile.
+        The exit status: 1 if a phase does not compile or has no kernels on a topology, else 0.
+
+    Raises:
+        InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
+            is not installed, a file cannot be written, or the host's memory is not sufficient.
     """
-    # Imports Matplotlib, which the planner does not need.
+    # Imported here, because it imports Matplotlib, which the planner does not need.
     from preflight import report
 
     topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
@@ -292,7 +307,7 @@ def run(
         results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
     print(report.describe(recipe, results))
     if json_path:
-        _write(json_path, json.dumps([result.row() for result in results], indent=1))
+        _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
         picture = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
         try:
             report.draw(recipe, results, picture)
@@ -303,7 +318,7 @@ def run(
 
 
 def examine(recipe, topologies, *, progress, search, strict=False) -> list[PhaseResult]:
-    """The results for each phase on each topology.
+    """Examines each phase on each topology.
 
     Args:
         recipe: a checked recipe.
@@ -311,23 +326,27 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
         progress: from `preflight.children.show_progress`; advanced once per result.
         search: as for `PhaseExaminer`.
         strict: whether to check TensorFlow's TPU kernels, too.
+
+    Returns:
+        A list of `PhaseResult`: for each phase, one for each topology.
     """
     with temporary_folder("preflight-") as folder:
         children = Children(progress, folder)
         examiner = PhaseExaminer(recipe, topologies, children, search)
         results = []
         for phase_index in range(len(recipe.phases)):
-            of_phase = []
+            phase_results = []
             for topology in topologies:
-                of_phase.append(examiner.examine(phase_index, topology))
+                phase_results.append(examiner.examine(phase_index, topology))
                 progress.advance()
             if strict:
-                of_phase = _with_kernel_check(recipe, phase_index, of_phase, children)
-            results += of_phase
+                phase_results = _add_kernel_check(recipe, phase_index, phase_results, children)
+            results += phase_results
         return results
 
 
-def _with_kernel_check(recipe, phase_index, results, children):
+def _add_kernel_check(recipe, phase_index, results, children):
+    """Returns the results of a phase with `num_operations`, and `error` if a kernel is missing."""
     accumulation = max(r.accumulation or recipe.accumulation for r in results)
     answer = children.check_kernels(
         dataclasses.replace(recipe, accumulation=accumulation), phase_index
@@ -341,23 +360,24 @@ def _with_kernel_check(recipe, phase_index, results, children):
 
 
 def _check_json_path(path: str) -> None:
-    """Checks before the long compilation that the results can be written."""
+    """Raises `InputError` if the results cannot be written. Called before the long compilation."""
     if path.endswith(PICTURE_SUFFIX):
         raise InputError(
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
-    with _named(path), tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))):
+    folder = os.path.dirname(os.path.abspath(path))
+    with _report_write_errors(path), tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def _write(path: str, text: str) -> None:
-    with _named(path), atomic_write(path) as file:
+    with _report_write_errors(path), atomic_write(path) as file:
         file.write(text)
 
 
 @contextlib.contextmanager
-def _named(path: str):
+def _report_write_errors(path: str):
     """Turns an `OSError` into an `InputError` that names the flag."""
     try:
         yield

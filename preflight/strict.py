@@ -1,20 +1,22 @@
 """Checks that TensorFlow has TPU kernels for all operations of a training step.
 
-Runs with the Python of `.venv-tpu`. Stock TensorFlow lowers for a CPU and has kernels that a TPU
-lacks. The wheel `tensorflow-tpu` contains the TPU kernels and needs no TPU to list them. It cannot
-lower a function that writes variables unless a TPU holds them, so there are two checks: each
-operation of the whole step, including update and all-reduces, must have a kernel for its types; and
-forward and backward, with the weights as arguments, must lower with these kernels.
+Runs with the Python of `.venv-tpu`. Stock TensorFlow lowers for a CPU, which has kernels that a TPU
+does not have. The wheel `tensorflow-tpu` contains the TPU kernels and needs no TPU to list them. It
+cannot lower a function that writes variables unless they are on a TPU, so there are two checks:
+
+- Each operation of the whole step, including update and all-reduces, must have a kernel for its
+  types.
+- Forward and backward, with the weights as arguments, must lower with these kernels.
 """
 
 import dataclasses
 import json
-import operator
 import os
 import pickle
 import sys
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not search for a TPU
+# Without a TPU, libtpu would query a metadata server for minutes.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf
@@ -22,18 +24,18 @@ from tensorflow.python.framework import kernels
 
 from preflight.program import Replica
 
-PLATFORM, KERNELS = "TPU", "XLA_TPU_JIT"
+PLATFORM = "TPU"  # to lower for
+KERNELS = "XLA_TPU_JIT"  # device type of the kernels
 # Small models that use the same operations as the recipes' models.
 SMALL_MODELS = {"bert": "tiny", "squad": "tiny", "resnet": "resnet-50-narrow"}
-EXAMPLES = 4  # per replica
-FUNCTIONS = operator.attrgetter("library.function")  # functions of a GraphDef
+EXAMPLES = 4  # per micro-batch
 WRITES = {"AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"}
-# Arguments and results, which need no kernel.
+# Operations for arguments, results and control flow, which need no kernel.
 STRUCTURE = {"Placeholder", "_Arg", "_Retval", "NoOp"}
 
 
 def registered_kernels() -> dict[str, list]:
-    """Operation name -> its TPU kernels."""
+    """Returns the TPU kernels of each operation, by operation name."""
     # TensorFlow registers them when it first lowers for a TPU.
     trivial = tf.function(lambda x: x + 1.0, jit_compile=True)
     lower = trivial.experimental_get_compiler_ir(tf.TensorSpec([], tf.float32))
@@ -46,27 +48,27 @@ def registered_kernels() -> dict[str, list]:
 
 
 def supports(kernel, node) -> bool:
-    """Whether a kernel supports the types of a node."""
+    """Returns whether a kernel supports the types of a node."""
     allowed = {c.name: set(c.allowed_values.list.type) for c in kernel.constraint}
     return all(set(types_of(node.attr[name])) <= types for name, types in allowed.items())
 
 
 def types_of(attribute) -> list[int]:
-    """The types in a node's attribute, which holds one type or a list."""
+    """Returns the types in an attribute of a node, which contains one type or a list."""
     return list(attribute.list.type) or [attribute.type]
 
 
 def unsupported_operations(graph_def, kernels_of: dict[str, list]) -> list[str]:
-    """Operations that no kernel supports.
+    """Returns the operations of a graph that no kernel supports.
 
     Args:
-        graph_def: the graph.
+        graph_def: the graph, a `GraphDef`.
         kernels_of: operation name -> kernels, from `registered_kernels`.
 
     Returns:
-        One "operation (types) at node" per operation and types.
+        A list of strings "operation (types) at node", one for each operation and its types.
     """
-    functions = {function.signature.name: function for function in FUNCTIONS(graph_def)}
+    functions = {function.signature.name: function for function in graph_def.library.function}
     nodes = [*graph_def.node, *(n for f in functions.values() for n in f.node_def)]
     missing = {}
     for node in nodes:
@@ -86,7 +88,8 @@ def with_variables_as_arguments(traced):
         traced: a concrete function that reads its variables in its own graph.
 
     Returns:
-        A `tf.function` for XLA with the same results, and the `tf.TensorSpec`s of its arguments.
+        A tuple: a `tf.function` for XLA with the same results, and the list of `tf.TensorSpec`s of
+        its arguments.
     """
     weights = {
         inner.op.name: variable
@@ -111,7 +114,12 @@ def with_variables_as_arguments(traced):
 
 
 def _without_variables(source, weights):
-    """Replaces each resource of `weights` by a tensor of the variable's shape and type."""
+    """Returns a copy of a `GraphDef` in which variables are tensors.
+
+    Args:
+        source: the `GraphDef`.
+        weights: name of the placeholder of a variable's resource -> the variable.
+    """
     result = tf.compat.v1.GraphDef()
     result.CopyFrom(source)
     result.ClearField("node")
@@ -149,8 +157,9 @@ def check_kernels(recipe, phase_index: int) -> dict:
         phase_index: the phase, from 0.
 
     Returns:
-        `operations`: number of kinds of operation in the step. `error`: one sentence that names
-        the operations without a kernel, or why forward and backward cannot be lowered; or None.
+        A dict with `operations`, the number of kinds of operations in the step, and `error`: None,
+        or a sentence that names the operations without a kernel or says why forward and backward
+        cannot be lowered.
     """
     kernels_of = registered_kernels()
     recipe = dataclasses.replace(recipe, model=SMALL_MODELS[recipe.task])
@@ -159,7 +168,7 @@ def check_kernels(recipe, phase_index: int) -> dict:
     replica = Replica(recipe, phase_index, replicas=2)
     graph_def = replica.traced_step(EXAMPLES * recipe.accumulation).graph.as_graph_def()
     kinds = {n.op for n in graph_def.node}
-    kinds |= {n.op for f in FUNCTIONS(graph_def) for n in f.node_def}
+    kinds |= {n.op for f in graph_def.library.function for n in f.node_def}
     missing = unsupported_operations(graph_def, kernels_of)
     error = f"TensorFlow has no TPU kernel for {'; '.join(missing)}" if missing else None
     try:

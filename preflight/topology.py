@@ -1,4 +1,4 @@
-"""TPU topologies: slices of a pod, read from names such as v3:32x32 and v3-2048."""
+"""TPU topologies: slices of a pod, with names such as v3:32x32 and v3-2048."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,8 @@ import re
 from inputs.errors import InputError
 from training.chips import TPU_CHIPS, TpuChip, find_tpu
 
-SMALL_CUBES = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # slices smaller than 4x4x4
+# Shapes of three-dimensional slices smaller than 4x4x4.
+SMALL_SHAPES = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,38 +26,38 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """The compiler's name for it, such as "v3:32x32"."""
+        """The name that the compiler uses, such as "v3:32x32"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def replicas(self) -> int:
-        """Number of devices, each of which runs one replica."""
+        """The number of devices. Each of them runs one replica."""
         return self.chips * self.chip.devices_per_chip
 
     @property
     def replicas_per_host(self) -> int:
-        """Replicas that one host feeds with data."""
+        """The number of replicas that one host feeds with data."""
         chips = min(self.chips, self.chip.chips_per_host)
         return chips * self.chip.devices_per_chip
 
     @property
     def links_per_chip(self) -> int:
-        """Links that every chip can send over at once.
+        """The number of links over which every chip can send at the same time.
 
-        In a dimension without wrap-around links the chips at the ends have one link, and they
-        limit the others.
+        In a dimension without wrap-around links, the chips at the ends have one link, and limit the
+        others.
         """
         wraps = self.chip.wrap_multiple
         return sum(2 if side % wraps == 0 else 1 for side in self.shape if side > 1)
 
     @property
     def diameter(self) -> int:
-        """Links on the shortest path between the two chips that are farthest apart."""
+        """The number of links on the shortest path between the two most distant chips."""
         wraps = self.chip.wrap_multiple
         return sum(side // 2 if side % wraps == 0 else side - 1 for side in self.shape)
 
@@ -65,15 +66,15 @@ def parse_topologies(text: str, flag: str = "--preflight") -> list[Topology]:
     """Reads a comma-separated list of topologies.
 
     Args:
-        text: names, each with sides ("v3:32x32") or a size as in Cloud TPU's accelerator types
+        text: names, each with sides ("v3:32x32") or with a size as in Cloud TPU's accelerator types
             ("v3-2048", which counts cores).
-        flag: the flag to name in error messages.
+        flag: the flag that gave the text, for error messages.
 
     Returns:
         The topologies in the order given, without duplicates.
 
     Raises:
-        InputError: a name is unknown; the message lists the known ones.
+        InputError: a name is unknown, or there is none. The message lists the known ones.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
@@ -81,17 +82,17 @@ def parse_topologies(text: str, flag: str = "--preflight") -> list[Topology]:
     return list(dict.fromkeys(_parse(name, f"{flag}={name}") for name in names))
 
 
-def _parse(name: str, given: str) -> Topology:
+def _parse(name: str, flag_and_name: str) -> Topology:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)|(\w+)-(\d+)", name)
     chip = match and find_tpu(match[1] or match[3])
     if not chip:
-        raise InputError(f"{given}: unknown TPU. {_known_topologies()}")
+        raise InputError(f"{flag_and_name}: unknown TPU. {_known_topologies()}")
     if match[2]:
         shape = tuple(map(int, match[2].split("x")))
     else:
         shape = _shape_of_size(int(match[4]), chip)
     if not shape or not _is_slice(shape, chip):
-        raise InputError(f"{given}: no slice has this size. {_known_topologies()}")
+        raise InputError(f"{flag_and_name}: no slice has this shape or size. {_known_topologies()}")
     return Topology(chip, shape)
 
 
@@ -102,11 +103,18 @@ def _is_slice(shape: tuple[int, ...], chip: TpuChip) -> bool:
     if chip.mesh_dimensions == 2:  # squares, and rectangles of two squares
         low, high = sides
         return low >= 2 and low & (low - 1) == 0 and high in (low, 2 * low)
-    return sides in SMALL_CUBES or (sides[0] >= 4 and not any(n % 4 for n in sides))
+    return sides in SMALL_SHAPES or (sides[0] >= 4 and not any(n % 4 for n in sides))
 
 
 def _shape_of_size(size: int, chip: TpuChip) -> tuple[int, ...] | None:
-    """The sides of the slice of an accelerator type, as close to a square or cube as possible."""
+    """Returns the shape of the slice of an accelerator type; None if there is no such slice.
+
+    Of all shapes with this number of chips, it is the one closest to a square or cube.
+
+    Args:
+        size: the number in the accelerator type, which counts cores or chips.
+        chip: the generation of TPU.
+    """
     chips = int(chip.chips_of_type(size))
     if chips != chip.chips_of_type(size):
         return None
@@ -127,6 +135,6 @@ def _known_topologies() -> str:
         smallest = "2x2" if chip.mesh_dimensions == 2 else "2x2x1"
         names.append(f"{name}:{smallest} to {name}-{chip.max_chips * per_chip}")
     return (
-        f"Known topologies: {', '.join(names)}; by sides such as v3:32x32, or by size such as "
-        "v3-2048."
+        f"Known topologies: {', '.join(names)}. Give the sides, such as v3:32x32, or the size, "
+        "such as v3-2048."
     )

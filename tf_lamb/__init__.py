@@ -1,7 +1,7 @@
 """LARS and LAMB for Keras: layer-wise learning rates for large-batch training.
 
 `tf_lamb.LAMB` and `tf_lamb.LARS` are optimizers for Keras 3. `tf_lamb.tf_keras` contains the same
-two for Keras 2 (`tf_keras`).
+optimizers for Keras 2 (`tf_keras`).
 """
 
 from tf_lamb.batch_scaling import scale_batch

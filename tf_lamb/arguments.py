@@ -15,7 +15,8 @@ class Variant:
     """A published form of LAMB or LARS.
 
     Attributes:
-        source: String. The paper or program that the variant is from, and what is special in it.
+        source: String. The paper or program that the variant is from, and how it differs from
+            the default.
         arguments: Dictionary. The constructor arguments that differ from the defaults.
     """
 
@@ -54,12 +55,16 @@ class Hyperparameters:
 
 
 def constructor_arguments(local_variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a constructor, given `locals()` in its first line."""
-    others = ("self", "base_arguments", "__class__")
-    return {name: value for name, value in local_variables.items() if name not in others}
+    """Returns the arguments of a constructor as a dictionary.
+
+    Args:
+        local_variables: The result of `locals()` on the first line of the constructor.
+    """
+    not_arguments = ("self", "base_arguments", "__class__")
+    return {name: value for name, value in local_variables.items() if name not in not_arguments}
 
 
-# Argument of another library's LAMB or LARS: its name in this package.
+# Maps argument names of other libraries' LAMB and LARS to the names in this package.
 FOREIGN_NAMES = {
     "lr": "`learning_rate`",
     "eta": "`learning_rate`",
@@ -115,10 +120,20 @@ def as_number(value) -> float | int | None:
 def check_interval(
     name: str, value, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> Any:
-    """Returns the value as a Python number.
+    """Checks that an argument is a number in an interval.
+
+    Args:
+        name: String. The name of the argument, for the error message.
+        value: The value of the argument.
+        low: Float. The lower bound.
+        high: Float. The upper bound, which is not part of the interval.
+        open_low: Boolean. Whether the lower bound is excluded, too.
+
+    Returns:
+        The value as a Python number.
 
     Raises:
-        ValueError: If it is not a number in [low, high), or in (low, high) if `open_low`.
+        ValueError: If the value is not a number in [low, high), or in (low, high) if `open_low`.
     """
     number = as_number(value)
     if number is None or not (low < number if open_low else low <= number) or not number < high:
@@ -128,7 +143,14 @@ def check_interval(
 
 
 def check_bounds(name: str, value) -> tuple[float, float] | None:
-    """Returns the bounds as a pair of Python numbers, or `None` for `None`.
+    """Checks that an argument is a pair of bounds.
+
+    Args:
+        name: String. The name of the argument, for the error message.
+        value: The value of the argument.
+
+    Returns:
+        The bounds as a pair of Python numbers, or `None` if the value is `None`.
 
     Raises:
         ValueError: If the value is not a pair of numbers with 0 <= low < high.
@@ -153,7 +175,14 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def check_patterns(name: str, patterns) -> tuple[str, ...]:
-    """Returns the patterns as a tuple; a string is a single pattern, and `None` is no pattern.
+    """Checks that an argument is a list of regular expressions.
+
+    Args:
+        name: String. The name of the argument, for the error message.
+        patterns: List of strings. A string is a single pattern, and `None` is an empty list.
+
+    Returns:
+        The patterns as a tuple of strings.
 
     Raises:
         ValueError: If an element is not a regular expression.
@@ -181,7 +210,13 @@ def check_patterns(name: str, patterns) -> tuple[str, ...]:
 
 
 def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
-    """Returns `layer_axes` as a dictionary {pattern: tuple of axes}.
+    """Checks the argument `layer_axes`.
+
+    Args:
+        layer_axes: Dictionary {pattern: axis or list of axes}, or `None` for an empty one.
+
+    Returns:
+        A dictionary {pattern: tuple of axes}.
 
     Raises:
         ValueError: If it is not a dictionary from regular expressions to integers.
@@ -194,9 +229,9 @@ def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
         )
     check_patterns("layer_axes", layer_axes)
     axes = {}
-    for pattern, given in layer_axes.items():
-        parts = given if isinstance(given, Iterable) else (given,)
-        axes[pattern] = tuple(as_number(part) for part in parts)
+    for pattern, value in layer_axes.items():
+        values = value if isinstance(value, Iterable) else (value,)
+        axes[pattern] = tuple(as_number(axis) for axis in values)
         if not all(isinstance(axis, int) for axis in axes[pattern]):
             raise ValueError(
                 f"The axes in `layer_axes` must be integers. Received: layer_axes={layer_axes!r}."
@@ -205,9 +240,9 @@ def check_axes(layer_axes) -> dict[str, tuple[int, ...]]:
 
 
 def to_json(value):
-    """Converts tuples to lists and NumPy numbers to Python numbers, also in dictionaries."""
+    """Converts tuples to lists and NumPy numbers to Python numbers, in dictionaries too."""
     if isinstance(value, tuple):
-        return [to_json(part) for part in value]
+        return [to_json(element) for element in value]
     if isinstance(value, dict):
-        return {key: to_json(part) for key, part in value.items()}
+        return {key: to_json(element) for key, element in value.items()}
     return value.item() if hasattr(value, "item") else value

@@ -1,4 +1,4 @@
-"""Scales learning rate, warm-up and number of steps to another batch size."""
+"""Scales the learning rate, the warm-up and the number of steps to another batch size."""
 
 import math
 import numbers
@@ -51,8 +51,9 @@ def scale_batch(
         batch_size_to: Integer. The global batch size to train with.
         learning_rate: Float. The peak learning rate at `batch_size_from`. If the schedule ends
             above 0, scale its end by the same factor.
-        warmup_steps: Integer, less than `total_steps`. Steps of warm-up at `batch_size_from`.
-        total_steps: Integer. All steps at `batch_size_from`, warm-up included.
+        warmup_steps: Integer, less than `total_steps`. The number of warm-up steps at
+            `batch_size_from`.
+        total_steps: Integer. The number of steps at `batch_size_from`, including warm-up.
         rule: String, `"sqrt"` or `"linear"`.
 
     Returns:
@@ -93,18 +94,23 @@ def scale_batch(
     k = batch_size_to / batch_size_from
     rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
     warmup = round(warmup_steps * warmup_factor)
-    # The nearest integer to total_steps / k; a half is rounded up.
+    # total_steps / k, rounded to the nearest integer; a half is rounded up.
     steps = (2 * total_steps * batch_size_from + batch_size_to) // (2 * batch_size_to)
     if steps <= warmup:
         raise ValueError(
-            f"`batch_size_to` leaves {steps} steps in all, of which warm-up takes {warmup}. "
-            f"Received: batch_size_to={batch_size_to}. Use a smaller batch size or warm-up."
+            f"`batch_size_to` leaves {steps} steps in total, and warm-up takes {warmup}. "
+            f"Received: batch_size_to={batch_size_to}. Use a smaller batch size or a shorter "
+            "warm-up."
         )
     return ScaledSchedule(float(learning_rate * rate_factor), warmup, steps)
 
 
 def _as_int(name: str, value, low: int) -> int:
-    """Converts an integer, also of NumPy, to a Python int, which cannot overflow."""
+    """Converts a Python or NumPy integer to a Python integer, which cannot overflow.
+
+    Raises:
+        ValueError: If the value is not an integer, or less than `low`.
+    """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"`{name}` must be an integer >= {low}. Received: {name}={value!r}.")
     return int(value)

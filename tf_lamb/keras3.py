@@ -25,7 +25,7 @@ KERAS_NUMBERS_NAMES = not bool(
 
 
 def _backend_variable(variable):
-    """Returns the backend's variable. A model may also contain `tf.Variable`s, returned as is."""
+    """Returns the backend's variable of a `keras.Variable`, and a `tf.Variable` unchanged."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
@@ -42,9 +42,9 @@ def _stored_dtype(variable) -> str:
 class Adapter(keras.optimizers.Optimizer):
     """A Keras 3 optimizer that updates all variables at once.
 
-    It overrides one private method, `_backend_apply_gradients`, and so replaces Keras's gradient
-    accumulation, clipping, weight decay, sum over replicas, update and moving average. The rest of
-    `apply` is Keras's: loss scale, constraints and the step counter.
+    It overrides the private method `_backend_apply_gradients`, which in Keras does gradient
+    accumulation, clipping, weight decay, the sum over replicas, the update and moving averages. The
+    rest of `apply` is Keras's: loss scale, constraints and the step counter.
     """
 
     schedule_class = keras.optimizers.schedules.LearningRateSchedule
@@ -80,8 +80,8 @@ class Adapter(keras.optimizers.Optimizer):
             variables: List of variables to update.
 
         Raises:
-            ValueError: If a variable is not a real floating-point one or does not fit `layer_axes`
-                or `layer_groups`, or under `ParameterServerStrategy`.
+            ValueError: If a variable is not a real floating-point variable, if it does not fit
+                `layer_axes` or `layer_groups`, or under `ParameterServerStrategy`.
             RuntimeError: If this version of Keras does not call the overridden methods.
         """
         if self._plan is not None:
@@ -101,13 +101,13 @@ class Adapter(keras.optimizers.Optimizer):
             [self._add_slot(v, name, "float32" if k else self.moment_dtype) for v in variables]
             for k, name in enumerate(self.slot_names)
         )
-        # `save_own_variables` leaves out the variables from here on.
-        per_run = {"initializer": "zeros", "aggregation": "only_first_replica"}
-        skipped = self.add_variable((), dtype="int", name="skipped_steps", **per_run)
+        # `save_own_variables` does not save `skipped` and `telemetry`.
+        options = {"initializer": "zeros", "aggregation": "only_first_replica"}
+        skipped = self.add_variable((), dtype="int", name="skipped_steps", **options)
         telemetry = None
         if self.telemetry:
             telemetry = self.add_variable(
-                (len(variables), 3), dtype="float32", name="telemetry", **per_run
+                (len(variables), 3), dtype="float32", name="telemetry", **options
             )
         plan = Plan(plans, slots, skipped, telemetry)
         if ON_TENSORFLOW:
@@ -130,12 +130,12 @@ class Adapter(keras.optimizers.Optimizer):
 
     def _add_slot(self, variable, name, dtype):
         """Creates a slot of zeros with the variable's shape, on its device."""
-        place: Any = contextlib.nullcontext()
+        device_scope: Any = contextlib.nullcontext()
         if ON_TENSORFLOW:
-            place = self._distribution_strategy.extended.colocate_vars_with(
+            device_scope = self._distribution_strategy.extended.colocate_vars_with(
                 _backend_variable(variable)
             )
-        with place:
+        with device_scope:
             return self.add_variable(
                 shape=variable.shape,
                 initializer="zeros",
@@ -145,7 +145,7 @@ class Adapter(keras.optimizers.Optimizer):
             )
 
     def _backend_apply_gradients(self, grads, trainable_variables):
-        """Updates the variables. `apply` calls this method with the gradients that exist."""
+        """Updates the variables. `apply` calls it without the gradients that are `None`."""
         index = tuple(self._get_variable_index(v) for v in trainable_variables)
         if not ON_TENSORFLOW:
             self._update_on_jax_or_torch(index, grads)
@@ -161,7 +161,7 @@ class Adapter(keras.optimizers.Optimizer):
         )
 
     def _update_on_jax_or_torch(self, index, grads):
-        """Updates the variables, as part of the step that the backend compiles."""
+        """Updates the variables, as part of a step that the backend may compile."""
         plan = self._plan
         variables = self._trainable_variables
         index, grads = sum_duplicates(index, [ops.cast(_to_dense(g), "float32") for g in grads])
@@ -180,7 +180,7 @@ class Adapter(keras.optimizers.Optimizer):
         old_values += [[v.value for v in slot] for slot in plan.slots]
         old_rows = None if plan.telemetry is None else plan.telemetry.value
 
-        # `ops.cond` cannot return None, so the telemetry is a list of one tensor or none.
+        # `ops.cond` cannot return `None`, so the telemetry is a list: empty, or of one tensor.
         def update():
             values, finite, rows = self._update_model(
                 index,
@@ -217,7 +217,7 @@ class Adapter(keras.optimizers.Optimizer):
 
         Args:
             is_updated: Boolean scalar. Whether this call updated the weights.
-            updates: Integer scalar. The number of earlier updates.
+            updates: Integer scalar. The number of updates before this call.
         """
         frequency = self.ema_overwrite_frequency
         pairs = zip(self._trainable_variables, self._model_variables_moving_average, strict=True)
@@ -254,7 +254,7 @@ class Adapter(keras.optimizers.Optimizer):
 
 
 def _to_dense(g):
-    """Converts a sparse gradient (JAX's BCOO, torch's sparse tensors) to a dense tensor."""
+    """Converts a gradient, which may be sparse (JAX's BCOO, torch's sparse tensors), to dense."""
     if getattr(g, "is_sparse", False):
         return g.to_dense()
     return ops.convert_to_tensor(g, sparse=False)

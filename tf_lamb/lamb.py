@@ -72,16 +72,16 @@ class LAMBRule(Layerwise):
 
     Args:
         learning_rate: A float >= 0, a learning-rate schedule, a callable without arguments, or a
-            scalar float variable. Defaults to 1e-3. A variable is used itself: assigning it changes
-            the next update. A callable is traced into a compiled step; return a tensor if the value
-            must vary. With `gradient_accumulation_steps`, Keras calls a schedule with the number of
-            micro-batches. The schedules of this package have the same argument, which makes them
-            count updates.
+            scalar float variable. Defaults to 1e-3. A variable is not copied: a value assigned to
+            it is used in the next update. A callable is traced into a compiled step; return a
+            tensor if the value must vary. With `gradient_accumulation_steps`, Keras calls a
+            schedule with the number of micro-batches. The schedules of this package have the same
+            argument, which makes them count updates.
         beta_1: Float in [0, 1). The decay β₁ of the first moment.
         beta_2: Float in [0, 1). The decay β₂ of the second moment.
         epsilon: Float >= 0. The constant ε, added outside the square root.
-        weight_decay: Float >= 0, or `None` for 0. The decay λ, which is part of u and so inside the
-            trust ratio.
+        weight_decay: Float >= 0, or `None` for 0. The decay λ. It is part of u, so the trust ratio
+            applies to it, too.
         exclude_from_weight_decay: List of regular expressions. A variable whose full path contains
             a match is not decayed. Anchor a pattern to the end of the path (`"bias$"`), not to its
             start: a path begins with the model's name, which Keras 3 drops when it loads a
@@ -111,8 +111,8 @@ class LAMBRule(Layerwise):
             trust ratio, computed from the norms of all of them together. A member without a
             gradient is not updated, but its weights are included in ‖x‖.
         moment_dtype: String, `"float32"` or `"bfloat16"`. The dtype of the first moment m. With
-            `"bfloat16"` it takes half the memory, and each update rounds it to 8 bits: after five
-            updates, the change of the weights differs by up to 1/128.
+            `"bfloat16"` it takes half the memory, and each update rounds it to 8 significant bits:
+            after five updates, the change of the weights differs by up to a relative 1/128.
         skip_nonfinite: Boolean. If `True`, an update is skipped if the sum of squares of all
             gradients is not finite in float32: an element is NaN or infinite, or too large to be
             squared (above 9e18). Weights, moments, averages and the step count keep their
@@ -126,8 +126,9 @@ class LAMBRule(Layerwise):
             compiled.
         clipnorm: Float > 0 or `None`. Each gradient is scaled down to at most this norm.
         clipvalue: Float > 0 or `None`. Each element of a gradient is clipped to ±`clipvalue`.
-        global_clipnorm: Float > 0 or `None`. All gradients are scaled down to at most this norm
-            together. Only one of the three can be set. Unlike in Keras 3, they apply to the
+        global_clipnorm: Float > 0 or `None`. All gradients are scaled down together, so that their
+            global norm is at most this value. Only one of `clipnorm`, `clipvalue`,
+            `global_clipnorm` and `unit_gradient` can be set. Unlike in Keras 3, they apply to the
             gradients after the sum over replicas.
         use_ema: Boolean. Whether to keep an exponential moving average of the weights, as in Keras.
             It is updated once for each update that is not skipped.
@@ -147,7 +148,7 @@ class LAMBRule(Layerwise):
 
     Raises:
         ValueError: If an argument is unknown or out of range, or a pattern is not a regular
-            expression. If a variable is not a real floating-point one (in `build`).
+            expression. `build` raises it if a variable is not a real floating-point variable.
 
     Example:
 
@@ -231,7 +232,7 @@ class LAMBRule(Layerwise):
         if h.epsilon:
             r = m_hat / (ops.sqrt(v_hat) + h.epsilon)
         else:
-            # 0/0 is an element that never had a gradient. It has no direction.
+            # 0/0 means that the element has had no gradient so far. Its direction is 0.
             r = ops.divide_no_nan(m_hat, ops.sqrt(v_hat))
         return r + h.weight_decay * x if plan.decayed else r
 
@@ -284,7 +285,10 @@ class LAMBRule(Layerwise):
 
 
 def _one_minus_power(beta, t):
-    """Returns 1 - βᵗ as -expm1(t·ln β). In float32 the power loses 1e-5 of it at β = 0.999."""
+    """Returns 1 - βᵗ, computed as -expm1(t·ln β).
+
+    At β = 0.999, computing βᵗ first would give a relative error of 1e-5 in float32.
+    """
     if beta == 0:
         return ops.ones((), "float32")
     return -ops.expm1(t * math.log(beta))

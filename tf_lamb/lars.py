@@ -13,7 +13,7 @@ from tf_lamb.norms import trust_ratio
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The differences between published versions of LARS. See the argument `form` of `LARS`.
+    """One published version of the rule. See the argument `form` of `LARS`.
 
     Attributes:
         denominator: String, `"g"`, `"d"` or `"m"`. The tensor whose norm is the denominator of the
@@ -21,7 +21,8 @@ class Form:
         decay_norm: Boolean. Whether λ‖x‖ is added to the denominator.
         rate_inside: Boolean. Whether the momentum contains the learning rate.
         decay_inside: Boolean. Whether the momentum contains λx.
-        averaged: Boolean. Whether the momentum is an average, in which new terms count (1-μ).
+        averaged: Boolean. Whether the momentum is a moving average, whose new terms are multiplied
+            by 1-μ.
     """
 
     denominator: str
@@ -70,7 +71,7 @@ VARIANTS = {
 
 
 class LARSRule(Layerwise):
-    """LARS: SGD with momentum and a rate that is scaled to the norm of each layer's weights.
+    """LARS: momentum SGD with a learning rate that is scaled to the norm of each layer's weights.
 
         r = κ ‖x‖ / (‖g‖ + λ‖x‖ + ε)          m ← μm + η r (g + λx)          x ← x - m
 
@@ -82,13 +83,14 @@ class LARSRule(Layerwise):
 
     Args:
         learning_rate: A float >= 0, a learning-rate schedule, a callable without arguments, or a
-            scalar float variable. Defaults to 1e-3. A variable is used itself: assigning it changes
-            the next update. A callable is traced into a compiled step; return a tensor if the value
-            must vary. With `gradient_accumulation_steps`, Keras calls a schedule with the number of
-            micro-batches. The schedules of this package have the same argument, which makes them
-            count updates.
+            scalar float variable. Defaults to 1e-3. A variable is not copied: a value assigned to
+            it is used in the next update. A callable is traced into a compiled step; return a
+            tensor if the value must vary. With `gradient_accumulation_steps`, Keras calls a
+            schedule with the number of micro-batches. The schedules of this package have the same
+            argument, which makes them count updates.
         momentum: Float in [0, 1). The momentum μ.
-        weight_decay: Float >= 0, or `None` for 0. The decay λ. It replaces an L2 term in the loss.
+        weight_decay: Float >= 0, or `None` for 0. The decay λ. It takes the place of an L2 term in
+            the loss.
         trust_coefficient: Float > 0. The coefficient κ, called `eeta` in older TensorFlow code.
         epsilon: Float >= 0. The constant ε.
         nesterov: Boolean. Whether to use Nesterov momentum: x ← x - (μm + η r (g + λx)).
@@ -117,9 +119,9 @@ class LARSRule(Layerwise):
         layer_groups: List of regular expressions. The variables that match one of them share one
             trust ratio, computed from the norms of all of them together. A member without a
             gradient is not updated, but its weights are included in ‖x‖.
-        moment_dtype: String, `"float32"` or `"bfloat16"`. The dtype of the first moment m. With
-            `"bfloat16"` it takes half the memory, and each update rounds it to 8 bits: after five
-            updates, the change of the weights differs by up to 1/128.
+        moment_dtype: String, `"float32"` or `"bfloat16"`. The dtype of the momentum m. With
+            `"bfloat16"` it takes half the memory, and each update rounds it to 8 significant bits:
+            after five updates, the change of the weights differs by up to a relative 1/128.
         skip_nonfinite: Boolean. If `True`, an update is skipped if the sum of squares of all
             gradients is not finite in float32: an element is NaN or infinite, or too large to be
             squared (above 9e18). Weights, momentum, averages and the step count keep their
@@ -133,9 +135,10 @@ class LARSRule(Layerwise):
             compiled.
         clipnorm: Float > 0 or `None`. Each gradient is scaled down to at most this norm.
         clipvalue: Float > 0 or `None`. Each element of a gradient is clipped to ±`clipvalue`.
-        global_clipnorm: Float > 0 or `None`. All gradients are scaled down to at most this norm
-            together. Only one of the three can be set. Unlike in Keras 3, they apply to the
-            gradients after the sum over replicas.
+        global_clipnorm: Float > 0 or `None`. All gradients are scaled down together, so that their
+            global norm is at most this value. Only one of `clipnorm`, `clipvalue` and
+            `global_clipnorm` can be set. Unlike in Keras 3, they apply to the gradients after the
+            sum over replicas.
         use_ema: Boolean. Whether to keep an exponential moving average of the weights, as in Keras.
             It is updated once for each update that is not skipped.
         ema_momentum: Float in [0, 1]. The decay of the average.
@@ -154,7 +157,7 @@ class LARSRule(Layerwise):
 
     Raises:
         ValueError: If an argument is unknown or out of range, or a pattern is not a regular
-            expression. If a variable is not a real floating-point one (in `build`).
+            expression. `build` raises it if a variable is not a real floating-point variable.
 
     Example:
 
@@ -220,7 +223,7 @@ class LARSRule(Layerwise):
 
     @property
     def unit_gradient(self) -> bool:
-        """Always `False`: the trust ratio of LARS contains the norm of the gradient."""
+        """Always `False`: only LAMB can scale gradients to a global norm of 1."""
         return False
 
     def scalars(self, t):
@@ -247,7 +250,10 @@ class LARSRule(Layerwise):
         return self._lookahead(g, x, slots, plan)
 
     def ratio(self, x_norm, u_norm, decay_norm):
-        """Returns κ‖x‖ / (‖u‖ + ε), with ‖λx‖ in the denominator or not, and the denominator."""
+        """Returns the ratio κ‖x‖ / (‖u‖ + ε) and its denominator.
+
+        In forms with `decay_norm`, the denominator is ‖u‖ + ‖λx‖ + ε.
+        """
         h = self.hyperparameters
         denominator = u_norm + h.epsilon
         if FORMS[h.form].decay_norm:

@@ -1,4 +1,4 @@
-"""Default exclusions, and the decision from patterns and paths what is done to each variable."""
+"""Default exclusions, and the plan of each variable: whether it is decayed, adapted or grouped."""
 
 import dataclasses
 import difflib
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 # "batch_normalization", "bn", "bias" (MLPerf training v0.7, Google, resnet). For those models the
 # pattern below selects the same variables.
 #
-# The end of a path decides, so "norm_conv/kernel" is still a kernel. Excluded are: a bias; "gamma"
-# or "beta"; "scale" or "weight" in a layer whose name ends in the name of a normalization,
-# optionally with a number; LayerScale factors, which start near zero, where a trust ratio would
-# hold them. A table of relative positions is an embedding, unless its name ends in "bias".
+# The patterns match the end of a path, so "norm_conv/kernel" is not excluded. They exclude biases,
+# "gamma" and "beta", "scale" and "weight" in a layer whose name ends in the name of a normalization
+# (optionally with a number), and LayerScale factors, which start near zero and which a trust ratio
+# would keep there. A table of relative positions is an embedding, unless its name ends in "bias".
 # `python -m benchmarks.exclusions` lists the result for many networks.
 BERT_EXCLUSIONS = (
     r"(?i)bias$|(^|/)(gamma|beta)$"
@@ -22,13 +22,13 @@ BERT_EXCLUSIONS = (
     r"|layer_?scale|(^|/)lambda_?\d$",
 )
 RESNET_EXCLUSIONS = BERT_EXCLUSIONS
-# These patterns may match nothing without a warning: a model without biases is ordinary.
+# No warning if these patterns match no variable: models without biases are common.
 NEVER_WARN = frozenset((*BERT_EXCLUSIONS, *RESNET_EXCLUSIONS))
 
 
 @dataclasses.dataclass(frozen=True)
 class VariablePlan:
-    """What was decided for one variable when the optimizer was built.
+    """How an optimizer updates one variable, decided when the optimizer is built.
 
     Attributes:
         name: String. The variable's full path, such as `"encoder/dense/kernel"`, without
@@ -56,7 +56,7 @@ class VariablePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Patterns:
-    """The patterns given to the constructor, checked.
+    """The checked patterns of the constructor.
 
     Attributes:
         no_decay: `exclude_from_weight_decay`.
@@ -148,15 +148,16 @@ def _warn_unmatched_patterns(names: Sequence[str], patterns: Patterns) -> None:
         "layer_axes": patterns.axes,
         "layer_groups": patterns.groups,
     }
-    for argument, given in arguments.items():
-        for pattern in given:
+    for argument, argument_patterns in arguments.items():
+        for pattern in argument_patterns:
             if pattern in NEVER_WARN or any(re.search(pattern, name) for name in names):
                 continue
-            words = re.sub(r"[^\w/]+", "", pattern)
-            # Also compared with each part of a path: a pattern is usually shorter than the path.
-            parts = {part: name for name in names for part in (*name.split("/"), name)}
-            near = difflib.get_close_matches(words, parts, n=3, cutoff=0.4)
-            nearest = list(dict.fromkeys(parts[part] for part in near)) or list(names[:3])
+            plain_text = re.sub(r"[^\w/]+", "", pattern)
+            # Compare with each part of a path, too: a pattern is usually shorter than a path.
+            name_of_part = {part: name for name in names for part in (*name.split("/"), name)}
+            similar = difflib.get_close_matches(plain_text, name_of_part, n=3, cutoff=0.4)
+            nearest = list(dict.fromkeys(name_of_part[part] for part in similar))
+            nearest = nearest or list(names[:3])
             warnings.warn(
                 f"The pattern {pattern!r} of `{argument}` matches none of the {len(names)} "
                 f"variables. The nearest are: {', '.join(nearest)}.",

@@ -1,4 +1,4 @@
-"""What LAMB and LARS share with every Keras: arguments, plan, update of a layer, saving."""
+"""The code that LAMB and LARS share in Keras 3 and tf_keras: arguments, plan, update, saving."""
 
 import dataclasses
 import difflib
@@ -29,10 +29,10 @@ from tf_lamb.layers import Patterns, VariablePlan, plan_variables, table_lines
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 # Arguments that optimizers of tf_keras do not have.
 KERAS_3_ONLY = ("loss_scale_factor", "gradient_accumulation_steps")
-# Arguments that can be assigned after construction; Keras does so.
+# Arguments that can be assigned after construction, because Keras assigns them.
 SETTABLE = ("learning_rate", "loss_scale_factor", "name")
 MOMENT_DTYPES = ("float32", "bfloat16")
-# Arguments that change the formula. An optimizer that overrides one is no longer the variant.
+# Arguments that change the formula. If one is overridden, the result is not the published variant.
 FORMULA = (
     "adapt_undecayed",
     "bias_correction",
@@ -88,14 +88,14 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradients:
+class GradientSummary:
     """The result of one pass over all gradients, before any variable is updated.
 
     Attributes:
         finite: Boolean scalar, `False` if the update must be skipped. `None` without
             `skip_nonfinite`.
-        scales: List with a float32 scalar for each gradient, by which it is multiplied. `None` for
-            no scaling.
+        scales: List with a float32 scalar for each gradient, by which it is multiplied. `None` if
+            gradients are not scaled.
         nonfinite_marks: List with a float32 scalar for each gradient: NaN if the gradient is not
             finite, and 0 otherwise. `None` without `skip_nonfinite`.
     """
@@ -133,7 +133,7 @@ class Layerwise:
 
         Args:
             arguments: Dictionary of the rule's constructor arguments.
-            base_arguments: Dictionary of other arguments, which a newer Keras may have.
+            base_arguments: Dictionary of other arguments, which a newer version of Keras may have.
 
         Raises:
             ValueError: If an argument is unknown or out of range.
@@ -200,7 +200,7 @@ class Layerwise:
         return _constructor_parameters(cls.__mro__[: cls.__mro__.index(Layerwise)])
 
     def _check_names(self, arguments: dict[str, Any], known: Sequence[str]) -> None:
-        """Raises `ValueError` for an argument that is not in `known`, with the name to use."""
+        """Raises `ValueError` for an argument that is not in `known`, and suggests one that is."""
         for unknown in arguments.keys() - set(known):
             nearest = difflib.get_close_matches(unknown, known, n=1)
             hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
@@ -212,7 +212,7 @@ class Layerwise:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Returns a constructor argument, as attributes of other Keras optimizers do."""
+        """Returns a constructor argument. Other Keras optimizers also have them as attributes."""
         hyperparameters = self.__dict__.get("hyperparameters")
         if hyperparameters is not None and name in hyperparameters:
             return hyperparameters[name]
@@ -258,8 +258,8 @@ class Layerwise:
             for key, value in arguments.items()
             if (key in settings or key in FORMULA) and to_json(value) != to_json(published(key))
         ]
-        derived = {"learning_rate": learning_rate, "based_on": None if changed else variant}
-        return cls(**derived | settings | arguments)
+        base = {"learning_rate": learning_rate, "based_on": None if changed else variant}
+        return cls(**base | settings | arguments)
 
     def _make_plan(self, names, shapes, dtypes, overwritten=None) -> tuple[VariablePlan, ...]:
         """Returns a `VariablePlan` for each variable.
@@ -271,7 +271,8 @@ class Layerwise:
             overwritten: For each variable, whether Keras overwrites it with its gradient.
 
         Raises:
-            ValueError: If a variable is not a real floating-point one, or as in `plan_variables`.
+            ValueError: If a variable is not a real floating-point variable, or as in
+                `plan_variables`.
         """
         for name, dtype in zip(names, dtypes, strict=True):
             if "float" not in dtype:
@@ -318,7 +319,7 @@ class Layerwise:
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def moments(self, g, x, slots, plan, rate):
-        """Returns the new slots. `rate` is η times the trust ratio, or 1 if not `rate_inside`."""
+        """Returns the new slots. `rate` is η times the trust ratio, or 1 without `rate_inside`."""
         raise TypeError(f"{type(self).__name__} must define the methods of a rule.")
 
     def direction(self, g, x, slots, scalars, plan):
@@ -335,7 +336,7 @@ class Layerwise:
 
     @property
     def rate_inside(self) -> bool:
-        """Whether the moments contain the learning rate, and so are updated after the ratio."""
+        """Whether the moments contain the learning rate, so that the ratio is computed first."""
         return False
 
     # Clipping, skipping and dtypes, which are the same for both rules.
@@ -344,26 +345,27 @@ class Layerwise:
     def checks_finite_per_replica(self) -> bool:
         """Whether each replica may check its own gradients before they are summed.
 
-        Not with clipping: it reads the summed gradients anyway, so the check after the sum is free.
+        `False` with clipping, which reads the summed gradients anyway, so that the check after the
+        sum takes no additional time.
         """
         clips = self.clipnorm or self.global_clipnorm or self.unit_gradient
         return self.skip_nonfinite and not clips
 
-    def measure_gradients(self, grads, squares=None) -> Gradients:
-        """Checks in one pass whether the gradients are finite, and computes their clipping.
+    def summarize_gradients(self, grads, squares=None) -> GradientSummary:
+        """Checks in one pass whether the gradients are finite, and computes the scales of clipping.
 
         Args:
             grads: List of float32 tensors, summed over the replicas.
             squares: List of float32 scalars: for each gradient the sum of squares of its elements,
-                or an upper bound of it. `None`: it is computed here.
+                or an upper bound of it. If `None`, the sums are computed here.
 
         Returns:
-            A `Gradients`.
+            A `GradientSummary`.
         """
         clipnorm = self.clipnorm
         global_clipnorm = self.global_clipnorm
         if not (self.skip_nonfinite or clipnorm or global_clipnorm or self.unit_gradient):
-            return Gradients(None, None, None)
+            return GradientSummary(None, None, None)
         if self.skip_nonfinite:
             if squares is None:
                 squares = [norms.sum_squares(g) for g in grads]
@@ -389,7 +391,7 @@ class Layerwise:
             scales = [scale] * len(grads)
         elif self.unit_gradient:
             scales = [ops.divide_no_nan(1.0, norm(everything))] * len(grads)
-        return Gradients(finite, scales, marks)
+        return GradientSummary(finite, scales, marks)
 
     def update_layer(
         self, plans, grads, params, slots, learning_rate, finite, scales, scalars, *, measure
@@ -399,20 +401,21 @@ class Layerwise:
         Args:
             plans: List with a `VariablePlan` for each variable. Only a group has more than one.
             grads: List with a float tensor for each variable, summed over the replicas. `None` for
-                a member of a group without a gradient: it is not updated, but counts in ‖x‖.
+                a member of a group that has no gradient: it is not updated, but ‖x‖ includes it.
             params: List of float tensors of any dtype, the variables' values.
             slots: List with a tuple of float tensors for each variable, the values of its slots.
             learning_rate: Float32 scalar η.
-            finite: Boolean scalar. If it is `False`, the old values are returned. `None` is the
-                same as `True`.
+            finite: Boolean scalar. If it is `False`, the old values are returned. `None` means
+                `True`.
             scales: List with a float32 scalar for each gradient, or `None`.
             scalars: The result of `self.scalars`.
             measure: Boolean. Whether to compute the norms of a layer that is not adapted.
 
         Returns:
-            A tuple `(params, slots, measured)`. The lists are like the arguments. `measured` is
-            a tuple (‖x‖, ‖u‖, ratio) of float32 tensors, scalars or [..., 1, ...], or `None` if
-            the norms were not computed.
+            A tuple `(params, slots, measured)`. `params` and `slots` have the structure and the
+            dtypes of the arguments. `measured` is a tuple (‖x‖, denominator, ratio) of float32
+            tensors, scalars or [..., 1, ...], or `None` if the norms were not computed. The
+            denominator of the ratio is ‖u‖ for LAMB.
         """
 
         def select(new, old):
@@ -433,8 +436,8 @@ class Layerwise:
         moments = [tuple(ops.cast(slot, "float32") for slot in own) for own in slots]
 
         def update_slots(rate):
-            # The direction is computed from the selected moments, not from the unselected ones:
-            # the compiler can then overwrite the old slots in place.
+            # The direction is computed from the results of `select`, so that the compiler can
+            # overwrite the old slots in place.
             for i in updated:
                 new_moments = self.moments(gs[i], xs[i], moments[i], plans[i], rate)
                 pairs = zip(new_moments, moments[i], strict=True)
@@ -494,42 +497,46 @@ class Layerwise:
         """
         plan = self._built_plan()
         grads = [ops.cast(g, "float32") for g in grads]
-        gradients = self.measure_gradients(grads)
+        summary = self.summarize_gradients(grads)
         scalars = self.scalars(step)
         place_of = {i: place for place, i in enumerate(index)}
         values = [list(params), *(list(slot) for slot in slots)]
         rows: dict[int, Any] | None = {} if self.telemetry else None
         for layer in plan.layers(index):
             places = [place_of.get(i) for i in layer]
-            scales = gradients.scales and [
-                None if p is None else gradients.scales[p] for p in places
-            ]
+            scales = summary.scales and [None if p is None else summary.scales[p] for p in places]
             new_params, new_slots, measured = self.update_layer(
                 [plan.variables[i] for i in layer],
                 [None if p is None else grads[p] for p in places],
                 [params[i] for i in layer],
                 [tuple(slot[i] for slot in slots) for i in layer],
                 learning_rate,
-                gradients.finite,
+                summary.finite,
                 scales,
                 scalars,
                 measure=self.telemetry,
             )
             for place, i, x, own in zip(places, layer, new_params, new_slots, strict=True):
-                for values_of_one_kind, value in zip(values, (x, *own), strict=True):
-                    values_of_one_kind[i] = value
+                for param_or_slot, value in zip(values, (x, *own), strict=True):
+                    param_or_slot[i] = value
                 if rows is not None and place is not None:
-                    rows[i] = telemetry_row(measured, gradients.nonfinite_marks, place)
-        return values, gradients.finite, rows
+                    rows[i] = telemetry_row(measured, summary.nonfinite_marks, place)
+        return values, summary.finite, rows
 
     @property
     def skipped_steps(self) -> int:
-        """Integer. The number of updates skipped because a gradient was not finite."""
+        """Integer. The number of updates skipped because a gradient was not finite.
+
+        Raises:
+            ValueError: If the optimizer is not built.
+        """
         return int(ops.convert_to_numpy(self._built_plan().skipped))
 
     @property
     def telemetry_rows(self):
         """Float32 NumPy array [variables, 3]: ‖x‖, ‖u‖ and trust ratio of the last update.
+
+        For LARS, the second column is the denominator of the ratio.
 
         Raises:
             ValueError: If the optimizer was created without `telemetry=True`, or is not built.
@@ -553,7 +560,7 @@ class Layerwise:
 
     @property
     def layers(self) -> tuple[VariablePlan, ...]:
-        """Tuple of `VariablePlan`: what was decided for each variable, in the order of `build`.
+        """Tuple of `VariablePlan`: how each variable is updated, in the order of `build`.
 
         Raises:
             ValueError: If the optimizer is not built.
@@ -616,12 +623,12 @@ class Layerwise:
         )
 
     def _apply_weight_decay(self, variables):
-        """Does nothing: weight decay is part of u. Keras would apply it outside the ratio."""
+        """Does nothing: weight decay is part of u. Keras would apply it outside the trust ratio."""
 
     def _clip_gradients(self, grads):
-        """Returns the gradients unchanged: `update_layer` clips them after the sum over replicas.
+        """Returns the gradients unchanged.
 
-        Keras 3 clips before the sum.
+        Keras 3 clips before the sum over replicas. `update_layer` clips after it.
         """
         return grads
 
@@ -642,21 +649,21 @@ class Layerwise:
         return super().from_config(dict(config), custom_objects)
 
     def _state_variables(self) -> list[Any]:
-        """Returns the variables that are saved: all but counters of skipped updates, telemetry."""
+        """Returns the variables that are saved: all except skipped-update count and telemetry."""
         unsaved = () if self._plan is None else (self._plan.skipped, self._plan.telemetry)
         variables = self.variables
         return [v for v in variables if not any(v is other for other in unsaved)]
 
     def save_own_variables(self, store):
-        """Saves the state, without the number of skipped updates and telemetry."""
+        """Saves the state, except the number of skipped updates and the telemetry."""
         for i, variable in enumerate(self._state_variables()):
             store[str(i)] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` saved.
 
-        A file of version 0.1.0 also contains the number of skipped updates, and telemetry if it was
-        on, after the state. They are ignored. If the file has another number of variables, a
+        A file of version 0.1.0 also contains, after the state, the number of skipped updates and
+        the telemetry, if any. They are ignored. If the number of variables in the file is wrong, a
         `UserWarning` says so and nothing is loaded, as in Keras.
         """
         variables = self._state_variables()
@@ -683,7 +690,7 @@ class Layerwise:
 def _constructor_parameters(classes: Sequence[type]) -> dict[str, inspect.Parameter]:
     """Returns the named parameters of the classes' own constructors.
 
-    If two classes have a parameter of the same name, that of the earlier class is returned.
+    If two classes have a parameter of the same name, the one of the earlier class is returned.
     """
     found: dict[str, inspect.Parameter] = {}
     for cls in classes:
@@ -717,7 +724,7 @@ def telemetry_row(measured, nonfinite_marks, place):
     Args:
         measured: Tuple (‖x‖, ‖u‖, ratio) of tensors. If they are [..., 1, ...], their means are
             returned.
-        nonfinite_marks: As in `Gradients`. ‖u‖ becomes NaN if the gradient is not finite.
+        nonfinite_marks: As in `GradientSummary`. ‖u‖ becomes NaN if the gradient is not finite.
         place: Integer. The position of the variable's gradient in `nonfinite_marks`.
     """
     x_norm, u_norm, ratio = (ops.mean(ops.cast(value, "float32")) for value in measured)
@@ -727,7 +734,15 @@ def telemetry_row(measured, nonfinite_marks, place):
 
 
 def replace_rows(telemetry, rows):
-    """Returns the [variables, 3] tensor `telemetry` with the rows in {position: [3]} replaced."""
+    """Replaces rows of the telemetry.
+
+    Args:
+        telemetry: Float32 tensor [variables, 3].
+        rows: Dictionary {position: [3] float32 tensor}.
+
+    Returns:
+        A float32 tensor [variables, 3].
+    """
     return ops.stack([rows[i] if i in rows else telemetry[i] for i in range(telemetry.shape[0])])
 
 

@@ -21,7 +21,7 @@ def check_learning_rate(rate, schedule_class):
 
     Args:
         rate: The `learning_rate` argument of a constructor.
-        schedule_class: The `LearningRateSchedule` class of the optimizer's Keras.
+        schedule_class: The `LearningRateSchedule` class of the optimizer's version of Keras.
 
     Raises:
         ValueError: If `rate` cannot be a learning rate.
@@ -44,12 +44,15 @@ def check_learning_rate(rate, schedule_class):
 
 
 def check_assigned_rate(current, rate, schedule_class):
-    """Returns the value of an assignment `optimizer.learning_rate = rate`.
+    """Checks an assignment `optimizer.learning_rate = rate`.
 
     Args:
-        current: The learning rate that the optimizer has: a variable, schedule or callable.
+        current: The current learning rate of the optimizer: a variable, schedule or callable.
         rate: The assigned value: a number, tensor, variable, schedule or callable.
-        schedule_class: The `LearningRateSchedule` class of the optimizer's Keras.
+        schedule_class: The `LearningRateSchedule` class of the optimizer's version of Keras.
+
+    Returns:
+        The value to assign.
 
     Raises:
         TypeError: If a value is assigned although the current rate is a schedule or a callable.
@@ -97,8 +100,8 @@ def _is_symbolic(rate) -> bool:
 
 
 NOT_ASSIGNABLE = (
-    "The optimizer was created with a schedule or a callable as `learning_rate`, and a value "
-    "cannot be assigned to that. Create it with a number or a variable, or set another "
+    "The optimizer was created with a schedule or a callable as `learning_rate`, so a value "
+    "cannot be assigned to it. Create the optimizer with a number or a variable, or assign another "
     "schedule or callable. Received: learning_rate={!r}."
 )
 
@@ -106,8 +109,8 @@ NOT_ASSIGNABLE = (
 class ReadOnlyRate(float):
     """The current value of a schedule or callable, as `optimizer.lr` of tf_keras.
 
-    Callbacks of tf_keras assign to `optimizer.lr` without checking its type. For a plain number
-    that raises an unhelpful `AttributeError`; this class raises a `TypeError` with the reason.
+    Callbacks of tf_keras assign to `optimizer.lr` without checking its type. With a plain number,
+    that raises an unhelpful `AttributeError`. This class raises a `TypeError` with the reason.
     """
 
     dtype: Any = np.dtype("float32")
@@ -122,7 +125,7 @@ class ReadOnlyRate(float):
 
 
 def check_savable(rate) -> None:
-    """Raises `ValueError` for a callable that a saved configuration could not restore."""
+    """Raises `ValueError` for a callable that cannot be restored from a saved configuration."""
     is_savable = isinstance(rate, types.FunctionType) or hasattr(rate, "get_config")
     if not is_variable(rate) and not is_savable:
         raise ValueError(
@@ -138,7 +141,7 @@ def to_float(variable) -> float:
 
 
 def to_repr(rate) -> Any:
-    """Returns what `repr(optimizer)` shows for a learning rate, including unsavable ones."""
+    """Returns what `repr(optimizer)` shows for a learning rate. It need not be savable."""
     if is_variable(rate):
         # The shortest decimal that gives this float32: 0.1, not 0.10000000149011612.
         return float(str(np.float32(to_float(rate))))

@@ -1,7 +1,7 @@
 """Copies the moments and the step count of another library's LAMB or LARS into ours.
 
-The source is an optimizer, or a TensorFlow checkpoint. Other libraries are recognized by the
-structure of their state and never imported; TensorFlow is, to read a checkpoint.
+The source is an optimizer, its state, or a TensorFlow checkpoint. Other libraries are recognized by
+the structure of their state and are not imported. Only reading a checkpoint imports TensorFlow.
 """
 
 import collections
@@ -23,8 +23,8 @@ class MovedLayer:
     """One row of a `MigrationReport`.
 
     Attributes:
-        name: String. Our name of the variable.
-        source_name: String. The source's name of the variable.
+        name: String. The name of the variable in our optimizer.
+        source_name: String. The name of the variable in the source.
         shape: Tuple of integers. The shape of the variable.
         before: Dictionary {slot: L2 norm} before the migration.
         after: Dictionary {slot: L2 norm} after the migration.
@@ -43,8 +43,8 @@ class MigrationReport:
 
     Attributes:
         layers: Tuple with a `MovedLayer` for each variable.
-        step_before: Integer. Our number of updates before the migration.
-        step_after: Integer. The number of updates after the migration.
+        step_before: Integer. Our optimizer's number of updates before the migration.
+        step_after: Integer. Our optimizer's number of updates after the migration.
     """
 
     layers: tuple[MovedLayer, ...]
@@ -67,8 +67,9 @@ class _SourceState:
     """The state of a source.
 
     Attributes:
-        names: Tuple of strings. The names of its variables.
-        slots: Dictionary {our name of the slot: list of float32 arrays, in the order of `names`}.
+        names: Tuple of strings. The names of the source's variables.
+        slots: Dictionary {name of the slot in our optimizer: list of float32 arrays, in the order
+            of `names`}.
         step: Integer or `None`. The number of updates made.
         rate_inside: Boolean. Whether the momentum of LARS contains the learning rate. `None` if
             that is not known, and for LAMB.
@@ -97,30 +98,33 @@ def migrate(
     Args:
         source: One of:
             - LAMB of tf-models or TensorFlow Addons (slots m and v), or LARS of tf-models (slot
-              momentum), also inside a `LossScaleOptimizer`;
+              momentum). It may be wrapped in a `LossScaleOptimizer`;
             - the path of a `tf.train.Checkpoint` that contains such an optimizer: a prefix, or a
-              folder, of which the latest checkpoint is read. A checkpoint does not record the
-              version of LARS, so `form` of our optimizer must be the one that was trained with:
+              folder, whose latest checkpoint is read. A checkpoint does not record the version of
+              LARS, so set `form` of our optimizer to the version that was trained with:
               `"tf-models"`, or `"tf-models-scaled"` for `classic_momentum=False`;
-            - `keras.optimizers.Lamb`, built;
+            - a built `keras.optimizers.Lamb`;
             - the state of `optax.lamb` (or of any chain with one `ScaleByAdamState`), or of
               `optax.lars`, whose trace is -m.
-        optimizer: A built `LAMB` or `LARS` of this package, also inside a `LossScaleOptimizer`.
-        rename: Function from the source's name of a variable to ours. The source's names are
-            variable names without ":0", in Keras 3 paths, and in optax the keys of the parameters
-            joined with "/" (for a list, positions).
-        mapping: Dictionary {our name: the source's name}. Takes precedence over `rename`.
+        optimizer: A built `LAMB` or `LARS` of this package. It may be wrapped in a
+            `LossScaleOptimizer`.
+        rename: Function that converts a variable's name in the source to its name in our optimizer.
+            Names in the source are variable names without ":0"; for Keras 3, variable paths; for
+            optax, the keys of the parameters (for a list, the positions) joined with "/".
+        mapping: Dictionary {name in our optimizer: name in the source}. Takes precedence over
+            `rename`.
         by_order: Boolean. Whether to match variables by position instead of by name.
-        step: Integer or `None`. The number of updates made. Needed for a source that does not store
-            it (`optax.lars` at a constant rate). Otherwise it replaces the source's number.
+        step: Integer or `None`. The number of updates made. Required if the source does not store
+            it (`optax.lars` with a constant learning rate). Otherwise it replaces the source's
+            step count.
 
     Returns:
         A `MigrationReport`.
 
     Raises:
         ValueError: If names or shapes do not match (the message lists both sides), if the source
-            has other slots than our optimizer, another kind of momentum or no step count, if it is
-            none of the above, or if our optimizer is not built. Nothing is changed.
+            has other slots than our optimizer, another kind of momentum or no step count, if the
+            source is of another type, or if our optimizer is not built. Nothing is changed.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, Layerwise):
@@ -144,7 +148,7 @@ def migrate(
 
 
 def _assign_state(optimizer, state: _SourceState, places, step: int) -> MigrationReport:
-    """Assigns slots and step; `places[i]` is the source's position of our variable i."""
+    """Assigns slots and step. `places[i]` is the position of our variable i in the source."""
     before: dict[str, list[float]] = {}
     after: dict[str, list[float]] = {}
     for slot, variables in zip(optimizer.slot_names, optimizer._plan.slots, strict=True):
@@ -154,7 +158,7 @@ def _assign_state(optimizer, state: _SourceState, places, step: int) -> Migratio
             variable.assign(ops.cast(value, variable.dtype))
         after[slot] = [_l2_norm(variable) for variable in variables]
     step_before = int(_to_numpy(optimizer.iterations))
-    # Keras 3 counts calls, several of which make an update with gradient accumulation.
+    # Keras 3 counts calls. With gradient accumulation, an update takes several of them.
     calls_per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     optimizer._iterations.assign(step * calls_per_update)
     moved = tuple(
@@ -191,6 +195,12 @@ def _check_momentum(state: _SourceState, optimizer) -> None:
 def _match_names(ours, theirs, rename, mapping):
     """Returns the position in the source of each of our variables.
 
+    Args:
+        ours: List of strings, the names of our variables.
+        theirs: List of strings, the names of the source's variables.
+        rename: As in `migrate`.
+        mapping: As in `migrate`.
+
     Raises:
         ValueError: If names occur twice or do not match. The message lists them.
     """
@@ -214,11 +224,14 @@ def _match_names(ours, theirs, rename, mapping):
             for name, new in zip(theirs, renamed, strict=True)
             if new in extra
         ]
-        sides = [("source", shown), ("optimizer", [name for name in ours if name in missing])]
+        sides = [
+            ("the source", shown),
+            ("the optimizer", [name for name in ours if name in missing]),
+        ]
         if unknown:
-            sides.append(("`mapping`, and on neither side", sorted(unknown)))
+            sides.append(("`mapping`", sorted(unknown)))
         listed = "\n".join(
-            f"Only in the {side} ({len(names)}):" + "".join(f"\n  {name}" for name in names)
+            f"Only in {side} ({len(names)}):" + "".join(f"\n  {name}" for name in names)
             for side, names in sides
         )
         raise ValueError(
@@ -230,7 +243,7 @@ def _match_names(ours, theirs, rename, mapping):
 
 
 def _check_shapes(layers, state: _SourceState, places) -> None:
-    """Raises `ValueError` if the number of variables differs, or a shape."""
+    """Raises `ValueError` if the number of variables or a shape differs."""
     if len(places) != len(layers):
         ours = [layer.name for layer in layers]
         raise ValueError(
@@ -290,7 +303,7 @@ def _check_slots(found, slot_names):
 
 
 def _read_keras(source, slot_names) -> _SourceState:
-    """Reads the private attributes of Keras 3's LAMB."""
+    """Reads `keras.optimizers.Lamb`, whose slots are private attributes."""
     _check_slots(("m", "v") if source.built else (), slot_names)
     names = tuple(variable.path for variable in source._trainable_variables)
     moments = {"m": source._momentums, "v": source._velocities}
@@ -301,8 +314,8 @@ def _read_keras(source, slot_names) -> _SourceState:
 def _read_legacy(source, slot_names) -> _SourceState:
     """Reads an optimizer of tf-models or Addons.
 
-    Its `_slots` are {key of a variable: {name of a slot: variable}}. The key is the variable's
-    name, followed by "_" and a number in eager mode.
+    Its `_slots` is a dictionary {key of a variable: {name of a slot: variable}}. The key is the
+    variable's name, in eager mode followed by "_" and a number.
     """
     _check_slots(source.get_slot_names(), slot_names)
     first_slot = slot_names[0]
@@ -319,7 +332,7 @@ def _read_legacy(source, slot_names) -> _SourceState:
 
 
 def _read_checkpoint(path, slot_names) -> _SourceState:
-    """Reads an object-based checkpoint, whose object graph has the variable of each slot."""
+    """Reads an object-based checkpoint. Its object graph says which variable a slot belongs to."""
     import tensorflow as tf
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
@@ -327,7 +340,7 @@ def _read_checkpoint(path, slot_names) -> _SourceState:
     if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
         raise ValueError(
             "The checkpoint must be written by `tf.train.Checkpoint` or Keras, with an object "
-            f"graph. This one only has names. Received: {path!r}."
+            f"graph. This one has variable names only. Received: {path!r}."
         )
     graph = trackable_object_graph_pb2.TrackableObjectGraph()
     graph.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
@@ -355,7 +368,7 @@ def _read_checkpoint(path, slot_names) -> _SourceState:
 
 
 def _read_optax(source, slot_names) -> _SourceState:
-    """Reads a state of optax by the names of its types, so that optax need not be installed."""
+    """Reads an optax state. Compares the names of types, so that optax need not be installed."""
     found = list(_optax_states(source))
     expected = {("m", "v"): "ScaleByAdamState", ("momentum",): "TraceState"}[tuple(slot_names)]
     chosen = [(state, last) for state, last in found if type(state).__name__ == expected]
@@ -376,9 +389,8 @@ def _read_optax(source, slot_names) -> _SourceState:
         trace = _flatten(state.trace)
         # optax adds the trace to the weights. We subtract the momentum.
         slots = {"momentum": [-x for x in trace.values()]}
-        return _SourceState(
-            tuple(trace), slots, int(_to_numpy(counts[0])) if counts else None, True
-        )
+        step = int(_to_numpy(counts[0])) if counts else None
+        return _SourceState(tuple(trace), slots, step, rate_inside=True)
     m = _flatten(state.mu)
     v = _flatten(state.nu)
     return _SourceState(
@@ -403,7 +415,7 @@ def _optax_states(state, is_last=True):
 
 
 def _flatten(tree, path="") -> dict[str, np.ndarray]:
-    """Converts nested dictionaries, lists and tuples to {keys joined with "/": float32 array}."""
+    """Flattens nested dictionaries, lists and tuples to {keys joined with "/": float32 array}."""
     if tree is None or type(tree).__name__ == "MaskedNode":
         return {}
     if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""Norms, the trust ratio and the check for finite gradients, as pure functions on `keras.ops`."""
+"""Norms, the trust ratio and the check for finite gradients. Uses only `keras.ops`."""
 
 import contextlib
 import contextvars
@@ -13,18 +13,23 @@ LARGEST_GRADIENT = 2.0**63
 # gradients stay finite as well.
 HEADROOM = 4.0
 
-# The functions that sum a tensor, and its squares. `xla_cpu` replaces them on a CPU, where another
-# form of the same sum compiles to faster code.
+# Functions that compute the sum of a tensor and the sum of its squares. `xla_cpu` replaces them on
+# a CPU, where another form of the same sum compiles to faster code.
 _sum = contextvars.ContextVar("sum", default=ops.sum)
 _sum_squares = contextvars.ContextVar("sum_squares", default=None)
 
 
 @contextlib.contextmanager
-def sums_computed_by(*, total=None, sum_squares=None):
-    """A context in which `total(x)` computes Σx of a tensor, and `sum_squares(x)` computes Σx²."""
+def override_sums(*, sum_elements=None, sum_squares=None):
+    """Returns a context in which this module computes sums with the given functions.
+
+    Args:
+        sum_elements: Function that returns Σx of a tensor, or `None` to leave it unchanged.
+        sum_squares: Function that returns Σx² of a tensor, or `None` to leave it unchanged.
+    """
     tokens = [
         (variable, variable.set(function))
-        for variable, function in ((_sum, total), (_sum_squares, sum_squares))
+        for variable, function in ((_sum, sum_elements), (_sum_squares, sum_squares))
         if function is not None
     ]
     try:
@@ -65,10 +70,11 @@ def clip_to_squarable(g):
 
 
 def norm_without_overflow(tensors):
-    """Returns the L2 norm of all tensors together, also where the sum of squares overflows.
+    """Returns the L2 norm of all tensors together, even where the sum of squares overflows.
 
-    Both sums are computed in one pass. The scaled sum loses elements below 1e-7. It is only used
-    where the largest element is far above 1e9.
+    The sum of squares and the sum of scaled squares are computed in one pass. In the scaled sum,
+    the squares of elements below 1e-7 underflow. It is only used where the plain sum overflows, and
+    there the largest element is far above 1e9.
 
     Args:
         tensors: List of float32 tensors, clipped with `clip_to_squarable`.
@@ -95,7 +101,7 @@ def layer_norm(tensors, norm, axes=()):
     """
     if axes:
         (x,) = tensors
-        if 0 in x.shape:  # No slices, or slices without elements.
+        if 0 in x.shape:  # There are no slices, or they have no elements.
             return ops.zeros((), x.dtype)
         others = tuple(set(range(len(x.shape))) - set(axes))
         if not others:  # Each element is a layer. Backends disagree on the meaning of axis=().
@@ -122,10 +128,14 @@ def trust_ratio(x_norm, u_norm, bounds=None):
     Where a norm overflows float32, the ratio is 0, and the layer is not updated.
 
     Args:
-        x_norm: Float32 scalar or [..., 1, ...].
-        u_norm: Float32 scalar or [..., 1, ...].
+        x_norm: Float32 tensor, the norm of the weights: a scalar, or [..., 1, ...] with one norm
+            for each slice.
+        u_norm: Float32 tensor of the same shape, the norm of the update.
         bounds: Pair (low, high) to which the ratio is clipped where neither norm is zero, or
             `None`.
+
+    Returns:
+        A float32 tensor of the same shape.
     """
     ratio = ops.divide_no_nan(x_norm, u_norm)
     # η times the ratio must stay finite: an element without a gradient would become ∞·0.

@@ -1,7 +1,7 @@
 """Learning-rate schedules for large-batch training, as functions of the step.
 
-These classes are the part that both versions of Keras share. `tf_lamb.keras3` and
-`tf_lamb.tf_keras` combine them with the `LearningRateSchedule` of their Keras.
+These classes do not depend on the version of Keras. `tf_lamb.keras3` and `tf_lamb.tf_keras` combine
+them with the `LearningRateSchedule` of Keras 3 and of tf_keras.
 """
 
 from keras import ops
@@ -10,13 +10,14 @@ from tf_lamb.arguments import as_number, check_interval
 
 
 def _to_updates(step, gradient_accumulation_steps):
-    """Converts a count of calls to a count of updates, a float32 scalar."""
+    """Converts a number of calls of the optimizer to a number of updates, a float32 scalar."""
     if gradient_accumulation_steps:
         step = ops.floor_divide(step, gradient_accumulation_steps)
     return ops.cast(step, "float32")
 
 
 def _check_accumulation(steps):
+    """Checks the argument `gradient_accumulation_steps`, and returns it."""
     return None if steps is None else check_interval("gradient_accumulation_steps", steps, 1)
 
 
@@ -35,14 +36,14 @@ class WarmupPolynomialDecayRule:
         power: Float > 0. The exponent p of the decay. The LAMB paper uses 1, NVIDIA 0.5, and
             MLPerf's ResNet-50 2.
         decay_from: Integer in [0, S + W]. The step D from which the decay is counted. With `None`
-            it is S + W, so that the decay starts at the peak. With 0 the rate is η₀(1 - t/T), as
-            in arXiv:1904.00962 and in the BERT authors' program; it drops from η₀ to η₀(1 - W/T)
-            at the end of warm-up.
+            it is S + W, so that the decay starts at the peak. With 0 (and p = 1, η₁ = 0) the rate
+            after warm-up is η₀(1 - t/T), as in arXiv:1904.00962 and in the BERT authors' program.
+            It drops from η₀ to η₀(1 - W/T) at the end of warm-up.
         warmup_from: Integer in [-W, 0]. The step S from which the warm-up is counted. If it is
             negative, training starts in the middle of the warm-up (`start_warmup_step` of MLPerf).
-        gradient_accumulation_steps: Integer >= 1 or `None`. The value that the Keras 3 optimizer
-            has. Keras calls a schedule with the number of micro-batches; if this argument is set,
-            all counts above are in updates: `warmup_steps=100` means 100 updates.
+        gradient_accumulation_steps: Integer >= 1 or `None`. The argument of the same name of the
+            Keras 3 optimizer. Keras calls a schedule with the number of micro-batches. If this
+            argument is set, all steps above count updates: `warmup_steps=100` means 100 updates.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -98,15 +99,15 @@ class WarmupPolynomialDecayRule:
         decay_from = self.decay_from
         if decay_from is None:
             decay_from = self.warmup_from + self.warmup_steps
-        done = ops.clip((step - decay_from) / (self.total_steps - decay_from), 0.0, 1.0)
+        progress = ops.clip((step - decay_from) / (self.total_steps - decay_from), 0.0, 1.0)
         height = self.peak_learning_rate - self.end_learning_rate
-        decayed = height * (1.0 - done) ** self.power + self.end_learning_rate
+        decayed = height * (1.0 - progress) ** self.power + self.end_learning_rate
         if self.warmup_steps == 0:
             return decayed
-        warm = step - self.warmup_from
+        warmup_step = step - self.warmup_from
         return ops.where(
-            warm < self.warmup_steps,
-            self.peak_learning_rate * (warm / self.warmup_steps),
+            warmup_step < self.warmup_steps,
+            self.peak_learning_rate * (warmup_step / self.warmup_steps),
             decayed,
         )
 
@@ -137,8 +138,8 @@ class WarmupStepDecayRule:
         peak_learning_rate: Float > 0. The rate η₀ at the end of warm-up.
         warmup_steps: Integer in [0, T). The number of warm-up steps W.
         total_steps: Integer. The number of steps T, including warm-up.
-        decay_steps: List of increasing integers in [W, T). The steps from which the rate is
-            multiplied by f once more.
+        decay_steps: List of increasing integers in [W, T). The steps at which the rate is
+            multiplied by f.
         decay_factor: Float in (0, 1]. The factor f.
         gradient_accumulation_steps: As in `WarmupPolynomialDecay`.
 

@@ -22,8 +22,8 @@ from tf_lamb.layerwise import Layerwise
 LOG = logging.getLogger("tf_lamb")
 RECORDS = "trust_ratios.jsonl"
 PICTURE = "trust_ratios.png"
-COLUMNS = ("weight_norm", "update_norm", "ratio")  # Of a layer in a record.
-MAX_COLUMNS = 1500  # Of the heat map. More records are averaged.
+COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a record.
+MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 
 
 class TrustRatioAlarm(RuntimeError):
@@ -47,8 +47,8 @@ class TrustRatioAlarm(RuntimeError):
 
 
 def _alarm_reason(layer: VariablePlan, row, max_ratio: float | None) -> str | None:
-    """Returns what is wrong with a row [‖x‖, ‖u‖, ratio], or `None`."""
-    if layer.overwritten:  # Never updated, so its row stays zero.
+    """Returns what is wrong with a row [‖x‖, ‖u‖, ratio], or `None` if nothing is."""
+    if layer.overwritten:  # The optimizer never updates it, so its row stays zero.
         return None
     x_norm, u_norm, ratio = (float(value) for value in row)
     if not all(map(math.isfinite, (x_norm, u_norm, ratio))):
@@ -61,7 +61,7 @@ def _alarm_reason(layer: VariablePlan, row, max_ratio: float | None) -> str | No
 
 
 def _unique_labels(layers: Sequence[VariablePlan]) -> list[str]:
-    """Returns the layers' names. The second layer of a name is "name#2", and so on."""
+    """Returns the layers' names. If several layers are called "name", the second is "name#2"."""
     seen: dict[str, int] = {}
     labels = []
     for layer in layers:
@@ -71,7 +71,7 @@ def _unique_labels(layers: Sequence[VariablePlan]) -> list[str]:
 
 
 def _json_number(value):
-    """Returns the shortest decimal of a float32, or the string "nan", "inf" or "-inf"."""
+    """Returns a float32 as its shortest decimal, or as the string "nan", "inf" or "-inf"."""
     return float(str(value)) if np.isfinite(value) else str(value)
 
 
@@ -105,19 +105,19 @@ class TelemetryWriter:
     Args:
         log_dir: String or path. Local folder, which is created if needed. With several workers,
             create one writer, on the chief.
-        optimizer: A `LAMB` or `LARS` with `telemetry=True`, of `tf_lamb` or `tf_lamb.tf_keras`,
-            also inside a `LossScaleOptimizer`. It must be built before the first record.
+        optimizer: A `LAMB` or `LARS` with `telemetry=True`, of `tf_lamb` or `tf_lamb.tf_keras`. It
+            may be wrapped in a `LossScaleOptimizer`, and must be built before the first record.
         every_steps: Integer >= 1. The interval between records. Steps in between read nothing from
             the device. A record of 199 layers takes about 10 ms and 29 kB.
         max_ratio: Float > 0 or `None`. The trust ratio of an adapted layer above which there is an
             alarm.
         on_alarm: Function that is called with a `TrustRatioAlarm`, or `None` to log a warning in
             the logger "tf_lamb". There is an alarm if the ratio or a norm of a layer is not finite,
-            if the ratio is 0 while other layers are updated, or if it is above `max_ratio`. It is
-            repeated only after a record in which the layer was in order.
+            if the ratio is 0 while other layers are updated, or if it is above `max_ratio`. The
+            alarm of a layer is repeated only after a record in which the layer had no problem.
         tensorboard: Boolean or `None`. Whether to write files for TensorBoard. `None` means only if
-            Keras uses the TensorFlow backend. With other backends, TensorFlow would be loaded for
-            this purpose and take memory of the accelerator.
+            Keras uses the TensorFlow backend. With other backends, TensorFlow would be loaded only
+            for these files, and would take memory of the accelerator.
 
     Raises:
         ValueError: If an argument is out of range, or the optimizer has no telemetry.
@@ -160,19 +160,31 @@ class TelemetryWriter:
     def due(self, step: int) -> bool:
         """Returns whether a record is due.
 
-        It is due at the first step passed to this method in each interval of `every_steps` steps.
+        A record is due at the first step passed to this method in each interval of `every_steps`
+        steps.
+
+        Args:
+            step: Integer. The number of steps so far.
         """
         last = step - 1 if self._last_step is None else self._last_step
         self._last_step = step
         return step // self._every_steps != last // self._every_steps
 
     def write(self, step: int) -> None:
-        """Records the last update if a record is due. Only then it waits for the device."""
+        """Records the last update if a record is due, and waits for the device only then.
+
+        Args:
+            step: Integer. The number of steps so far.
+        """
         if self.due(step):
             self.record(step)
 
     def record(self, step: int) -> None:
-        """Records the last update, even if no record is due."""
+        """Records the last update, even if no record is due.
+
+        Args:
+            step: Integer. The number of steps so far.
+        """
         rows = self._optimizer.telemetry_rows
         labels = _unique_labels(self._optimizer.layers)
         record = {
@@ -191,7 +203,8 @@ class TelemetryWriter:
 
     def _write_tensorboard(self, step, labels, rows):
         tf = _import_tensorflow()
-        summary = tf.compat.v1.Summary()  # All scalars at once: tf.summary.scalar takes 0.2 ms.
+        # Written in one call, because each call of `tf.summary.scalar` takes 0.2 ms.
+        summary = tf.compat.v1.Summary()
         for label, row in zip(labels, rows, strict=True):
             for column, value in zip(COLUMNS, row, strict=True):
                 summary.value.add(tag=f"{column}/{label}", simple_value=value)
@@ -201,18 +214,18 @@ class TelemetryWriter:
             tf.summary.histogram("ratios", ratios[np.isfinite(ratios)])
 
     def _raise_alarms(self, step, labels, rows):
-        """Calls `on_alarm` for each layer that was in order in the previous record."""
-        if not rows.any():  # No update yet: a loss scale skipped the first steps.
+        """Calls `on_alarm` for each layer with a problem that the previous record did not have."""
+        if not rows.any():  # No update yet: the loss scale was too large for the first steps.
             return
         alarms = {}
         for label, layer, row in zip(labels, self._optimizer.layers, rows, strict=True):
             reason = _alarm_reason(layer, row, self._max_ratio)
             if reason is not None:
                 alarms[label] = TrustRatioAlarm(step, label, float(row[2]), reason)
-        known = self._layers_in_alarm
+        previous = self._layers_in_alarm
         self._layers_in_alarm = set(alarms)
         for label, alarm in alarms.items():
-            if label not in known:
+            if label not in previous:
                 self._on_alarm(alarm)
 
     def heat_map(self, path=None) -> None:
@@ -236,9 +249,9 @@ class TelemetryWriter:
 class TelemetryCallbackMixin:
     """Records the optimizer's trust ratios during `fit`, and draws their heat map at the end.
 
-    See `TelemetryWriter` for the files and alarms. A step is a batch, counted from the optimizer's
-    `iterations`, so that a resumed run continues the count. Nothing is read from the device between
-    records. With `steps_per_execution`, only the last step of an execution can be recorded.
+    See `TelemetryWriter` for the files and alarms. A step is a batch. Counting starts at the
+    optimizer's `iterations`, so that a resumed run continues it. Nothing is read from the device
+    between records. With `steps_per_execution`, only the last step of an execution can be recorded.
 
     Args:
         log_dir: As in `TelemetryWriter`.
@@ -268,14 +281,14 @@ class TelemetryCallbackMixin:
         self._step = int(keras.ops.convert_to_numpy(optimizer._iterations))
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers the step at which the epoch begins, since batches are numbered from there."""
+        """Stores the step at which the epoch begins, because Keras numbers batches from there."""
         self._epoch_start = self._step
 
     def on_train_batch_end(self, batch, logs=None):
         """Records the last update if a record is due."""
         self._step = self._epoch_start + batch + 1
         if self.writer.due(self._step):
-            _ = self.model  # On JAX, this access makes Keras write the state to the variables.
+            _ = self.model  # On JAX, reading this property makes Keras update the variables.
             self.writer.record(self._step)
 
     def on_train_end(self, logs=None):
@@ -292,13 +305,13 @@ class TelemetryCallback(TelemetryCallbackMixin, keras.callbacks.Callback):  # no
 def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws log10 of the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
-    Layers with a ratio of 1 in all steps are not adapted, and left out. If a step was recorded
-    twice, because a run was resumed, the later record is drawn.
+    Layers with a ratio of 1 in all steps are not adapted, and are left out. If a step was recorded
+    twice because a run was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`.
-        picture_path: Path of the PNG file to write, in which a layer is a row of 0.15 inches.
-        figure: matplotlib `Figure` or `SubFigure` to draw on, in place of a file.
+        picture_path: Path of the PNG file to write, or `None`. Each layer is a row of 0.15 inches.
+        figure: matplotlib `Figure` or `SubFigure` to draw on. `None` creates a figure.
 
     Raises:
         ValueError: If there are no records.
@@ -326,25 +339,25 @@ def _check_matplotlib():
     if importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError(
             "matplotlib, which draws the heat map, is not installed. Run "
-            "`pip install matplotlib`, or pass `heat_map=False`."
+            "`pip install matplotlib`, or pass `heat_map=False` to `TelemetryCallback`."
         )
 
 
 def _read_records(records_path):
     """Reads the last record of each step.
 
-    A line that was cut off is skipped.
+    A line that is not valid JSON is skipped, because a killed run may leave an incomplete line.
 
     Returns:
-        A tuple `(labels, steps, values)`. `values` is a float array [layers, steps, 3], with zeros
-        for a layer that a record does not have.
+        A tuple `(labels, steps, values)`: list of strings, list of integers, and float array
+        [layers, steps, 3], with zeros for a layer that a record does not have.
     """
     by_step = {}
     with open(records_path, encoding="utf-8") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # The run was killed while it wrote the line.
+            except json.JSONDecodeError:
                 continue
             by_step[record["step"]] = record["layers"]
     steps = sorted(by_step)

@@ -1,7 +1,8 @@
 """LAMB and LARS for Keras 2 (`tf_keras`), which tf-models-official uses.
 
 Prefer the `.keras` format to HDF5 (`.h5`) for a model with a `LossScaleOptimizer`. In HDF5,
-tf_keras writes the inner optimizer's class without its package, so that the class must be given:
+tf_keras writes the inner optimizer's class without its package, so the class must be passed when
+the model is loaded:
 
 >>> tf_keras.models.load_model("model.h5", custom_objects={"LAMB": tf_lamb.tf_keras.LAMB})
 
@@ -32,8 +33,8 @@ class Adapter(tf_keras.optimizers.Optimizer):
     """A tf_keras optimizer that updates all variables at once.
 
     It overrides the private method `_distributed_apply_gradients_fn`, which runs after the sum of
-    the gradients over replicas. In tf_keras this method also updates the moving averages and the
-    step counter. tests/tf_lamb/test_contract.py checks its signature.
+    gradients over replicas. In tf_keras, this method also updates the moving averages and the step
+    counter. tests/tf_lamb/test_contract.py checks its signature.
     """
 
     schedule_class = tf_keras.optimizers.schedules.LearningRateSchedule
@@ -42,12 +43,12 @@ class Adapter(tf_keras.optimizers.Optimizer):
         super().__init__(name=name or type(self).__name__, **arguments)
         # The base class turns `jit_compile` off where there is no GPU.
         self.jit_compile = jit_compile
-        # Of `aggregate_gradients`, for the update in the same call of `apply_gradients`.
+        # Set by `aggregate_gradients`, for the update in the same call of `apply_gradients`.
         self._squares = None
         self._learning_rate = self._build_learning_rate(learning_rate)
 
     def _build_learning_rate(self, learning_rate):
-        """Keeps a variable or a callable as it is. The base class would copy its current value."""
+        """Returns a variable or a callable unchanged. The base class would copy its value."""
         if isinstance(learning_rate, (float, self.schedule_class)):
             return super()._build_learning_rate(learning_rate)
         return learning_rate.value if isinstance(learning_rate, keras.Variable) else learning_rate
@@ -84,8 +85,8 @@ class Adapter(tf_keras.optimizers.Optimizer):
             var_list: List of `tf.Variable` to update.
 
         Raises:
-            ValueError: If a variable is not a real floating-point one or does not fit `layer_axes`
-                or `layer_groups`, or under `ParameterServerStrategy`.
+            ValueError: If a variable is not a real floating-point variable, if it does not fit
+                `layer_axes` or `layer_groups`, or under `ParameterServerStrategy`.
             RuntimeError: If this version of tf_keras does not call the overridden methods.
         """
         if getattr(self, "_built", False):
@@ -94,7 +95,9 @@ class Adapter(tf_keras.optimizers.Optimizer):
         check_hooks(base._internal_apply_gradients, "_distributed_apply_gradients_fn")
         check_hooks(
             base.__mro__[1].apply_gradients,
-            *("_internal_apply_gradients", "_clip_gradients", "_apply_weight_decay"),
+            "_internal_apply_gradients",
+            "_clip_gradients",
+            "_apply_weight_decay",
         )
         var_list = list(var_list)
         xla.check_strategy(self._distribution_strategy)
@@ -108,7 +111,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
             [self._add_slot(v, name, "float32" if k else self.moment_dtype) for v in var_list]
             for k, name in enumerate(self.slot_names)
         )
-        # `save_own_variables` leaves out the variables from here on.
+        # `save_own_variables` does not save `skipped` and `telemetry`.
         skipped = self._add_variable(tf.zeros([], tf.int64), "skipped_steps")
         telemetry = None
         if self.telemetry:
@@ -153,7 +156,8 @@ class Adapter(tf_keras.optimizers.Optimizer):
         present = [g for g, _ in pairs if g is not None]
         if not present:
             return pairs
-        # Only set on a TPU, whose replicas are traced once, in this thread. The update follows.
+        # An attribute may hold `squares`: they are not `None` only on a TPU, whose replicas are all
+        # traced once, in this thread, and the update follows at once.
         sums, self._squares = xla.sum_over_replicas(self, present)
         sums = iter(sums)
         return [(None if g is None else next(sums), v) for g, v in pairs]
@@ -171,7 +175,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
         return grads
 
     def _distributed_apply_gradients_fn(self, distribution, grads_and_vars, **unused_kwargs):
-        """Updates the variables, in merge context and after the sum over replicas."""
+        """Updates the variables. Called in merge context, after the sum over replicas."""
         grads, variables = zip(*grads_and_vars, strict=True)
         unknown = [v.name for v in variables if self._var_key(v) not in self._index_dict]
         if unknown:
@@ -188,7 +192,7 @@ class Adapter(tf_keras.optimizers.Optimizer):
 
         Args:
             weights: List of arrays in the order of `variables`. The number of skipped updates and
-                telemetry, which come last, are ignored and may be missing.
+                the telemetry come last. They are ignored and may be missing.
         """
         count = len(self._state_variables())
         if self._plan is not None and count <= len(weights) <= count + 2:
@@ -213,11 +217,11 @@ class Adapter(tf_keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         """Creates an optimizer from the result of `get_config`, without its state."""
         rate = config.get("learning_rate")
-        # The base class only deserializes schedules. It returns a function's name as it is.
+        # The base class only deserializes schedules, and leaves a function's name as it is.
         if isinstance(rate, dict) and rate.get("class_name") in ("function", "__lambda__"):
             rate = tf_keras.utils.deserialize_keras_object(rate, custom_objects)
             config = config | {"learning_rate": rate}
-        # The HDF5 format contains the bare class name, which is only looked up in Keras.
+        # HDF5 contains the class name only, which tf_keras looks up among its own classes.
         elif isinstance(rate, dict) and rate.get("class_name") in SCHEDULES:
             rate = SCHEDULES[rate["class_name"]].from_config(rate["config"])
             config = config | {"learning_rate": rate}

@@ -14,9 +14,9 @@ from tensorflow.python.eager import context
 from tensorflow.python.ops import control_flow_util
 
 from tf_lamb import norms, xla_cpu
-from tf_lamb.layerwise import Gradients, replace_rows, sum_duplicates, telemetry_row
+from tf_lamb.layerwise import GradientSummary, replace_rows, sum_duplicates, telemetry_row
 
-# Arguments that do not change the program of a layer.
+# Arguments on which the program of a layer does not depend.
 NOT_IN_PROGRAMS = (
     "learning_rate",
     "exclude_from_weight_decay",
@@ -38,8 +38,8 @@ NOT_IN_PROGRAMS = (
     "based_on",
     "name",
 )
-# A least-recently-used cache of programs by rule, arguments and layer. A second optimizer with the
-# same arguments compiles nothing.
+# A least-recently-used cache of programs. The key contains the rule, its arguments and the layer: a
+# second optimizer with the same arguments compiles nothing.
 PROGRAMS: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 MAX_PROGRAMS = 512
 # On a CPU, a program that contains all layers updates them in waves of about this many elements.
@@ -47,7 +47,7 @@ WAVE_ELEMENTS = 2**21
 
 
 def check_strategy(strategy) -> None:
-    """Raises `ValueError` for a strategy that distributes the variables over several servers."""
+    """Raises `ValueError` for a strategy that places variables on several servers."""
     if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
         raise ValueError(
             "A layer's norm needs the whole layer on one device, and ParameterServerStrategy "
@@ -58,7 +58,7 @@ def check_strategy(strategy) -> None:
 
 @functools.cache
 def _has_xla(device_type: str) -> bool:
-    """Returns whether XLA can compile for a type of device, by compiling one addition."""
+    """Returns whether XLA can compile for a type of device. Compiles one addition to find out."""
     with tf.init_scope(), tf.device(device_type):
         try:
             tf.function(lambda x: x + 1.0, jit_compile=True)(tf.zeros([]))
@@ -80,8 +80,8 @@ def sum_over_replicas(rule, grads):
     """Sums gradients over the replicas.
 
     On a TPU, each replica also computes the sums of squares of its own gradients, which tell
-    whether the gradients are finite. XLA fuses them into the operations that compute the gradients,
-    so that these are not read again. The sums of squares are then summed over the replicas as well.
+    whether the gradients are finite. XLA fuses these sums into the operations that compute the
+    gradients, which are then not read again. The sums of squares are summed over the replicas, too.
     Since ‖Σᵣgᵣ‖² ≤ R Σᵣ‖gᵣ‖² for R replicas, R times the result is an upper bound of the squared
     norm of the summed gradient.
 
@@ -91,7 +91,7 @@ def sum_over_replicas(rule, grads):
 
     Returns:
         A tuple `(grads, squares)`: the summed gradients, and the upper bounds as a float32 tensor
-        [gradients] for `Layerwise.measure_gradients`, or `None`.
+        [gradients] for `Layerwise.summarize_gradients`, or `None`.
     """
     replica = tf.distribute.get_replica_context()
     if replica is None:
@@ -121,10 +121,10 @@ def _device_type(variable) -> str:
 class Update:
     """The update of a model's variables, after the sum of gradients over replicas.
 
-    - On a CPU, each layer is an XLA program, and equal layers share one. TensorFlow runs several at
-      a time, and the first update compiles a few small programs.
-    - On a GPU, the whole update is one XLA program: to launch many programs would take longer than
-      to run them.
+    - On a CPU, each layer is an XLA program, which layers of the same shape share. The first update
+      compiles a few small programs, and TensorFlow runs several programs at a time.
+    - On a GPU, the whole update is one XLA program, because launching many programs would take
+      longer than running them.
     - On a TPU, and in a step that the caller compiles, the update is part of the caller's program.
 
     Args:
@@ -237,7 +237,7 @@ class Update:
         calls = _value(self._iterations)
         if self._accumulators is None:
             if len(positions) < len(index):
-                squares = None  # They are those of the gradients before `sum_duplicates`.
+                squares = None  # They belong to the gradients before `sum_duplicates`.
             self._update_or_skip(positions, grads, learning_rate, calls, squares)
             return
         steps = self._accumulation_steps
@@ -279,42 +279,42 @@ class Update:
             sums = xla_cpu.xla_sums() if in_xla else xla_cpu.tensorflow_sums()
         with sums:
             squares = None if squares is None else tf.unstack(squares, len(grads))
-            gradients: Gradients = rule.measure_gradients(grads, squares)
+            summary: GradientSummary = rule.summarize_gradients(grads, squares)
         scalars = rule.scalars(step)
-        if gradients.finite is None or in_xla:
-            self._update_variables(index, grads, learning_rate, gradients, scalars, updates, in_xla)
+        if summary.finite is None or in_xla:
+            self._update_variables(index, grads, learning_rate, summary, scalars, updates, in_xla)
         else:
-            # Outside XLA, a skipped update computes nothing, and programs need not select between
-            # old and new values.
-            finite_gradients = dataclasses.replace(gradients, finite=None)
+            # Outside XLA, a skipped update runs no program. The programs therefore need not select
+            # between old and new values.
+            summary_of_finite = dataclasses.replace(summary, finite=None)
 
             def update():
                 self._update_variables(
-                    index, grads, learning_rate, finite_gradients, scalars, updates, in_xla
+                    index, grads, learning_rate, summary_of_finite, scalars, updates, in_xla
                 )
                 return tf.constant(0)
 
             def skip():
                 if self._telemetry is not None:
                     # ‖u‖ becomes NaN for each variable whose gradient is not finite.
-                    marks = dict(zip(index, gradients.nonfinite_marks, strict=True))
+                    marks = dict(zip(index, summary.nonfinite_marks, strict=True))
                     zero = tf.constant(0.0)
                     column = [marks.get(i, zero) for i in range(len(self._variables))]
                     rows = _value(self._telemetry)
                     _assign(self._telemetry, rows + tf.stack([[0.0, mark, 0.0] for mark in column]))
                 return tf.constant(0)
 
-            tf.cond(gradients.finite, update, skip)
-        if gradients.finite is not None:
-            missed = tf.logical_not(gradients.finite)
+            tf.cond(summary.finite, update, skip)
+        if summary.finite is not None:
+            missed = tf.logical_not(summary.finite)
             _add(self._skipped, tf.cast(missed, self._skipped.dtype))
             steps = tf.cast(missed, self._iterations.dtype) * self._accumulation_steps
             _add(self._iterations, -steps)
 
     def _update_variables(
-        self, index, grads, learning_rate, gradients, scalars, updates, in_xla
+        self, index, grads, learning_rate, summary, scalars, updates, in_xla
     ) -> None:
-        """Updates variables, slots, averages and telemetry."""
+        """Updates variables, slots, averages and telemetry. Arguments as in `_update_or_skip`."""
         rule = self._rule
         plan = self._plan
         place_of = {i: place for place, i in enumerate(index)}
@@ -325,12 +325,12 @@ class Update:
         for layer in plan.layers(index):
             places = [place_of.get(i) for i in layer]
             layer_grads = [None if place is None else grads[place] for place in places]
-            scales = gradients.scales and [
-                None if place is None else gradients.scales[place] for place in places
+            scales = summary.scales and [
+                None if place is None else summary.scales[place] for place in places
             ]
             is_adapted = plan.variables[layer[0]].adapted
             if in_xla and _device_type(self._variables[layer[0]]) == "CPU":
-                # All layers of a wave depend on the last ratio of the wave before it.
+                # All layers of a wave depend on the last ratio of the previous wave.
                 if wave_elements > WAVE_ELEMENTS:
                     ratio_of_last_wave = last_ratio
                     wave_elements = 0
@@ -342,14 +342,14 @@ class Update:
                     [[slot[i].handle for slot in self._slots] for i in layer],
                     layer_grads,
                     learning_rate,
-                    gradients.finite,
+                    summary.finite,
                     scales,
                     scalars,
                     ratio_of_last_wave,
                 )
                 measured = None
                 if rule.telemetry and not is_adapted:
-                    # A program of its own, so that telemetry does not change the update's program.
+                    # A separate program, so that telemetry does not change the update's program.
                     measured = self._layer_program(layer, in_xla, measure=True)(*arguments)
                 updated = self._layer_program(layer, in_xla)(*arguments)
                 measured = updated if measured is None else measured
@@ -357,22 +357,22 @@ class Update:
                 last_ratio = measured[2] if is_adapted else last_ratio
                 for place, i in zip(places, layer, strict=True):
                     if rule.telemetry and place is not None:
-                        rows[i] = telemetry_row(measured, gradients.nonfinite_marks, place)
-        self._update_averages(gradients.finite, updates)
+                        rows[i] = telemetry_row(measured, summary.nonfinite_marks, place)
+        self._update_averages(summary.finite, updates)
         if rule.telemetry:
             _assign(self._telemetry, replace_rows(_value(self._telemetry), rows))
 
     def _layer_program(self, layer, in_xla, measure=False):
         """Returns the function that updates a layer, given handles of variables and tensors.
 
-        Layers share a function if their shapes, dtypes, decay and adaptation are equal. It returns
-        (‖x‖, ‖u‖, ratio), as `Layerwise.update_layer` does.
+        Layers whose shapes, dtypes, decay and adaptation are equal share a function. It returns the
+        tuple `measured` of `Layerwise.update_layer`.
 
         Args:
             layer: Tuple of positions of the layer's variables.
             in_xla: Boolean. Whether the caller compiles the graph being traced.
-            measure: Boolean. Whether the function assigns nothing, and only computes the norms,
-                also of a layer that is not adapted.
+            measure: Boolean. Whether the function only computes the norms, even of a layer that is
+                not adapted, and assigns nothing.
         """
         rule = self._rule
         plans = [self._plan.variables[i] for i in layer]
@@ -430,7 +430,7 @@ class Update:
                     scalars,
                     measure=measure,
                 )
-            # Reads and writes are in one program, so that XLA can update the buffers in place.
+            # The program also reads and writes the variables, so that XLA updates them in place.
             for i, g in enumerate(grads):
                 if g is not None and not measure:
                     _write(handles[i], new_params[i])
@@ -448,7 +448,7 @@ class Update:
         return program
 
     def _update_averages(self, finite, updates) -> None:
-        """Updates Keras's moving averages, and overwrites the weights with them when it is due."""
+        """Updates Keras's moving averages, and overwrites the weights with them if that is due."""
         rule = self._rule
         if self._averages is None:
             return
@@ -484,6 +484,10 @@ def _to_dense(g, shape):
 def _dtype(variable):
     """Returns the dtype in memory, which differs from `dtype` under autocasting."""
     return getattr(variable, "true_dtype", variable.dtype)
+
+
+# The following functions access a variable through its handle: the methods of a tf_keras variable
+# would cast under autocasting, and a program that layers share is given handles only.
 
 
 def _read(handle, dtype, shape):

@@ -16,7 +16,10 @@ IMAGE = {"image": ([None], tf.string)}
 
 
 def save(folder, function, arguments, name="serving_default"):
-    """Saves a SavedModel whose signature has these arguments (name -> shape, dtype)."""
+    """Saves a function as a SavedModel whose signature has these arguments.
+
+    `arguments` maps a name to (shape, dtype).
+    """
     module = tf.Module()
     specs = {key: tf.TensorSpec(*spec, name=key) for key, spec in arguments.items()}
     module.function = tf.function(lambda **inputs: function(**inputs))
@@ -130,7 +133,7 @@ def test_images_are_classified(tmp_path, capsys):
     assert capsys.readouterr().err == expected
 
 
-def broken(folder):
+def make_broken(folder):
     folder.mkdir()
     (folder / "saved_model.pb").write_bytes(b"\xff")
 
@@ -140,7 +143,7 @@ def broken(folder):
     [
         (lambda folder: None, "model is not a folder."),
         (lambda folder: folder.mkdir(), "model is not a SavedModel: it has no saved_model.pb."),
-        (broken, "model cannot be loaded: "),
+        (make_broken, "model cannot be loaded: "),
         (
             lambda folder: save(folder, lambda audio: {"text": audio}, {"audio": ([2], tf.int32)}),
             "model takes audio. This client calls models that take text, question and context, or "
@@ -169,7 +172,7 @@ def broken(folder):
         "other signature",
     ],
 )
-def test_what_cannot_be_called_is_one_sentence(make, message, tmp_path, capsys):
+def test_a_model_that_cannot_be_called_is_reported_in_one_sentence(make, message, tmp_path, capsys):
     make(tmp_path / "model")
     assert client.main([str(tmp_path / "model"), "input"]) == 1
     printed = capsys.readouterr()

@@ -1,5 +1,6 @@
-"""Exports agree with the models they were made from: 100 strings, in a separate process."""
+"""Exports agree with their models on 100 strings, in a process that imports only the client."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -28,11 +29,10 @@ from tasks import squad_answers
 ROOT = pathlib.Path(__file__).parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éßжя東京"
 VOCABULARY = [*SPECIAL_TOKENS, *LETTERS, *(f"##{x}" for x in LETTERS), *".,?!'-", "the", "ада"]
-LENGTH, POSITIONS = 40, 48
+LENGTH = 40  # of the question answerer's rows
+POSITIONS = 48  # of the models
 RANDOM = {"dropout": 0.1, "initializer_stddev": 0.2}
-RECIPE = SQUAD_MINI.__class__(
-    **{**SQUAD_MINI.__dict__, "sequence_length": LENGTH, "max_query_length": 9, "doc_stride": 13}
-)
+RECIPE = dataclasses.replace(SQUAD_MINI, sequence_length=LENGTH, max_query_length=9, doc_stride=13)
 
 # Runs in a process that imports only export.client, TensorFlow and the tokenizers' ops.
 CLIENT = """
@@ -104,13 +104,14 @@ def labeler():
 
 
 def batches(size, **columns):
+    """Splits columns of the same length into a list of dicts of at most `size` rows."""
     starts = range(0, len(next(iter(columns.values()))), size)
     return [{key: column[i : i + size] for key, column in columns.items()} for i in starts]
 
 
 @pytest.fixture(scope="module")
 def served(models, texts, tmp_path_factory):
-    """Signature -> its outputs for the 100 strings with batches of 1 and 32, from one process."""
+    """The outputs of each signature for the 100 strings, in batches of 1 and of 32."""
     folders = [str(tmp_path_factory.mktemp("export") / name) for name in ("pretrained", "squad")]
     made = (
         pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True),

@@ -1,4 +1,4 @@
-"""Child processes: their errors as one sentence each, and the display of their progress."""
+"""Child processes: each error is one sentence; their progress is a bar or lines."""
 
 import io
 
@@ -11,7 +11,7 @@ from preflight import children as children_module
 
 @pytest.fixture
 def children(tmp_path):
-    return children_module.Children(children_module.Lines(lambda line: None), str(tmp_path))
+    return children_module.Children(children_module.ProgressLines(lambda line: None), str(tmp_path))
 
 
 def test_a_missing_compiler_is_reported_with_its_size(monkeypatch):
@@ -20,7 +20,7 @@ def test_a_missing_compiler_is_reported_with_its_size(monkeypatch):
         children_module.check_installed()
 
 
-def test_a_crash_and_too_little_memory_are_one_sentence_each(children, monkeypatch, tmp_path):
+def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypatch, tmp_path):
     (tmp_path / "crashing_child.py").write_text("raise SystemExit('the compiler gave up')")
     (tmp_path / "waiting_child.py").write_text("import time; time.sleep(100)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -50,7 +50,7 @@ class Terminal(io.StringIO):
 
 
 def show(stream):
-    """Plain lines that a task of 40 seconds writes with this stream."""
+    """Returns the plain lines that tasks of 40 and 0 seconds write with this stream."""
     lines = []
     with children_module.show_progress(lines.append, total=2, stream=stream) as progress:
         for seconds in (0, 1, 14, 16, 20, 32, 40):

@@ -54,10 +54,10 @@ def test_the_search_returns_0_if_nothing_fits_and_the_maximum_if_everything_does
 
 def test_accumulation_is_the_smallest_divisor_that_fits():
     needed = estimate.needed_accumulation
-    assert needed(96, largest=40, least=1) == 3
-    assert needed(96, largest=96, least=2) == 2
-    assert needed(7, largest=3, least=1) == 7
-    assert needed(7, largest=0, least=1) is None
+    assert needed(96, largest=40, minimum=1) == 3
+    assert needed(96, largest=96, minimum=2) == 2
+    assert needed(7, largest=3, minimum=1) == 7
+    assert needed(7, largest=0, minimum=1) is None
 
 
 def test_the_parts_of_a_step_add_up():

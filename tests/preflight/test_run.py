@@ -50,8 +50,8 @@ class Compiler:
         if topology.startswith("v2"):
             return {"error": "no kernel for Foo"}
         examples = 0 if batch is None else batch // accumulation
-        sums = 9 if accumulation > 1 else 0
-        needed = 12_000 + (examples + sums) * 2**30
+        accumulated_gradients = 9 if accumulation > 1 else 0
+        needed = 12_000 + (examples + accumulated_gradients) * 2**30
         if needed > 15 * 2**30:
             return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
         return {
@@ -78,7 +78,8 @@ def test_errors_are_rows_and_accumulated_gradients_need_memory(tmp_path, monkeyp
     assert preflight.run(recipe, "v2:2x2,v3:2x2", json_path=str(path), log=print) == 1
     v2, v3 = json.loads(path.read_text())
     assert not v2["compiles"] and v2["error"] == "no kernel for Foo"
-    # Of 30 examples per replica 8 fit, so 6 at a time; with the accumulated gradients 5.
+    # The search finds that 8 of 30 examples fit, so it tries micro-batches of 6. Together with the
+    # accumulated gradients, only 5 examples fit.
     assert v3["compiles"] and (v3["replica_batch_size"], v3["accumulation"]) == (30, 6)
     assert "NO: no kernel for Foo" in capsys.readouterr().out
 
@@ -95,9 +96,9 @@ def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     recipe, topologies = recipes.find_recipe("bert-mini-demo"), parse_topologies("v3:2x2")
     monkeypatch.setattr(preflight, "Children", Compiler)
     results = preflight.examine(
-        recipe, topologies, progress=preflight_children.Lines(print), search=False
+        recipe, topologies, progress=preflight_children.ProgressLines(print), search=False
     )
-    page = document.page({"bert-mini-demo": results})
+    page = document.format_page({"bert-mini-demo": results})
     assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published" not in page
 
 
@@ -112,7 +113,7 @@ def test_training_does_not_import_the_preflight():
 
 @pytest.fixture(scope="module")
 def examine(tmp_path_factory):
-    """Function (recipe, topologies) -> what the command returns, prints and writes."""
+    """A function from a recipe and topologies to what the command returns, prints and writes."""
 
     def run(recipe, topologies="v3:2x2"):
         folder = tmp_path_factory.mktemp("preflight")

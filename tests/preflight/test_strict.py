@@ -1,4 +1,4 @@
-"""The check of TensorFlow's TPU kernels, with invented kernels instead of the TPU wheel's."""
+"""The check of TensorFlow's TPU kernels, with made-up kernels in place of the TPU wheel's."""
 
 import types
 
@@ -9,6 +9,8 @@ from preflight.strict import unsupported_operations, with_variables_as_arguments
 
 
 def kernel(**allowed):
+    """A kernel that allows these dtypes, by attribute name."""
+
     def values(dtypes):
         dtypes = [dtype.as_datatype_enum for dtype in dtypes]
         return types.SimpleNamespace(list=types.SimpleNamespace(type=dtypes))
@@ -56,6 +58,6 @@ def test_variables_become_arguments():
     again, specs = with_variables_as_arguments(traced)
     given = {(): 10.0, (3, 2): -rows.numpy(), (2,): np.array([2, 0], np.int32)}
     (result,) = again(*(tf.constant(given[tuple(spec.shape)], spec.dtype) for spec in specs))
-    # Without the write the scale is 10, not 11.
+    # The write was removed, so the scale is 10, not 11.
     np.testing.assert_array_equal(result, -rows.numpy()[[2, 0]] * 10.0 + 10.0)
     assert scale.numpy() == 2.0

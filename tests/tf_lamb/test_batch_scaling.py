@@ -95,7 +95,7 @@ def test_the_result_consists_of_python_numbers():
         ({"total_steps": 0}, "`total_steps` must be an integer >= 1. Received: .*=0"),
         (
             {"batch_size_to": 2**18},
-            "leaves 1953 steps in all, of which warm-up takes 3125. Received: batch_size_to=262144",
+            "leaves 1953 steps in total, and warm-up takes 3125. Received: batch_size_to=262144",
         ),
     ],
 )

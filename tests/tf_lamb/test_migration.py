@@ -231,7 +231,7 @@ def test_names_that_differ_are_mapped_or_refused(flavour):
         migrate(original.optimizer, optimizer, rename=lambda name: f"x/{name}")
     with refused(optimizer, "have the same name: model"):
         migrate(original.optimizer, optimizer, rename=lambda name: "model")
-    with refused(optimizer, "on neither side (2)", "nothing", "nobody"):
+    with refused(optimizer, "Only in `mapping` (2)", "nothing", "nobody"):
         mapping = {"nothing": "nobody"}
         migrate(original.optimizer, optimizer, rename=lambda n: f"model/{n}", mapping=mapping)
     migrate(original.optimizer, optimizer, rename=lambda name: f"model/{name}")

@@ -38,10 +38,10 @@ def test_one_bad_element_among_many_is_found(bad, sums):
     optimizer = tf_lamb.LAMB()
     arrays = [np.ones(shape, np.float32) for shape in SHAPES]
     with sums():
-        gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
+        gradients = optimizer.summarize_gradients([tf.constant(x) for x in arrays])
         assert gradients.finite and not any(map(float, gradients.nonfinite_marks))
         arrays[2].flat[12345] = bad
-        gradients = optimizer.measure_gradients([tf.constant(x) for x in arrays])
+        gradients = optimizer.summarize_gradients([tf.constant(x) for x in arrays])
     assert not gradients.finite
     seen = [bool(np.isnan(value)) for value in gradients.nonfinite_marks]
     assert seen == [i == 2 for i in range(len(SHAPES))]
