@@ -296,7 +296,10 @@ class Children:
                 pass
             free = free_memory()
             if free is not None and free < RESERVED_BYTES:
-                used = psutil.Process(child.pid).memory_info().rss / 2**30
+                try:
+                    used = psutil.Process(child.pid).memory_info().rss / 2**30
+                except psutil.Error:  # it has just ended
+                    continue
                 raise InputError(
                     f"{task}: the host's memory is not sufficient. The process used {used:.1f} GiB "
                     f"and {free / 2**30:.1f} GiB were free. End other programs, or use a larger "

@@ -18,7 +18,7 @@ from preflight.children import check_installed, show_progress
 from preflight.report import LEGEND
 from preflight.topology import parse_topologies
 
-PATH = pathlib.Path("docs/results/preflight.md")
+PATH = pathlib.Path(__file__).parents[1] / "docs/results/preflight.md"
 # The pod that each recipe was published on or is meant for. The paper's other batch sizes are not
 # listed: a core gets 16 examples with all of them, and so runs the program of bert-large-32k.
 PODS = {

@@ -6,7 +6,9 @@ topology. No TPU is needed. Training imports nothing from this package.
 
 import contextlib
 import dataclasses
+import fractions
 import json
+import math
 import os
 import tempfile
 
@@ -118,11 +120,19 @@ def replica_batch_size(
     """
     size, rest = divmod(phase.global_batch_size, topology.replicas)
     if rest or not size or size % recipe.accumulation:
+        first = recipe.phases[0].global_batch_size
+        where = f" of phase {recipe.phases.index(phase) + 1}" if len(recipe.phases) > 1 else ""
+        # `batch_flag` sets the first phase's batch, and the others in proportion.
+        shares = [
+            fractions.Fraction(other.global_batch_size, first).limit_denominator(64)
+            for other in recipe.phases
+        ]
         unit = topology.replicas * recipe.accumulation
+        unit *= math.lcm(*(share.denominator for share in shares))
         raise InputError(
-            f"{flag}={topology.name}: the batch of {phase.global_batch_size} does not divide "
-            f"by {topology.replicas} replicas of {recipe.accumulation} micro-batch(es). Try "
-            f"{batch_flag}={max(1, phase.global_batch_size // unit) * unit}."
+            f"{flag}={topology.name}: the batch of {phase.global_batch_size}{where} does not "
+            f"divide by {topology.replicas} replicas of {recipe.accumulation} micro-batch(es). Try "
+            f"{batch_flag}={max(1, first // unit) * unit}."
         )
     return size
 
@@ -348,9 +358,12 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
 def _add_kernel_check(recipe, phase_index, results, children):
     """Returns the results of a phase with `num_operations`, and `error` if a kernel is missing."""
     accumulation = max(r.accumulation or recipe.accumulation for r in results)
-    answer = children.check_kernels(
-        dataclasses.replace(recipe, accumulation=accumulation), phase_index
-    )
+    try:
+        answer = children.check_kernels(
+            dataclasses.replace(recipe, accumulation=accumulation), phase_index
+        )
+    except ChildFailed as error:  # what has been compiled is still reported
+        answer = {"operations": None, "error": str(error)}
     return [
         dataclasses.replace(
             result, num_operations=answer["operations"], error=result.error or answer["error"]

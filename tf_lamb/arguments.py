@@ -113,12 +113,19 @@ def as_number(value) -> float | int | None:
             number = np.asarray(value).item()
         except Exception:  # A tensor inside a compiled function; each backend raises its own error.
             return None
-        return number if isinstance(number, int | float) and number is not True else None
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        return number if is_number else None
     return None
 
 
 def check_interval(
-    name: str, value, low: float, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    whole: bool = False,
 ) -> Any:
     """Checks that an argument is a number in an interval.
 
@@ -128,14 +135,20 @@ def check_interval(
         low: Float. The lower bound.
         high: Float. The upper bound, which is not part of the interval.
         open_low: Boolean. Whether the lower bound is excluded, too.
+        whole: Boolean. Whether the number must be an integer, such as a number of steps.
 
     Returns:
         The value as a Python number.
 
     Raises:
-        ValueError: If the value is not a number in [low, high), or in (low, high) if `open_low`.
+        ValueError: If the value is not a number in [low, high), or in (low, high) if `open_low`; or
+            not an integer if `whole`.
     """
     number = as_number(value)
+    if whole and number is not None and math.isfinite(number):
+        if number != int(number):
+            raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}.")
+        number = int(number)
     if number is None or not (low < number if open_low else low <= number) or not number < high:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
@@ -164,6 +177,17 @@ def check_bounds(name: str, value) -> tuple[float, float] | None:
             f"`{name}` must be (low, high) with 0 <= low < high. Received: {name}={value!r}."
         )
     return bounds[0], bounds[1]  # type: ignore
+
+
+def check_flag(name: str, value) -> bool:
+    """Checks that an argument is a Boolean, also as 0, 1 or a NumPy Boolean.
+
+    Raises:
+        ValueError: If it is anything else, such as the string `"no"`, which Python takes as true.
+    """
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
 
 
 def check_choice(name: str, value, choices) -> None:

@@ -10,6 +10,7 @@ from tf_lamb.arguments import (
     Variant,
     check_bounds,
     check_choice,
+    check_flag,
     check_interval,
     constructor_arguments,
 )
@@ -211,9 +212,11 @@ class LAMBRule(Layerwise):
         arguments["beta_2"] = check_interval("beta_2", beta_2, 0, 1)
         arguments["epsilon"] = check_interval("epsilon", epsilon, 0)
         arguments["weight_norm_bounds"] = check_bounds("weight_norm_bounds", weight_norm_bounds)
-        arguments["unit_gradient"] = bool(unit_gradient)
-        if bias_correction != "rate":
-            arguments["bias_correction"] = bool(bias_correction)
+        arguments["unit_gradient"] = check_flag("unit_gradient", unit_gradient)
+        if isinstance(bias_correction, str):
+            check_choice("bias_correction", bias_correction, (True, False, "rate"))
+        else:
+            arguments["bias_correction"] = check_flag("bias_correction", bias_correction)
         check_choice("nesterov", nesterov, NESTEROV)
         super().__init__(arguments, base_arguments)
 

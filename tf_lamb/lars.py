@@ -6,7 +6,13 @@ from typing import Any
 
 from keras import ops
 
-from tf_lamb.arguments import Variant, check_choice, check_interval, constructor_arguments
+from tf_lamb.arguments import (
+    Variant,
+    check_choice,
+    check_flag,
+    check_interval,
+    constructor_arguments,
+)
 from tf_lamb.layerwise import Layerwise
 from tf_lamb.norms import trust_ratio
 
@@ -217,7 +223,7 @@ class LARSRule(Layerwise):
             "trust_coefficient", trust_coefficient, 0, open_low=True
         )
         arguments["epsilon"] = check_interval("epsilon", epsilon, 0)
-        arguments["nesterov"] = bool(nesterov)
+        arguments["nesterov"] = check_flag("nesterov", nesterov)
         check_choice("form", form, FORMS)
         super().__init__(arguments, base_arguments)
 

@@ -20,6 +20,7 @@ from tf_lamb.arguments import (
     check_axes,
     check_bounds,
     check_choice,
+    check_flag,
     check_interval,
     check_patterns,
     to_json,
@@ -154,7 +155,7 @@ class Layerwise:
         check_choice("moment_dtype", given["moment_dtype"], MOMENT_DTYPES)
         check_choice("based_on", given["based_on"], (None, *self.variants))
         for flag in ("skip_nonfinite", "telemetry", "adapt_undecayed", "jit_compile", "use_ema"):
-            given[flag] = bool(given[flag])
+            given[flag] = check_flag(flag, given[flag])
         clips = [clip for clip in CLIPS if given[clip] is not None]
         for clip in clips:
             given[clip] = check_interval(clip, given[clip], 0, open_low=True)

@@ -18,7 +18,9 @@ def _to_updates(step, gradient_accumulation_steps):
 
 def _check_accumulation(steps):
     """Checks the argument `gradient_accumulation_steps`, and returns it."""
-    return None if steps is None else check_interval("gradient_accumulation_steps", steps, 1)
+    if steps is None:
+        return None
+    return check_interval("gradient_accumulation_steps", steps, 1, whole=True)
 
 
 class WarmupPolynomialDecayRule:
@@ -76,13 +78,14 @@ class WarmupPolynomialDecayRule:
         peak_learning_rate = check_interval(
             "peak_learning_rate", peak_learning_rate, 0, open_low=True
         )
-        total_steps = check_interval("total_steps", total_steps, 0, open_low=True)
-        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps)
+        total_steps = check_interval("total_steps", total_steps, 0, open_low=True, whole=True)
+        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps, whole=True)
         end_learning_rate = check_interval("end_learning_rate", end_learning_rate, 0)
         power = check_interval("power", power, 0, open_low=True)
-        warmup_from = check_interval("warmup_from", warmup_from, -warmup_steps, 1)
+        warmup_from = check_interval("warmup_from", warmup_from, -warmup_steps, 1, whole=True)
         if decay_from is not None:
-            decay_from = check_interval("decay_from", decay_from, 0, warmup_steps + warmup_from + 1)
+            end = warmup_steps + warmup_from + 1
+            decay_from = check_interval("decay_from", decay_from, 0, end, whole=True)
         self.peak_learning_rate = peak_learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
@@ -165,12 +168,12 @@ class WarmupStepDecayRule:
         peak_learning_rate = check_interval(
             "peak_learning_rate", peak_learning_rate, 0, open_low=True
         )
-        total_steps = check_interval("total_steps", total_steps, 0, open_low=True)
-        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps)
+        total_steps = check_interval("total_steps", total_steps, 0, open_low=True, whole=True)
+        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps, whole=True)
         decay_steps = list(decay_steps)
         earliest = warmup_steps
         for i, step in enumerate(decay_steps):
-            decay_steps[i] = check_interval("decay_steps", step, earliest, total_steps)
+            decay_steps[i] = check_interval("decay_steps", step, earliest, total_steps, whole=True)
             earliest = decay_steps[i] + 1
         factor = as_number(decay_factor)
         if factor is None or not 0 < factor <= 1:

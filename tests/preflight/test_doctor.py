@@ -101,6 +101,7 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
     """With a TensorFlow that kills the process that imports it."""
     package = tmp_path / "preflight"
     package.mkdir()
+    (package / "__init__.py").touch()  # so that PYTHONPATH cannot name another one
     (package / "probe.py").write_text(
         'import os, signal\nprint(\'{"stage": "tensorflow"}\', flush=True)\n'
         "os.kill(os.getpid(), signal.SIGSEGV)\n"

@@ -18,6 +18,7 @@ def topology_of(name):
     [
         (["--recipe=resnet50"], "several models or optimizers: resnet50-adagrad-16k, .*Give one"),
         (["--recipe=bert-large", "--batch=1001"], "--topology=v3:2x2: .* Try --batch=1000"),
+        (["--recipe=bert-mini", "--batch=8"], "the batch of 4 of phase 2 .* Try --batch=16"),
         (["--recipe=bert-large", "--topology=v3-8,v3-32"], "give exactly one topology"),
     ],
 )

@@ -143,6 +143,8 @@ BAD = [
     ({"decay_from": W + 1}, r"`decay_from` .* Received: decay_from=101\."),
     ({"warmup_from": 1}, r"`warmup_from` .* \[-100, 1\)\. Received: warmup_from=1\."),
     ({"decay_from": -1}, r"`decay_from` .* Received: decay_from=-1\."),
+    ({"warmup_steps": 0.5}, r"`warmup_steps` must be an integer\. Received: warmup_steps=0\.5\."),
+    ({"total_steps": 10.5}, r"`total_steps` must be an integer\. Received: total_steps=10\.5\."),
 ]
 
 
@@ -158,6 +160,7 @@ def test_a_bad_argument_is_refused(flavour, arguments, message):
 BAD_STEPS = [
     ({"decay_steps": [9]}, r"`decay_steps` .* \[10, 90\)\. Received: decay_steps=9\."),
     ({"decay_steps": [90]}, r"`decay_steps` .* Received: decay_steps=90\."),
+    ({"decay_steps": [30.5]}, r"`decay_steps` must be an integer\. Received: decay_steps=30\.5\."),
     ({"decay_steps": [30, 30]}, r"`decay_steps` .* \[31, 90\)\. Received: decay_steps=30\."),
     (
         {"decay_factor": 0},
