@@ -361,7 +361,7 @@ def test_the_cache_is_where_the_flag_says(folder, tmp_path, monkeypatch):
     before = made(folder)
     training, *_ = corpus.load_prepared(str(folder), "", records(), cache_dir=str(tmp_path / "c"))
     assert training.folder.startswith(f"{tmp_path}/c/") and made(folder) == before
-    monkeypatch.setattr(corpus, "CACHE", str(tmp_path / "closed"))
+    monkeypatch.setattr(corpus, "cache_folder", lambda: str(tmp_path / "closed"))
     (tmp_path / "closed").mkdir()
     with read_only(folder), read_only(tmp_path / "closed"):
         with pytest.raises(InputError) as error:
