@@ -1,4 +1,4 @@
-"""Experiments: tables of many runs, tuned by one rule. See `python -m experiments --help`."""
+"""Experiments: tables of many runs, tuned by the same rule. See `python -m experiments --help`."""
 
 import pathlib
 

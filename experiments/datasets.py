@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 as arrays, and the order and crops in which a run sees them."""
+"""MNIST and CIFAR-10 as arrays, and shuffled, cropped batches of them."""
 
 import gzip
 import os
@@ -10,7 +10,7 @@ from inputs.errors import InputError
 from inputs.images.cifar import cifar_source
 
 MNIST_FILES = {"train": "train", "validation": "t10k"}
-# Mean and standard deviation of CIFAR-10's training images by channel, as in
+# Mean and standard deviation of each channel of CIFAR-10's training images, as in
 # github.com/fastalgo/davidnet-cifar.
 CIFAR_MEAN = (125.30691805, 122.95039414, 113.86538318)
 CIFAR_STDDEV = (62.99321928, 62.08870764, 66.70489964)
@@ -18,13 +18,13 @@ CROP_PADDING = 4
 
 
 def load(name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images, float32 (count, height, width, channels), and labels, int32 (count,).
+    """Reads a data set: images, float32 (count, height, width, channels); labels, int32 (count,).
 
     Args:
-        name: "mnist", with pixels in [0, 1], or "cifar10", with mean 0 and standard deviation 1 by
-            channel.
-        data_dir: the folder with MNIST's four published files, gzipped or not; or CIFAR-10 as
-            `python -m inputs.images.prepare --source` takes it.
+        name: "mnist", with pixels in [0, 1], or "cifar10", with each channel normalized to mean 0
+            and standard deviation 1.
+        data_dir: the folder with MNIST's four published files, gzipped or not; or CIFAR-10, in any
+            layout that `python -m inputs.images.prepare --source` accepts.
         split: "train" or "validation"; the latter is the published test set.
 
     Raises:
@@ -56,20 +56,20 @@ def _read_idx(path, header):
 
 
 class Batches(keras.utils.PyDataset):
-    """Some steps of a run, each a batch of images and labels.
+    """Batches of images and labels for a range of steps of a run.
 
-    The training set is shuffled in every epoch. A batch that the end of an epoch divides takes its
-    other images from the next epoch, so that each batch has the same size and each epoch each
+    The training set is shuffled in every epoch. A batch at the end of an epoch is completed with
+    images of the next epoch, so that all batches have the same size and each epoch contains each
     image once.
 
     Args:
         images: float32 (count, height, width, channels).
         labels: int32 (count,).
         batch: the batch size.
-        steps: the first step and the one after the last.
-        seed: of the order and the crops.
-        crop: whether to cut each image out of itself with a reflected border of four pixels, and to
-            mirror half of them.
+        steps: (first step, last step + 1).
+        seed: the seed of the order, the crops and the flips.
+        crop: whether to pad each image by reflection with four pixels and crop it at random to its
+            size, and to flip it left to right with probability 1/2.
     """
 
     def __init__(self, images, labels, batch, steps, seed, crop=False):

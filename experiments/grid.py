@@ -1,10 +1,10 @@
-"""What an experiment is: a table of groups of runs, and the rule that tunes each group."""
+"""Defines an experiment: a table of groups of runs, and the rule that tunes each group."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 
-MOST_EXTENSIONS = 6  # rates beyond the first ones, so that a rule that fails comes to an end
+MOST_EXTENSIONS = 6  # maximum number of rates tried beyond those of a group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Group:
         name: Unique in the table, such as `lamb-1024`.
         settings: All other settings of the runs, by name. JSON values.
         rates: The peak learning rates to try with the first seed, in ascending order.
-        rate_from: Instead of `rates`: the name of another group and a factor. The one rate is the
-            best rate of that group times the factor, and nothing is tuned.
-        seeds: The seeds of the best rate. The first one also tries all rates.
+        rate_from: Instead of `rates`: (name of another group, factor). The rate is the best rate of
+            that group times the factor, and is not tuned.
+        seeds: The seeds that the best rate is run with. All rates are tried with the first one.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One experiment, of which the results are one page.
+    """One experiment, whose results are one page.
 
     Attributes:
-        name: As it is typed on the command line.
+        name: The name on the command line.
         title: The title of the page.
-        program: What runs a cell: `keras` (`experiments/keras_run.py`) or `train`
-            (`experiments/train_run.py`).
-        metric: The result by which rates are compared, the higher the better.
-        groups: In the order in which they are run and listed.
-        pairs: Pairs of groups whose difference is tested.
-        published: The published value of `metric` for a group, by name.
-        x: The setting on the horizontal axis of the picture of `metric`, or an empty string.
-        heat_maps: Groups whose trust ratios are drawn, those of the best rate and first seed.
-        text: What the page says before the table.
+        program: The program that runs a cell, a key of `experiments.runner.PROGRAMS`: `keras`,
+            `train` or `one_batch`.
+        metric: The result that rates are compared by; higher is better.
+        groups: The groups, in the order in which they are run and listed.
+        pairs: Pairs of names of groups whose difference is tested.
+        published: The published value of `metric`, by name of the group.
+        x: The setting on the horizontal axis of the plot of `metric`; an empty string for no plot.
+        heat_maps: Names of groups whose trust ratios are drawn, at the best rate and first seed.
+        text: The introduction of the page.
     """
 
     name: str
@@ -71,19 +71,23 @@ class Table:
     text: str = ""
 
     def group(self, name: str) -> Group:
-        """Returns the group of a name."""
+        """Returns the group with a name.
+
+        Raises:
+            StopIteration: There is no such group.
+        """
         return next(group for group in self.groups if group.name == name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a group is.
+    """The progress of a group.
 
     Attributes:
         todo: Cells that can be run now.
-        later: The number of cells that will follow at the least, once those of `todo` are done.
-        best: The best rate, or `None` while a rate is still to be tried.
-        at_edge: Whether the best rate is still at the edge of those that were tried.
+        later: The minimum number of cells that follow when those of `todo` are done.
+        best: The best rate, or `None` if rates are still to be tried.
+        at_edge: Whether the best rate is the lowest or highest of those that were tried.
     """
 
     todo: list[Cell]
@@ -93,22 +97,25 @@ class Progress:
 
 
 def _rounded(rate: float) -> float:
-    """Two significant digits, as rates are written in tables."""
+    """Rounds to two significant digits, as rates are written in tables."""
     return float(f"{rate:.2g}")
 
 
 def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progress:
-    """Applies the rule of tuning, which is the same for all groups, to the runs that are done.
+    """Applies the tuning rule, which is the same for all groups, to the runs that are done.
 
-    Each rate of the group is tried with the first seed. While the best of them is the lowest or the
-    highest, the next one beyond it is tried, at the same ratio; a run that diverged is worse than
-    all others. The best rate is then run with the other seeds.
+    Each rate of the group is tried with the first seed. While the best rate is the lowest or the
+    highest one, the next rate beyond it is tried, at the same ratio. A run that diverged is worse
+    than all others. The best rate is then run with the other seeds.
 
     Args:
         table: The table of the group.
-        group: A group of it.
+        group: The group.
         metrics: The metric of each run that is done, by the name of its cell; `-inf` for a run that
             diverged.
+
+    Returns:
+        The cells to run and the best rate so far.
     """
     if group.rate_from:
         source = table.group(group.rate_from[0])
@@ -138,10 +145,10 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
 
 
 def find_cell(table: Table, name: str) -> Cell:
-    """Returns the cell of a name, whether or not the rule asks for it.
+    """Returns the cell with a name, even if the rule does not ask for it.
 
     Raises:
-        ValueError: The table has no such group, or the name has another form.
+        ValueError: The table has no such group, or the name is not GROUP-rateRATE-seedSEED.
     """
     stem, _, seed = name.rpartition("-seed")
     group, _, rate = stem.rpartition("-rate")

@@ -1,7 +1,7 @@
 """One run of a small Keras model: `model.compile` with the optimizer, `fit`, `evaluate`.
 
-Nothing here depends on TensorFlow but the reading of CIFAR-10's pictures; KERAS_BACKEND chooses the
-backend.
+This runs on every Keras backend; KERAS_BACKEND selects it. Only the CIFAR-10 reader needs
+TensorFlow.
 """
 
 import math
@@ -19,9 +19,13 @@ MOMENTUM = 0.9
 def make_optimizer(settings: dict, schedule) -> keras.optimizers.Optimizer:
     """Returns the optimizer that `settings["optimizer"]` names.
 
-    `settings["weight_decay"]` is the λ of LAMB and LARS and of Keras's decoupled decay. Biases and
-    normalization parameters are excluded from it, and from the trust ratios, as in the author's
-    programs. All other arguments are the defaults, except for `MOMENTUM`.
+    Biases and normalization parameters are excluded from weight decay and trust ratios, as in the
+    author's programs. All other arguments are the defaults, except for `MOMENTUM`.
+
+    Args:
+        settings: `optimizer` is "lamb", "lars", "momentum", "nesterov", "adagrad", "adam" or
+            "adamw". `weight_decay` is λ of LAMB and LARS, or Keras's decoupled weight decay.
+        schedule: the learning rate, a schedule or a float.
     """
     name = settings["optimizer"]
     excluded = tf_lamb.RESNET_EXCLUSIONS
@@ -42,13 +46,13 @@ def make_optimizer(settings: dict, schedule) -> keras.optimizers.Optimizer:
     }
     optimizer = makers[name]()
     if decay["weight_decay"]:
-        # Keras matches the last part of a path.
+        # Keras compares these with the last part of a variable's path.
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 
 
 def make_model(settings: dict, seed: int) -> keras.Model:
-    """Returns the network that `settings["model"]` names."""
+    """Returns the network that `settings["model"]` names: lenet5, mnist_cnn or davidnet."""
     if settings["model"] == "davidnet":
         return networks.davidnet(settings["width"])
     return {"lenet5": networks.lenet5, "mnist_cnn": lambda: networks.mnist_cnn(seed)}[
@@ -60,15 +64,15 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     """Trains and evaluates one cell.
 
     Args:
-        cell: its settings are `model` (and `width`), `data`, `optimizer`, `weight_decay`, `batch`,
-            `epochs`, `warmup_steps`, `power`, and `crop`.
+        cell: its settings are `model` (and `width` for davidnet), `data`, `optimizer`,
+            `weight_decay`, `batch`, `epochs`, `warmup_steps`, `power` and `crop`.
         data_dir: as in `datasets.load`.
-        records: a folder for the trust ratios, which LAMB and LARS write.
+        records: a folder for the trust ratios of LAMB and LARS.
         say: receives a line for each epoch.
 
     Returns:
-        `curve`: by name, lists with a value for each epoch; `result`: accuracy and loss on the test
-        set after the last epoch, and whether the run diverged.
+        A dictionary with `curve`: name -> list of values, one per epoch; and `result`: `accuracy`
+        and `loss` on the test set after the last epoch, and `diverged`.
     """
     settings = dict(cell.group.settings)
     keras.utils.set_random_seed(cell.seed)
@@ -85,7 +89,7 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # Keras's choice on JAX and GPUs. On a CPU, TensorFlow's convolutions are faster than XLA's.
+        # On a CPU, TensorFlow's own convolutions are faster than those of XLA.
         jit_compile=keras.backend.backend() != "tensorflow",
     )
     callbacks = []
@@ -95,7 +99,7 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     curve = {"step": [], "loss": [], "accuracy": [], "test_loss": [], "test_accuracy": []}
     for epoch, steps in enumerate(zip(ends, ends[1:], strict=False)):
         batches = datasets.Batches(*train, batch, steps, cell.seed, settings.get("crop", False))
-        if not len(batches):  # a batch of more than an epoch
+        if not len(batches):  # a batch larger than an epoch
             continue
         history = model.fit(
             batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0, callbacks=callbacks

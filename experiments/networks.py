@@ -31,7 +31,10 @@ def lenet5() -> keras.Model:
 
 
 def mnist_cnn(seed: int) -> keras.Model:
-    """The network of the paper's author for MNIST: 3,274,634 parameters, with dropout.
+    """The MNIST network of the paper's author: 3,274,634 parameters, with dropout.
+
+    Args:
+        seed: Seed of the dropout.
 
     Returns:
         A model from images (batch, 28, 28, 1) to logits (batch, 10), float32.
@@ -56,13 +59,13 @@ def mnist_cnn(seed: int) -> keras.Model:
 
 
 def davidnet(width: int = 64) -> keras.Model:
-    """DavidNet, the ResNet of nine layers of DAWNBench: 6,573,120 parameters at width 64.
+    """DavidNet, the nine-layer ResNet of DAWNBench: 6,573,120 parameters at width 64.
 
-    The weights start as PyTorch's, uniform within ±1/√(fan-in), and the logits are multiplied by
-    1/8.
+    The weights are initialized as in PyTorch, uniform within ±1/√(fan-in), and the logits are
+    multiplied by 1/8.
 
     Args:
-        width: Channels of the first convolution.
+        width: Number of channels of the first convolution.
 
     Returns:
         A model from images (batch, 32, 32, 3) to logits (batch, 10), float32.

@@ -1,8 +1,8 @@
-"""One run that overfits one batch of photographs, and classifies their files with its export.
+"""One run that overfits one batch of photographs, and classifies their files with the SavedModel.
 
-This checks that data, labels, model, optimizer and export agree. A ResNet-50 with all layers at a
-quarter of their width and image size 224 trains on one batch of all images of the source; then the
-SavedModel classifies each image file.
+This checks that data, labels, model, optimizer and export work together. A ResNet-50 with all
+layers at a quarter of their width and image size 224 trains on one batch of all images of the
+source; then the SavedModel classifies each image file.
 """
 
 import csv
@@ -18,17 +18,18 @@ from inputs.errors import InputError
 
 
 def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
-    """Runs the cell, or resumes it where it was stopped.
+    """Runs one cell, or resumes it where it was stopped.
 
     Args:
         cell: its setting is `recipe`.
-        data_dir: a tar of JPEG files; beside it are its CSV and classes.csv.
-        folder: prepared images and the run's `model_dir` are made in it.
-        say: receives a line.
+        data_dir: path of a tar of JPEG files, with its CSV and classes.csv in the same folder.
+        folder: a folder for the prepared images and the run's `model_dir`.
+        say: receives each command.
 
     Returns:
-        `curve`: training loss and accuracy of each step; `result`: `accuracy`, the share of files
-        that the SavedModel names right, and the best training loss and accuracy.
+        A dictionary with `curve`: training loss and accuracy of each step; and `result`:
+        `accuracy`, the share of files that the SavedModel classifies correctly, `loss` and
+        `training_accuracy` of the best step, and `diverged`.
 
     Raises:
         InputError: `data_dir` cannot be read.
@@ -67,7 +68,7 @@ def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
 
 
 def _files(source) -> list[tuple[bytes, str]]:
-    """(image file, WordNet id of its class) of each image."""
+    """Returns (bytes of the image file, WordNet id of its class) of each image."""
     with open(os.path.join(os.path.dirname(source), "classes.csv"), encoding="utf-8") as table:
         wnids = {row["index"]: row["wnid"] for row in csv.DictReader(table)}
     with tarfile.open(source) as archive:

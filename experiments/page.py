@@ -1,4 +1,4 @@
-"""Writes the results page of a table from its run files: settings, table, tests, pictures."""
+"""Writes the results page of a table from its run files: settings, table, tests and figures."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import statistics
 
 import matplotlib
 
-matplotlib.use("Agg")  # before the import of pyplot, which would look for a display
+matplotlib.use("Agg")  # before pyplot is imported, which would look for a display
 from matplotlib import pyplot
 from scipy import stats
 
@@ -23,13 +23,13 @@ are slightly too high, for each optimizer alike."""
 
 
 def write_page(table: Table, now: State, path: str, places: Places) -> None:
-    """Writes PATH, and the pictures in the folder of the run files.
+    """Writes the page to `path`, and its figures to the folder of the run files.
 
     Args:
         table: the table.
-        now: its runs.
-        path: the Markdown file, replaced if it is there.
-        places: of the run files, and of the records that the heat maps are drawn from.
+        now: the state of its runs.
+        path: the Markdown file; an existing file is replaced.
+        places: folders of the run files, and of the records that heat maps are drawn from.
     """
     values = metrics(table, now.runs)
     groups = {group.name: progress(table, group, values) for group in table.groups}
@@ -149,7 +149,7 @@ def _tests(table, seeds):
 
 
 def _pictures(table, groups, seeds, now, places):
-    """Draws what can be drawn; yields (file name, caption)."""
+    """Draws the figures that the finished runs allow; yields (file name, caption)."""
     done = [group for group in table.groups if seeds[group.name]]
     if not done:
         return

@@ -24,8 +24,8 @@ PROGRAMS = {
     "train": "experiments.train_run",
     "one_batch": "experiments.one_batch",
 }
-# A run has a core of its own. On AMD processors TensorFlow does not choose oneDNN by itself, whose
-# small convolutions are several times faster.
+# Each run uses one core. oneDNN is several times faster for small convolutions, but TensorFlow does
+# not enable it by default on AMD processors.
 ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "1",
@@ -38,12 +38,12 @@ PACKAGES = ("keras", "tensorflow", "tf_keras", "jax", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where a table reads and writes.
+    """The folders that a table reads and writes.
 
     Attributes:
-        data_dir: the data, as the table's program takes it.
-        runs: the folder of logs and checkpoints; each run has its own in RUNS/TABLE.
-        output: the folder of the run files, which are kept.
+        data_dir: the data, as the table's program expects it.
+        runs: the folder of logs and checkpoints; those of a run are in RUNS/TABLE/CELL.
+        output: the folder of the run files, one JSON file per finished run.
     """
 
     data_dir: str
@@ -55,15 +55,15 @@ class Places:
         return os.path.join(self.output, f"{cell.name}.json")
 
     def folder(self, table: Table, cell: Cell) -> str:
-        """The path of a cell's folder."""
+        """The path of a cell's folder of logs and checkpoints."""
         return os.path.join(self.runs, table.name, cell.name)
 
 
 def load_runs(table: Table, output: str) -> dict[str, dict]:
-    """Returns the run files of a table by the name of their cell.
+    """Returns the contents of a table's run files, by the name of their cell.
 
     Raises:
-        InputError: a file cannot be read, or is of other settings than the table has now.
+        InputError: a file cannot be read, or its settings differ from those of the table.
     """
     runs = {}
     for path in sorted(pathlib.Path(output).glob("*.json")):
@@ -97,10 +97,10 @@ def metrics(table: Table, runs: dict[str, dict]) -> dict[str, float]:
 
 
 def run_cell(table: Table, cell: Cell, places: Places) -> dict:
-    """Runs one cell in this process and writes its file, unless there is one; returns its content.
+    """Runs one cell in this process and writes its run file, unless it exists; returns its content.
 
     Raises:
-        InputError: the data cannot be read, or another process runs the cell.
+        InputError: the data cannot be read, or another process is running the cell.
         RuntimeError: the run failed.
     """
     path = places.run_file(cell)
@@ -125,7 +125,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
                 "commit": _commit(),
                 "machine": f"{platform.system()} {platform.machine()}, one core",
                 "versions": {"python": platform.python_version(), **_versions()},
-                "seconds": round(seconds, 1),  # of the last start
+                "seconds": round(seconds, 1),  # since the last start, if the run was resumed
                 "processor_seconds": round(time.process_time() - processor, 1),
             }
             write_json(path, {**about, **outcome}, indent=None)
@@ -150,12 +150,12 @@ def _versions():
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What of a table is done and what is not.
+    """The state of a table: which runs are done and which are not.
 
     Attributes:
-        runs: the run files, by the name of their cell.
+        runs: the contents of the run files, by the name of their cell.
         todo: the cells that can be run now.
-        later: the number of cells that follow at the least.
+        later: the minimum number of cells that follow after them.
     """
 
     runs: dict[str, dict]
@@ -163,7 +163,11 @@ class State:
     later: int
 
     def seconds_left(self, jobs: int) -> float:
-        """The time still needed, by the runs that are done: of the same group, or of all."""
+        """Estimates the time for the remaining runs, in seconds; NaN if no run is done.
+
+        Args:
+            jobs: number of runs at the same time.
+        """
         if not self.runs:
             return math.nan
         by_group: dict[str, list[float]] = {}
@@ -175,7 +179,7 @@ class State:
 
 
 def state(table: Table, output: str) -> State:
-    """Returns what of a table is done, by its run files.
+    """Returns the state of a table, from its run files.
 
     Raises:
         InputError: as in `load_runs`.
@@ -188,13 +192,13 @@ def state(table: Table, output: str) -> State:
 
 
 def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) -> State:
-    """Runs the cells that the rule asks for, each in a process of its own.
+    """Runs the cells that the tuning rule asks for, each in its own process.
 
     Args:
         table: the table.
-        places: where to read and write.
-        jobs: how many runs at a time.
-        limit: how many runs at the most; negative for all.
+        places: the folders to read and write.
+        jobs: number of runs at the same time.
+        limit: maximum number of runs; negative for all.
         say: receives a line when a run begins and when it ends.
 
     Returns:
@@ -202,7 +206,7 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
 
     Raises:
         InputError: as in `load_runs`.
-        RuntimeError: a run failed. Those that had begun are finished first.
+        RuntimeError: a run failed. Runs that had already begun are finished first.
     """
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     failed: list[str] = []

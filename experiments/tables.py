@@ -1,12 +1,12 @@
-"""The tables: grids of runs as data."""
+"""The tables of experiments, as data."""
 
 import math
 
 from experiments.grid import Group, Table
 
-# MNIST, the appendix of arXiv:1904.00962, Table 8. The rates are the paper's. The paper does not
-# say how they change during training; warm-up of one epoch and a decay of power 0.5 are those of
-# the author's programs for LAMB and AdamW.
+# MNIST: arXiv:1904.00962, appendix, Table 8. The rates are the paper's. The paper does not specify
+# the schedule; warm-up of one epoch and polynomial decay with power 0.5 are those of the author's
+# programs for LAMB and AdamW.
 MNIST = {"data": "mnist", "model": "lenet5", "epochs": 30}
 PAPER_RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 DECAY = {"adamw": 0.01, "lamb": 0.01, "lars": 1e-4}
@@ -59,7 +59,7 @@ that have this rate and one epoch of warm-up give 0.9935, 0.9938, 0.9941, 0.9941
 
 
 SWEEP_BATCHES = (256, 1_024, 4_096, 16_384, 60_000)
-# Of the batch size 1,024; the others start at √(batch / 1,024) times these.
+# First rates at batch size 1,024. At other batch sizes they are multiplied by √(batch / 1,024).
 SWEEP_RATES = {"lamb": 0.01, "lars": 10.0, "momentum": 0.1, "nesterov": 0.1, "adamw": 0.003}
 SWEEP_WARMUP = 10
 

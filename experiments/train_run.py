@@ -1,4 +1,4 @@
-"""One run of train.py, whose settings are a recipe and flags."""
+"""One run of train.py, with a recipe and flags as settings."""
 
 import json
 import os
@@ -16,9 +16,12 @@ DIVERGED = 3  # exit status of train.py for a run that diverged
 def command(cell: Cell, data_dir: str, folder: str) -> list[str]:
     """Returns the `train.py` command of a cell.
 
-    Its settings are `recipe`; `flags`, by name; `set`, fields of the recipe by name; and `rates`,
-    the fields of peak learning rates, each with the factor that the rate of the cell is multiplied
-    by.
+    Args:
+        cell: its settings are `recipe`; `flags`, name -> value; `set`, recipe field -> value;
+            `rates`, recipe field -> factor, for fields that are set to the cell's rate times the
+            factor; and `curve`, the fields of history.jsonl to keep.
+        data_dir: as train.py expects it.
+        folder: the run's `model_dir`.
     """
     settings = cell.group.settings
     fields = dict(settings["set"])
@@ -40,16 +43,16 @@ def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
 
     Args:
         cell: as in `command`.
-        data_dir: as train.py takes it.
+        data_dir: as train.py expects it.
         folder: the run's `model_dir`. Weights and exports are deleted at the end, logs are kept.
-        say: receives a line.
+        say: receives the command.
 
     Returns:
-        `curve`: by name, lists with a value for each loop of steps; `result`: the last evaluation,
-        and whether the run diverged.
+        A dictionary with `curve`: name -> list of values, one per line of history.jsonl; and
+        `result`: the content of results.json (nothing if the run diverged), and `diverged`.
 
     Raises:
-        RuntimeError: train.py ended with another status than 0 and that of divergence.
+        RuntimeError: train.py ended with a status other than 0 or `DIVERGED`.
     """
     os.makedirs(folder, exist_ok=True)
     log = os.path.join(folder, "train.log")

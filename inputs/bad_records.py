@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from inputs.errors import InputError
 
 MAX_REPORTED = 10  # messages about single records; after that only the total is reported
-# Damaged records may come in a cluster at the start, so the share is checked while reading only
-# after this many of them.
+# Damaged records may cluster at the start of the data, so during reading the share is not checked
+# until this many have been found.
 CHECKED_FROM = 1_000
-# A file with a larger share of damaged records is not what the reader takes it for.
+# A file with a larger share of damaged records probably has another format.
 MAX_SHARE_OF_FILE = 0.5
 
 
 @dataclasses.dataclass
 class _File:
-    """The file that is being read: the counts before it, the message of its first bad record."""
+    """The file being read: the counts before it, and the message of its first bad record."""
 
     good: int
     bad: int
@@ -31,6 +31,10 @@ class BadRecords:
         skip: if False, the first damaged record raises.
         log: receives one line for each of the first `MAX_REPORTED` damaged records, and the total.
         limit_flag: the flag that sets `max_share`, for the error message.
+
+    Attributes:
+        good: number of usable records so far.
+        bad: number of damaged records so far.
     """
 
     def __init__(
@@ -53,10 +57,11 @@ class BadRecords:
 
     @contextlib.contextmanager
     def of_file(self) -> Iterator[None]:
-        """Counts the records that are read in the block also as those of one file.
+        """Returns a context manager that also counts the block's records as those of one file.
 
-        A wrong file among many good ones would be within the share of all records. So a file of
-        which most records are damaged is an error, unless `max_share` allows that many.
+        A wrong file among many good ones may stay within the share that is allowed over all
+        records. So a file whose records are mostly damaged is an error, unless `max_share` allows
+        that many.
 
         Raises:
             InputError: more than `MAX_SHARE_OF_FILE` of the file's records were damaged.
@@ -67,9 +72,10 @@ class BadRecords:
         self._file = None
 
     def expect(self, count: int) -> None:
-        """Announces `count` records that are read at random.
+        """Announces that `count` records will be read in random order.
 
-        The share is then checked at every damaged record, because reading may never end.
+        The share is then relative to all announced records, and it is checked at every damaged
+        record, because training may read without end.
         """
         self._expected += count
 
@@ -82,7 +88,7 @@ class BadRecords:
 
         Args:
             message: one sentence with the file, the position in it and what is wrong.
-            count: how many records are lost, at least.
+            count: number of records lost (a lower bound).
 
         Raises:
             InputError: the limit is exceeded, or `skip` is False.
@@ -103,7 +109,7 @@ class BadRecords:
             self._check_file()
 
     def end(self) -> None:
-        """Checks the share and logs the total. Call it when every record was read once.
+        """Checks the share and logs the total. Call it after every record was read once.
 
         Raises:
             InputError: the limit is exceeded.

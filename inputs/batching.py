@@ -1,13 +1,13 @@
 """Which examples a step reads, and the random numbers and synthetic batches of every pipeline.
 
-Examples are numbered from 0 over the whole run. All that is random about an example is a function
-of (seed, example id), so any host can make any step without the steps before it.
+Examples are numbered from 0 over the whole run. All randomness of an example is a function of
+(seed, example id), so any host can compute any step without the steps before it.
 """
 
 import numpy as np
 import tensorflow as tf
 
-FEW = 2**18  # for `integers_below`
+FEW = 2**18  # largest limit for which `integers_below` uses 24 random bits
 
 
 def host_batches(global_batch_size: int, context: tf.distribute.InputContext | None):
@@ -15,7 +15,7 @@ def host_batches(global_batch_size: int, context: tf.distribute.InputContext | N
 
     Args:
         global_batch_size: examples per step over all replicas.
-        context: of this host; None means a single replica.
+        context: `tf.distribute.InputContext` of this host; None means a single replica.
 
     Returns:
         (local, ids_of): `local` is the number of batches that this host makes per step, one for
@@ -35,7 +35,7 @@ def host_batches(global_batch_size: int, context: tf.distribute.InputContext | N
 
 
 def shuffled(example_ids, num_records: int, seed: int):
-    """The record that each training example is made of: [B] int64 in [0, `num_records`).
+    """Maps training examples to records of the data set: [B] int64 in [0, `num_records`).
 
     Each epoch of `num_records` examples is a different permutation of the records.
 
@@ -68,7 +68,10 @@ def uniform(seed: int, stream: int, example_ids, columns: int):
 
 
 def random_bits(seed: int, stream: int, example_ids, columns: int):
-    """Uniform random bits for each example: [B, columns] uint64. Args: as `uniform`."""
+    """Uniform random bits for each example: [B, columns] uint64.
+
+    See `uniform` for the arguments.
+    """
     key = _mix(tf.constant(seed * 64 + stream, tf.uint64))
     rows = _mix(tf.cast(example_ids, tf.uint64) + key)[:, tf.newaxis]
     return _mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
@@ -80,15 +83,16 @@ def unit_floats(bits):
 
 
 def integers_below(bits, limit):
-    """Chooses uniformly: int64 in [0, `limit`), 0 where `limit` is below 1.
+    """Uniform random integers: int64 in [0, `limit`), or 0 where `limit` is below 1.
 
-    Up to `FEW`, the 24 bits of `unit_floats` decide, as in earlier versions: their examples stay
-    the same, and the probability of a number differs from 1 / `limit` by at most 1.6 %. Above it 53
-    bits decide, as many as a float64 holds, so that each of up to 2^53 numbers can be chosen.
+    For limits up to `FEW`, 24 bits are used as in `unit_floats`, so that examples are the same as
+    in earlier versions. The probability of each number then differs from 1 / `limit` by at most
+    1.6 %. For larger limits 53 bits are used, the precision of float64, so that each of up to 2^53
+    numbers can occur.
 
     Args:
         bits: uint64, from `random_bits`.
-        limit: ints, of a shape that broadcasts with that of `bits`.
+        limit: integers, with a shape that broadcasts with that of `bits`.
     """
     limit = tf.cast(limit, tf.float64)
     few = tf.cast(_upper(bits, 24), tf.float64) / 2.0**24

@@ -2,11 +2,18 @@
 
 
 class InputError(ValueError):
-    """The user gave something unusable. The message names the file, flag or value, and a fix."""
+    """Bad input from the user. The message names the file, flag or value, and how to fix it."""
 
 
 def refuse_empty(**flags: object) -> None:
-    """Raises `InputError` if the value of a flag that was given is an empty string."""
+    """Checks that no flag has an empty value.
+
+    Args:
+        **flags: flag name without dashes -> value; values that are not strings are not checked.
+
+    Raises:
+        InputError: a value is an empty or blank string.
+    """
     for name, value in flags.items():
         if isinstance(value, str) and not value.strip():
             raise InputError(

@@ -1,4 +1,4 @@
-"""Safe operations on files and folders: walks, atomic writes, locks, reading with clear errors."""
+"""Operations on files and folders: walks, atomic writes, locks, and reads with clear errors."""
 
 import collections
 import contextlib
@@ -29,7 +29,7 @@ class PassedOver(collections.Counter):
     """Counts the files that were found but are not read, by kind."""
 
     def add(self, path: str) -> None:
-        """Counts a file by the end of its name, without regard to case."""
+        """Counts a file by its suffix, ignoring case."""
         name = os.path.basename(path).lower()
         stem, ending = os.path.splitext(name)
         if ending in COMPRESSIONS:
@@ -43,7 +43,7 @@ class PassedOver(collections.Counter):
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a file or folder of this name is never data: it is hidden, or the system's."""
+    """Whether a file or folder of this name is not data: hidden, or made by the system."""
     return name.startswith(".") or name.lower() in LEFT_OVERS
 
 
@@ -70,11 +70,11 @@ def list_folder(
                     continue
                 try:
                     is_folder, is_file = entry.is_dir(), entry.is_file()
-                except OSError:  # a link to itself
+                except OSError:  # a link that leads to itself
                     is_folder = is_file = False
                 if is_folder:
                     folders.append(entry)
-                elif is_file or not os.path.exists(entry.path):  # a link to nothing fails later
+                elif is_file or not os.path.exists(entry.path):  # reading a broken link fails later
                     files.append(entry)
                 elif passed_over is not None:
                     passed_over["device or pipe"] += 1
@@ -92,14 +92,14 @@ def walk(
 ) -> Iterator[os.DirEntry]:
     """Yields the files in a folder and in the folders below it.
 
-    Links are followed. A folder that is reached in several ways is read once, by its own path if
-    that is below `top`, so that a link to a parent does no harm.
+    Links are followed. A folder that several paths lead to is read once, by its real path if that
+    is below `top`, so that a link to a parent folder causes no loop.
 
     Args:
         top: path of the folder.
         flag: the flag that named it, for error messages.
         passed_over: counts the left-overs, see `is_left_over`.
-        enter: whether to read a folder below `top`.
+        enter: takes the path of a folder below `top`; returns whether to read that folder.
 
     Raises:
         InputError: a folder cannot be read.
@@ -120,17 +120,21 @@ def walk(
 
 
 def file_state(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change in ns) of a file: it differs if the content was replaced."""
+    """Returns (size in bytes, modification time in ns) of a file, to notice that it was changed.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+    """
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager
 def atomic_file(path: str) -> Iterator[str]:
-    """Yields the temporary path to write a file at; the file gets the name `path` on success.
+    """Yields a temporary path to write to; the file is renamed to `path` on success.
 
-    If the block raises, the temporary file is removed and `path` stays as it was. The temporary
-    path is always PATH.new, so that the next writer replaces what a killed process left there.
+    If the block raises, the temporary file is removed and `path` is not changed. The temporary path
+    is always PATH.new, so that the next writer replaces what a killed process left there.
     """
     path = os.fspath(path)
     try:
@@ -143,7 +147,7 @@ def atomic_file(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
-    """Opens a file for writing that gets the name `path` when the block ends without an error.
+    """Opens a temporary file for writing, and renames it to `path` if the block does not raise.
 
     Args:
         path: the file; an existing one is replaced.
@@ -163,7 +167,7 @@ def write_json(path: str, value, *, indent: int | None = 1) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str) -> Iterator[str]:
-    """Yields an empty folder to fill; it gets the name `path` when the block ends without an error.
+    """Yields an empty temporary folder; it is renamed to `path` if the block does not raise.
 
     An existing folder `path` is replaced, with two renames. The temporary folder is always
     .NAME.new in the same parent, so that the next writer finds what a killed process left there.
@@ -222,7 +226,7 @@ def locked(
         folder: an existing folder.
         flag: the flag that named the folder, for the error message.
         wait: if True, waits until the lock is free.
-        log: receives a warning if the file system has no locks; the block runs all the same.
+        log: receives a warning if the file system has no locks; the block still runs.
 
     Raises:
         InputError: the folder is not writable; or another process holds the lock and `wait` is
@@ -254,7 +258,7 @@ def locked(
 
 
 def cache_folder() -> str:
-    """~/.cache/tf_lamb, or a folder of temporary files for a user who has no home folder."""
+    """~/.cache/tf_lamb, or a temporary folder for a user without a home folder."""
     folder = os.path.expanduser("~/.cache/tf_lamb")
     if folder.startswith("~"):  # HOME is not set, and the user has no entry in /etc/passwd
         return os.path.join(tempfile.gettempdir(), f"tf_lamb-{os.getuid()}")
@@ -262,7 +266,7 @@ def cache_folder() -> str:
 
 
 def first_writable(folders: list[str], flag: str, fix: str) -> str:
-    """The first folder that can be written and locked; it is made if it is missing.
+    """The first folder that can be written and locked; it is created if it is missing.
 
     Args:
         folders: paths, in order of preference.
@@ -285,10 +289,10 @@ def first_writable(folders: list[str], flag: str, fix: str) -> str:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
-    """Yields an empty folder among the system's temporary files, and removes it.
+    """Yields a new folder in the system's temporary folder, and removes it after the block.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: the folder cannot be created.
     """
     try:
         folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
@@ -302,11 +306,11 @@ def temporary_folder(prefix: str) -> Iterator[str]:
 
 
 def check_writable(folder: str, flag: str) -> None:
-    """Makes the folder if it is missing, and writes a temporary file in it.
+    """Checks that a folder can be written; it is created if it is missing.
 
     Raises:
-        InputError: that failed, or the folder's name is not text in UTF-8. The message starts with
-            `flag`.
+        InputError: the folder cannot be created or written, or its name is not UTF-8. The message
+            starts with `flag`.
     """
     try:
         os.fspath(folder).encode()
@@ -347,7 +351,7 @@ def read_bytes(path: str, *, flag: str = "", fix: str = "") -> bytes:
 def read_json(path: str, *, flag: str = "", fix: str = "") -> Any:
     """The content of a JSON file.
 
-    Args: as `read_bytes`.
+    See `read_bytes` for the arguments.
 
     Raises:
         InputError: the file cannot be read, or is not JSON in UTF-8.

@@ -1,4 +1,4 @@
-"""The memory that this process can still allocate, also where a container limits it."""
+"""Measures the memory that this process can still allocate, within the limits of a container."""
 
 import pathlib
 
@@ -7,18 +7,18 @@ MINIMUM = 1 * GIB  # TensorFlow and a small model with its data
 
 
 def free_memory(root: str = "/") -> int | None:
-    """The bytes that can be allocated before the kernel ends the process; None if unknown.
+    """The bytes that can be allocated before the kernel kills the process; None if unknown.
 
-    The least of the machine's available memory and, for the process's control group and each one
-    around it, of the limit minus what is in use. Container runtimes set these limits. Both versions
-    of control groups are read. Cached file contents count as free, because the kernel drops them
-    first.
+    This is the minimum of the machine's available memory and, for the process's control group and
+    each of its ancestors, the limit minus the usage. Container runtimes set these limits. Control
+    groups v1 and v2 are supported. Inactive cached file contents count as free, because the kernel
+    reclaims them first.
 
     Sources: https://docs.kernel.org/admin-guide/cgroup-v2.html ("Memory Interface Files") and
     https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 
     Args:
-        root: folder with proc/ and sys/; another one in tests.
+        root: folder that contains proc/ and sys/; tests pass another one.
     """
     base = pathlib.Path(root)
     known = [_available(base / "proc/meminfo"), *_groups(base)]
@@ -26,11 +26,11 @@ def free_memory(root: str = "/") -> int | None:
 
 
 def describe_shortage(needed: int, purpose: str) -> str | None:
-    """A sentence if less than `needed` bytes are free, else None.
+    """A warning if less than `needed` bytes are free, else None.
 
     Args:
         needed: bytes.
-        purpose: what needs them.
+        purpose: what needs the memory, as the subject of a sentence.
     """
     free = free_memory()
     if free is None or free >= needed:
@@ -50,7 +50,7 @@ def _available(path) -> int | None:
 
 
 def _groups(base) -> list[int | None]:
-    """What is left in the control groups of this process."""
+    """The bytes left in this process's control groups and their ancestors; None without a limit."""
     mounts = base / "sys/fs/cgroup"
     left = []
     for line in _lines(base / "proc/self/cgroup"):
@@ -63,8 +63,8 @@ def _groups(base) -> list[int | None]:
             names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
-        # In a container the path may be that on the host, and the mount may begin with the
-        # container's own group.
+        # In a container, the path may be relative to the host's root group while the mount starts
+        # at the container's own group. So the group of every prefix is read, if it exists.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
             left.append(_left(top.joinpath(*parts[:depth]), *names))

@@ -1,8 +1,8 @@
-"""The process of a command: its environment and its output. Import this before TensorFlow.
+"""Sets up the process of a command: environment and output. Import this before TensorFlow.
 
-TensorFlow and Keras read their settings when they are imported. `tensorflow_text` and
-`tf_lamb.tf_keras` import Keras 3, whose backend has to be TensorFlow here, whatever KERAS_BACKEND
-or ~/.keras/keras.json select for the user's other programs.
+TensorFlow and Keras read environment variables when they are imported. `tensorflow_text` and
+`tf_lamb.tf_keras` import Keras 3, whose backend must be TensorFlow here, whatever KERAS_BACKEND or
+~/.keras/keras.json selects for the user's other programs.
 """
 
 import io
@@ -17,16 +17,16 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 def run(main: Callable[..., int], *arguments) -> None:
-    """Calls the `main` of a command, and exits with the status that it returns."""
+    """Calls the `main` function of a command and exits with the status that it returns."""
     escape_output()
     sys.exit(main(*arguments))
 
 
 def escape_output() -> None:
-    r"""Lets `print` write a character that standard output cannot encode as an escape, \u4e2d.
+    r"""Makes `print` escape characters that standard output cannot encode, for example as \u4e2d.
 
-    Otherwise a report of text or file names in another script would end with an exception, where
-    the locale is C, or a file name is not UTF-8. Standard error does this by itself.
+    By default `print` raises `UnicodeEncodeError` for them, as for Chinese text in the C locale or
+    for a file name that is not UTF-8. Standard error escapes them by default.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def log(line: str) -> None:
-    """Prints a line on standard error; a bar on the terminal stays below it."""
+    """Prints a line on standard error, above the progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
 
 
@@ -48,6 +48,6 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=False)
 
     def milestone(self, line: str) -> None:
-        """Prints a line with the share of the work done, where there is no bar."""
+        """Prints a line with the share of the work done, unless a bar is shown."""
         if self._lines:
             log(f"{line} ({self._done / max(self._total, 1):.0%})")

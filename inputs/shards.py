@@ -19,7 +19,7 @@ SUFFIX = ".arrayrecord"
 # One record per chunk, for random access. Uncompressed text reads 2.5 times as fast as with zstd,
 # which would save a quarter of the space; images are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# A field of the manifest and its value, by which the manifests of this program are known.
+# The (field, value) that identifies a manifest as one of this program, by the kind of data.
 TEXT = ("format", "tf_lamb tokenised text")
 IMAGES = ("kind", "images")
 UNREADABLE = (RuntimeError, IndexError)  # what ArrayRecord raises for a damaged record
@@ -28,7 +28,7 @@ UNREADABLE = (RuntimeError, IndexError)  # what ArrayRecord raises for a damaged
 def is_prepared(folder: str) -> bool:
     """Whether the folder holds shards: a manifest of this program, or a damaged one beside shards.
 
-    Other programs write a manifest.json of their own.
+    The file name alone does not decide, because other programs also write a manifest.json.
     """
     path = os.path.join(folder, MANIFEST)
     if not os.path.isfile(path):
@@ -47,7 +47,7 @@ def is_prepared(folder: str) -> bool:
 def record_writer(path: str) -> Iterator[Callable[[bytes], None]]:
     """Yields a function that appends a record to an ArrayRecord file.
 
-    The file gets its name when the block ends without an error; otherwise nothing is left of it.
+    The file appears at `path` when the block ends without an error; otherwise it is removed.
 
     Raises:
         InputError: the file cannot be written.
@@ -79,7 +79,7 @@ def _write_errors(path):
 
 
 def damaged(path: str, index: int, reason) -> str:
-    """The sentence that reports a damaged record.
+    """Formats the message about a damaged record.
 
     Args:
         path: the shard.

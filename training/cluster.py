@@ -1,9 +1,10 @@
 """The machines of a run: reading TF_CONFIG, and waiting until all of them can be reached.
 
 TensorFlow connects the workers in one C++ call (`TFE_EnableCollectiveOps` of TensorFlow 2.20).
-During it no Python code runs, SIGTERM is ignored, and a worker that never starts is waited for
-silently, for an hour. The same holds for a TPU's address. Therefore the processes first meet here,
-over plain sockets, and TensorFlow connects only when all of them are present.
+During that call no Python code runs, SIGTERM is ignored, and if a worker never starts, the call
+waits for an hour without a message. The same is true of a TPU that cannot be reached. Therefore the
+processes first connect to each other here, over plain sockets, and TensorFlow connects only when
+all of them are present.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ EXAMPLE = (
     '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 POLL_SECONDS = 1.0
-REPEAT_SECONDS = 60.0  # between two lines about the same missing workers
-ANSWER_SECONDS = 5.0  # for one message of a process that is there
+REPEAT_SECONDS = 60.0  # between two log lines about the same missing workers
+ANSWER_SECONDS = 5.0  # timeout of one connection attempt or message
 MAX_LINE = 65536  # bytes of a message
 
 
@@ -37,7 +38,7 @@ class Worker:
         job: "chief" or "worker".
         index: its index in the job.
         host: name or address of its machine.
-        port: of TensorFlow's server.
+        port: port of its TensorFlow server.
     """
 
     job: str
@@ -51,7 +52,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The cluster of TF_CONFIG.
+    """The cluster that TF_CONFIG describes.
 
     Attributes:
         workers: all processes. The first one is the chief: the others connect to it.
@@ -66,7 +67,7 @@ def read_cluster() -> Cluster | None:
     """Reads the environment variable TF_CONFIG; returns None if it is not set.
 
     Raises:
-        InputError: it is not JSON, or not of a cluster with this process as a worker.
+        InputError: it is not JSON, or does not describe a cluster that contains this process.
     """
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
@@ -140,14 +141,14 @@ def wait_until_reachable(tpu: str, seconds: float, log: Callable[[str], object])
     Args:
         tpu: value of `--tpu`.
         seconds: how long to wait.
-        log: takes lines that say what is waited for.
+        log: receives lines that name the missing machines.
 
     Returns:
         Whether the run needs other machines.
 
     Raises:
-        InputError: a machine was missing at the end, TF_CONFIG is invalid, or the port that it
-            gives to this process is in use.
+        InputError: a machine could not be reached in time, TF_CONFIG is invalid, or the port that
+            it gives to this process is in use.
     """
     end = time.monotonic() + seconds
     if tpu == "local":
@@ -165,13 +166,17 @@ def wait_until_reachable(tpu: str, seconds: float, log: Callable[[str], object])
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Ends the process if the block takes longer, also if the block is a call into C++.
+    """Ends the process if the block takes too long, even if the block is a call into C++.
 
-    SIGINT ends the process, too. Main thread only.
+    During the block, SIGINT (Ctrl-C) ends the process without a `KeyboardInterrupt`. Use this only
+    in the main thread.
+
+    Args:
+        seconds: the longest time that the block may take.
     """
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(os.devnull, "w") as nowhere:  # for the stack trace
-        # Its timer is the only one that ends a process while C++ code holds Python's lock.
+        # Its timer is a C thread, so it can end the process while C++ code holds the GIL.
         faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
         try:
             yield
@@ -184,7 +189,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def tpu_addresses(tpu: str) -> list[tuple[str, int]]:
-    """The addresses (host, port) in `--tpu`; none if it is a TPU's name."""
+    """The addresses (host, port) in `--tpu`; an empty list if it is the name of a TPU."""
     parts = [parse_address(part.strip().removeprefix("grpc://")) for part in tpu.split(",")]
     return [part for part in parts if part]
 
@@ -213,7 +218,7 @@ def _wait_for_tpu(tpu, address, seconds, end, log):
 
 
 class _Meeting:
-    """The chief listens at its address until all others have connected, then tells them to go on.
+    """The chief listens until all other workers have connected, then tells them to continue.
 
     Messages are lines of JSON. A worker sends {"worker": its index in `Cluster.workers`}. The chief
     sends {"missing": [names]} whenever that changes, with an empty list at the end, or {"error":
@@ -236,7 +241,7 @@ class _Meeting:
         self._join()
 
     def _listen(self) -> socket.socket:
-        """A socket at this process's port, which shows that TensorFlow can use it, too."""
+        """Opens a socket at this process's port, to check that TensorFlow will be able to."""
         own = self._workers[self._own]
         try:
             if socket.has_dualstack_ipv6():
@@ -252,7 +257,7 @@ class _Meeting:
             ) from None
 
     def _wait_for(self, missing: list[str], note: str = "") -> None:
-        """Says who is missing, when that changes and once a minute; raises at the end."""
+        """Logs the missing workers, on changes and once a minute; raises after the time limit."""
         names = ", ".join(missing) + note
         now = time.monotonic()
         if now > self._end:
@@ -281,7 +286,7 @@ class _Meeting:
                 self._wait_for(missing)
                 ready, _, _ = select.select([server, *arrived.values()], [], [], POLL_SECONDS)
                 for i in [i for i, connection in arrived.items() if connection in ready]:
-                    arrived.pop(i).close()  # a worker sends nothing more: this one has ended
+                    arrived.pop(i).close()  # workers send only one message, so this one has closed
                     told.pop(i, None)
                 if server in ready:
                     self._welcome(server.accept()[0], arrived)
@@ -326,7 +331,7 @@ class _Meeting:
             time.sleep(POLL_SECONDS)
 
     def _follow(self, connection) -> bool:
-        """Waits for the others. False if what listens at the chief's address is not the chief.
+        """Waits for the other workers; False if another program answers at the chief's address.
 
         Raises:
             OSError: the connection was closed.
@@ -346,7 +351,7 @@ class _Meeting:
 
 
 def _send(connection, **message) -> None:
-    with contextlib.suppress(OSError):  # the other end is gone, as the next read will show
+    with contextlib.suppress(OSError):  # if the connection is closed, the next read fails
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -354,7 +359,7 @@ def _receive(connection) -> dict | None:
     """Returns the next message; None if something else was sent.
 
     Raises:
-        OSError: the connection is closed, or sent no whole line in time.
+        OSError: the connection is closed, or no complete line arrived in time.
     """
     # Unbuffered, so that the next message is left for the next call.
     with connection.makefile("rb", buffering=0) as stream:

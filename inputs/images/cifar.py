@@ -29,7 +29,7 @@ BINARY = {split: [f"{name}.bin" for name in names] for split, names in PYTHON.it
 STRIPS = {"train": [f"train-{i}.png" for i in range(5)], "validation": ["test.png"]}
 LABELS = "labels.npz"  # of the strips
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-# Exceptions of a damaged file or archive, and of one with other content.
+# Exceptions for a damaged file or archive, and for a file with other content.
 DAMAGE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 NOT_CIFAR = (
     ValueError,
@@ -43,7 +43,7 @@ NOT_CIFAR = (
 
 
 def is_cifar(path: str) -> bool:
-    """Whether a path is an archive of CIFAR-10, or a folder of an unpacked one or of PNG strips."""
+    """Whether a path is an archive of CIFAR-10, an unpacked one, or a folder of PNG strips."""
     if os.path.basename(path) in ARCHIVES:
         return True
     names = [names["validation"][0] for names in (PYTHON, BINARY, STRIPS)]
@@ -54,17 +54,18 @@ def cifar_source(path: str, split: str) -> Source:
     """One split of CIFAR-10, with one part per file.
 
     Args:
-        path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder of an unpacked one, or a
-            folder with train-0.png ... train-4.png and test.png (each with 10,000 images of 32x32
-            in one column) and labels.npz with `y_train` and `y_test`.
+        path: cifar-10-python.tar.gz, cifar-10-binary.tar.gz, the folder of an unpacked archive, or
+            a folder of PNG strips: train-0.png to train-4.png and test.png (each with 10,000 images
+            of 32x32 pixels in one column), and labels.npz with `y_train` and `y_test`.
         split: "train" or "validation".
 
     Raises:
-        InputError: a file is missing, has other content than its name says, or a label above 9.
+        InputError: a file is missing, has other content than its name says, or has a label above 9.
+            All but the first are raised when a part is read.
     """
     formats = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
     members = _members(path)
-    # The format of which most files are there.
+    # The format with the most files present.
     names, read = max(formats, key=lambda form: len(members.keys() & set(form[0][split])))
     files = names[split]
     needed = [*files, LABELS] if read is _read_strip else files
@@ -125,7 +126,7 @@ def _content(path, name) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and nothing else, because a pickle may run any program."""
+    """Unpickles only NumPy arrays, because a pickle may run arbitrary code."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],

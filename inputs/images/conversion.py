@@ -1,4 +1,4 @@
-"""Images in formats that TensorFlow cannot decode become PNGs: TIFF, AVIF, JPEG 2000, Netpbm."""
+"""Converts images that TensorFlow cannot decode to PNG: TIFF, AVIF, JPEG 2000, Netpbm."""
 
 import io
 import struct
@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import PIL.Image
 
-# About these, TensorFlow's decoder has the last word.
+# TensorFlow decodes these formats, so its error message is used for them.
 TENSORFLOW = ("JPEG", "MPO", "PNG", "GIF")
-# What Pillow raises for a damaged file.
+# Exceptions that Pillow raises for a damaged file.
 DAMAGE = (
     OSError,
     ValueError,
@@ -21,9 +21,9 @@ DAMAGE = (
 
 
 def to_png(data: bytes) -> tuple[bytes, str]:
-    """Decodes an image file with Pillow, without loss except that 16 bits become 8.
+    """Decodes an image file with Pillow and encodes it as an RGB PNG, with 8 bits per channel.
 
-    Of an animation or of several pages, the first one.
+    Of an animation or a file with several pages, only the first image is converted.
 
     Args:
         data: the bytes of the file.
@@ -32,8 +32,8 @@ def to_png(data: bytes) -> tuple[bytes, str]:
         (the bytes of an RGB PNG, the format of `data`).
 
     Raises:
-        ValueError: `data` is damaged. Its message is "" if TensorFlow's is better: the format is
-            unknown, or one of `TENSORFLOW`.
+        ValueError: `data` is damaged. The message is "" if that of TensorFlow should be shown
+            instead, because the format is unknown or one of `TENSORFLOW`.
     """
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:

@@ -8,10 +8,10 @@ from inputs.batching import integers_below, random_bits, uniform, unit_floats
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-# JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. The remaining factor is below 2, where
-# bilinear scaling skips no pixel.
+# A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. The remaining scale factor is below 2, at
+# which bilinear scaling skips no pixel.
 SHRINK = (1, 2, 4, 8)
-# RandAugment; the defaults of tf-models 2.20. The magnitude is of 10.
+# RandAugment: the defaults of tf-models 2.20. The magnitude is on a scale of 0 to 10.
 LAYERS, MAGNITUDE = 2, 10
 FILL = [128, 128, 128]
 # Streams of random numbers, see `uniform`.
@@ -56,27 +56,27 @@ def random_windows(height, width, *, seed: int, ids):
 
 
 def decode_window(data, window, image_size: int):
-    """A window of an image, scaled bilinearly: [S, S, 3] uint8.
+    """Decodes a window of an image and scales it bilinearly: [S, S, 3] uint8.
 
-    Args: as `decode_crop`.
+    See `decode_crop` for the arguments.
     """
     return scale(decode_crop(data, window, image_size), image_size)
 
 
 def decode_crop(data, window, image_size: int):
-    """A window of an image, each side at least S unless the window is smaller: [h, w, 3] uint8.
+    """Decodes a window of an image: [h, w, 3] uint8.
 
-    Of a JPEG only the window is decoded, at a lower resolution where that is enough. Other
-    formats (PNG, BMP, GIF, WebP; the file name does not matter) are decoded whole. Grey and CMYK
-    images become RGB.
+    A JPEG is decoded only in the window, and at a lower resolution if both sides are still at least
+    S. Other formats (PNG, BMP, GIF, WebP) are decoded completely, then cropped. The format is
+    detected from the content. Grey and CMYK images become RGB.
 
     Args:
         data: scalar string, an image file.
-        window: [4] int32: top, left, height, width.
-        image_size: S.
+        window: [4] int32: top, left, height and width, in pixels.
+        image_size: S, pixels of each side after scaling.
     """
     shorter = tf.reduce_min(window[2:])
-    # 0 to 3: how often to halve; 4: not a JPEG.
+    # 0 to 3: number of halvings; 4: not a JPEG.
     halvings = tf.reduce_sum(tf.cast(shorter // tf.constant(SHRINK[1:]) >= image_size, tf.int32))
     kind = tf.where(tf.io.is_jpeg(data), halvings, len(SHRINK))
     branches = [lambda ratio=ratio: _decode_jpeg_window(data, window, ratio) for ratio in SHRINK]
@@ -84,15 +84,15 @@ def decode_crop(data, window, image_size: int):
 
 
 def decode_centre(data, image_size: int, padding: int):
-    """The centre of an image, scaled bilinearly: [S, S, 3] uint8.
+    """Decodes the centre of an image and scales it bilinearly: [S, S, 3] uint8.
 
-    The crop is the central square of S / (S + padding) of the shorter side. With S = 224 and
-    padding = 32 this equals scaling that side to 256 and cropping the central 224.
+    The crop is the central square with S / (S + padding) of the shorter side. With S = 224 and
+    padding = 32 this equals scaling that side to 256 and cropping the central 224 pixels.
 
     Args:
         data: scalar string, an image file.
         image_size: S.
-        padding: 32 for photographs, 0 for the whole square.
+        padding: 32 for photographs; 0 for the largest central square.
 
     Raises:
         tf.errors.InvalidArgumentError: `data` is not an image.
@@ -116,9 +116,9 @@ def scale(image, image_size: int):
 
 
 def random_shifts(images, *, seed: int, ids):
-    """Shifts each image by up to 4 pixels in each direction, and fills with black.
+    """Shifts each image by up to 4 pixels in each direction, and fills the border with black.
 
-    He et al., arXiv:1512.03385, section 4.2, for CIFAR-10.
+    This is the augmentation of CIFAR-10 in He et al., arXiv:1512.03385, section 4.2.
 
     Args:
         images: [B, S, S, 3].
@@ -126,7 +126,7 @@ def random_shifts(images, *, seed: int, ids):
         ids: [B] int64, example ids.
 
     Returns:
-        [B, S, S, 3], of the same dtype.
+        [B, S, S, 3], of the same dtype as `images`.
     """
     size = images.shape[1]
     padded = tf.pad(images, [[0, 0], [4, 4], [4, 4], [0, 0]])
@@ -143,7 +143,7 @@ def random_flips(*, seed: int, ids):
     return uniform(seed, FLIP_STREAM, ids, 1)[:, 0] < 0.5
 
 
-@tf.autograph.experimental.do_not_convert  # needs no conversion, which takes most of the tracing
+@tf.autograph.experimental.do_not_convert  # has nothing to convert; conversion is slow
 def rand_augment(image, *, seed: int, example_id):
     """Applies two random operations of tf-models to an image (Cubuk et al., arXiv:1909.13719).
 
@@ -170,10 +170,10 @@ def rand_augment(image, *, seed: int, example_id):
 
 
 def _augmentations(image, level: float, sign):
-    """Functions that each apply one operation to the image.
+    """Returns functions without arguments that each apply one operation to the image.
 
-    The ranges are those of AutoAugment and RandAugment in tf-models 2.20. Cutout, which draws its
-    position itself, is missing, as in the ResNet-RS recipes of tf-models.
+    The ranges are those of AutoAugment and RandAugment in tf-models 2.20. Cutout is left out, as in
+    the ResNet-RS recipes of tf-models, because it draws its position from the global random state.
 
     Args:
         image: [S, S, 3] uint8.
@@ -208,7 +208,7 @@ def _augmentations(image, level: float, sign):
 
 
 def _decode_jpeg_window(data, window, ratio: int):
-    # libjpeg rounds the scaled size up, so the window rounded down lies inside it.
+    # libjpeg rounds the scaled size up, so a window that is rounded down lies inside the image.
     scaled = tf.concat([window[:2] // ratio, tf.maximum(window[2:] // ratio, 1)], axis=0)
     return tf.io.decode_and_crop_jpeg(data, scaled, channels=3, ratio=ratio)
 

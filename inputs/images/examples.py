@@ -1,7 +1,7 @@
 """Batches of labelled images from prepared shards.
 
-A training example (its image, crop and flip) is a function of (seed, example id) alone: any host
-can make any step without the steps before it.
+A training example (its image, crop and flip) is a function of (seed, example id) alone, so any host
+can compute any step without the steps before it. Only mixup depends on the batch, too.
 """
 
 import numpy as np
@@ -48,15 +48,16 @@ class Images:
         folder: with the shards and their manifest.
         image_size: S, pixels of each side.
         seed: int, decides the order, the crops and the flips.
-        augmentation: "crop" for random crops and flips (raw pixels are shifted by up to 4 pixels
-            instead of cropped), "randaugment" for two random operations in addition, or "none" for
-            the images as in evaluation.
+        augmentation: one of `AUGMENTATIONS`: "crop" for random crops and flips (raw pixels are
+            shifted by up to 4 pixels instead of cropped), "randaugment" for two random operations
+            in addition, "none" for images as in evaluation.
         mixup_alpha: parameter of the Beta distribution of mixup weights; 0 turns mixup off.
-        bad_records: counts damaged records. The next record takes the place of a damaged one, with
-            weight 0. None: the first damaged record is an error.
+        bad_records: counts damaged records. A damaged record is replaced by the next one, with
+            weight 0. If None, the first damaged record raises an error.
 
     Attributes:
-        manifest: of the folder.
+        bad_records: as given.
+        manifest: the manifest of the folder.
         num_examples: number of images.
         padding: see `decoding.decode_centre`.
 
@@ -105,7 +106,12 @@ class Images:
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """The centre of each of the first `limit` images, once.
 
-        The last batch is filled with examples of weight 0. Args: as `training_batches`.
+        The last batch is filled up with examples of weight 0.
+
+        Args:
+            global_batch_size: examples per step over all replicas.
+            limit: maximum number of examples.
+            context: as in `training_batches`.
         """
         local, ids_of = host_batches(global_batch_size, context)
         total = min(limit, self.num_examples)
@@ -118,7 +124,7 @@ class Images:
         return self._batches(indices.map(selection), ids_of(0).shape[0], training=False)
 
     def files(self, count: int):
-        """Yields (bytes of an image file, label) of `count` images, evenly spaced."""
+        """Yields (bytes of an image file, label) of at most `count` evenly spaced images."""
         chosen = range(0, self.num_examples, max(1, self.num_examples // count))
         for record in self._reader.read(chosen[:count])[0]:
             features = tf.io.parse_single_example(record, FEATURES)
@@ -198,8 +204,8 @@ class Images:
         ids = batch.pop("id")
         weights = tf.ones(ids.shape, tf.float32)
         if training and self._mixup_alpha:
-            # Beta(a, a) as a ratio of two gamma variates. They are seeded by the first id of the
-            # batch, because the partner of an example depends on its batch anyway.
+            # Beta(a, a) as a ratio of gamma variates. They are seeded with the first id of the
+            # batch, because the image that an example is mixed with depends on the batch anyway.
             seed = tf.stack([np.int64(self._seed), ids[0]])
             alpha = tf.constant(self._mixup_alpha, tf.float32)
             gammas = tf.random.stateless_gamma([2, *ids.shape], seed, alpha)

@@ -1,4 +1,4 @@
-"""The files beside ImageNet that tell its classes and the labels of its validation images."""
+"""Reads the files that list ImageNet's classes and the labels of its validation images."""
 
 import os
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from inputs.errors import InputError
 from inputs.images.sources import Class, read_csv
 
-# Kaggle's, with the columns ImageId and PredictionString ("n03995372 85 1 499 272 ...", a WordNet
-# id and a box, for each object); and the list of the TPU demos, with a WordNet id per line.
+# Kaggle's list has the columns ImageId and PredictionString ("n03995372 85 1 499 272 ...": for each
+# object a WordNet id and a box). The list of the TPU demos has a WordNet id per line.
 KAGGLE_LABELS = "LOC_val_solution.csv"
 DEMO_LABELS = "imagenet_2012_validation_synset_labels.txt"
 LABELS = (KAGGLE_LABELS, DEMO_LABELS)
@@ -22,10 +22,11 @@ def find_labels(folder: str) -> dict[str, str] | None:
     """The WordNet ids of the validation images, by file name without suffix.
 
     Args:
-        folder: the file of labels is searched there, beside the folder, and above CLS-LOC.
+        folder: folder of the images. The file of labels is searched in it, in its parent, and above
+            CLS-LOC.
 
     Returns:
-        None if there is no such file.
+        File name without suffix -> WordNet id; None if there is no file of labels.
 
     Raises:
         InputError: the file cannot be read.
@@ -50,7 +51,7 @@ def find_classes(folder: str) -> list[Class] | None:
 
 
 def sorted_classes(wnids: Iterable[str]) -> list[Class]:
-    """The classes of these WordNet ids, in the order of the labels of ImageNet."""
+    """The classes with these WordNet ids, in ImageNet's order of labels, which is alphabetical."""
     return [Class(wnid, wnid) for wnid in sorted(set(wnids))]
 
 

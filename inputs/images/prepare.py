@@ -47,14 +47,14 @@ def find_sources(
         path: file or folder.
         split: the split of a source that does not name it.
         classes_csv: a class list, or "".
-        label_base: label of the first class in TFRecords; None to find it out.
-        log: receives lines about what was found out, and about folders that are passed over.
+        label_base: label of the first class in TFRecords; None to infer it from the records.
+        log: receives lines about what was inferred, and about folders that are passed over.
 
     Returns:
         A source for each split.
 
     Raises:
-        InputError: no layout is recognised.
+        InputError: no layout is recognised, or a file, label or class is missing.
     """
     if not os.path.exists(path):
         raise InputError(f"--source: {path} does not exist.")
@@ -97,7 +97,7 @@ def _folder_sources(path, split, classes_csv, log) -> list[Source]:
             "(train-00000-of-01024) and no files of CIFAR-10."
         )
     classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(path)
-    if not folders:  # CLS-LOC/val by itself
+    if not folders:  # as CLS-LOC/val
         return [_flat_source(path, classes)]
     splits, others = _splits(path, folders)
     if not splits:
@@ -123,9 +123,10 @@ def _folder_sources(path, split, classes_csv, log) -> list[Source]:
 
 
 def _splits(path, folders):
-    """The folders of splits in a folder, by split, and the other folders.
+    """Returns (split -> its folder, other folders) for the folders in a folder.
 
-    No folder is that of a split if all hold images and have no labels: then they are classes.
+    A folder that is named after a split counts as one only if its images have labels: from class
+    folders or, for validation, from a file.
     """
     splits: dict[str, str] = {}
     others = []
@@ -176,8 +177,8 @@ def check_image(data: bytes) -> tuple[bytes, int, int, str, str]:
     """Decodes an image file.
 
     Returns:
-        (an image file that TensorFlow decodes, height, width, the format that `data` had if it was
-        another one, error message or "").
+        (an image file that TensorFlow can decode, height, width, the original format if `data` was
+        converted or "", error message or "").
     """
     kind = ""
     try:
@@ -240,15 +241,16 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
     Args:
         source: the split.
         output: folder of all splits.
-        request: JSON values of the flags; a stopped preparation continues if they are the same.
-        pool: an executor that decodes.
+        request: JSON values of the flags; a stopped preparation continues only if they are the
+            same.
+        pool: `concurrent.futures.Executor` that decodes images.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: from the source; its classes differ from those of the other split; or another
-            process prepares the same folder.
+        InputError: the source cannot be read, no image can be decoded, the classes differ from
+            those of the other split, or another process is preparing the same folder.
     """
     folder = os.path.join(output, source.split)
     plan = request | {
@@ -310,7 +312,7 @@ def _hash(value) -> str:
 
 
 def _classes_of_records(written, folder) -> list[Class]:
-    """The classes that the records name, which must have the labels 0, 1, 2, ... without a gap."""
+    """The classes that the records name; their labels must be 0, 1, 2, ... without a gap."""
     seen: dict[int, Class] = {}
     for shard in written:
         for label, (wnid, text, _) in shard.facts["seen"].items():

@@ -1,8 +1,8 @@
 """Shards of images, and the manifest of a folder of them.
 
 A record is a `tf.train.Example` with `inputs.images.examples.FEATURES`. While a preparation is in
-progress the folder holds plan.json, and SHARD.arrayrecord.json beside each finished shard, so that
-a stopped preparation continues with the first missing shard.
+progress, the folder also holds plan.json, and SHARD.arrayrecord.json for each finished shard, so
+that a stopped preparation continues with the first missing shard.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ class Shard:
     """A finished shard.
 
     Attributes:
-        file: base name.
+        file: base name of the file.
         count: number of records.
-        bytes: size of the file.
+        bytes: size of the file in bytes.
         sha256: hash of its records.
         facts: JSON values about its records.
     """
@@ -49,9 +49,9 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
 
     Args:
         folder: an existing folder.
-        name: of the file, without a suffix.
-        records: read once, and only if the shard is missing.
-        facts: JSON values about the records; may be filled while `records` are read.
+        name: name of the file, without a suffix.
+        records: serialised records; read only if the shard is missing.
+        facts: JSON values about the records; may be filled while `records` is read.
 
     Raises:
         InputError: the shard cannot be written.
@@ -73,13 +73,13 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
 
 
 def check_content(folder: str, plan: dict) -> None:
-    """Makes the folder if it is missing, and checks that this preparation may write there.
+    """Creates the folder if it is missing, and checks that this preparation may write there.
 
-    It may if the folder is empty, or was begun or finished with the same plan; also with another
-    plan as long as no shard is finished.
+    The folder may be empty, or begun or finished with the same plan. If no shard is finished, it
+    may also have been begun with another plan.
 
     Raises:
-        InputError: the folder cannot be made, or has other content.
+        InputError: the folder cannot be created, or has other content.
     """
     finished, begun = (os.path.join(folder, name) for name in (MANIFEST, PLAN))
     try:
@@ -98,7 +98,7 @@ def check_content(folder: str, plan: dict) -> None:
 
 
 def begin(folder: str, plan: dict) -> None:
-    """Writes the plan; `check_content` allows it, and the folder is locked."""
+    """Checks the folder with `check_content` and writes the plan. The caller holds the lock."""
     check_content(folder, plan)
     write_json(os.path.join(folder, PLAN), plan)
 
@@ -115,13 +115,13 @@ def check_plan(folder: str, begun: dict, plan: dict) -> None:
 
 
 def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
-    """Writes the manifest, and removes the plan and the files beside the shards.
+    """Writes the manifest, and removes the plan, the JSON files of the shards, and empty shards.
 
     Args:
-        folder: of the shards.
-        shards: all of them, in order.
-        notes: JSON values that do not enter the manifest's hash.
-        **facts: JSON values that enter the hash: all that decides what the records mean.
+        folder: folder of the shards.
+        shards: all shards, in order.
+        notes: JSON values for the manifest that are not part of its hash.
+        **facts: JSON values that are part of the hash, because they define what the records mean.
 
     Returns:
         The manifest.
@@ -156,12 +156,12 @@ class ShardReader:
     """Random access to the records of a folder, numbered from 0 over all its shards.
 
     Args:
-        folder: with a manifest.
+        folder: folder with a manifest.
         kind: the `kind` that the manifest must have.
         bad_records: each damaged record is reported to it once.
 
     Attributes:
-        manifest: dictionary.
+        manifest: content of the manifest, a dictionary.
         count: number of records.
 
     Raises:
@@ -208,13 +208,13 @@ class ShardReader:
         self._lock = threading.Lock()  # several threads read batches
 
     def read(self, indices) -> tuple[np.ndarray, np.ndarray]:
-        """Reads records; the next readable one takes the place of a damaged one.
+        """Reads records; a damaged one is replaced by the next readable one.
 
         Args:
             indices: [B] integers in [0, `count`).
 
         Returns:
-            [B] bytes objects; and [B] bool, False where another record took the place.
+            ([B] bytes objects, [B] bool: False where the record was replaced).
 
         Raises:
             InputError: too many records are damaged.
@@ -222,13 +222,13 @@ class ShardReader:
         indices = [int(index) for index in indices]
         try:
             return np.array(self._source.__getitems__(indices), object), np.ones(len(indices), bool)
-        except UNREADABLE:  # does not say which record it was
+        except UNREADABLE:  # does not tell which record is damaged
             found = [self._read_from(index) for index in indices]
         records, positions = zip(*found, strict=True)
         return np.array(records, object), np.array(positions) == indices
 
     def _read_from(self, start):
-        """(record, index) of the first readable record from `start` on, cyclically."""
+        """(record, index) of the first readable record at or after `start`, cyclically."""
         for index in itertools.chain(range(start, self.count), range(start)):
             try:
                 return self._source[index], index

@@ -1,7 +1,7 @@
-"""Sources of labelled images, and folders of them.
+"""Sources of labelled images, and sources that read folders of image files.
 
 A source is read in parts, and each part becomes one shard. `tars.py`, `tfrecords.py` and `cifar.py`
-make sources of tars, TFRecords and CIFAR-10.
+make sources from tars, TFRecords and CIFAR-10.
 """
 
 import csv
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from inputs.errors import InputError
 from inputs.files import PassedOver, file_state, list_folder, read_bytes, walk
 
-# By the end of the file name, in lower case. TensorFlow decodes the first line, `conversion.py` the
-# others. The content decides about the format.
+# Suffixes of image files, in lower case. TensorFlow decodes the formats of the first line, and
+# `conversion.py` converts the others. The format itself is detected from the content.
 SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp")
 SUFFIXES += (".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pbm")
 IMAGES_PER_PART = 1_000
@@ -53,10 +53,10 @@ class Part(NamedTuple):
     """The images of one shard.
 
     Attributes:
-        name: of the shard.
-        read: yields the images.
-        identity: identifies the images and labels, to recognise the same part again: their names,
-            sizes and times of change.
+        name: name of the shard, without a suffix.
+        read: function without arguments that yields the images.
+        identity: names, sizes and modification times of the files, and the labels, to detect that a
+            part changed since an earlier run.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Source:
     Attributes:
         split: "train" or "validation".
         parts: in order.
-        classes: by label; None if only the records name them.
+        classes: in the order of their labels; None if only the records name them.
         pixels: [height, width, channels] of raw uint8 pixels; None for image files.
         passed_over: files that are not read.
     """
@@ -110,7 +110,11 @@ def read_classes(path: str) -> list[Class]:
 
 
 def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line number, row) of a CSV with a header; `InputError` if a column is missing."""
+    """Yields (line number, row) of a CSV with a header.
+
+    Raises:
+        InputError: the file cannot be read, or a column or value is missing.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -130,7 +134,19 @@ def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def parse_label(text: str, classes, where: str) -> int:
-    """Parses a label, in [0, len(classes)); `where` is the file, line and field, for the error."""
+    """Parses a label.
+
+    Args:
+        text: the label in decimal digits.
+        classes: the class list.
+        where: the file, line and field, for the error message.
+
+    Returns:
+        The label, in [0, len(classes)).
+
+    Raises:
+        InputError: `text` is not such a label.
+    """
     if not text.isdecimal() or int(text) >= len(classes):
         raise InputError(
             f"{where}: {text!r} is outside the labels 0 to {len(classes) - 1} of the class list."
@@ -152,7 +168,7 @@ def check_same_classes(one, other, one_name: str, other_name: str) -> None:
 
 
 def split_of(folder_name: str) -> str:
-    """The split that a folder is named after, as Train or val_set: a value of `SPLITS`, or ""."""
+    """The split that a folder such as Train or val_set is named after, from `SPLITS`; else ""."""
     name = re.sub(r"[-_ ]?(set|images|data)$", "", folder_name.lower())
     return SPLITS.get(name, "")
 
@@ -174,8 +190,8 @@ def folder_source(path: str, split: str, classes: list[Class] | None) -> Source:
             alphabetical order.
 
     Raises:
-        InputError: a class folder has no images, or is not in the class list; or the class folders
-            look as if the classes were the folders below them.
+        InputError: a class folder has no images, or is not in the class list; or the folders seem
+            to be splits or a single parent folder, with the class folders below them.
     """
     passed_over = PassedOver()
     folders, loose = list_folder(path, "--source", passed_over)
@@ -232,10 +248,15 @@ def labels_of(classes: list[Class]) -> dict[str, int]:
 
 
 def label_of(file: str, wnids: dict[str, str], labels: dict[str, int]) -> int:
-    """The label of a file, whose class `wnids` has by its name without suffix.
+    """The label of a file.
+
+    Args:
+        file: path of the file.
+        wnids: file name without suffix -> WordNet id of the class.
+        labels: WordNet id -> label, from `labels_of`.
 
     Raises:
-        InputError: it has none.
+        InputError: the file has no class, or one that is not in `labels`.
     """
     wnid = wnids.get(os.path.splitext(os.path.basename(file))[0])
     if wnid not in labels:
@@ -245,7 +266,7 @@ def label_of(file: str, wnids: dict[str, str], labels: dict[str, int]) -> int:
 
 
 def file_source(path, split, rows, classes, passed_over) -> Source:
-    """A source of image files; `rows` are (path, label), with paths below `path`."""
+    """Makes a source of image files; `rows` are (path, label) of files below `path`."""
 
     def read(chosen):
         for name, label, _ in chosen:
@@ -267,12 +288,12 @@ def _state(file):
 
 
 def has_picture(folder: str) -> bool:
-    """Whether a folder itself holds an image, judging by the names."""
+    """Whether a folder directly contains an image, judging by the file names."""
     return any(is_picture(entry.name) for entry in list_folder(folder, "--source")[1])
 
 
 def _check_depth(path, folders):
-    """Refuses folders of class folders, which would be classes by themselves."""
+    """Raises `InputError` if `folders` seem to hold class folders instead of being classes."""
     if not folders or any(has_picture(folder.path) for folder in folders):
         return
     below = [{e.name for e in list_folder(folder.path, "--source")[0]} for folder in folders]
@@ -292,7 +313,17 @@ def _check_depth(path, folders):
 
 
 def make_parts(split: str, rows: list, read, where: str) -> list[Part]:
-    """Parts of `IMAGES_PER_PART` rows, which identify them; `read` yields the items of rows."""
+    """Splits rows into parts of `IMAGES_PER_PART` images.
+
+    Args:
+        split: "train" or "validation".
+        rows: one tuple per image, with a `repr` that identifies the image and its label.
+        read: function that takes a list of rows and yields their `Item`s.
+        where: path of the source, for the error message.
+
+    Raises:
+        InputError: there are no rows.
+    """
     if not rows:
         raise InputError(f"--source: {where} lists no image.")
     blocks = [rows[i : i + IMAGES_PER_PART] for i in range(0, len(rows), IMAGES_PER_PART)]

@@ -1,4 +1,4 @@
-"""Labelled images in tars: with a CSV of the labels, and as image-net.org distributes ImageNet."""
+"""Reads labelled images from tars: with a CSV of labels, or the tars of image-net.org."""
 
 import os
 import posixpath
@@ -21,7 +21,7 @@ from inputs.images.sources import (
     read_csv,
 )
 
-MAX_LINKS = 40  # that are followed from one to the next, as in Linux
+MAX_LINKS = 40  # longest chain of links that is followed, as in Linux
 
 
 class Member(NamedTuple):
@@ -79,7 +79,7 @@ def tar_source(
 
 
 def _listed(path, table, classes, members):
-    """(member, label, place) of each line of the CSV."""
+    """Returns (member, label, place) of each line of the CSV."""
     rows = []
     for line, row in read_csv(table, ("file", "index")):
         label = parse_label(row["index"], classes, f"{table}, line {line}, index")
@@ -120,7 +120,7 @@ def _tar_of_tars(path, split, classes, members) -> Source:
 
 def _source(path, split, rows, classes, passed_over) -> Source:
     def read(chosen):
-        # At their places: `tarfile` would read the headers of all members again for each shard.
+        # Seeks to each file, because `tarfile` would read all headers again for each shard.
         with open(path, "rb") as file:
             for name, label, place, _ in chosen:
                 file.seek(place.offset)
@@ -140,7 +140,7 @@ def _read_members(path) -> dict[str, Member]:
 
 
 def _members_of(file: IO[bytes], where: str) -> dict[str, Member]:
-    """The files in a tar by name; a link has the place of what it links to.
+    """The files in a tar by name; a link has the place of its target.
 
     Raises:
         InputError: the tar is damaged, or a link leads to nothing.
@@ -178,7 +178,7 @@ def _members_of(file: IO[bytes], where: str) -> dict[str, Member]:
 
 
 def _target(name, links, members) -> str:
-    """Where a link leads; a name that is not in `members` if it leads to nothing."""
+    """The target of a link; a name that is not in `members` if the link is broken."""
     for _ in range(MAX_LINKS):
         if name in members or name not in links:
             break
@@ -187,7 +187,7 @@ def _target(name, links, members) -> str:
 
 
 class _Slice:
-    """A part of a file, as a file for `tarfile`."""
+    """A part of a file, as a file object that `tarfile` can read."""
 
     def __init__(self, file: IO[bytes], place: Member):
         self._file = file

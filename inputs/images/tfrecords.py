@@ -24,7 +24,7 @@ COMPRESSIONS = ("", "GZIP", "ZLIB")  # of `tf.data.TFRecordDataset`
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Features of an example.
+    """The names of the features in a layout of TFRecords.
 
     Attributes:
         image: name of the feature with the image file.
@@ -44,10 +44,10 @@ TFDS = Layout("image", "label", "file_name", base=0)
 
 
 def record_files(path: str) -> dict[str, list[str]]:
-    """The TFRecord files of a folder and of its folders for splits: "train" and so on -> paths.
+    """The TFRecord files in a folder and in its folders of splits, as split -> paths.
 
     Raises:
-        InputError: some of a split's files are missing, or one is there twice.
+        InputError: some of a split's files are missing, or one exists twice.
     """
     folders, files = list_folder(path, "--source")
     for folder in folders:
@@ -90,8 +90,11 @@ def record_sources(
         splits: from `record_files`.
         classes_csv: the class list; "" for label.labels.txt of TensorFlow Datasets, or else for
             the classes that the records name.
-        label_base: label of the first class; None to find it out.
-        log: receives a line about what was found out.
+        label_base: label of the first class; None to infer it from the records.
+        log: receives a line about what was inferred.
+
+    Raises:
+        InputError: the class list cannot be read.
     """
     listed = os.path.join(path, "label.labels.txt")
     classes = None
@@ -123,14 +126,14 @@ def record_sources(
 def find_label_base(
     files: list[str], num_classes: int | None, log: Callable[[str], object]
 ) -> int | None:
-    """The label of the first class in records of the layout of TensorFlow Datasets.
+    """Infers the label of the first class in records with the layout of TensorFlow Datasets.
 
-    Their labels count from 0, but others write the same layout with labels from 1. Labels are read
-    until one is 0 or `num_classes`; if there is neither, the labels count from the lowest one if
-    `num_classes` is not known, and otherwise from 0.
+    TensorFlow Datasets counts labels from 0, but other programs write the same layout with labels
+    from 1. Labels are read until one is 0 or `num_classes`. If there is neither, labels count from
+    1 if `num_classes` is not known and the lowest label is 1, otherwise from 0.
 
     Args:
-        files: of all splits, as a small split may lack a class.
+        files: paths of all splits, because a small split may lack a class.
         num_classes: None if not known.
         log: receives a line if the labels count from 1.
 

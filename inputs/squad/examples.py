@@ -37,7 +37,13 @@ def element_spec(batch_size: int, sequence_length: int):
 
 
 class _Texts:
-    """N tokenised strings, end to end: `ids`, `starts`, `ends` [T]; `begins` [N + 1] in them."""
+    """N tokenised strings, end to end.
+
+    Attributes:
+        ids: [T] int32 word pieces.
+        starts, ends: [T] int32 byte offsets of each piece in its string.
+        begins: [N + 1] int64, where each string begins in `ids`; the last entry is T.
+    """
 
     def __init__(self, tokenizer: OffsetTokenizer, texts: list[str]):
         parts = [
@@ -56,7 +62,7 @@ class _Texts:
 
 
 class Features:
-    """The windows of all questions of a SQuAD file, each a feature in the terms of run_squad.py.
+    """The windows of all questions of a SQuAD file, which run_squad.py calls features.
 
     Args:
         squad: from `inputs.squad.files.read_squad`.
@@ -69,10 +75,10 @@ class Features:
         squad: as given.
         num_examples: number of windows.
         question_of: [num_examples] int32, the question of each window, in ascending order.
-        first_pieces, last_pieces: [questions] ints, where the first annotated answer of each
-            question begins and ends in its context, in word pieces; of those whose place is known.
-        placed: [questions] bool, whether there is such an answer. Without one, the question's
-            windows do not count in the loss.
+        first_pieces, last_pieces: [questions] int64, the first and last word piece, in the context,
+            of the question's first answer whose place is known.
+        placed: [questions] bool, whether there is such an answer. If not, the question's windows
+            have weight 0 in the loss.
 
     Raises:
         InputError: a context has no word.
@@ -131,10 +137,10 @@ class Features:
         }
 
     def _answer_pieces(self):
-        """The first and last word piece in the context of each question's first answer, [Q]."""
+        """The first and last word piece of each question's answer in its context: [Q] int64."""
         contexts = self._contexts
         sizes = [len(context.encode()) for context in self.squad.contexts]
-        # Byte offsets counted over all contexts ascend, so one search finds all answers.
+        # Byte offsets over all contexts together ascend, so one search finds all answers.
         base = np.concatenate([[0], np.cumsum(np.add(sizes, 1))])[:-1]
         of_piece = np.repeat(base, np.diff(contexts.begins))
         spans = [self._answer_bytes(question) for question in self.squad.questions]
@@ -143,7 +149,7 @@ class Features:
         last = np.searchsorted(contexts.starts + of_piece, spans[:, 1], side="left") - 1
         begin = contexts.begins[:-1][self._context_of]
         end = contexts.begins[1:][self._context_of]
-        # An answer of characters that BERT drops, such as accents, has no piece of its own.
+        # An answer that consists of characters that BERT drops, such as accents, has no piece.
         first = np.minimum(first, end - 1)
         return first - begin, np.maximum(last, first) - begin
 
@@ -156,7 +162,7 @@ class Features:
         return first, first + len(text.encode())
 
     def report_unknown(self) -> str:
-        """A line about the share of [UNK] in the contexts: see `inputs.text.unknown.report`."""
+        """Formats a line about the share of [UNK] in the contexts, with `unknown.report`."""
         contexts = self._contexts
         places = np.flatnonzero(contexts.ids == self._vocabulary.index(UNK))
         found = np.unique(np.searchsorted(contexts.begins, places, "right") - 1)
@@ -165,7 +171,7 @@ class Features:
         return unknown.report(len(places), int(contexts.begins[-1]), count(texts))
 
     def text_of(self, question: int, first: int, last: int) -> str:
-        """The text of a question's context from piece `first` to `last`, as in the file."""
+        """The text of a question's context from piece `first` to `last`, inclusive."""
         context = self._context_of[question]
         begin = self._contexts.begins[context]
         start = self._contexts.starts[begin + first]
@@ -173,7 +179,10 @@ class Features:
         return self.squad.contexts[context].encode()[start:end].decode()
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
-        """Infinite data set of batches: see `inputs.text.examples.Examples.training_batches`."""
+        """Infinite data set of this host's batches: one per step for each of its replicas.
+
+        See `inputs.text.examples.Examples.training_batches` for the arguments.
+        """
         local, ids_of = host_batches(global_batch_size, context)
 
         def batch(k):
@@ -185,12 +194,19 @@ class Features:
         return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """Each of the first `limit` windows once; the last batch is filled with weight 0."""
+        """Each of the first `limit` windows once.
+
+        The last batch is filled up with examples of weight 0. See
+        `inputs.text.examples.Examples.evaluation_batches` for the arguments.
+        """
         total = min(limit, self.num_examples)
         return self._once(self.batch, total, global_batch_size, context)
 
     def prediction_batches(self, global_batch_size, context=None) -> tf.data.Dataset:
-        """Every window once, as `question_batch` makes them; the last batch is filled with -1."""
+        """Every window once, in batches of `question_batch`.
+
+        The last batch is filled up with windows whose `feature` is -1.
+        """
         return self._once(self.question_batch, self.num_examples, global_batch_size, context)
 
     def _once(self, make, total, global_batch_size, context):
@@ -205,7 +221,7 @@ class Features:
         return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
 
     def batch(self, feature, weights):
-        """Windows with the positions of their answers.
+        """Makes a batch of windows with the positions of their answers.
 
         Args:
             feature: [B] int64, indices of windows.
@@ -227,9 +243,9 @@ class Features:
         }
 
     def question_batch(self, feature, weights):
-        """Windows with the positions where an answer may be.
+        """Makes a batch of windows with the positions where an answer may be.
 
-        Args: as `batch`.
+        See `batch` for the arguments.
 
         Returns:
             The model's inputs; `may_begin` and `may_end`: [B, L] bool, from

@@ -1,4 +1,4 @@
-"""Reads SQuAD v1.1 files, checks every field, and names the file and field of a mistake."""
+"""Reads SQuAD v1.1 files and checks every field; errors name the file and the field."""
 
 import contextlib
 import dataclasses
@@ -23,8 +23,8 @@ class Question:
         id: unique in the file.
         text: the question.
         context: index in `Squad.contexts`.
-        answers: each as (index of its first character in the context, text). The index is None if
-            the text is not at the place that the file gives.
+        answers: (index of the first character in the context, text) of each answer. The index is
+            None if the text is not at the place that the file gives.
     """
 
     id: str
@@ -43,10 +43,10 @@ class Squad:
     """The content of a file.
 
     Attributes:
-        contexts: paragraphs.
+        contexts: the paragraphs that answers are found in.
         questions: in the order of the file.
         fingerprint: a hash of the file's content.
-        path: of the file.
+        path: path of the file.
     """
 
     contexts: list[str]
@@ -92,14 +92,14 @@ def read_squad(path: str, records: BadRecords | None = None) -> Squad:
     """Reads a SQuAD v1.1 file, gzipped or not.
 
     Args:
-        path: of the file.
-        records: counts the answers of a training file. One that differs from the context at its
-            position is damaged; a question without another one is left out. None for a dev file,
-            whose answers are compared as texts: they need no position.
+        path: path of the file.
+        records: for a training file, counts the answers. An answer that differs from the context at
+            its position is damaged, and a question with damaged answers only is left out. None
+            for a dev file, whose answers are compared as text and need no position.
 
     Raises:
-        InputError: the file cannot be read, a field is missing or of another type; or from
-            `records`.
+        InputError: the file cannot be read, a field is missing or of another type, or too many
+            answers are damaged.
     """
     raw = _content(path)
     try:

@@ -1,4 +1,4 @@
-"""BERT's tokenizer with the byte offsets of each word piece in the original text."""
+"""BERT's tokenizer, with the byte offsets of each word piece in the original text."""
 
 import numpy as np
 import tensorflow as tf
@@ -17,12 +17,12 @@ class OffsetTokenizer(tf.Module):
     """The tokenizer of `inputs.text.tokenizing.WordPieces`, with the offsets of each word piece.
 
     A piece extends from the first byte of the first character that it comes from to the last byte
-    of the last one, including following accents, so a span of pieces never splits a character.
+    of the last one, including accents that follow, so a span of pieces never splits a character.
     Several pieces may come from one character (BERT splits a Hangul syllable into two or three
     letters); each of them then has the offsets of the whole character.
 
-    *Differs from* `FastBertTokenizer.tokenize_with_offsets`: there, if several pieces come from a
-    character, all but the last one end where that character begins.
+    *Differs from* `FastBertTokenizer.tokenize_with_offsets`: there, if several pieces come from one
+    character, all but the last of them end where that character begins.
 
     Args:
         vocabulary: word pieces, ids by position.
@@ -73,14 +73,14 @@ class OffsetTokenizer(tf.Module):
     def _normalized(self, text):
         """The normalised strings [N], and for each of their bytes its origin in the original.
 
-        The origin of the normaliser is [N, (bytes + 1)]: where the byte's character begins, and at
-        the end the length of the original.
+        The origin is an [N, (bytes + 1)] ragged tensor: for each byte, the byte where its character
+        begins in the original; at the end, the length of the original.
         """
         if self._lower_case:
             return self._normalizer.normalize_with_offsets(text)
         kept, places = _without_format_characters(text)
         normal, origin = self._normalizer.normalize_with_offsets(kept)
-        # From a byte of `kept` to the byte of the original.
+        # Maps bytes of `kept` to bytes of the original.
         index = tf.cast(origin.flat_values, tf.int64)
         index += tf.gather(places.row_starts(), origin.value_rowids())
         return normal, origin.with_flat_values(tf.gather(places.flat_values, index))
@@ -93,7 +93,7 @@ def _without_format_characters(text):
     """
     points, offsets = tf.strings.unicode_decode_with_offsets(text, "UTF-8")
     borders = np.array([(first, last + 1) for first, last in format_ranges()], np.int32).ravel()
-    # Inside a range, an odd number of borders lies at or below a character.
+    # A character is inside a range if an odd number of borders are at or below it.
     below = tf.searchsorted(borders, points.flat_values, side="right")
     is_kept = points.with_flat_values(below % 2 == 0)
     points, offsets = (tf.ragged.boolean_mask(x, is_kept) for x in (points, offsets))

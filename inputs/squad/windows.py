@@ -1,23 +1,23 @@
 """Builds the model's input rows; long contexts are cut into overlapping windows.
 
-Written in TensorFlow operations, so that training, evaluation and the exported graph share them.
-The rules are those of run_squad.py in google-research/bert.
+These are TensorFlow operations, so that training, evaluation and the exported graph share them. The
+rules are those of run_squad.py in google-research/bert.
 """
 
 import typing
 
 import tensorflow as tf
 
-SPECIAL = 3  # [CLS] question [SEP] context [SEP]
+SPECIAL = 3  # special tokens of a row: [CLS] question [SEP] context [SEP]
 
 
 class Windows(typing.NamedTuple):
     """Parts of contexts, one per row. All fields are [W] int32; lengths are in word pieces.
 
     Attributes:
-        example: the row's pair of question and context.
+        example: index of the row's pair of question and context.
         start: where the window begins in the context.
-        length: of the window.
+        length: length of the window.
         question: length of the question, truncated to `max_query_length`.
         total: length of the whole context.
         room: the longest possible window.
@@ -34,13 +34,13 @@ class Windows(typing.NamedTuple):
 
 
 def cut_windows(question, total, *, sequence_length, max_query_length, doc_stride) -> Windows:
-    """The windows of each pair, in order; an empty context has one of length 0.
+    """The windows of each pair, in order; an empty context has one window of length 0.
 
     Args:
         question, total: [N] int32, the number of pieces of each question and of its context.
-        sequence_length: of a row; above `max_query_length` + 3.
+        sequence_length: length of a row; greater than `max_query_length` + 3.
         max_query_length: longer questions are truncated to this many pieces.
-        doc_stride: distance between the starts of two windows, at most the window's length.
+        doc_stride: distance between the starts of consecutive windows, limited to their length.
     """
     question = tf.minimum(question, max_query_length)
     room = sequence_length - SPECIAL - question
@@ -59,10 +59,10 @@ def rows(windows: Windows, question_ids, context_ids, sequence_length, *, cls, s
     """The model's inputs for windows.
 
     Args:
-        windows: W of them.
-        question_ids, context_ids: each a pair: [T] int32, the ids of all texts, T at least 1; and
+        windows: W windows.
+        question_ids, context_ids: each a pair of [T] int32, the ids of all texts, T at least 1, and
             [W] int64, where each row's text begins in them.
-        sequence_length: L, of a row.
+        sequence_length: L, length of a row.
         cls, sep, pad: ids of the special tokens.
 
     Returns:
@@ -91,13 +91,13 @@ def rows(windows: Windows, question_ids, context_ids, sequence_length, *, cls, s
 def may_answer(windows: Windows, sequence_length):
     """Where in each row an answer may begin, and where it may end.
 
-    A piece of the context is in several windows. An answer may begin at it only in the window with
-    the most context around it: the most pieces on the shorter side, then the longest window, then
-    the first. An answer may end at any piece of the context.
+    A piece of the context may be in several windows. An answer may begin at it only in the window
+    with the most context around it: the most pieces on the shorter side, then the longest window,
+    then the first. An answer may end at any piece of the context.
 
     Args:
-        windows: W of them.
-        sequence_length: L, of a row.
+        windows: W windows.
+        sequence_length: L, length of a row.
 
     Returns:
         Two [W, L] bool tensors.
@@ -109,13 +109,13 @@ def may_answer(windows: Windows, sequence_length):
     )
 
     def around(position, length):
-        # google-research/bert adds a hundredth of the length; here 100 times that, in integers.
+        # google-research/bert adds 0.01 * length to the minimum; scaled by 100 to stay in integers.
         score = 100 * tf.minimum(position, length - 1 - position) + length
         return tf.where((position >= 0) & (position < length), score, -1)
 
     inside = (position >= 0) & (position < length)
     own = around(position, length)
-    # Windows beyond the neighbours have less context.
+    # Only the neighbours are compared, because windows beyond them have less context.
     previous = tf.where(start > 0, around(position + step, room), -1)
     next_length = tf.minimum(room, total - start - step)
     following = tf.where(start + length < total, around(position - step, next_length), -1)
@@ -127,12 +127,12 @@ def single_rows(ids, sequence_length, *, cls, sep, pad):
 
     Args:
         ids: [N, (pieces)] int32 ragged tensor; longer texts are truncated.
-        sequence_length: the most pieces of a row, special ones included.
+        sequence_length: maximum number of pieces of a row, special ones included.
         cls, sep, pad: ids of the special tokens.
 
     Returns:
-        `input_word_ids`, `input_mask`, `input_type_ids`: [N, L] int32, L the length of the longest
-        row; 2 if N is 0, because a network cannot process rows without any position.
+        `input_word_ids`, `input_mask`, `input_type_ids`: [N, L] int32, where L is the length of the
+        longest row; 2 if N is 0, because a network cannot process rows of length 0.
     """
     ends = [tf.fill([ids.nrows(), 1], special) for special in (cls, sep)]
     ragged = tf.concat([ends[0], ids[:, : sequence_length - 2], ends[1]], axis=1)

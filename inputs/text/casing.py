@@ -1,8 +1,11 @@
-"""Whether text is lower-cased before it is cut into word pieces: asked for, known, or found out.
+"""Decides whether text is lower-cased before it is split into word pieces.
 
-BERT knows two kinds of vocabulary. For an uncased one, text is lower-cased and loses its accents
-(they are separated by NFD and dropped). For a cased one, which all multilingual models have that
-keep accents, text stays as it is. Both split at punctuation and around Chinese characters.
+BERT has two kinds of vocabulary. For an uncased one, text is lower-cased and its accents are
+removed (NFD separates them). For a cased one, such as that of a multilingual model that keeps
+accents, text is not changed. Both kinds split text at punctuation and around Chinese characters.
+
+The value is that of the data or the checkpoint, else the one that the user asked for, else it
+depends on the vocabulary.
 """
 
 import os
@@ -11,8 +14,9 @@ import unicodedata
 from inputs.errors import InputError
 from inputs.files import read_json
 
-# bert-base-uncased has no piece that lower-casing changes, bert-base-cased has 30 %. Chinese
-# vocabularies with 26 capitals that were added later have 0.1 %.
+# A vocabulary is cased if lower-casing changes more than this share of its pieces: it changes none
+# of bert-base-uncased, 30 % of bert-base-cased, and 0.1 % of Chinese vocabularies to which 26
+# capitals were added.
 CHANGED_SHARE = 0.01
 SHOWN_PIECES = 3
 RECIPE = "recipe.json"  # of a run of train.py
@@ -31,12 +35,16 @@ def is_cased(vocabulary: list[str]) -> bool:
 
 
 def of_checkpoint(folder: str) -> tuple[bool, str] | None:
-    """What the checkpoint in a folder was trained with, for `choose`.
+    """Whether the checkpoint in a folder was trained on lower-cased text, for `choose`.
 
-    It is `lower_case` in the recipe.json of a run, or `do_lower_case` in a tokenizer_config.json.
+    Reads `lower_case` from the recipe.json of a run, or else `do_lower_case` from a
+    tokenizer_config.json.
 
     Returns:
-        (whether text was lower-cased, a clause that says so); None if neither file says it.
+        (whether text was lower-cased, a clause that names the source); None if it is not known.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     path = os.path.join(folder, RECIPE)
     if os.path.exists(path):
@@ -57,12 +65,13 @@ def of_checkpoint(folder: str) -> tuple[bool, str] | None:
 def choose(
     asked: bool | None, vocabulary: list[str], known: tuple[bool, str] | None = None
 ) -> bool:
-    """Whether to lower-case.
+    """Returns whether to lower-case text.
 
     Args:
-        asked: the value of `lower_case` in the recipe or on the command line; None: found out.
-        vocabulary: word pieces, which decide if nothing else does.
-        known: what the data or the checkpoint was made with, and a clause that says so.
+        asked: the value of `lower_case` in the recipe or on the command line; None if not given.
+        vocabulary: word pieces, which decide if the value is neither given nor known.
+        known: (whether the text of the data or the checkpoint was lower-cased, a clause that names
+            the source), or None.
 
     Raises:
         InputError: `asked` contradicts `known`.
@@ -78,14 +87,14 @@ def choose(
 
 
 def describe(lower_case: bool) -> str:
-    """What happens to text, for a log line or a model card."""
+    """Describes what happens to text, for a log line or a model card."""
     if lower_case:
         return "lower-cased, accents dropped (uncased vocabulary)"
     return "capitals and accents kept (cased vocabulary)"
 
 
 def report(lower_case: bool, vocabulary: list[str]) -> str:
-    """A line about what happens to text, and about pieces that can never occur."""
+    """Formats a line about what happens to text, and about pieces that can never occur."""
     line = f"Text: {describe(lower_case)}"
     if lower_case and is_cased(vocabulary):
         lost = changed_pieces(vocabulary)

@@ -8,10 +8,10 @@ from inputs.errors import InputError
 
 PAIRS, FULL = PACKINGS = ("pairs", "full-sentences")
 SENTENCES_PER_BLOCK = 2**20  # processed together; affects memory and time, not the result
-# The most of a full sequence that may stay empty; if it would be more, the next sentence is cut.
+# Maximum share of a full sequence that may stay empty. If it would be more, a sentence is cut.
 EMPTY_SHARE = 0.05
-# Full sequences do not cross the boundaries of runs of documents of this length, so that many
-# runs can be cut at once. Each run leaves about half a sequence empty.
+# Documents are grouped into runs of this length, and full sequences do not cross their boundaries,
+# so that many runs can be cut at once. Each run leaves about half a sequence empty.
 RUN_TOKENS = 2**16
 
 COLUMNS = {
@@ -44,10 +44,11 @@ def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[st
         packing: one of `PACKINGS`.
 
     Yields:
-        Dictionaries of int64 arrays. `start`, `end`: [C], in tokens. For pairs also, [C]: `first`,
-        the first sentence (an index in `sentence_starts`); `sentences`, their number;
-        `document_end` in tokens; `document_chunks`, the number of chunks of the document;
-        `next_document`, the first chunk after them. And `sentence_starts`: [S], in tokens.
+        Dictionaries of int64 arrays. For each of C chunks, [C]: `start` and `end`, in tokens. With
+        `pairs` also, [C]: `first`, the first sentence, as an index in `sentence_starts`;
+        `sentences`, the number of sentences; `document_end`, the end of the document, in tokens;
+        `document_chunks`, the number of chunks of the document; `next_document`, the index of the
+        first chunk of the next document; and [S]: `sentence_starts`, in tokens.
 
     Raises:
         InputError: fewer than 2 documents have enough text.
@@ -65,7 +66,7 @@ def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[st
 
 
 def _document_blocks(documents):
-    """Yields (first, last + 1) documents of about `SENTENCES_PER_BLOCK` sentences, at least one."""
+    """Yields (first, last + 1) of blocks of documents of about `SENTENCES_PER_BLOCK` sentences."""
     low = 0
     while low < len(documents) - 1:
         limit = documents[low] + SENTENCES_PER_BLOCK
@@ -135,7 +136,7 @@ class _Full:
         self.documents = 0
 
     def block(self, bounds, counts):
-        """The chunks of some documents. Args: as `_Pairs.block`."""
+        """The chunks of some documents. See `_Pairs.block` for the arguments."""
         document_bounds = bounds[np.concatenate([[0], np.cumsum(counts)])]
         run = np.unique(
             (document_bounds[:-1] - document_bounds[0]) // RUN_TOKENS, return_index=True
@@ -161,7 +162,7 @@ class _Full:
 
 
 def _orbits(starts, stops, following):
-    """Sorted x, f(x), f(f(x)), ... for each x in `starts`, as long as they are below its `stop`."""
+    """The sorted x, f(x), f(f(x)), ... that are below `stop`, for each x in `starts`."""
     found, current = [], starts
     while len(current):
         found.append(current)
@@ -172,6 +173,6 @@ def _orbits(starts, stops, following):
 
 
 def joined(blocks) -> dict[str, np.ndarray]:
-    """Concatenates blocks."""
+    """Concatenates the blocks of `chunk_blocks`."""
     blocks = list(blocks)
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

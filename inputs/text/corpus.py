@@ -1,7 +1,7 @@
-"""A corpus: tokenised documents end to end, some of them held out.
+"""A corpus: tokenised documents end to end, split into training and held-out documents.
 
-`tokenize` makes one in memory from raw text. `load_prepared` opens the shards that
-`inputs.text.prepare` wrote, and maps their tokens into memory from files.
+`tokenize` makes a corpus in memory from raw text. `load_prepared` opens the shards that
+`inputs.text.prepare` wrote, and memory-maps their tokens.
 """
 
 import collections
@@ -23,7 +23,7 @@ from inputs.text.tokenizing import tokenize_in_threads
 from inputs.text.vocabulary import SEP, UNK, load_vocabulary, vocabulary_hash
 
 HELD_OUT_SHARE = 0.02
-RECENT_KEYS = 2**18
+RECENT_KEYS = 2**18  # collected in a set before they are merged into the sorted array
 LAYOUT = "memory_map"  # folder of the mapped files, inside the prepared folder or a cache
 CACHE_FIX = (
     "The token ids are written there once, to be memory-mapped. Give a folder for them with "
@@ -41,8 +41,8 @@ class Corpus:
         tokens: [T] int32 or uint16 ids; after each document there is one [SEP].
         sentences: [S + 1] int64, where each sentence starts in `tokens`; the last entry is T.
         documents: [D + 1] int64, where each document starts in `sentences`; the last entry is S.
-        folder: of the arrays' files if they are memory-mapped, else None.
-        spare: where the files of chunks are written if `folder` cannot be written.
+        folder: folder of the arrays' files if they are memory-mapped, else None.
+        spare: folder for the files of chunks if `folder` cannot be written.
     """
 
     tokens: np.ndarray
@@ -52,12 +52,22 @@ class Corpus:
     spare: str | None = None
 
     def describe(self) -> str:
-        """The number of tokens and documents, for a message."""
+        """Formats the number of tokens and documents, for a message."""
         count = len(self.documents) - 1
         return f"{len(self.tokens) - count:,} tokens in {count:,} documents"
 
     def chunks(self, sequence_length: int, packing: str) -> dict[str, np.ndarray]:
-        """`chunks.chunk_blocks` as one block. If the corpus is mapped, so are its chunks."""
+        """The arrays of `chunks.chunk_blocks`, concatenated.
+
+        If the corpus is memory-mapped, the chunks are written to files once and memory-mapped, too.
+
+        Args:
+            sequence_length: tokens per example, special ones included.
+            packing: one of `chunks.PACKINGS`.
+
+        Raises:
+            InputError: the corpus has too little text, or the files cannot be written.
+        """
         blocks = chunks.chunk_blocks(self, sequence_length, packing)
         if self.folder is None:
             return chunks.joined(blocks)
@@ -141,7 +151,7 @@ def split_held_out(corpus: Corpus) -> tuple[Corpus, Corpus]:
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """A short hash: corpora with the same one make the same examples."""
+    """A short hash of a corpus; corpora with the same hash make the same examples."""
     total = Fingerprint()
     for tokens, lengths in _documents(corpus):
         total.add(document_key(tokens), lengths)
@@ -170,7 +180,7 @@ def document_key(tokens: np.ndarray) -> int:
 class KnownDocuments:
     """The set of all document keys so far.
 
-    It takes 8 bytes per key, 16 while it grows, and about 25 MB: 30 million documents in 0.5 GB.
+    It takes 8 bytes per key (16 while it grows) and about 25 MB: 0.5 GB for 30 million documents.
     """
 
     def __init__(self):
@@ -251,10 +261,10 @@ def load_prepared(
 ) -> tuple[Corpus, Corpus, list[str], str]:
     """Opens a folder that `inputs.text.prepare` made.
 
-    Examples need random access to tokens, and shards hold documents. So the first call on a host
-    writes the tokens into plain files in FOLDER/memory_map, and maps them into memory: memory
-    then holds only what the operating system caches of the files, however much text there is.
-    If FOLDER cannot be written, the files are in ~/.cache/tf_lamb/FINGERPRINT/memory_map.
+    Examples need random access to tokens, but shards hold documents. So the first call on a host
+    writes the tokens to plain files in FOLDER/memory_map, and memory-maps them. Memory then holds
+    only the parts of the files that the operating system caches. If FOLDER cannot be written, the
+    files are in ~/.cache/tf_lamb/FINGERPRINT/memory_map.
 
     Args:
         folder: path.

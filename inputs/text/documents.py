@@ -31,9 +31,9 @@ def read_documents(
 
     Damaged records are skipped and counted: a line that is not UTF-8, has a NUL, is not such a JSON
     object or is longer than `MAX_LINE_BYTES`; the rest of a truncated compressed file; a file
-    without text. The document continues with the next line. A file in which most records are
-    damaged, such as one named .gz that is not gzip, is an error. A document longer than
-    `MAX_DOCUMENT_CHARACTERS` is split.
+    without text. After a damaged line, the document continues with the next line. A file in which
+    most records are damaged, such as one named .gz that is not gzip, is an error. A document longer
+    than `MAX_DOCUMENT_CHARACTERS` is split.
 
     Args:
         files: paths, from `inputs.text.files.find_files`.
@@ -62,7 +62,7 @@ def read_documents(
 
 
 def _split_long(document: list[str]) -> Iterator[list[str]]:
-    """Yields the document, in parts if it is too long, none empty."""
+    """Yields the document, split into parts if it is too long; no part is empty."""
     part, size = [], 0
     for paragraph in document:
         part.append(paragraph)
@@ -118,7 +118,7 @@ def _raw_lines(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
     except (OSError, *DAMAGE) as error:
         kind = compression_of(path)
         if not kind or getattr(error, "errno", None) is not None:
-            raise  # the disk's error
+            raise  # an error of the disk, not of the content
         if number == 0:
             records.add_bad(
                 f"{path} is named {kind} but is not a complete {COMPRESSIONS[kind]} file ({error})."
@@ -179,7 +179,7 @@ def _json_documents(
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError also for too long a number
+        except (ValueError, RecursionError) as error:  # ValueError: also too many digits
             records.add_bad(f"{place}: not JSON ({error}).")
             continue
         text = record.get("paragraphs", record.get("text")) if isinstance(record, dict) else None

@@ -4,20 +4,20 @@ import codecs
 
 from inputs.errors import InputError
 
-BYTE_ORDER_MARKS = (  # that of UTF-32 begins with that of UTF-16
+BYTE_ORDER_MARKS = (  # UTF-32 first, because its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-NUL_SHARE = 0.25  # from this share of NULs on, the beginning of a file is not UTF-8
+NUL_SHARE = 0.25  # with at least this share of NUL bytes, a file is not UTF-8
 
 
 def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: bool = False):
-    """Refuses a file in UTF-16 or UTF-32.
+    """Raises an error if a file is in UTF-16 or UTF-32.
 
     Args:
-        path: of the file, for the message.
+        path: path of the file, for the message.
         beginning: its first line, or more.
         flag: the flag that named it, for the message.
         compressed: whether `beginning` was decompressed.

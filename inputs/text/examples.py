@@ -28,7 +28,7 @@ def element_spec(batch_size: int, sequence_length: int, predictions: int):
     Args:
         batch_size: B, examples per batch.
         sequence_length: L, tokens per example.
-        predictions: the most masked tokens per example.
+        predictions: P, the maximum number of masked tokens per example.
     """
     row = tf.TensorSpec([batch_size, sequence_length], tf.int32)
     picks = tf.TensorSpec([batch_size, predictions], tf.int32)
@@ -52,7 +52,7 @@ class Examples:
         corpus: an `inputs.text.corpus.Corpus`.
         vocabulary: its word pieces.
         sequence_length: L, tokens per example, special ones included.
-        predictions: P, the most masked tokens per example.
+        predictions: P, the maximum number of masked tokens per example.
         whole_word: if True, masks whole words instead of single pieces.
         seed: int, decides the order, the pairs and the masks.
         packing: `chunks.PAIRS` for two segments and next-sentence labels, `chunks.FULL` for one
@@ -114,7 +114,12 @@ class Examples:
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """Each of the first `limit` examples once, with the same masks each time.
 
-        The last batch is filled with examples of weight 0. Args: as `training_batches`.
+        The last batch is filled up with examples of weight 0.
+
+        Args:
+            global_batch_size: examples per step over all replicas.
+            limit: maximum number of examples.
+            context: as in `training_batches`.
         """
         local, ids_of = host_batches(global_batch_size, context)
         total = min(limit, self.num_examples)
@@ -168,14 +173,14 @@ class Examples:
         }
 
     def _full(self, chunk, ids):
-        """A single segment, the whole chunk. Returns as `_pairs`."""
+        """A single segment, the whole chunk. Returns the same as `_pairs`."""
         del ids
         start, end = (tf.gather(self._chunks[name], chunk) for name in ("start", "end"))
         none = tf.zeros_like(start)
-        return start, end - start, none, none - 1, none > 0  # neither B nor its [SEP]
+        return start, end - start, none, none - 1, none > 0  # length -1: no [SEP] of B either
 
     def _pairs(self, chunk, ids):
-        """Segments A and B: B continues A, or half of the time comes from another document.
+        """Segments A and B. B continues A or, with probability 1/2, is from another document.
 
         Returns:
             (start of A, length of A, start of B, length of B: [B] int64, in tokens; whether B is
@@ -214,7 +219,7 @@ class Examples:
 
         Args:
             tokens: [B, L] int32.
-            is_text: [B, L] bool, which pieces may be masked.
+            is_text: [B, L] bool, whether each piece may be masked.
             ids: [B] int64, example ids.
 
         Returns:
@@ -223,10 +228,10 @@ class Examples:
         """
         draws = self._uniform(ids, self.sequence_length, stream=1)
         pieces = tf.reduce_sum(tf.cast(is_text, tf.float32), axis=1)
-        # 15 % on average
+        # Rounded at random, so that the average is 15 %.
         wanted = tf.floor(MASKED_SHARE * pieces + self._uniform(ids, 1, stream=2)[:, 0])
         wanted = tf.clip_by_value(wanted, 1.0, float(self.predictions))
-        # A text of unknown words only has no pieces to mask.
+        # A text that consists of [UNK] only has no pieces to mask.
         wanted = tf.minimum(wanted, pieces)[:, tf.newaxis]
         if self.whole_word:
             chosen, weights = self._whole_words(tokens, is_text, draws, wanted, ids)
@@ -270,8 +275,8 @@ class Examples:
             [ordered_word[:, 1:] != ordered_word[:, :-1], tf.ones_like(word[:, :1], tf.bool)],
             axis=1,
         )
-        # The selection ends at the word end before or after `wanted`, at random, such that the
-        # average is 15 %.
+        # The selection ends at the last word end up to `wanted` or at the first one after it,
+        # chosen at random such that the average is `wanted`.
         piece = tf.cast(taken, tf.float32)
         before = tf.reduce_max(tf.where(ends & (piece <= wanted), piece, 0.0), 1, keepdims=True)
         after = tf.reduce_min(tf.where(ends & (piece > wanted), piece, 1e9), 1, keepdims=True)
@@ -279,7 +284,7 @@ class Examples:
         is_after = self._uniform(ids, 1, stream=5) < probability
         after = tf.where(wanted > 0, after, 1e9)
         limit = tf.where(is_after & (after <= self.predictions), after, before)
-        limit = tf.where(limit > 0, limit, wanted)  # cuts a first word that is too long
+        limit = tf.where(limit > 0, limit, wanted)  # cuts the first word if it is too long
         return order[:, : self.predictions], (piece <= limit)[:, : self.predictions]
 
     def _uniform(self, ids, columns, *, stream):

@@ -1,4 +1,4 @@
-"""Which files hold text, in which format, and how each is opened."""
+"""Finds text files, recognises their formats, and opens them."""
 
 import bz2
 import glob
@@ -34,8 +34,8 @@ GUIDE = "docs/guides/your-data.md"
 WIKI_NAME = re.compile(r"wiki_\d+")
 WIKI_START = b"<doc id="
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
-SNIFFED_BYTES = 2**20  # of a file whose format its name does not tell
-# What to do with a file of another kind: the end of its name, and the advice.
+SNIFFED_BYTES = 2**20  # read from a file whose name does not tell the format
+# Advice for files of other kinds, by suffix.
 TO_JSON_LINES = (
     "It is a table. Convert it to JSON lines, if its text is in the column `text`: python -c "
     "\"import pandas; pandas.{reader}('{path}')[['text']].to_json('{path}.jsonl.gz', "
@@ -72,19 +72,19 @@ def find_files(
 ) -> list[str]:
     """Expands a comma-separated list of files, globs and folders into text files, in order.
 
-    Folders are read with all folders below them, as is `**` in a glob. Links are followed, and
-    each folder is read once. Not read are hidden and system files (`inputs.files.is_left_over`),
-    folders of prepared shards inside another folder, files of other kinds, and a file named
-    vocab.txt, unless it is an entry itself.
+    Folders are read recursively, and `**` in a glob matches any folders. Links are followed, and
+    each folder is read once. These are passed over: hidden and system files
+    (`inputs.files.is_left_over`), folders of prepared shards inside another folder, files of other
+    kinds, and files named vocab.txt unless listed by that path.
 
     Args:
         data: the list, without spaces.
-        flag: the flag that it comes from, for error messages.
+        flag: the flag that the list comes from, for error messages.
         log: receives a line about each folder and glob: how many files are read and passed over.
 
     Raises:
-        InputError: an entry matches nothing, has another file type, or is a folder of shards; or
-            a package that a file needs is missing.
+        InputError: an entry matches nothing, is of another file type or a folder of shards, or
+            needs a package that is not installed.
     """
     files: list[str] = []
     for entry in data.split(","):
@@ -141,7 +141,7 @@ def _files_below(top, flag, passed_over):
 
 
 def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
-    """The files and folders that an entry names; in a glob, `**` stands for any folders."""
+    """The files and folders that an entry names; in a glob, `**` matches any folders."""
     if os.path.exists(entry):  # its name may contain brackets
         return [entry]
     parts = entry.rstrip(os.sep).split(os.sep)
@@ -154,7 +154,7 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
         return []
     found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over)]
     base = os.sep.join(parts[:first] + [""]) if first else ""
-    # As in other globs, a folder that fits stands for all that is in it.
+    # As in other globs, a folder that matches stands for all its files.
     return [
         base + path
         for path, names in ((path, path.split(os.sep)) for path in found)
@@ -163,7 +163,7 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
 
 
 def _fits(path: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a path fit those of a glob."""
+    """Whether the parts of a path match those of a glob."""
     if not pattern:
         return not path
     if pattern[0] == "**" and _fits(path, pattern[1:]):
@@ -175,20 +175,19 @@ def _fits(path: list[str], pattern: list[str]) -> bool:
 
 
 def compression_of(path: str) -> str:
-    """The suffix of the compression, in lower case, or ""."""
+    """The suffix of a compressed file, such as ".gz", in lower case; else ""."""
     suffix = os.path.splitext(path)[1].lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 def format_of(path: str, by_name: bool = True) -> str:
-    """The format of a text file: `PLAIN`, `JSON`, `WIKI` or `WIKI_JSON`; "" if it is no text.
+    """The format of a text file: `PLAIN`, `JSON`, `WIKI` or `WIKI_JSON`; "" if it is not text.
 
-    The name decides, but text that begins with the <doc> line of WikiExtractor is in its format
-    whatever its name.
+    The name decides, except that a file that begins with WikiExtractor's <doc> line is `WIKI`.
 
     Args:
-        path: of the file.
-        by_name: if False, the file may have any name if its content is WikiExtractor's.
+        path: path of the file.
+        by_name: if False, the first line is checked for <doc> whatever the name is.
     """
     name = os.path.basename(path).lower()
     name = name.removesuffix(compression_of(name))
@@ -243,16 +242,16 @@ def _refusal(path: str) -> str:
 
 
 def opened(raw: IO[bytes], path: str) -> IO[bytes]:
-    """The content of an open file, decompressed as its name says.
+    """Returns a file object that decompresses an open file, as its suffix says.
 
-    Damage is an `OSError` without `errno` or one of `DAMAGE`.
+    Reading damaged content raises an `OSError` without `errno`, or one of `DAMAGE`.
 
     Args:
-        raw: the file.
+        raw: the open file.
         path: its path.
 
     Raises:
-        InputError: a package is missing.
+        InputError: the package that reads .zst is not installed.
     """
     kind = compression_of(path)
     if kind == ".gz":

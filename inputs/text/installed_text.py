@@ -1,4 +1,4 @@
-"""English text in every installation: Python's help topics and the docstrings of packages."""
+"""English text that is installed anyway: Python's help topics and the docstrings of packages."""
 
 import ast
 import os
@@ -21,8 +21,8 @@ NOT_LETTERS = re.compile(r"[^A-Za-z ]")
 def read_installed_text() -> Iterator[list[str]]:
     """Yields each help topic and docstring as a list of paragraphs of prose.
 
-    Code examples, tables and signatures are dropped. So is a paragraph of an earlier document:
-    documentation repeats itself, and held-out text must not occur in the training text.
+    Code examples, tables and signatures are dropped. Repeated paragraphs are dropped, too, because
+    documentation repeats itself and held-out text must not occur in the training text.
     """
     seen: set[str] = set()
     for text in _texts():
@@ -38,7 +38,7 @@ def read_installed_text() -> Iterator[list[str]]:
 
 
 def _prose(block: str) -> str:
-    """The block as one line without headings and rules; "" if it is code or a table."""
+    """The block as one line without headings and rules; "" if it is short, code or a table."""
     if CODE.search(block):
         return ""
     paragraph = " ".join(HEADING.sub("", block).split())

@@ -1,4 +1,4 @@
-"""Arrays in files, memory-mapped: they may be larger than memory and are read on demand."""
+"""Memory-mapped arrays in files, which may be larger than memory and are read on demand."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ class ArraysWriter:
         dtypes: name -> NumPy dtype.
 
     Attributes:
-        facts: JSON values to keep with the arrays; set them before the end of the block.
+        facts: JSON values to store with the arrays; set them before the end of the block.
 
     Raises:
         InputError: the folder cannot be written.
@@ -47,7 +47,14 @@ class ArraysWriter:
         return self
 
     def append(self, **blocks):
-        """Appends to each of the named arrays."""
+        """Appends values to arrays.
+
+        Args:
+            **blocks: name of an array -> [N] values, which are cast to its dtype.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         for name, block in blocks.items():
             array = self._arrays[name]
             data = np.ascontiguousarray(block, array["dtype"]).data
@@ -118,6 +125,6 @@ def as_tensor(array: np.ndarray) -> tf.Tensor:
 def dataset_options(array: np.ndarray) -> tf.data.Options:
     """The options of a data set whose functions read the array's tensor."""
     options = tf.data.Options()
-    # To optimize the graph, tf.data would copy a memory-mapped tensor into it.
+    # tf.data's graph optimizations would copy a memory-mapped tensor into the graph.
     options.experimental_optimization.apply_default_optimizations = not isinstance(array, np.memmap)
     return options

@@ -51,21 +51,22 @@ def prepare(
     Args:
         text: files, globs or folders, comma-separated.
         vocab: path of a vocab.txt.
-        output: folder; missing, empty, or of the same preparation, stopped or finished.
-        workers: number of processes that tokenise; 0 to use this one.
-        lower_case: whether to lower-case the text; None: if the vocabulary has no capitals.
-        shard_tokens: tokens after which a shard ends.
+        output: folder for the shards. It may be missing, empty, or from an earlier call with the
+            same arguments, stopped or finished.
+        workers: number of processes that tokenise; 0 to tokenise in this process.
+        lower_case: whether to lower-case the text; None to lower-case unless the vocabulary has
+            capitals or accents.
+        shard_tokens: number of tokens after which a shard ends.
         max_bad_record_share: the share of lines that may be damaged, in [0, 1].
-        log: receives lines about the files that are read and passed over, damaged records, shards
-            that exist already, and about what happens to capitals and to words that the vocabulary
-            cannot spell.
+        log: receives lines about files that are read or passed over, damaged records, existing
+            shards, capitals, and words that the vocabulary cannot spell.
         show_progress: if True, shows progress on standard error.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: text, vocabulary or folder cannot be used.
+        InputError: the text, the vocabulary or the folder cannot be used.
     """
     files = find_files(text, "--input", log)
     vocabulary = load_vocabulary(vocab)
@@ -176,7 +177,7 @@ class _Preparation:
             fingerprint.add(key, lengths)
         if fingerprint.hexdigest() != shard["fingerprint"]:
             return False
-        # Shards of earlier versions lack these; which characters they were is not known.
+        # Shards of earlier versions lack these fields; their unknown characters are not recorded.
         shard.setdefault("unknown_tokens", unknown_tokens)
         shard.setdefault("unknown_characters", {})
         for key, lengths in found:
@@ -221,7 +222,7 @@ class _Preparation:
         return int(np.count_nonzero(tokens == self._unknown_id))
 
     def describe_unknown(self) -> str:
-        """A line about the share of [UNK], after `finish`."""
+        """Formats a line about the share of [UNK]; call it after `finish`."""
         characters = collections.Counter()
         for shard in self.manifest["shards"]:
             characters.update(shard["unknown_characters"])
@@ -231,7 +232,7 @@ class _Preparation:
         return writer.facts["tokens"] + sum(s["tokens"] for s in self.manifest["shards"])
 
     def finish(self, records):
-        """Completes the manifest: totals, and which documents are held out."""
+        """Completes the manifest with the totals and the documents that are held out."""
         totals = {
             name: sum(shard[name] for shard in self.manifest["shards"])
             for name in (

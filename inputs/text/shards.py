@@ -35,7 +35,7 @@ PREPARE_AGAIN = "Prepare the text again, into an empty folder."
 
 
 def token_dtype(vocabulary_size: int) -> str:
-    """The smallest dtype that holds every id."""
+    """The smallest NumPy dtype, as a string, that holds every id."""
     return TOKEN_DTYPES[vocabulary_size > 2**16]
 
 
@@ -84,9 +84,9 @@ class ShardWriter:
     """Writes one shard, which gets its name when it is complete. A context manager.
 
     Args:
-        folder: of the shards.
-        index: the shard's position among them.
-        dtype: of the ids.
+        folder: folder of the shards.
+        index: position of the shard among them.
+        dtype: NumPy dtype of the ids, from `token_dtype`.
 
     Attributes:
         facts: the manifest's entry for the shard, as far as the writer knows it.
@@ -123,12 +123,12 @@ def read_shard(
     """Yields (ids [T], sentence lengths [S] uint32) of each readable document.
 
     Args:
-        folder: of the shards.
-        shard: the manifest's entry.
-        dtype: of the ids.
-        records: counts the documents. A shard that is missing or has another number of records
-            than the manifest says counts as that many damaged ones: an error, unless all may be
-            damaged.
+        folder: folder of the shards.
+        shard: the manifest's entry for the shard.
+        dtype: NumPy dtype of the ids.
+        records: counts the documents. If the shard is missing, or the manifest gives another number
+            of records, all records of the manifest count as damaged, which is an error unless
+            `records` allows it.
 
     Raises:
         InputError: from `records`.
@@ -174,7 +174,7 @@ def _read(reader, start, stop):
     """Yields (index, bytes, None), or (index, None, error) for a damaged record."""
     try:
         batch = reader.read(start, stop)
-    except UNREADABLE:  # does not say which record it was
+    except UNREADABLE:  # does not tell which record is damaged
         batch = None
     if batch is not None:
         yield from ((start + i, record, None) for i, record in enumerate(batch))

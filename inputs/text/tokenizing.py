@@ -1,4 +1,4 @@
-"""Documents become word pieces: sentences by tensorflow-text, cut by BERT's tokenizer."""
+"""Splits documents into sentences with tensorflow-text, and sentences into BERT's word pieces."""
 
 import collections
 import concurrent.futures
@@ -24,12 +24,12 @@ from inputs.text.unknown import UnknownCharacters
 from inputs.text.vocabulary import UNK
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
-DOCUMENT_CHARACTERS = 100  # added per document, for the memory that even a short one takes
+DOCUMENT_CHARACTERS = 100  # added per document, as even a short one takes memory
 QUEUED_BATCHES = 3  # per worker
 
-# The rules of StateBasedSentenceBreaker (tensorflow-text 2.20) concern punctuation, emoticons and
-# what is next to them. These bytes belong to neither, unless they are next to a byte that is not
-# in this set. X is missing because of "XD" and "DX".
+# The rules of StateBasedSentenceBreaker (tensorflow-text 2.20) depend only on punctuation,
+# emoticons and the bytes next to them. The bytes of this set are neither, unless they are next to a
+# byte outside the set. X is not in the set because of the emoticons "XD" and "DX".
 _WORD = np.zeros(256, bool)
 _WORD[list(b"ABCDEFGHIJKLMNOPQRSTUVWYZabcdefghijklmnopqrstuvwxyz0123456789,")] = True
 
@@ -75,15 +75,15 @@ class WordPieces(tf.Module):
 
     Args:
         vocabulary: word pieces, ids by position.
-        lower_case: whether to lower-case, separate accents (NFD) and drop them before. If False,
-            text stays as it is, but for format characters.
+        lower_case: if True, text is lower-cased first, and accents are separated (NFD) and dropped.
+            If False, only format characters are dropped.
     """
 
     def __init__(self, vocabulary: list[str], *, lower_case: bool):
         super().__init__()
-        # google-research/bert drops them for both kinds of vocabulary. The lower-casing of
-        # `FastBertTokenizer` drops them too, but for a few signs of Arabic, Syriac and hieroglyphs.
-        # Without lower-casing it would split words at them.
+        # google-research/bert drops format characters for both kinds of vocabulary. When
+        # `FastBertTokenizer` lower-cases, it drops them, too, except for a few signs of Arabic,
+        # Syriac and hieroglyphs. When it does not, it would split words at them.
         ranges = "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in format_ranges())
         self._dropped = "" if lower_case else f"[{ranges}]"
         self._tokenizer = tf_text.FastBertTokenizer(
@@ -138,9 +138,9 @@ class Tokenizer:
         The library tries 150 emoticons at each byte. Here it gets the text without the inner
         bytes of plain words, and the offsets that it returns are mapped back to the whole text.
 
-        *Differs from* the library: it counts one byte for each space between two sentences, so
+        *Differs from* the library: there, each space between two sentences counts as one byte, so
         that a sentence after U+00A0 or U+3000 begins inside that character. Here every cut is
-        moved to the next boundary of a character.
+        moved to the next character boundary.
 
         Args:
             paragraphs: P strings.
@@ -187,9 +187,9 @@ def _next_character(text: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _near_punctuation(text: np.ndarray) -> np.ndarray:
-    """[N] bool: bytes that are punctuation, or stand one before or up to three after it.
+    """[N] bool: bytes that are punctuation, one byte before it or up to three bytes after it.
 
-    Three, because a sentence may end with an emoticon's letter, followed by a space (":c Then").
+    Three, because a sentence may end with the letter of an emoticon and a space (":c Then").
     """
     word = _WORD[text]
     plain = word.copy()
@@ -218,7 +218,14 @@ def batch_documents(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]
 def tokenize_in_threads(
     documents: Iterable[list[str]], vocabulary: list[str], *, lower_case: bool, threads: int = 2
 ) -> Iterator[Tokenized]:
-    """Tokenises batches of documents, in order, in threads of this process."""
+    """Tokenises batches of documents, in order, in threads of this process.
+
+    Args:
+        documents: lists of paragraphs.
+        vocabulary: word pieces, ids by position.
+        lower_case: see `WordPieces`.
+        threads: number of threads.
+    """
     tokenizer = Tokenizer(vocabulary, lower_case=lower_case)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         yield from _in_order(pool, tokenizer, batch_documents(documents), threads)
@@ -238,17 +245,17 @@ def tokenize_in_processes(
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
         lower_case: see `WordPieces`.
-        workers: number of processes; 0 to use this one.
+        workers: number of processes; 0 to tokenise in this process.
         skip: number of batches to read without tokenising them.
 
     Raises:
-        InputError: a worker died, or `documents` raised it.
+        InputError: a worker process was killed, or `documents` raised it.
     """
     batches = itertools.islice(batch_documents(documents), skip, None)
     if workers == 0:
         yield from map(Tokenizer(vocabulary, lower_case=lower_case), batches)
         return
-    # Workers are forked from a server process that has imported TensorFlow but never run it. That
+    # Workers are forked from a server process that has imported TensorFlow but never run it. This
     # is safe, unlike forking this process, and the workers share the memory of the import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "tensorflow_text"])

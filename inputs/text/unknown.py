@@ -1,4 +1,4 @@
-"""How much of a text is [UNK], the piece of all words that the vocabulary cannot spell."""
+"""Measures how much of a text is [UNK], the token for words that the vocabulary cannot spell."""
 
 import collections
 import unicodedata
@@ -13,7 +13,7 @@ SHOWN_CHARACTERS = 10
 
 
 class UnknownCharacters:
-    """Counts the characters of texts that are no word piece, neither alone nor after "##".
+    """Counts the characters of texts that are not word pieces, neither alone nor after "##".
 
     Args:
         vocabulary: word pieces.
@@ -29,10 +29,10 @@ class UnknownCharacters:
                 self._known[ord(character)] = True
 
     def __call__(self, texts: Iterable[bytes]) -> dict[str, int]:
-        """The counts, without those of spaces, of control and of format characters.
+        """Returns character -> count, without spaces and characters of Unicode category C.
 
         Args:
-            texts: UTF-8. Give those that have an [UNK]; in others there is nothing to find.
+            texts: UTF-8. Texts without an [UNK] may be left out: they have no unknown characters.
         """
         text = tf.constant(b"\n".join(texts), tf.string)
         normal = self._normalizer.normalize([text]).numpy()[0].decode("utf-8", "replace")
@@ -43,7 +43,9 @@ class UnknownCharacters:
 
 
 def report(unknown: int, tokens: int, characters: Mapping[str, int]) -> str:
-    """A line with the share of [UNK], a warning with the commonest characters if it is large.
+    """Formats a line about the share of [UNK].
+
+    Above `WARNED_SHARE` the line is a warning that names the most common unknown characters.
 
     Args:
         unknown: number of [UNK].
