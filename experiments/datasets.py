@@ -35,7 +35,7 @@ def load(name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         images = _read_idx(f"{stem}-images-idx3-ubyte", 16).reshape(-1, 28, 28, 1)
         labels = _read_idx(f"{stem}-labels-idx1-ubyte", 8)
         return images.astype(np.float32) / 255, labels.astype(np.int32)
-    items = [item for part in cifar_source(data_dir, split).parts for item in part.items()]
+    items = [item for part in cifar_source(data_dir, split).parts for item in part.read()]
     images = np.stack([np.frombuffer(item.data, np.uint8) for item in items])
     images = images.reshape(-1, 32, 32, 3).astype(np.float32)
     images = (images - np.float32(CIFAR_MEAN)) / np.float32(CIFAR_STDDEV)

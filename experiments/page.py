@@ -142,7 +142,7 @@ def _tests(table, seeds):
             continue
         p = stats.ttest_ind(one, other, equal_var=False).pvalue
         difference = statistics.mean(one) - statistics.mean(other)
-        names = f"{first.replace('-', ' ')} − {second.replace('-', ' ')}"
+        names = f"{_label(table.group(first))} − {_label(table.group(second))}"
         lines.append(f"| {names} | {difference:+.4f} | {p:.3f} |")
         rows += 1
     return "\n".join(lines) if rows else ""

@@ -112,7 +112,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
             backend = cell.group.settings.get("backend", "tensorflow")
             os.environ.update(ENVIRONMENT, KERAS_BACKEND=backend)
             program = importlib.import_module(PROGRAMS[table.program])
-            start, processor = time.perf_counter(), time.process_time()
+            start, processor = time.perf_counter(), _processor_seconds()
             outcome = program.run(cell, places.data_dir, folder)
             seconds = time.perf_counter() - start
             about = {
@@ -126,10 +126,15 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
                 "machine": f"{platform.system()} {platform.machine()}, one core",
                 "versions": {"python": platform.python_version(), **_versions()},
                 "seconds": round(seconds, 1),  # since the last start, if the run was resumed
-                "processor_seconds": round(time.process_time() - processor, 1),
+                "processor_seconds": round(_processor_seconds() - processor, 1),
             }
             write_json(path, {**about, **outcome}, indent=None)
     return read_json(path)
+
+
+def _processor_seconds():
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _commit():
@@ -210,8 +215,8 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
     """
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     failed: list[str] = []
+    now = state(table, places.output)
     while True:
-        now = state(table, places.output)
         waiting = [cell for cell in now.todo if cell.name not in running]
         while waiting and len(running) < jobs and limit and not failed:
             cell = waiting.pop(0)
@@ -228,7 +233,8 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
             if process.returncode:
                 failed.append(f"{name} (status {process.returncode})")
                 continue
-            result = load_runs(table, places.output)[name]["result"]
+            now = state(table, places.output)
+            result = now.runs[name]["result"]
             value = "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
             seconds = time.monotonic() - start
             say(f"{time.strftime('%H:%M:%S')} {name}: {table.metric} {value}, {seconds:.0f} s")

@@ -67,9 +67,11 @@ class BadRecords:
             InputError: more than `MAX_SHARE_OF_FILE` of the file's records were damaged.
         """
         self._file = _File(self.good, self.bad)
-        yield
-        self._check_file()
-        self._file = None
+        try:
+            yield
+            self._check_file()
+        finally:
+            self._file = None
 
     def expect(self, count: int) -> None:
         """Announces that `count` records will be read in random order.

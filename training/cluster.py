@@ -304,7 +304,10 @@ class _Meeting:
         i = None
         with contextlib.suppress(OSError):
             i = (_receive(connection) or {}).get("worker")
-        if isinstance(i, int) and 0 < i < len(self._workers) and i not in arrived:
+        if not isinstance(i, int):  # another program
+            connection.close()
+            return
+        if 0 < i < len(self._workers) and i not in arrived:
             arrived[i] = connection
             return
         if i in arrived:

@@ -86,7 +86,7 @@ class Corpus:
                 with mapped_arrays.ArraysWriter(folder, dtypes) as writer:
                     for block in blocks:
                         writer.append(**block)
-                found = mapped_arrays.open_arrays(folder)
+                found = _written(mapped_arrays.open_arrays(folder), folder)
         return found[0]
 
 
@@ -313,8 +313,22 @@ def load_prepared(
                 # If documents were lost the fingerprint differs, and the next start tries again.
                 separator = vocabulary.index(SEP)
                 fingerprint = _write_layout(home, folder, manifest, separator, records)
-                found = _open_layout(home, fingerprint, cache)
+                found = _written(_open_layout(home, fingerprint, cache), home)
     return *found, vocabulary, fingerprint
+
+
+def _written(found, folder):
+    """Returns `found`, which was read back after it was written in `folder`.
+
+    Raises:
+        InputError: it is None, because the disk did not keep what was written.
+    """
+    if found is None:
+        raise InputError(
+            f"--data_dir: what was just written in {folder} is damaged when it is read back. Check "
+            f"the disk. {CACHE_FIX}"
+        )
+    return found
 
 
 def _open_layout(home, fingerprint, cache):

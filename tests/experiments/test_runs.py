@@ -38,6 +38,24 @@ def mnist(tmp_path_factory):
     return str(folder)
 
 
+def test_cifar_10_is_read_in_order_with_mean_0_and_deviation_1(tmp_path):
+    generator = np.random.default_rng(0)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    rows = {}
+    for name in names:
+        labels = generator.integers(0, 10, (4, 1), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (4, 3 * 32 * 32), dtype=np.uint8)
+        rows[name] = labels, pixels
+        (tmp_path / name).write_bytes(np.concatenate([labels, pixels], axis=1).tobytes())
+    images, labels = datasets.load("cifar10", str(tmp_path), "train")
+    assert (images.shape, images.dtype) == ((20, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(labels, np.concatenate([rows[n][0][:, 0] for n in names[:5]]))
+    expected = rows[names[4]][1][3].reshape(3, 32, 32).transpose(1, 2, 0).astype(np.float64)
+    expected = (expected - datasets.CIFAR_MEAN) / datasets.CIFAR_STDDEV
+    np.testing.assert_allclose(images[19], expected, atol=1e-5)
+    assert len(datasets.load("cifar10", str(tmp_path), "validation")[0]) == 4
+
+
 def _cell(**settings):
     return Cell(
         Group(

@@ -210,7 +210,8 @@ def test_the_chief_waits_on_after_a_stray_connection(meet):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(meet, ports, 0, 30)
         time.sleep(0.2)
-        for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"worker": 9}\n', b'{"worker": "1"}\n'):
+        numbers = (b'{"worker": 9}\n', b'{"worker": "1"}\n', b'{"worker": []}\n', b"[1]\n")
+        for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", *numbers):
             with socket.create_connection(("localhost", ports[0])) as stray:
                 stray.sendall(sent)
         meet(ports, 1, 30)
