@@ -17,6 +17,7 @@ from export.saved_model import ClientFailed
 from inputs.text.vocabulary import SPECIAL_TOKENS
 from recipes import find_recipe
 from training.checkpoint.manager import saved_step
+from training.monitor import plot
 from training.monitor.progress import read_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def test_an_interrupted_killed_and_damaged_run_matches_a_whole_run(whole_run, te
     assert ours == theirs and tensors(folder) == tensors(whole_run[0])
 
 
-def test_the_history_is_plotted(whole_run, tmp_path):
+def test_the_history_is_plotted(whole_run, tmp_path, capfd):
     folder, _ = whole_run
     lines = (folder / "history.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
@@ -110,27 +111,28 @@ def test_the_history_is_plotted(whole_run, tmp_path):
     drawn = subprocess.run([*draw, folder, folder], cwd=ROOT, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "history.png").read_bytes().startswith(b"\x89PNG")
-    empty = subprocess.run([*draw, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert empty.returncode == 1 and "has no history.jsonl" in empty.stderr
+    assert plot.main([str(tmp_path)]) == 1
+    assert "has no history.jsonl" in capfd.readouterr().err
 
 
-def test_a_finished_run_is_not_trained_again(whole_run, text):
+def test_a_finished_run_is_not_trained_again(whole_run, text, in_process, capfd):
     folder, first = whole_run
-    again = train(f"--data_dir={text}", f"--model_dir={folder}", *SMALL)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "loss" not in again.stderr and "nothing was left to train" in again.stdout
+    assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *SMALL]) == 0
+    again = capfd.readouterr()
+    assert "loss" not in again.err and "nothing was left to train" in again.out
     held_out = re.compile("Held out.*")
-    assert held_out.search(again.stdout)[0] == held_out.search(first.stdout)[0]
+    assert held_out.search(again.out)[0] == held_out.search(first.stdout)[0]
 
 
-def test_a_model_dir_with_other_settings_is_refused_and_unchanged(whole_run, text):
+def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
+    whole_run, text, in_process, capfd
+):
     folder, _ = whole_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    result = train(
-        f"--data_dir={text}", f"--model_dir={folder}", *SMALL, "--set", "weight_decay=0.5"
-    )
-    assert result.returncode == 1
-    assert "weight_decay 0.01 (now 0.5)" in result.stderr and "Traceback" not in result.stderr
+    other = ["--set", "weight_decay=0.5"]
+    assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *SMALL, *other]) == 1
+    said = capfd.readouterr().err
+    assert "weight_decay 0.01 (now 0.5)" in said and "Traceback" not in said
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert before == after
 
@@ -272,13 +274,13 @@ def test_too_little_memory_is_one_sentence(in_process, monkeypatch, capfd, tmp_p
         assert capfd.readouterr().err.startswith(f"train.py: {said}")
 
 
-def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path):
+def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path, in_process, capfd):
     """The vocabulary is read from model_dir, so only the hash of the data shows the change."""
     folder, _ = whole_run
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("cat", "cow"))
-    result = train(f"--data_dir={other}", f"--model_dir={folder}", *SMALL)
-    assert result.returncode == 1 and "holds a run with other settings: data" in result.stderr
+    assert in_process([f"--data_dir={other}", f"--model_dir={folder}", *SMALL]) == 1
+    assert "holds a run with other settings: data" in capfd.readouterr().err
 
 
 def test_a_run_beyond_the_requested_steps_is_refused(whole_run, text, in_process, capfd):
