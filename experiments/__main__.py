@@ -11,6 +11,8 @@ import os
 import sys
 import time
 
+from inputs import process  # isort: split
+
 from experiments import ROOT
 from experiments.grid import find_cell
 from experiments.runner import Places, run_cell, run_table, state
@@ -70,7 +72,7 @@ def _list(now, table, jobs):
     for name, run in now.runs.items():
         result = run["result"]
         value = "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
-        print(f"done  {name}  {table.metric} {value}  {run['seconds']:.0f} s")
+        print(f"done  {name}  {table.metric} {value}  {run['processor_seconds']:.0f} s")
     for cell in now.todo:
         print(f"to do {cell.name}")
     left = now.seconds_left(jobs)
@@ -82,4 +84,4 @@ def _list(now, table, jobs):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

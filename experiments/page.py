@@ -77,13 +77,13 @@ def _about(now):
         return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
     versions = sorted({tuple(run["versions"].items()) for run in runs})
-    hours = sum(run["seconds"] for run in runs) / 3600
+    hours = sum(run["processor_seconds"] for run in runs) / 3600
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     lines = ["| | |", "|---|---|", f"| date | {span('date')} |", f"| commit | {commits} |"]
     lines.append(f"| machine | {span('machine')} for each run |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
-    lines.append(f"| time | {hours:.1f} h for {len(runs)} runs |")
+    lines.append(f"| processor time | {hours:.1f} h for {len(runs)} runs |")
     return "\n".join(lines)
 
 

@@ -177,8 +177,9 @@ class State:
             return math.nan
         by_group: dict[str, list[float]] = {}
         for run in self.runs.values():
-            by_group.setdefault(run["cell"].rpartition("-rate")[0], []).append(run["seconds"])
-        usual = statistics.mean(run["seconds"] for run in self.runs.values())
+            group = run["cell"].rpartition("-rate")[0]
+            by_group.setdefault(group, []).append(run["processor_seconds"])
+        usual = statistics.mean(run["processor_seconds"] for run in self.runs.values())
         seconds = [statistics.mean(by_group.get(c.group.name, [usual])) for c in self.todo]
         return (sum(seconds) + self.later * usual) / jobs
 

@@ -186,9 +186,17 @@ def test_a_child_runs_one_cell_and_a_failure_is_named(tmp_path):
 
 def _run_file(table, cell, **result):
     return {
-        **{"table": table.name, "cell": cell.name, "settings": dict(cell.group.settings)},
-        **{"rate": cell.rate, "seed": cell.seed, "seconds": 1.0, "versions": {"keras": "3"}},
-        **{"date": "2026-01-01", "commit": "abc", "machine": "m"},
+        "table": table.name,
+        "cell": cell.name,
+        "settings": dict(cell.group.settings),
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "date": "2026-01-01",
+        "commit": "abc",
+        "machine": "m",
+        "versions": {"keras": "3"},
+        "seconds": 1.0,
+        "processor_seconds": 1.0,
         "curve": {"step": [1], "loss": [1.0], "test_accuracy": [result["accuracy"]]},
         "result": {"diverged": False, **result},
     }
