@@ -17,6 +17,6 @@ def refuse_empty(**flags: object) -> None:
     for name, value in flags.items():
         if isinstance(value, str) and not value.strip():
             raise InputError(
-                f"--{name} is empty. Give a value, or leave --{name} out (was it to come from a "
-                "variable that is not set?)."
+                f"--{name} is empty, perhaps because a shell variable is not set. Give a value, or "
+                f"leave out --{name}."
             )

@@ -76,7 +76,9 @@ def test_a_flag_without_a_value_is_refused(capfd):
         (images.main, ["--source=s", "--output="], "--output"),
     ):
         assert main(arguments) == 1
-        assert f"{empty} is empty. Give a value, or leave" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert f"{empty} is empty, perhaps because a shell variable is not set." in said
+        assert said.endswith(f"Give a value, or leave out {empty}.\n")
 
 
 def test_what_the_output_cannot_encode_is_escaped(monkeypatch):

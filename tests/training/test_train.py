@@ -151,7 +151,7 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
         (["--synthetic", "--export_dir=@ROOT"], "exists and is not a SavedModel"),
         (["--synthetic", "--export_dir=@MODEL/.."], "contains --model_dir"),
         (["--data_dir=@LATIN1", "--vocab=@VOCAB"], "line 1, byte 3: not UTF-8"),
-        (["--model_dir="], "--model_dir is empty. Give a value"),
+        (["--model_dir="], "variable is not set. Give a value, or leave out --model_dir."),
         (["--tpu="], "--tpu is empty"),
         (["--data_dir= "], "--data_dir is empty"),
         (["--preflight="], "--preflight is empty"),
