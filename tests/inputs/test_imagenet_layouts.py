@@ -1,13 +1,13 @@
 """ImageNet as Kaggle, image-net.org, the TPU demos and TensorFlow Datasets distribute it."""
 
 import gzip
-import io
 import pathlib
 import tarfile
 
 import pytest
 import tensorflow as tf
 from pictures import encoded, example, manifest, prepare, smooth, stored
+from tars import tar_of
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 MAPPING = "n01440764 tench, Tinca tinca\nn01443537 goldfish\nn01484850 great white shark\n"
@@ -101,21 +101,6 @@ def test_a_validation_image_without_a_class(kaggle, capsys, labels, said):
         put(kaggle / "LOC_synset_mapping.txt", MAPPING.replace("n01484850", "n00000000"))
     assert prepare("--source", kaggle / "ILSVRC/Data/CLS-LOC/val", "--output", "out") == 1
     assert said in capsys.readouterr().err
-
-
-def tar_of(files, **links):
-    """The bytes of a tar of name -> bytes."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for name, (kind, target) in links.items():
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
-            archive.addfile(member)
-    return data.getvalue()
 
 
 @pytest.fixture

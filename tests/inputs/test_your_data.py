@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -13,12 +12,12 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from pictures import class_folders, encoded, example, manifest, prepare, smooth
+from tars import tar_of
 
 from inputs.text import prepare as prepare_text
 from inputs.text.vocabulary import SPECIAL_TOKENS
@@ -83,16 +82,6 @@ def put(name, data):
 
 def json_lines(documents):
     return "".join(json.dumps({"text": text}) + "\n" for text in documents)
-
-
-def tar_of(files):
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return data.getvalue()
 
 
 def own_text():
