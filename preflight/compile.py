@@ -5,6 +5,7 @@ once, when they are loaded. The extra `preflight` installs both.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +14,6 @@ import pathlib
 import pickle
 import re
 import sys
-import tempfile
 
 # Without these, libtpu would ask the metadata server of a TPU VM for them before it compiles.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -30,7 +30,10 @@ from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
 
-FORMAT = 1  # of the cached results of `figures`; increase it when their entries change
+from inputs.files import write_json
+from preflight.traffic import WIDTHS, count_traffic
+
+FORMAT = 2  # of the cached results of `figures`; increase it when their entries change
 MAX_ERROR_LENGTH = 400  # characters
 
 
@@ -114,8 +117,10 @@ def figures(executable) -> dict:
     Returns:
         A dict with the entries
         flops: number of floating-point operations.
-        bytes_accessed: bytes of HBM traffic, with tensors padded to tiles.
-        seconds: the compiler's estimate of the time.
+        bytes_accessed: bytes of traffic in all memories, on-chip ones included, by the compiler,
+            with tensors padded to tiles.
+        seconds: the compiler's estimate of the time, which follows from `bytes_accessed`.
+        main_bytes, copied_bytes, products: `preflight.traffic.Traffic`: bytes of HBM alone.
         argument_bytes, temporary_bytes, code_bytes: memory.
         hbm_bytes: total memory; results that reuse arguments' buffers count once.
         all_reduce_bytes: bytes that the device contributes to all-reduces.
@@ -130,6 +135,7 @@ def figures(executable) -> dict:
         "flops": costs["flops"],
         "bytes_accessed": costs["bytes accessed"],
         "seconds": costs["optimal_seconds"] + _count_untimed(text),
+        **dataclasses.asdict(count_traffic(text)),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -154,10 +160,6 @@ def _count_untimed(text: str) -> int:
         elif not in_fusion and " custom-call(" in line:
             untimed += 1
     return untimed
-
-
-# Bytes of an element.
-WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "pred": 1}
 
 
 def _all_reduces(text: str) -> dict:
@@ -185,13 +187,13 @@ def count_products(program: bytes) -> dict:
     A TPU multiplies in bfloat16, so a float32 product takes several passes.
 
     Returns:
-        A dict with `products`, the number of all products, and `float32_products`, the number of
-        those that have a float32 operand.
+        A dict with `num_products`, the number of all products, and `float32_products`, the number
+        of those that have a float32 operand.
     """
     with jax.interpreters.mlir.make_ir_context():
         operand_types = list(_operand_types(ir.Module.parse(program).operation))
     return {
-        "products": len(operand_types),
+        "num_products": len(operand_types),
         "float32_products": sum("f32" in types for types in operand_types),
     }
 
@@ -240,9 +242,7 @@ def _compile_cached(program, topology, cache):
             return result
     with contextlib.suppress(OSError):  # the cache is optional
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-            json.dump(result, file)
-        os.replace(file.name, cached)
+        write_json(cached, result, indent=None)
     return result
 
 

@@ -55,8 +55,8 @@ COLUMNS = (
 )
 HEAD = (
     "| recipe | phase | TPU | examples per core | largest that fits | GiB of HBM | TFLOP | "
-    "GB moved | compiler, ms | update, ms | floats per parameter | all-reduce, ms | step, ms | "
-    "of peak | minutes |\n|" + "---|" * 15
+    "HBM, GB | all memories, GB | work, ms | by | compiler, ms | update, ms | floats per parameter "
+    "| by the compiler | all-reduce, ms | step, ms | of peak | minutes |\n|" + "---|" * 19
 )
 GAPS = """
 The estimates are below the published times, because they assume that each operation and each link
@@ -84,7 +84,7 @@ def format_row(name: str, result) -> str:
     """
     start = f"| {name} | {result.phase} | {result.topology.name} | {result.replica_batch_size}"
     if result.error:
-        return f"{start} | does not compile: {result.error}" + " |" * 11
+        return f"{start} | does not compile: {result.error}" + " |" * 15
     program = result.program
     time = result.time
     if result.accumulation > 1:
@@ -93,10 +93,14 @@ def format_row(name: str, result) -> str:
         result.largest or "-",
         f"{program['hbm_bytes'] / 2**30:.2f}",
         f"{program['flops'] / 1e12:.3g}",
+        f"{program['main_bytes'] / 1e9:.3g}",
         f"{program['bytes_accessed'] / 1e9:.3g}",
+        f"{1e3 * time.work:.3g}",
+        time.source,
         f"{1e3 * time.compiler:.3g}",
         f"{1e3 * time.update:.3g}",
-        f"{result.update['bytes_accessed'] / 4 / result.parameters:.2f}",
+        f"{result.floats_per_parameter:.2f}",
+        f"{result.compiler_floats_per_parameter:.2f}",
         f"{1e3 * time.all_reduce:.3g}",
         f"{1e3 * time.step:.3g}",
         f"{result.utilization:.0%}",

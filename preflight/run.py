@@ -14,7 +14,7 @@ import tempfile
 
 from inputs.errors import InputError
 from inputs.files import atomic_write, temporary_folder
-from preflight import estimate
+from preflight import estimate, report
 from preflight.children import (
     ChildFailed,
     Children,
@@ -78,10 +78,24 @@ class PhaseResult:
         """The FLOP/s of the step as a fraction of the chips' peak."""
         return self.time.compute / self.time.step
 
+    @property
+    def floats_per_parameter(self) -> float:
+        """Floats that the update moves per parameter, from and to HBM."""
+        return self.update["main_bytes"] / 4 / self.parameters
+
+    @property
+    def compiler_floats_per_parameter(self) -> float:
+        """The same by the compiler, which from v4 on also counts on-chip memory."""
+        return self.update["bytes_accessed"] / 4 / self.parameters
+
     def to_json(self) -> dict:
-        """Returns the result as `--preflight_json` writes it."""
-        estimated = self.time is not None
-        update_bytes = self.update.get("bytes_accessed", 0)
+        """Returns the result as `--preflight_json` writes it.
+
+        `bytes_accessed` and the entries with `compiler` in their names are the compiler's figures.
+        From v4 on they contain on-chip memory. `seconds_by` says whether `work_seconds` is the
+        compiler's time or that of the model.
+        """
+        time = self.time
         return {
             "phase": self.phase,
             "topology": self.topology.name,
@@ -93,12 +107,16 @@ class PhaseResult:
             "hbm_bytes": self.program.get("hbm_bytes"),
             "hbm_limit_bytes": self.topology.chip.hbm_bytes,
             "flops": self.program.get("flops"),
+            "main_memory_bytes": self.program.get("main_bytes"),
             "bytes_accessed": self.program.get("bytes_accessed"),
-            "compiler_seconds": self.time.compiler if estimated else None,
-            "update_bytes_per_parameter": update_bytes / self.parameters if estimated else None,
+            "update_bytes_per_parameter": time and 4 * self.floats_per_parameter,
+            "compiler_update_bytes_per_parameter": time and 4 * self.compiler_floats_per_parameter,
+            "seconds_by": time and time.source,
+            "work_seconds": time and time.work,
+            "compiler_seconds": time and time.compiler,
             "all_reduce_bytes": self.program.get("all_reduce_bytes"),
-            "all_reduce_seconds": self.time.all_reduce if estimated else None,
-            "step_seconds": self.time.step if estimated else None,
+            "all_reduce_seconds": time and time.all_reduce,
+            "step_seconds": time and time.step,
             "phase_minutes": self.minutes,
         }
 
@@ -301,9 +319,6 @@ def run(
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
             is not installed, a file cannot be written, or the host's memory is not sufficient.
     """
-    # Imported here, because it imports Matplotlib, which the planner does not need.
-    from preflight import report
-
     topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
     check_installed()
     if json_path:
@@ -318,12 +333,14 @@ def run(
     print(report.describe(recipe, results))
     if json_path:
         _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
-        picture = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
+        picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
         try:
-            report.draw(recipe, results, picture)
+            from preflight import picture  # Matplotlib takes a second to import
+
+            picture.draw(recipe, results, picture_path)
         except OSError as error:
-            raise InputError(f"{picture} cannot be written ({error.strerror}).") from None
-        print(f"\nWritten    {json_path}, {picture}")
+            raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
+        print(f"\nWritten    {json_path}, {picture_path}")
     return int(any(result.error for result in results))
 
 
