@@ -132,7 +132,8 @@ class StepTime:
         source: whose figure `work` is: "compiler", or "model" where the compiler's time counts
             on-chip traffic (`modelled_seconds`).
         compiler: the compiler's estimate of the same, whether it is used or not.
-        update: the optimizer's share of `work`.
+        update: the optimizer's share of `work`: the time of the update alone, but at most what
+            the products of forward and backward leave.
         compute: time of the FLOPs at the peak rate.
         memory: time of the HBM traffic at the peak bandwidth.
         all_reduce: time of the all-reduce on the links.
@@ -189,9 +190,19 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
     }
 
 
-def _sum_over_micro_batches(program: float, update: float, accumulation: int) -> float:
-    """Returns a cost of a step, which runs the update once."""
-    return accumulation * program - (accumulation - 1) * update
+def _sum_over_micro_batches(
+    program: float, update: float, accumulation: int, least: float = 0
+) -> float:
+    """Returns a cost of a step, which runs the update once.
+
+    Args:
+        program: cost of a step with one micro-batch.
+        update: cost of the update alone.
+        accumulation: micro-batches per step.
+        least: the least cost of forward and backward. In a small model the update alone may move
+            more bytes than the whole step, in which gradients stay in on-chip memory.
+    """
+    return program + (accumulation - 1) * max(program - update, least)
 
 
 def _accumulation_bytes(program: dict, accumulation: int) -> int:
@@ -224,9 +235,10 @@ def step_time(topology: Topology, program: dict, update: dict, accumulation: int
         program_seconds, update_seconds = (
             modelled_seconds(topology, figures) for figures in (program, update)
         )
-    work = _sum_over_micro_batches(program_seconds, update_seconds, accumulation)
+    compute = (program["flops"] - update["flops"]) * chip.devices_per_chip / chip.flops
+    work = _sum_over_micro_batches(program_seconds, update_seconds, accumulation, compute)
     all_reduce = all_reduce_seconds(topology, program["all_reduce_bytes"])
-    backward = BACKWARD_SHARE * (program_seconds - update_seconds)
+    backward = BACKWARD_SHARE * max(program_seconds - update_seconds, compute)
     hideable = min(all_reduce, backward)
     asynchronous_share = 0
     if program["all_reduces"]:
@@ -235,7 +247,7 @@ def step_time(topology: Topology, program: dict, update: dict, accumulation: int
         work=work + _accumulation_bytes(program, accumulation) / _bandwidth(topology),
         source=source,
         compiler=whole["seconds"],
-        update=update_seconds,
+        update=min(update_seconds, max(0.0, program_seconds - compute)),
         compute=whole["flops"] * chip.devices_per_chip / chip.flops,
         memory=whole["main_bytes"] / _bandwidth(topology),
         all_reduce=all_reduce,

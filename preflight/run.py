@@ -14,8 +14,10 @@ import tempfile
 
 from inputs.errors import InputError
 from inputs.files import atomic_write, temporary_folder
+from inputs.process import INTERRUPTED
 from preflight import estimate, report
 from preflight.children import (
+    CACHE,
     ChildFailed,
     Children,
     check_installed,
@@ -313,7 +315,8 @@ def run(
         strict: whether to check TensorFlow's TPU kernels, too.
 
     Returns:
-        The exit status: 1 if a phase does not compile or has no kernels on a topology, else 0.
+        The exit status: 1 if a phase does not compile or has no kernels on a topology, 130 after
+        Ctrl-C, else 0.
 
     Raises:
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
@@ -328,8 +331,15 @@ def run(
     for topology in topologies:
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
-    with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
-        results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+    try:
+        with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
+            results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+    except KeyboardInterrupt:
+        log(
+            f"--preflight: stopped. Nothing is written except what has been compiled, in {CACHE}; "
+            "the same command goes on from there."
+        )
+        return INTERRUPTED
     print(report.describe(recipe, results))
     if json_path:
         _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
@@ -396,6 +406,12 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
+    for written in (path, os.path.splitext(path)[0] + PICTURE_SUFFIX):
+        if os.path.isdir(written):
+            raise InputError(
+                f"--preflight_json={path}: {written} is a folder. Give the name of a file, such as "
+                f"{os.path.join(path, 'preflight.json')}."
+            )
     folder = os.path.dirname(os.path.abspath(path))
     with _report_write_errors(path), tempfile.TemporaryFile(dir=folder):
         pass

@@ -23,8 +23,9 @@ installed = pytest.mark.skipif(
 )
 FIELDS = (
     "phase topology cores compiles error replica_batch_size accumulation hbm_bytes "
-    "hbm_limit_bytes flops bytes_accessed compiler_seconds update_bytes_per_parameter "
-    "all_reduce_bytes all_reduce_seconds step_seconds phase_minutes"
+    "hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
+    "compiler_update_bytes_per_parameter seconds_by work_seconds compiler_seconds all_reduce_bytes "
+    "all_reduce_seconds step_seconds phase_minutes"
 ).split()
 
 
@@ -61,11 +62,14 @@ class Compiler:
             "code_bytes": 9,
             "flops": 1e9,
             "bytes_accessed": 1e9,
+            "main_bytes": 1e9,
+            "copied_bytes": 0,
+            "products": [],
             "seconds": 0.1,
             "all_reduce_bytes": 4000,
             "all_reduces": 1,
             "asynchronous": 0,
-            "products": 9,
+            "num_products": 9,
             "float32_products": 0,
         }
 
