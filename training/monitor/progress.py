@@ -18,6 +18,8 @@ from inputs.files import atomic_write
 
 HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
+COMPILING_LOOPS = 1  # of a phase: they compile, and say nothing about the speed
+SLOW_LOOPS = 2  # of a phase: caches and input threads are still filling in the last of them
 
 
 def read_rows(path) -> list[dict]:
@@ -106,8 +108,8 @@ class Progress:
         self._phase = phase
         self._batch_size = batch_size
         self._flops_per_step = functools.cache(self._measure_flops)
-        self._warm = False
-        self._examples = 0  # these two exclude the first loop, which compiles
+        self._loops = 0
+        self._examples = 0  # these two exclude the first loops
         self._seconds = 0.0
         self._last_step = int(self._step.numpy())
         self._last_time = time.perf_counter()
@@ -121,17 +123,19 @@ class Progress:
         waited = float(output.pop("input_wait_seconds"))
         values = {name: np.asarray(value).item() for name, value in output.items()}
         measured = {"loss": values.pop("loss")} | self._measure_speed(steps, seconds)
-        if self._warm:
+        self._loops += 1
+        if self._loops > COMPILING_LOOPS:
+            measured["input_wait_share"] = waited / seconds
+            if self._loops <= SLOW_LOOPS + 1:  # the mean begins again with each of the first loops
+                self._examples, self._seconds = 0, 0.0
             self._examples += steps * self._batch_size
             self._seconds += seconds
-            measured["input_wait_share"] = waited / seconds
-        self._warm = True
         output |= measured
         row = {"step": step, "phase": self._phase} | measured | values
         append_row(self._history, row)
-        per_second = self.examples_per_second or row["examples_per_second"]
-        seconds_left = (self._total_steps - step) * self._batch_size / per_second
-        self._display.show(step, row, seconds_left)
+        per_second = self.examples_per_second
+        examples_left = (self._total_steps - step) * self._batch_size
+        self._display.show(step, row, examples_left / per_second if per_second else None)
         # The next loop's time includes that for display and files, so that no time is left out.
         self._last_step, self._last_time = step, now
 
@@ -155,12 +159,15 @@ class Progress:
 
     @property
     def examples_per_second(self) -> float | None:
-        """The mean over the phase's loops except the first; None until the second has finished."""
+        """The mean over the phase's loops except the first two; None after the first one.
+
+        After the second loop, it is the speed of that loop.
+        """
         return self._examples / self._seconds if self._seconds else None
 
     def describe_speed(self) -> str:
         """Returns the mean speed, or why there is none, for the report."""
-        if not self._warm:
+        if not self._loops:
             return "not measured: nothing was left to train"
         if not self._seconds:
             return "not measured: there was only one loop of steps, which includes compilation"
@@ -187,9 +194,11 @@ def format_row(row: dict) -> str:
     return "  ".join(parts)
 
 
-def format_duration(seconds: float) -> str:
-    """Formats a duration, for example as "1 day, 2:03:04"."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+def format_left(seconds: float | None) -> str:
+    """Formats the time left, for example as "left 1 day, 2:03:04"; None is not known yet."""
+    if seconds is None:
+        return "left: not known yet"
+    return f"left {datetime.timedelta(seconds=round(seconds))}"
 
 
 class LineDisplay:
@@ -207,13 +216,13 @@ class LineDisplay:
         self._min_seconds = min_seconds
         self._last_time = -float("inf")
 
-    def show(self, step: int, row: dict, seconds_left: float) -> None:
-        """Shows a row of the history and the time left."""
+    def show(self, step: int, row: dict, seconds_left: float | None) -> None:
+        """Shows a row of the history and the time left, None if it is not known yet."""
         now = time.perf_counter()
         if now - self._last_time >= self._min_seconds or step >= self._total_steps:
             self._last_time = now
-            left = format_duration(seconds_left)
-            self._log(f"step {step}/{self._total_steps}  {format_row(row)}  left {left}")
+            line = f"step {step}/{self._total_steps}  {format_row(row)}"
+            self._log(f"{line}  {format_left(seconds_left)}")
 
 
 class BarDisplay:
@@ -228,10 +237,10 @@ class BarDisplay:
         self._live = live
         self._task = live.add_task("", total=total_steps, left="compiling")
 
-    def show(self, step: int, row: dict, seconds_left: float) -> None:
-        """Shows a row of the history and the time left."""
+    def show(self, step: int, row: dict, seconds_left: float | None) -> None:
+        """Shows a row of the history and the time left, None if it is not known yet."""
         self._live.line = format_row(row)
-        self._live.update(self._task, completed=step, left=f"left {format_duration(seconds_left)}")
+        self._live.update(self._task, completed=step, left=format_left(seconds_left))
         self._live.refresh()
 
 
