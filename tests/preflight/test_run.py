@@ -12,7 +12,7 @@ import pytest
 import recipes
 from inputs.errors import InputError
 from preflight import children as preflight_children
-from preflight import document
+from preflight import document, picture, report
 from preflight import run as preflight
 from preflight.topology import parse_topologies
 
@@ -94,6 +94,82 @@ def test_an_unwritable_json_path_is_an_error_before_compilation(tmp_path, monkey
     with pytest.raises(InputError, match=f"preflight_json=.*{name}"):
         recipe = recipes.find_recipe("bert-mini-demo")
         preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["folder", "rows"])
+def test_a_folder_instead_of_a_json_file_is_an_error_before_compilation(
+    tmp_path, monkeypatch, name
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.png").mkdir()  # the picture's name
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    with pytest.raises(InputError, match=f"preflight_json=.*{name}.* is a folder. Give the name"):
+        recipe = recipes.find_recipe("bert-mini-demo")
+        preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    def interrupt(self, recipe, phase_index, programs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(Compiler, "lower", interrupt)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    lines = []
+    recipe = recipes.find_recipe("bert-mini-demo")
+    path = tmp_path / "rows.json"
+    assert preflight.run(recipe, "v3:2x2", json_path=str(path), log=lines.append) == 130
+    assert "stopped" in lines[-1] and "same command goes on" in lines[-1]
+    assert "checkpoint" not in lines[-1] and not path.exists() and not capsys.readouterr().out
+
+
+def test_short_recipes_are_told_in_seconds_and_mib():
+    assert report.format_minutes(0.0862) == "5.17 s"
+    assert report.format_minutes(34.83) == "34.8 minutes"
+    assert report.format_bytes(30 * 2**20) == "30 MiB"
+    assert report.format_bytes(13.68 * 2**30) == "13.68 GiB"
+
+
+def find_texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    drawn = []
+    monkeypatch.setattr(picture.plt, "close", drawn.append)
+    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
+
+    def draw(topologies):
+        results = preflight.examine(
+            recipe,
+            parse_topologies(topologies),
+            progress=preflight_children.ProgressLines(print),
+            search=False,
+        )
+        picture.draw(recipe, results, str(tmp_path / "picture.png"))
+        return drawn[-1]
+
+    figure = draw("v2:2x2,v3:2x2,v4:2x2x2")
+    memory, time, minutes = figure.axes
+    names = [label.get_text() for label in memory.get_xticklabels()]
+    assert names == ["v2:2x2", "v3:2x2", "v4:2x2x2"]
+    texts = find_texts(figure)
+    assert "no kernel for Foo" in texts and texts.count("does not\ncompile") == 2
+    hatched = [bar for bar in memory.patches if bar.get_hatch()]
+    assert len(hatched) == 1 and hatched[0].get_height() == 100
+    # 8 examples of 1 GiB and 12,000 bytes of the 15.48 GiB of a v3 core.
+    assert "8.00 GiB\n51.7 %" in texts
+    assert minutes.get_ylabel() == "minutes of the phase" and time.get_ylabel() == "ms per step"
+    colors = [*picture.MEMORY_COLORS.values(), *picture.TIME_COLORS.values(), picture.TOTAL_COLOR]
+    assert len(set(colors)) == len(colors)
+    several = draw("v3:2x2,v3:4x4,v4:2x2x2")
+    assert len(several.axes) == 4
+    sizes = [label.get_text() for label in several.axes[-1].get_xticklabels()]
+    assert sizes == ["4", "16"]
+    monkeypatch.undo()
+    for figure in drawn:
+        picture.plt.close(figure)
 
 
 def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
