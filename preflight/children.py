@@ -12,7 +12,6 @@ import os
 import pathlib
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tempfile

@@ -5,12 +5,12 @@ MIB = 2**20
 LEGEND = """
 All figures are estimates, and times are the least that is possible. Memory and FLOPs are the
 compiler's. Bytes of HBM are counted in the compiled program. The time of forward, backward and
-update is the compiler's for v2 and v3. From v4 on, the compiler counts the traffic of on-chip memory
-as if it were that of HBM, so the time is modelled: each operation takes its FLOPs at the chip's peak
-rate or its HBM bytes at the peak bandwidth, whichever is longer, and copies run beside them. The
-time of the all-reduce is modelled as 2·bytes·(n-1)/n over a chip's links at their peak rate, plus
-1 us per hop. Not included: waiting for the host and for the slowest replica, random bits,
-evaluation, checkpoints and start-up. Real kernels do not reach the peak rate."""
+update is the compiler's for v2 and v3. From v4 on, the compiler counts the traffic of on-chip
+memory as if it were that of HBM, so the time is modelled: each operation takes its FLOPs at the
+chip's peak rate or its HBM bytes at the peak bandwidth, whichever is longer, and copies run beside
+them. The time of the all-reduce is modelled as 2·bytes·(n-1)/n over a chip's links at their peak
+rate, plus 1 us per hop. Not included: waiting for the host and for the slowest replica, random
+bits, evaluation, checkpoints and start-up. Real kernels do not reach the peak rate."""
 
 # Measured examples/s of one CPU core, from docs/results/text.md (`pairs` on two cores) and
 # docs/results/images.md: task, sequence length or image size, examples/s, command.
@@ -90,7 +90,8 @@ def _describe_compiler_bytes(result) -> str:
     """Returns the compiler's count of bytes in brackets, where it is not that of HBM."""
     if result.time.source == "compiler":
         return ""
-    return f" (by the compiler {result.program['bytes_accessed'] / 1e9:.3g} GB, with on-chip memory)"
+    accessed = result.program["bytes_accessed"] / 1e9
+    return f" (by the compiler {accessed:.3g} GB, with on-chip memory)"
 
 
 def _describe_step(result) -> str:
@@ -103,8 +104,8 @@ def _describe_step(result) -> str:
         floats += f" (by the compiler {result.compiler_floats_per_parameter:.2f})"
     return (
         f"{format_seconds(time.step)} at the least: {format_seconds(time.work)} {whose}, of which "
-        f"the update takes {format_seconds(time.update)} ({time.update / time.work:.0%}, {floats}); "
-        f"{result.utilization:.0%} of the peak FLOP/s"
+        f"the update takes {format_seconds(time.update)} ({time.update / time.work:.0%}, {floats});"
+        f" {result.utilization:.0%} of the peak FLOP/s"
     )
 
 

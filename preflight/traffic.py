@@ -1,11 +1,11 @@
 """Counts main-memory traffic and matrix products in the text of a compiled TPU program.
 
-From v4 on, the compiler keeps arrays in on-chip memory and copies them there ahead of their use. Its
-own count, "bytes accessed", adds the traffic of all memories, so it is up to three times the bytes
+From v4 on, the compiler keeps arrays in on-chip memory and copies them there ahead of their use.
+Its own count, "bytes accessed", adds the traffic of all memories, so it is several times the bytes
 that HBM moves, and its estimate of the time follows it. The compiled program names the memory of
 each array in its layout: S(1) is VMEM, S(3) the common memory of v4, S(2) and S(6) hold semaphores
-and scalars, and an array without S(n) is in HBM. v2 and v3 have no such memories, so there both
-counts agree.
+and scalars, and an array without S(n) is in HBM. Programs for v2 and v3 keep all arrays in HBM, so
+there both counts agree.
 
 The functions are pure and take the text of `HloModule.to_string()`.
 """

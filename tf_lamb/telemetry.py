@@ -124,9 +124,10 @@ class TelemetryWriter:
         max_ratio: Float > 0 or `None`. The trust ratio of an adapted layer above which there is an
             alarm.
         on_alarm: Function that is called with a `TrustRatioAlarm`, or `None` to log a warning in
-            the logger "tf_lamb", one line for each record. There is an alarm if the ratio or a norm of a layer is not finite,
-            if the ratio is 0 while other layers are updated, or if it is above `max_ratio`. The
-            alarm of a layer is repeated only after a record in which the layer had no problem.
+            the logger "tf_lamb", one line for each record. There is an alarm if the ratio or a norm
+            of a layer is not finite, if the ratio is 0 while other layers are updated, or if it is
+            above `max_ratio`. The alarm of a layer is repeated only after a record in which the
+            layer had no problem.
         tensorboard: Boolean or `None`. Whether to write files for TensorBoard. `None` means only if
             Keras uses the TensorFlow backend. With other backends, TensorFlow would be loaded only
             for these files, and would take memory of the accelerator.
@@ -323,8 +324,9 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
     The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others have the
-    color of the end of the scale. Prefixes that most names share are left out. Layers with a ratio of 1 in all steps are not adapted, and are left out. If a step was recorded
-    twice because a run was resumed, the later record is drawn.
+    color of the end of the scale. Prefixes that most names share are left out. Layers with a ratio
+    of 1 in all steps are not adapted, and are left out. If a step was recorded twice because a run
+    was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`.
@@ -440,17 +442,16 @@ def _draw_on(figure, labels, steps, logs):
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
     powers = range(-int(end), int(end) + 1)
     bar.set_ticks(list(powers), labels=[f"{10.0**power:g}" for power in powers])
-    bar.set_ticks(
-        [power + math.log10(digit) for power in range(-int(end) - 1, int(end)) for digit in range(2, 10)],
-        minor=True,
-    )
+    digits = np.log10(np.arange(2, 10))
+    between = np.arange(-int(end) - 1, int(end) + 1)[:, np.newaxis] + digits
+    bar.set_ticks(between[np.abs(between) < end], minor=True)
     bar.ax.set_xlim(-end, end)
     bar.ax.tick_params(labelsize=8)
     bar.set_label(f"trust ratio; {NOT_FINITE}: not finite, grey: no update", fontsize=9)
 
 
 def _scale_end(logs) -> float:
-    """Returns log10 of the ratio at the upper end of the color scale; the lower end is its negative.
+    """Returns log10 of the ratio at the upper end of the color scale. The lower end is -1 times it.
 
     The end is at least 1, a ratio of 10. It is not far above the upper quartile, so that a few
     layers or steps with extreme ratios do not take the color from the others.
@@ -468,7 +469,8 @@ def _round_steps(steps, columns):
     firsts = [steps[i * len(steps) // columns] for i in range(columns)]
     if len(firsts) < 2:
         return firsts, [0.0]
-    ticks = MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]).tick_values(firsts[0], firsts[-1])
+    locator = MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10])
+    ticks = locator.tick_values(firsts[0], firsts[-1])
     ticks = [int(tick) for tick in ticks if firsts[0] <= tick <= firsts[-1]]
     return ticks, list(np.interp(ticks, firsts, range(columns)))
 

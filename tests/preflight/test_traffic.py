@@ -1,5 +1,7 @@
 """Main-memory traffic and products, counted in the text of a compiled program."""
 
+# ruff: noqa: E501  (lines as the compiler writes them)
+
 import pytest
 
 from preflight import traffic

@@ -2,8 +2,8 @@
 
 Writes `history.png` into the first folder: loss, held-out accuracy, learning rate and throughput of
 all runs, from the `history.jsonl` and `evaluations.jsonl` of each. If a run recorded its trust
-ratios, their heat map is drawn below the curves of a single run, or, if there are several runs, into
-a file in each run's own folder.
+ratios, their heat map is drawn below the curves of a single run, or, if there are several runs,
+into a file in each run's own folder.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
     Points show a run's held-out loss and accuracy at its evaluations. The speed of the first loops,
-    which compile, is left out. If there is a single run and it recorded its trust ratios, their heat map
-    (layers x steps) is drawn below the curves.
+    which compile, is left out. If there is a single run and it recorded its trust ratios, their
+    heat map (layers x steps) is drawn below the curves.
 
     Raises:
         ValueError: a folder without a history.
