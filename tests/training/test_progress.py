@@ -1,7 +1,15 @@
 """Monitoring of a run: history, display, MFU, telemetry and profiler trace."""
 
+import contextlib
 import io
 import json
+import os
+import pathlib
+import pty
+import re
+import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -173,6 +181,50 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
     assert "1,600 examples/s" in printed
     assert format_left(None) == "left: not known yet"
+
+
+LINES_ON_A_TERMINAL = """
+import logging, os, sys, time
+log = logging.getLogger("made before the bar")
+log.addHandler(logging.StreamHandler())
+from training.monitor.progress import make_display
+row = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
+with make_display(30, print, sys.stderr) as shown:
+    shown.show(3, row, None)
+    log.warning("a line of a logger")
+    os.write(2, b"a line of C++\\n")
+    time.sleep(0.5)
+    shown.show(6, row, 61.0)
+    if sys.argv[1:]:
+        os.write(2, b"the last words\\n")
+        os.abort()
+print("after the bar", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_lines_of_libraries_appear_above_the_bar(crash):
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", LINES_ON_A_TERMINAL, *["crash"] * crash],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        stderr=end,
+    ) as child:
+        os.close(end)
+        printed = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while data := os.read(terminal, 65536):
+                printed += data
+    os.close(terminal)
+    assert child.returncode == (-signal.SIGABRT if crash else 0)
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", printed.decode())
+    lines = re.split("[\r\n]+", plain)
+    for whole in ("a line of a logger", "a line of C++"):
+        assert whole in lines  # alone: neither after the bar nor after its values
+    last = "the last words" if crash else "after the bar"
+    assert any(line.endswith(last) for line in lines)
+    assert printed.rindex(b"\x1b[?25h") > printed.rindex(b"\x1b[?25l")  # the cursor is shown
 
 
 def test_training_flops_are_three_times_those_of_the_forward_pass():

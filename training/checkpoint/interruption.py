@@ -97,6 +97,7 @@ def _listen(read_end: int, log):
             continue
         if not first:
             # This thread may not wait for a lock that the main thread holds, so it does not log.
+            # While a bar is shown, `training.monitor.terminal` shows the cursor and this line.
             show_cursor = SHOW_CURSOR if os.isatty(2) else ""
             name = signal.Signals(signum).name
             line = f"{show_cursor}\n{name} again: stopped at once, without a checkpoint.\n"

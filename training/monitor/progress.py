@@ -15,6 +15,7 @@ import rich.progress
 import rich.text
 
 from inputs.files import atomic_write
+from training.monitor.terminal import STDERR, capture_stderr
 
 HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
@@ -247,6 +248,10 @@ class BarDisplay:
 class _BarAndLine(rich.progress.Progress):
     line = ""
 
+    def print_line(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(rich.text.Text(line), soft_wrap=True)
+
     def get_renderables(self):
         yield self.make_tasks_table(self.tasks)
         yield rich.text.Text(self.line, overflow="ellipsis")
@@ -256,7 +261,8 @@ class _BarAndLine(rich.progress.Progress):
 def make_display(total_steps: int, log, stream=None):
     """Yields a `BarDisplay` if `stream` is a terminal, else a `LineDisplay` that calls `log`.
 
-    Other lines written to standard error while the bar is shown appear above it.
+    Other lines written to standard error while the bar is shown appear above it, also those of
+    TensorFlow's C++ code.
 
     Args:
         total_steps: the run's last step.
@@ -272,13 +278,28 @@ def make_display(total_steps: int, log, stream=None):
         rich.progress.TaskProgressColumn(),
         rich.progress.TextColumn("{task.fields[left]}"),
     )
-    # `show` redraws it without a thread. Standard output is not captured: it is for the report.
-    live = _BarAndLine(
-        *columns,
-        console=rich.console.Console(file=stream),
-        auto_refresh=False,
-        redirect_stdout=False,
-        expand=True,
-    )
-    with live:
+    with contextlib.ExitStack() as stack:
+        file, terminal = stream, _descriptor(stream)
+        if terminal == STDERR:
+            terminal = os.dup(STDERR)
+            file = stack.enter_context(open(terminal, "w", encoding=stream.encoding, newline=""))
+        # `show` redraws it without a thread. Standard output is not captured: it is for the report.
+        live = _BarAndLine(
+            *columns,
+            console=rich.console.Console(file=file),
+            auto_refresh=False,
+            redirect_stdout=False,
+            expand=True,
+        )
+        stack.enter_context(live)
+        if file is not stream:
+            stack.enter_context(capture_stderr(live.print_line, terminal))
         yield BarDisplay(total_steps, live)
+
+
+def _descriptor(stream) -> int | None:
+    """Returns the file descriptor of a stream, None if it has none."""
+    try:
+        return stream.fileno()
+    except (OSError, AttributeError):
+        return None
