@@ -5,6 +5,7 @@
 `make preflight` runs it for all recipes. With names it writes a page of those recipes only.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -194,12 +195,17 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status.
 
     Args:
-        names: the recipes to examine; all of `PODS` if empty.
+        arguments: the command's arguments.
     """
+    parser = argparse.ArgumentParser(
+        prog="python -m preflight.document", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
+    names = parser.parse_args(arguments).names
     try:
         check_installed()
         for name in names:

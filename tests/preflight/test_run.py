@@ -5,6 +5,8 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -182,6 +184,40 @@ def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published" not in page
 
 
+def test_the_help_of_the_document_is_a_usage_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        document.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m preflight.document [-h] [NAME ...]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(document, "check_installed", lambda: None)
+        assert document.main(["bert-mini-dem"]) == 1
+    assert "bert-mini-dem: no pod is listed" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import errno, json, os, sys
+from preflight import compile as tpu
+tpu.compile_program = lambda *arguments: None
+tpu.open_topology = lambda name: []
+tpu.figures = lambda executable: {"flops": 1}
+def write(value, file, **options):
+    file.write("{")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+json.dump = write
+assert tpu._compile_cached(b"program", "v3:2x2", sys.argv[1]) == {"flops": 1}
+assert os.listdir(sys.argv[1]) == [], os.listdir(sys.argv[1])
+"""
+
+
+@installed
+def test_a_full_cache_disk_leaves_no_files(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_training_does_not_import_the_preflight():
     for path in [ROOT / "train.py", *ROOT.glob("training/**/*.py"), *ROOT.glob("tasks/*.py")]:
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -237,7 +273,18 @@ def test_a_small_bert_compiles(examine):
     assert (row["cores"], row["replica_batch_size"], row["accumulation"]) == (8, 8, 1)
     # Every gradient is reduced once, in float32, with a few bytes of counts and losses.
     assert 0 <= row["all_reduce_bytes"] - 4 * parameters < 1000
+    assert [row["seconds_by"] for row in result.rows] == ["compiler", "model", "model", "model"]
+    # LAMB moves at least 10 floats per parameter, less what stays in on-chip memory, plus padding.
+    # The compiler adds the traffic of that memory.
     assert 40 < row["update_bytes_per_parameter"] < 4 * 12
+    assert row["compiler_update_bytes_per_parameter"] == pytest.approx(
+        row["update_bytes_per_parameter"], rel=0.05
+    )
+    for newer in result.rows[1:]:
+        assert 4 * 5 < newer["update_bytes_per_parameter"] < 4 * 12
+        assert newer["compiler_update_bytes_per_parameter"] > 4 * 20
+        assert newer["main_memory_bytes"] < newer["bytes_accessed"] / 2
+        assert newer["work_seconds"] < row["work_seconds"] and newer["compiler_seconds"] > 0
     assert 12 * parameters < row["hbm_bytes"] < 2**28 < row["hbm_limit_bytes"]
     assert 0 < row["compiler_seconds"] < row["step_seconds"] < 0.01
     assert row["phase_minutes"] == pytest.approx(2000 * row["step_seconds"] / 60)
