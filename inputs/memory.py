@@ -51,7 +51,6 @@ MEMORY_WORDS = (
     "ResourceExhaustedError",
     "Cannot allocate memory",
     "failed to map segment from shared object",
-    "Resource temporarily unavailable",  # no thread can be started
 )
 
 

@@ -32,19 +32,20 @@ WIDTHS = {
     "s64": 8,
     "u64": 8,
 }
-# Operations that move no data: names, groups and views of other arrays.
+# Operations that move no data: names, groups and views of other arrays. A conditional counts as one,
+# because a branch may be empty; the programs of the recipes have none.
 FREE = frozenset(
-    "after-all bitcast constant get-tuple-element opt-barrier parameter partition-id replica-id "
-    "tuple".split()
+    "after-all bitcast conditional constant get-tuple-element opt-barrier parameter partition-id "
+    "replica-id tuple".split()
 )
 VIEWS = ("bitcast", "reshape")
 SLICES = ("dynamic-slice", "gather", "slice")  # read a part of their first operand
 UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place: the operand that is the update
-CONTROL = ("call", "conditional", "while")
+CONTROL = ("call", "while")
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(%[\w.-]+|\{[^}]*\})")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%[\w.-]+|\{[^}]*\})")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,34 @@ def test_only_main_memory_counts():
     assert counted.main_bytes == counted.copied_bytes + 2 * activations + results + updated
 
 
+LOOP = """\
+HloModule loop, is_scheduled=true
+
+%body (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %state = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %twice = f32[8,128]{1,0:T(8,128)} add(%x, %x)
+  ROOT %next = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%i, %twice)
+}
+
+%condition (state: (s32[], f32[8,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %more = pred[]{:T(512)S(6)} constant(true)
+}
+
+ENTRY %main (start: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %start = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %end = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_the_body_of_a_loop_counts_once():
+    counted = traffic.count_traffic(LOOP)
+    assert counted == traffic.Traffic(3 * 4 * 8 * 128, 0, ())
+
+
 def test_arrays_are_padded_to_tiles_in_the_order_of_their_layout():
     assert traffic.main_memory_bytes("f32[3,100]{1,0:T(8,128)}") == 4 * 8 * 128
     assert traffic.main_memory_bytes("f32[3,100]{0,1:T(8,128)}") == 4 * 104 * 128
