@@ -45,7 +45,7 @@ CONTROL = ("call", "while")
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=(%[\w.-]+|\{[^}]*\})")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,7 @@ class _Instruction:
     @functools.cached_property
     def called(self) -> list[str]:
         """The names of the computations that it calls."""
-        groups = _CALLED.findall(self.attributes)
-        return [name.strip(" %{}") for group in groups for name in group.split(",")]
+        return _CALLED.findall(self.attributes)
 
 
 def count_traffic(text: str) -> Traffic:
