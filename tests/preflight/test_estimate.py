@@ -1,5 +1,8 @@
 """Estimates: the all-reduce, the search for the largest batch, and the parts of a step."""
 
+import json
+import pathlib
+
 import pytest
 
 from preflight import estimate
@@ -122,3 +125,23 @@ def test_a_step_that_moves_less_than_its_update_alone_has_no_negative_parts():
     accumulated = (3 * 8 - 2 * 7) * 10**9 / topology.chip.hbm_bandwidth
     assert time.work == pytest.approx(one.work + 7 * compute + accumulated)
     assert estimate.whole_step(topology, small, UPDATE, 8)["main_bytes"] >= 5e9
+
+
+def test_the_least_time_of_resnet_50_on_v4_is_below_the_measured_one():
+    """MLPerf Training v0.7, Google, tpu-v4-16 (8 chips), LARS, batch 2,048, result_0.
+
+    The file has the compiler's figures of a step of resnet50-lars-32k with 256 images on v4:2x2x2.
+    """
+    measured_minutes, epochs, images = 30.81, 40, 1_281_167  # from run_start to run_stop
+    path = pathlib.Path(__file__).parents[1] / "data/preflight/resnet50-lars-v4-256.json"
+    program = json.loads(path.read_text())
+    assert program["flops"] == pytest.approx(256 * 3 * 2 * 4.1e9, rel=0.05)
+    in_products = sum(flops * count for flops, _, count in program["products"])
+    assert 0.97 < in_products / program["flops"] < 1
+    topology = topology_of("v4:2x2x2")
+    time = estimate.step_time(topology, program, program, accumulation=1)
+    minutes = epochs * images / 2048 * time.step / 60
+    assert time.source == "model"
+    assert 0.7 * measured_minutes < minutes < measured_minutes
+    # The compiler's own time, which counts on-chip memory, is above what was measured.
+    assert epochs * images / 2048 * time.compiler / 60 > 1.2 * measured_minutes
