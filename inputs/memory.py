@@ -51,6 +51,7 @@ MEMORY_WORDS = (
     "ResourceExhaustedError",
     "Cannot allocate memory",
     "failed to map segment from shared object",
+    "pthread_create() failed",  # there is no room for the stack of a thread
 )
 
 

@@ -32,8 +32,8 @@ WIDTHS = {
     "s64": 8,
     "u64": 8,
 }
-# Operations that move no data: names, groups and views of other arrays. A conditional counts as one,
-# because a branch may be empty; the programs of the recipes have none.
+# Operations that move no data: names, groups and views of other arrays. A conditional counts as
+# one, because a branch may be empty; the programs of the recipes have none.
 FREE = frozenset(
     "after-all bitcast conditional constant get-tuple-element opt-barrier parameter partition-id "
     "replica-id tuple".split()

@@ -75,6 +75,8 @@ def test_a_limit_of_address_space_counts_what_is_reserved(monkeypatch, tmp_path)
 def test_what_a_process_without_memory_prints_is_recognized():
     assert memory.ran_out_of_memory("", -9)
     assert memory.ran_out_of_memory("numpy...MemoryError: Unable to allocate", 1)
+    abort = "F env.cc:80] Check failed: ret == 0 Thread tf_ creation via pthread_create() failed."
+    assert memory.ran_out_of_memory(abort, -6)
     assert not memory.ran_out_of_memory("", -11)
     assert not memory.ran_out_of_memory("a MemoryError that was handled", 0)
 

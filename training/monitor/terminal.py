@@ -1,7 +1,7 @@
 """Shows what libraries write to standard error above a progress bar, instead of through it.
 
-TensorFlow's C++ code and the loggers that were made before the bar write to file descriptor 2, which
-Python's redirection of `sys.stderr` does not reach.
+TensorFlow's C++ code and the loggers that were made before the bar write to file descriptor 2,
+which Python's redirection of `sys.stderr` does not reach.
 """
 
 import contextlib
