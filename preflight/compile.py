@@ -42,6 +42,8 @@ def open_topology(name: str) -> list:
     """
     # The two cores of a v4 chip act as one device, as on Cloud TPU.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.endswith(":1x1"):  # a host has four chips by default
+        options["chips_per_host_bounds"] = (1, 1, 1)
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     return list(described.devices)
 
