@@ -22,8 +22,8 @@ Published figures that contradict each other:
 - Links of v4, v5e, v5p and v6e: the book's are 45, 45, 90 and 90 GB/s. ISCA gives v4 50, and the
   docs give v5e, v5p and v6e 400, 1,200 and 800 GB/s per chip, in both directions of 4, 6 and 4
   links: 50, 100 and 100.
-- Peak of v2: Google announced 180 TFLOP/s for a board of four chips and 11.5 PFLOP/s for a pod of 64
-  boards, so 45 for a chip. CACM has 46.
+- Peak of v2: Google announced 180 TFLOP/s for a board of four chips and 11.5 PFLOP/s for a pod of
+  64 boards, so 45 for a chip. CACM has 46.
 - Memory bandwidth of v5e: 819 GB/s; later versions of the docs have 800 GiB/s, which is 859.
 - Chips per host of v5e and v6e: the docs' 8 is the physical machine, and the virtual machine of a
   slice of up to 8 chips. The virtual machines of larger slices have 4.
