@@ -31,6 +31,8 @@ TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
+WAITING = "waiting for the pre-flight of"  # how a child says that another process is compiling
+MAX_PRINTED = 2**16  # bytes of a child's output that are searched for `WAITING`
 CACHE = pathlib.Path(cache_folder(), "preflight")
 
 
@@ -269,7 +271,7 @@ class Children:
                     stderr=output,
                 )
                 try:
-                    self._wait(child, task)
+                    self._wait(child, task, output)
                 finally:
                     child.kill()
                     child.wait()
@@ -280,8 +282,13 @@ class Children:
             with open(answer_path, encoding="utf-8") as file:
                 return json.load(file)
 
-    def _wait(self, child, task: str) -> None:
+    def _wait(self, child, task: str, output) -> None:
         """Waits for a child and shows progress.
+
+        Args:
+            child: its `subprocess.Popen`.
+            task: what it does.
+            output: the file that it prints to.
 
         Raises:
             InputError: the host's memory is not sufficient.
@@ -305,7 +312,10 @@ class Children:
                     f"and {free / 2**30:.1f} GiB were free. End other programs, or use a larger "
                     "host."
                 )
-            self._progress.update(task, time.monotonic() - start)
+            printed = os.pread(output.fileno(), MAX_PRINTED, 0).decode(errors="replace")
+            last = printed.rpartition("\n")[0].rpartition("\n")[2]
+            note = f" ({last})" if last.startswith(WAITING) else ""
+            self._progress.update(task + note, time.monotonic() - start)
 
 
 def _reason(output: str, status: int) -> str:

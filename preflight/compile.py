@@ -21,7 +21,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened
+# libtpu allows one process at a time, because a TPU can be opened once. Here no device is opened.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX must not look for a TPU
 
 import jax
@@ -29,6 +30,10 @@ import numpy as np
 from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
+
+from inputs.errors import InputError
+from inputs.files import locked
+from preflight.children import WAITING
 
 FORMAT = 1  # of the cached results of `figures`; increase it when their entries change
 MAX_ERROR_LENGTH = 400  # characters
@@ -228,12 +233,44 @@ def compile_file(path: str, topology: str, cache: str) -> dict:
 
 
 def _compile_cached(program, topology, cache):
-    """Returns the cached result of a program, or compiles it and adds its result to the cache."""
+    """Returns the cached result of a program, or compiles it and adds its result to the cache.
+
+    One process compiles at a time: a large program takes all cores and several GB of memory. After
+    waiting for another process, the result may be in the cache.
+    """
     version = importlib.metadata.version("libtpu")
     key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
     cached = pathlib.Path(cache, f"{key}.json")
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged
+    result = _read(cached)
+    if result is None:
+        with _one_at_a_time(cached.parent):
+            result = _read(cached) or _compile(program, topology, cached)
+    return result
+
+
+def _read(cached):
+    """Returns the cached result; None if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(cached.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder):
+    """Holds the lock of the cache during the block, unless its folder cannot be written."""
+
+    def say(holder):
+        print(f"{WAITING} {holder}", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, InputError):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(str(folder), "--preflight", wait=True, waiting=say))
+            print(flush=True)  # it no longer waits
+        yield
+
+
+def _compile(program, topology, cached):
+    """Compiles a program and writes its result to the file `cached`."""
     try:
         result = figures(compile_program(program, open_topology(topology)))
     except jax.errors.JaxRuntimeError as error:
