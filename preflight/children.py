@@ -198,7 +198,13 @@ class Children:
         }
 
     def compile(
-        self, phase_index: int, batch: int | None, accumulation: int, topology: str
+        self,
+        phase_index: int,
+        batch: int | None,
+        accumulation: int,
+        topology: str,
+        *,
+        quick: bool = False,
     ) -> dict:
         """Compiles a program that has been lowered.
 
@@ -207,6 +213,7 @@ class Children:
             batch: examples per replica, or None for the update alone.
             accumulation: number of micro-batches.
             topology: such as "v3:32x32".
+            quick: as for `preflight.compile.compile_program`.
 
         Returns:
             The result of `preflight.compile.compile_file`, or {"error": reason} if its process
@@ -219,6 +226,7 @@ class Children:
             "path": self._lowered[phase_index, batch, accumulation],
             "topology": topology,
             "cache": str(CACHE),
+            "quick": quick,
         }
         try:
             task = f"phase {phase_index + 1}: compiling {program} for {topology}"
