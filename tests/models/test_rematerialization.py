@@ -1,4 +1,4 @@
-"""Rematerialization: the same gradients and dropout masks as without it, and less memory."""
+"""Rematerialization: the layers run twice, with the same gradients and dropout masks."""
 
 import numpy as np
 import pytest
@@ -76,3 +76,16 @@ def test_gradients_and_dropout_are_those_without_it(jit_compile, accumulation):
         np.testing.assert_allclose(ours, first, rtol=1e-3, atol=1e-5 * float(tf.norm(first)) + 1e-7)
     # Another seed gives other masks.
     assert abs(float(again[0]["masked_loss"] - sums["masked_loss"])) > 1e-3
+
+
+def test_the_products_of_each_layer_are_in_the_program_twice():
+    batch = make_batch()
+    counts = bert.pretraining_counts(batch)
+    products = {}
+    for remat in ("off", "layer"):
+        step = make_step(remat, jit_compile=False)[1]
+        run = tf.function(step.sums_and_gradients, jit_compile=True, autograph=False)
+        lower = run.experimental_get_compiler_ir(batch, counts, tf.constant([5, 6]))
+        products[remat] = lower(stage="hlo").count(" dot(")
+    # Query, key, value, scores, context, output, and the two of the feed-forward network.
+    assert products["layer"] == products["off"] + 2 * 8
