@@ -1,10 +1,12 @@
 """The check of TensorFlow's TPU kernels, with made-up kernels in place of the TPU wheel's."""
 
+import re
 import types
 
 import numpy as np
 import tensorflow as tf
 
+from preflight import program
 from preflight.strict import unsupported_operations, with_variables_as_arguments
 
 
@@ -61,3 +63,29 @@ def test_variables_become_arguments():
     # The write was removed, so the scale is 10, not 11.
     np.testing.assert_array_equal(result, -rows.numpy()[[2, 0]] * 10.0 + 10.0)
     assert scale.numpy() == 2.0
+
+
+def test_random_bits_are_lowered_as_by_tensorflow_tpu():
+    seed = tf.TensorSpec([2], tf.int32)
+
+    def lowered(dtype):
+        function = tf.function(
+            lambda seed: (
+                tf.random.stateless_uniform([8, 128], seed, None, None, dtype)
+                if dtype == tf.uint32
+                else tf.random.stateless_uniform([8, 128], seed)
+            ),
+            jit_compile=True,
+        )
+        with program._tpu_random_bits():
+            return function.experimental_get_compiler_ir(seed)(stage="hlo")
+
+    # Of what tensorflow-tpu 2.20.0 lowers for a TPU, the operations on all elements.
+    generator = r"rng-bit-generator\(u64\[2\]\{0\} \S+\), algorithm=rng_default"
+    for text in (lowered(tf.uint32), lowered(tf.float32)):
+        assert re.search(r"\(u64\[2\]\{0\}, u32\[8,128\]\{1,0\}\) " + generator, text)
+    assert not re.search(r"u32\[8,128\]\S* (?!rng|get-tuple|reshape)\w+\(", lowered(tf.uint32))
+    names = re.findall(r"= \w+\[8,128\]\{1,0\} ([\w-]+)\(", lowered(tf.float32))
+    kept = [name for name in names if name in ("shift-right-logical", "or", "convert", "subtract")]
+    assert kept == ["shift-right-logical", "convert"]
+    assert "constant(1.1920929e-07)" in lowered(tf.float32)  # 2**-23
