@@ -66,26 +66,26 @@ def test_variables_become_arguments():
 
 
 def test_random_bits_are_lowered_as_by_tensorflow_tpu():
-    seed = tf.TensorSpec([2], tf.int32)
-
-    def lowered(dtype):
+    def lowered(**arguments):
+        """The HLO, and the operations on all of its elements."""
         function = tf.function(
-            lambda seed: (
-                tf.random.stateless_uniform([8, 128], seed, None, None, dtype)
-                if dtype == tf.uint32
-                else tf.random.stateless_uniform([8, 128], seed)
-            ),
-            jit_compile=True,
+            lambda seed: tf.random.stateless_uniform([8, 128], seed, **arguments), jit_compile=True
         )
         with program._tpu_random_bits():
-            return function.experimental_get_compiler_ir(seed)(stage="hlo")
+            lower = function.experimental_get_compiler_ir(tf.TensorSpec([2], tf.int32))
+            text = lower(stage="hlo")
+        names = re.findall(r"= \w+\[8,128\]\{1,0\} ([\w-]+)\(", text)
+        return text, [name for name in names if name not in ("reshape", "get-tuple-element")]
 
-    # Of what tensorflow-tpu 2.20.0 lowers for a TPU, the operations on all elements.
-    generator = r"rng-bit-generator\(u64\[2\]\{0\} \S+\), algorithm=rng_default"
-    for text in (lowered(tf.uint32), lowered(tf.float32)):
-        assert re.search(r"\(u64\[2\]\{0\}, u32\[8,128\]\{1,0\}\) " + generator, text)
-    assert not re.search(r"u32\[8,128\]\S* (?!rng|get-tuple|reshape)\w+\(", lowered(tf.uint32))
-    names = re.findall(r"= \w+\[8,128\]\{1,0\} ([\w-]+)\(", lowered(tf.float32))
-    kept = [name for name in names if name in ("shift-right-logical", "or", "convert", "subtract")]
-    assert kept == ["shift-right-logical", "convert"]
-    assert "constant(1.1920929e-07)" in lowered(tf.float32)  # 2**-23
+    # What the kernels of tensorflow-tpu 2.20.0 lower to for a TPU; all generations accept it.
+    generator = (
+        r"\(u64\[2\]\{0\}, u32\[8,128\]\{1,0\}\) rng-bit-generator\(u64\[2\]\{0\} \S+\), "
+        "algorithm=rng_default"
+    )
+    text, operations = lowered(minval=None, maxval=None, dtype=tf.uint32)
+    assert re.search(generator, text) and operations == []
+    text, operations = lowered()
+    assert re.search(generator, text)
+    computed = [name for name in operations if name != "broadcast"]
+    assert computed[:3] == ["shift-right-logical", "convert", "multiply"]
+    assert "constant(9)" in text and "constant(1.1920929e-07)" in text  # 2**-23
