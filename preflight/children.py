@@ -31,6 +31,8 @@ TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
+WAITING = "waiting for the pre-flight of"  # how a child says that another process is compiling
+MAX_PRINTED = 2**16  # bytes of a child's output that are searched for `WAITING`
 CACHE = pathlib.Path(cache_folder(), "preflight")
 
 
@@ -213,7 +215,13 @@ class Children:
         }
 
     def compile(
-        self, phase_index: int, batch: int | None, accumulation: int, topology: str
+        self,
+        phase_index: int,
+        batch: int | None,
+        accumulation: int,
+        topology: str,
+        *,
+        quick: bool = False,
     ) -> dict:
         """Compiles a program that has been lowered.
 
@@ -222,6 +230,7 @@ class Children:
             batch: examples per replica, or None for the update alone.
             accumulation: number of micro-batches.
             topology: such as "v3:32x32".
+            quick: as for `preflight.compile.compile_program`.
 
         Returns:
             The result of `preflight.compile.compile_file`, or {"error": reason} if its process
@@ -234,6 +243,7 @@ class Children:
             "path": self._lowered[phase_index, batch, accumulation],
             "topology": topology,
             "cache": str(CACHE),
+            "quick": quick,
         }
         try:
             task = f"phase {phase_index + 1}: compiling {program} for {topology}"
@@ -286,7 +296,7 @@ class Children:
                     stderr=output,
                 )
                 try:
-                    self._wait(child, task)
+                    self._wait(child, task, output)
                 finally:
                     child.kill()
                     child.wait()
@@ -299,8 +309,13 @@ class Children:
             with open(answer_path, encoding="utf-8") as file:
                 return json.load(file)
 
-    def _wait(self, child, task: str) -> None:
+    def _wait(self, child, task: str, output) -> None:
         """Waits for a child and shows progress.
+
+        Args:
+            child: its `subprocess.Popen`.
+            task: what it does.
+            output: the file that it prints to.
 
         Raises:
             InputError: the host's memory is not sufficient.
@@ -320,7 +335,10 @@ class Children:
                 except psutil.Error:  # it has just ended
                     continue
                 raise _host_memory_error(task, f" The process used {used:.1f} GiB.")
-            self._progress.update(task, time.monotonic() - start)
+            printed = os.pread(output.fileno(), MAX_PRINTED, 0).decode(errors="replace")
+            last = printed.rpartition("\n")[0].rpartition("\n")[2]
+            note = f" ({last})" if last.startswith(WAITING) else ""
+            self._progress.update(task + note, time.monotonic() - start)
 
 
 def _host_memory_error(task: str, used: str = "") -> InputError:

@@ -36,6 +36,7 @@ except ImportError:
 
 
 from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out_of_memory
+from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -382,6 +383,11 @@ def _check_gpu(devices) -> Finding:
     return Finding(WARNING, "GPU", "present, but TensorFlow does not find it", fix)
 
 
+def check_tpu_vm(model_dir: str) -> list[Finding]:
+    """Checks the settings of a TPU VM; none on other machines."""
+    return [Finding(level, "TPU VM", *rest) for level, *rest in tpu_vm.check(model_dir)]
+
+
 # Disk and memory
 
 
@@ -431,7 +437,7 @@ def check_all(model_dir: str) -> list[Finding]:
         findings += check_probe(
             *run_probe(ROOT), tpu_wheel=tpu_wheel, fix=install_command(installed)
         )
-    return findings + check_machine(model_dir)
+    return findings + check_tpu_vm(model_dir) + check_machine(model_dir)
 
 
 def show(findings: list[Finding], stream) -> None:

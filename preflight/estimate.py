@@ -33,6 +33,8 @@ def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
         Seconds.
     """
     chips = topology.chips
+    if chips == 1:
+        return 0.0
     sent = 2 * num_bytes * (chips - 1) / chips
     sending = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
     return sending + 2 * topology.diameter * HOP_SECONDS

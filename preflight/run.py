@@ -250,13 +250,15 @@ class PhaseExaminer:
         return [(None, 1), *((size, 1) for size in sizes)]
 
     def _figures(self, phase_index, topology, batch, accumulation):
-        """Returns the figures of a program, compiled for the largest topology with the same chips.
+        """Returns the figures of a program, compiled for this topology.
 
-        The figures do not depend on the number of chips, so one compilation serves all topologies.
+        The update alone, which does not communicate, is compiled for the first topology with the
+        same chips.
         """
         self._children.lower(self._recipe, phase_index, [(batch, accumulation)])
-        same_chips = [t for t in self._topologies if t.chip == topology.chip]
-        name = max(same_chips, key=lambda t: t.replicas).name
+        if batch is None:
+            topology = next(t for t in self._topologies if t.chip == topology.chip)
+        name = topology.name
         # The update is the same in all phases.
         key = (batch, accumulation, name, None if batch is None else phase_index)
         if key not in self._compiled:

@@ -27,6 +27,18 @@ def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(InputError, match="^the task failed: the compiler gave up$"):
         children._run("crashing_child", "the task", {})
+    (tmp_path / "polite_child.py").write_text(
+        "import sys, time\n"
+        "print('a warning')\n"
+        f"print('{children_module.WAITING} process 7 on here', flush=True)\n"
+        "time.sleep(1.2); print(flush=True); time.sleep(1.2)\n"
+        "open(sys.argv[2], 'w').write('{}')"
+    )
+    shown = []
+    monkeypatch.setattr(children._progress, "update", lambda task, seconds: shown.append(task))
+    children._run("polite_child", "the task", {})
+    assert shown[0] == shown[-1] == "the task"
+    assert "the task (waiting for the pre-flight of process 7 on here)" in shown
     monkeypatch.setattr(children_module, "RESERVED_BYTES", 2**60)
     with pytest.raises(InputError, match="host's memory is not sufficient.*GiB are free"):
         children._run("waiting_child", "the task", {})

@@ -26,6 +26,10 @@ def test_an_all_reduce_sends_twice_its_bytes_over_all_links():
     assert seconds == pytest.approx(open_links + 2 * 30 * 1e-6)
 
 
+def test_one_chip_sends_nothing():
+    assert estimate.all_reduce_seconds(topology_of("v6e-1"), 10**9) == 0
+
+
 def search(memory_needed, start, fixed, limit, most):
     return estimate.largest_batch(
         memory_needed, start, fixed_bytes=fixed, limit_bytes=limit, max_examples=most

@@ -90,6 +90,29 @@ def test_errors_are_rows_and_accumulated_gradients_need_memory(tmp_path, monkeyp
     assert "NO: no kernel for Foo" in capsys.readouterr().out
 
 
+def test_each_slice_is_compiled_as_itself(monkeypatch):
+    compiled = []
+
+    class Recorder(Compiler):
+        def compile(self, phase_index, batch, accumulation, topology):
+            compiled.append((batch, topology))
+            return super().compile(phase_index, batch, accumulation, topology)
+
+    monkeypatch.setattr(preflight, "Children", Recorder)
+    results = preflight.examine(
+        recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64),
+        parse_topologies("v3-8,v3-32,v5e-4"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=False,
+    )
+    assert [result.replica_batch_size for result in results] == [8, 2, 16]
+    # The update, which does not communicate, is compiled once for each kind of chip.
+    steps = [(8, "v3:2x2"), (2, "v3:4x4"), (16, "v5e:2x2")]
+    assert sorted(compiled, key=str) == sorted(
+        [(None, "v3:2x2"), (None, "v5e:2x2"), *steps], key=str
+    )
+
+
 @pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png"])
 def test_an_unwritable_json_path_is_an_error_before_compilation(tmp_path, monkeypatch, name):
     monkeypatch.setattr(preflight, "check_installed", lambda: None)
@@ -291,7 +314,7 @@ def test_a_small_bert_compiles(examine):
     assert (result.folder / "rows.png").stat().st_size > 10_000
     assert "bert-mini-demo" in result.printed and "figures are estimates" in result.printed
     assert re.search(r"bound by \w+; 0 of \d\d products in float32", result.printed)
-    assert len(list((result.folder / "cache").iterdir())) == 2 * len(result.rows)
+    assert len(list((result.folder / "cache").glob("*.json"))) == 2 * len(result.rows)
 
 
 @installed
