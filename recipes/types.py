@@ -180,6 +180,9 @@ class Recipe:
     on_divergence: str = "stop"  # or "rollback": newest checkpoint and a lower rate
     rollback_rate_factor: float = 0.5  # factor of the learning rate after a rollback
     max_rollbacks: int = 3  # the run stops at the next divergence
+    # Parts of the data that hosts can read independently; None: the largest divisor of the batch up
+    # to 256. The order of the examples depends on it, not on the number of hosts.
+    lanes: int | None = None
     max_bad_record_share: float = 0.001  # maximum share of damaged records
     on_bad_record: str = "skip"  # or "fail"
     measure_noise_scale: bool = False  # estimate the critical batch size
@@ -235,8 +238,14 @@ class Recipe:
                 f"profile must end within the {self.steps} steps of the run. "
                 f"Received: profile={self.profile}."
             )
+        check_minimums(self, lanes=1)
         for phase in self.phases:
             phase.check(self)
+            if self.lanes is not None and phase.global_batch_size % self.lanes:
+                raise ValueError(
+                    f"lanes must divide the global batch. Received: lanes={self.lanes}, "
+                    f"global_batch_size={phase.global_batch_size}."
+                )
             if self.accumulation < 1 or phase.global_batch_size % self.accumulation:
                 raise ValueError(
                     "accumulation must divide each replica's batch. Received: accumulation="

@@ -52,10 +52,11 @@ class Task(abc.ABC):
     A subclass is constructed as
 
         Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...,
-                 cache_dir=...)
+                 cache_dir=..., shared_dir=...)
 
     with the recipe, the values of the flags with these names, the folder of the run to resume
-    (`resume_dir`; None for a new run), and a function that takes lines of progress (`log`). It
+    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), and a folder
+    that all hosts can read and write (`shared_dir`; "" if the hosts are this process). It
     raises `inputs.errors.InputError` if the data cannot be used.
 
     recipe: the recipe of the run.
@@ -108,6 +109,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
+
+    def check_data(self) -> None:
+        """Reports the damaged records that hosts have found since the last call.
+
+        Raises:
+            InputError: they are more than the recipe allows.
+        """
 
     def write_files(self, model_dir: str) -> None:
         """Writes the files that a resumed run needs besides the checkpoints."""
