@@ -268,5 +268,33 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
     return rows.map(lambda batch: tf.ensure_shape(batch, [share.replica_batch, None]))
 
 
+def by_block(size: int, examples, ids, make_rows, width: int):
+    """Makes rows block by block.
+
+    Args:
+        size: the number of examples of a block; block b has the examples b `size` to (b + 1) `size`
+            - 1.
+        examples, ids: [n] int64; the examples of a block lie together.
+        make_rows: takes a block, a scalar, and its part of `examples` and `ids`; returns [m, width]
+            int32.
+        width: as above.
+
+    Returns:
+        [n, width] int32.
+    """
+    blocks, _, counts = tf.unique_with_counts(examples // size, tf.int64)
+    ends = tf.cumsum(counts)
+    rows = tf.TensorArray(
+        tf.int32, tf.size(blocks), infer_shape=False, element_shape=[None, width]
+    )
+
+    def block_rows(i, rows):
+        some = slice(ends[i] - counts[i], ends[i])
+        return i + 1, rows.write(i, make_rows(blocks[i], examples[some], ids[some]))
+
+    _, rows = tf.while_loop(lambda i, rows: i < tf.size(blocks), block_rows, (0, rows))
+    return tf.ensure_shape(rows.concat(), [None, width])
+
+
 # AutoGraph would convert the functions of each data set for seconds, and change nothing.
 _graph = tf.autograph.experimental.do_not_convert

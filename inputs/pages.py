@@ -177,6 +177,22 @@ class Pages:
         return tf.cond(readable, rows, none), readable
 
 
+    def read_block(self, size: int, block, examples, damage: Damage):
+        """Reads rows of one block in a graph, of an array with a row for each example.
+
+        Args:
+            size: the number of rows of a block.
+            block: int64 scalar.
+            examples: [n] int64, rows in [`block` `size`, (`block` + 1) `size`).
+            damage: told of a page that cannot be read.
+
+        Returns:
+            A tuple of the rows, [n] or [n, C], and whether they could be read, [n] bool.
+        """
+        first, stop = block * size, tf.minimum((block + 1) * size, self.length)
+        rows, readable = self.read(first, stop, damage, first, stop - first)
+        return tf.gather(rows, examples - first), tf.fill(tf.shape(examples), readable)
+
     def blocks(self) -> Iterator[np.ndarray]:
         """Yields the whole array in parts, in order.
 

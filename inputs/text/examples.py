@@ -11,7 +11,7 @@ import tensorflow as tf
 from inputs.bad_records import BadRecords
 from inputs.batching import integers_below, random_bits, uniform, unit_floats
 from inputs.damage import Damage
-from inputs.order import Order, number_of_lanes, row_batches
+from inputs.order import Order, by_block, number_of_lanes, row_batches
 from inputs.text.chunks import COLUMNS, FULL, PAIRS, SENTENCE_STARTS, TABLE
 from inputs.text.vocabulary import SPECIAL_TOKENS
 
@@ -169,23 +169,8 @@ class Examples:
         Returns:
             [n, FIELDS + L] int32, see `FIELDS`; then the tokens with [CLS], [SEP] and [PAD].
         """
-        blocks, _, counts = tf.unique_with_counts(chunks // size, tf.int64)
-        ends = tf.cumsum(counts)
-        width = FIELDS + self.sequence_length
-        rows = tf.TensorArray(
-            tf.int32, tf.size(blocks), infer_shape=False, element_shape=[None, width]
-        )
-
-        def more(i, rows):
-            del rows
-            return i < tf.size(blocks)
-
-        def block(i, rows):
-            some = slice(ends[i] - counts[i], ends[i])
-            return i + 1, rows.write(i, self._block_rows(size, blocks[i], chunks[some], ids[some]))
-
-        _, rows = tf.while_loop(more, block, (0, rows))
-        return tf.ensure_shape(rows.concat(), [None, width])
+        make_rows = functools.partial(self._block_rows, size)
+        return by_block(size, chunks, ids, make_rows, FIELDS + self.sequence_length)
 
     def _block_rows(self, size, block, chunks, ids):
         """`_rows` of chunks of one block."""
