@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
@@ -93,7 +94,8 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
             offset += len(record) + FRAME_BYTES
         if offset < size:
             yield offset, None
-            length = _length(path, offset)
+            with tf.io.gfile.GFile(path, "rb") as file:
+                length = _length(file, offset)
             if length is None:
                 return
             offset += length + FRAME_BYTES
@@ -109,27 +111,56 @@ def _readable(path, offset):
         yield from some
 
 
-def _length(path, offset):
-    """The length of a record's data in bytes, or None if its check sum is wrong."""
+def record_offsets(path: str) -> np.ndarray:
+    """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
+
+    Raises:
+        InputError: the file cannot be read, is compressed, or is damaged.
+    """
+    offsets = []
     try:
+        size = tf.io.gfile.stat(path).length
+        offset = 0
         with tf.io.gfile.GFile(path, "rb") as file:
-            file.seek(offset)
-            header = file.read(HEADER_BYTES)
-    except tf.errors.OpError:
-        return None
+            while offset < size:
+                length = _length(file, offset)
+                if length is None or offset + length + FRAME_BYTES > size:
+                    raise InputError(
+                        f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
+                        "here; the file is compressed, damaged or truncated. Copy it again; "
+                        "compressed files are converted by `python -m inputs.images.prepare`."
+                    )
+                offsets.append(offset)
+                offset += length + FRAME_BYTES
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from None
+    return np.array(offsets, np.int64)
+
+
+def _length(file, offset):
+    """The length of a record's data in bytes, or None if its check sum is wrong."""
+    file.seek(offset)
+    header = file.read(HEADER_BYTES)
     length = int.from_bytes(header[:8], "little")
     if len(header) < HEADER_BYTES or _masked_crc(header[:8]) != header[8:]:
         return None
     return length
 
 
+def _crc_of_byte(crc: int) -> int:
+    for _ in range(8):
+        crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)  # the polynomial of CRC-32C
+    return crc
+
+
+CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
+
+
 def _masked_crc(data: bytes) -> bytes:
     """The check sum of TFRecord: CRC-32C, rotated and with a constant added; little-endian."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 255]
     crc ^= 0xFFFFFFFF
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return masked.to_bytes(4, "little")

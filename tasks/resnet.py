@@ -36,6 +36,7 @@ class ImageClassification(Task):
         synthetic: whether to use random batches instead of images.
         log: takes lines of progress.
         cache_dir: not used.
+        shared_dir: see `tasks.task.Task`.
     """
 
     example_unit = "images"
@@ -46,7 +47,7 @@ class ImageClassification(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir="", shared_dir=""):
         del resume_dir, cache_dir
         if vocab:
             raise InputError(f"--vocab={vocab}: a vocabulary is for text. Leave --vocab out.")
@@ -56,7 +57,7 @@ class ImageClassification(Task):
             )
         self.recipe = recipe
         self._source = (
-            _SyntheticImages(recipe, seed) if synthetic else _Images(recipe, data_dir, seed, log)
+            _SyntheticImages(recipe, seed) if synthetic else _Images(recipe, data_dir, seed, log, shared_dir)
         )
         self.data = self._source.description
         self.amount = self._source.amount
@@ -97,6 +98,10 @@ class ImageClassification(Task):
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
         )
+
+    def check_data(self):
+        """See `tasks.task.Task.check_data`."""
+        self._source.check()
 
     def final_metrics(self, model, strategy, output_dir):
         """Returns {}; reports how many images could not be read.
@@ -140,7 +145,7 @@ class ImageClassification(Task):
 class _Images:
     """Prepared images: the splits train/ and validation/ of a folder."""
 
-    def __init__(self, recipe, data_dir, seed, log):
+    def __init__(self, recipe, data_dir, seed, log, shared_dir):
         if not data_dir:
             raise InputError(
                 "--data_dir: give the folder that `python -m inputs.images.prepare` wrote, or "
@@ -160,6 +165,8 @@ class _Images:
                     # Each process of a cluster reads its own share of the data, so each reports.
                     log=lambda line: print(line, file=sys.stderr),
                 ),
+                lanes=recipe.lanes,
+                damage_folder=shared_dir and os.path.join(shared_dir, "damaged-records", split),
             )
 
         self.description = data_dir
@@ -181,9 +188,13 @@ class _Images:
         )
         log(self.amount)
 
+    def check(self):
+        for split in (self.training, self.held_out):
+            split.damage.collect()
+
     def report_bad_records(self):
         for split in (self.training, self.held_out):
-            split.bad_records.end()
+            split.damage.end()
 
     def sample_files(self, count):
         """Yields (bytes of an image file, name of its class)."""
@@ -205,6 +216,9 @@ class _SyntheticImages:
             {"image": 256, "label": count},
             seed,
         )
+
+    def check(self):
+        pass
 
     def report_bad_records(self):
         pass
