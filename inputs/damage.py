@@ -6,11 +6,20 @@ collects these files.
 """
 
 import os
+import shutil
 import tempfile
+import weakref
 
 import tensorflow as tf
 
 from inputs.bad_records import REPAIR, BadRecords
+
+
+def scratch_folder(owner: object, prefix: str) -> str:
+    """A new temporary folder, which is removed together with its owner."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Damage:
@@ -25,10 +34,7 @@ class Damage:
 
     def __init__(self, records: BadRecords, examples: int, folder: str = ""):
         self._records = records
-        if not folder:
-            self._temporary = tempfile.TemporaryDirectory(prefix="damaged-records-")
-            folder = self._temporary.name
-        self._folder = folder
+        self._folder = folder or scratch_folder(self, "damaged-records-")
         self._seen: set[str] = set()
         records.expect(examples)
 

@@ -2,13 +2,12 @@
 
 import functools
 import os
-import tempfile
 
 import numpy as np
 import tensorflow as tf
 
 from inputs.bad_records import BadRecords
-from inputs.damage import Damage
+from inputs.damage import Damage, scratch_folder
 from inputs.errors import InputError
 from inputs.order import Order, by_block, number_of_lanes, row_batches
 from inputs.pages import PagesWriter, open_pages
@@ -143,10 +142,8 @@ class Features:
         self.num_examples = len(self.question_of)
         self.placed = np.array([question.placed is not None for question in squad.questions])
         self.first_pieces, self.last_pieces = self._answer_pieces()
-        if not shared_dir:
-            self._temporary = tempfile.TemporaryDirectory(prefix="squad-windows-")
-            shared_dir = self._temporary.name
-        folder = os.path.join(shared_dir, f"{squad.fingerprint}-{sequence_length}")
+        home = shared_dir or scratch_folder(self, "squad-windows-")
+        folder = os.path.join(home, f"{squad.fingerprint}-{sequence_length}")
         self._write(folder)
         self._file = open_pages(folder)[0][ROWS]
         records = BadRecords(0.0, skip=False, log=print)

@@ -189,24 +189,24 @@ def test_the_command_with_worker_processes(source, whole, tmp_path):
     assert lines.pop(0) == "Text: lower-cased, accents dropped (uncased vocabulary)"
     assert re.fullmatch(r"0 of [\d,]+ tokens are \[UNK\] \(0.00%\)", lines.pop())
     for index, line in enumerate(lines):
-        assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
+        assert re.fullmatch(rf"shard-{index:05d}\.tfrecord: [\d,]+ tokens \(\d+%\)", line)
     assert "tokens in 150 documents, 3 of them held out" in done.stdout
     assert done.stdout.count("\n") == 1
 
 
 def test_a_damaged_shard_is_written_again(source, whole, folder):
-    flip_a_byte(folder / "shard-00002.arrayrecord")
+    flip_a_byte(folder / "shard-00002.tfrecord")
     said = []
     prepare(source, folder, log=said.append)
-    assert any("shard-00002.arrayrecord, record" in line for line in said)
-    assert "shard-00002.arrayrecord and the shards after it are written again" in said
+    assert any("shard-00002.tfrecord, record" in line for line in said)
+    assert "shard-00002.tfrecord and the shards after it are written again" in said
     assert content(folder) == content(whole)
 
 
 def test_a_flipped_byte_loses_one_document_or_stops(folder):
     before = load(shutil.copytree(folder, f"{folder}-2"))[3]
-    flip_a_byte(folder / "shard-00001.arrayrecord")
-    with pytest.raises(InputError, match=r"shard-00001.arrayrecord, record \d+: damaged"):
+    flip_a_byte(folder / "shard-00001.tfrecord")
+    with pytest.raises(InputError, match=r"shard-00001.tfrecord, record \d+: damaged"):
         load(folder, skip=False)
     assert not (folder / "memory_map").exists() or not list((folder / "memory_map").iterdir())
     said = []
@@ -218,11 +218,11 @@ def test_a_flipped_byte_loses_one_document_or_stops(folder):
 
 @pytest.mark.parametrize("size", [None, 0, 100, 70_000])
 def test_a_missing_or_truncated_shard_is_named(folder, size):
-    path = folder / "shard-00001.arrayrecord"
+    path = folder / "shard-00001.tfrecord"
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[: min(size, 2000)])
     said = "is missing" if size is None else "records, but the manifest says"
     lost = "of the file are damaged, so that it is a wrong file"
-    with pytest.raises(InputError, match=f"shard-00001.arrayrecord.*{said}.*{lost}"):
+    with pytest.raises(InputError, match=f"shard-00001.tfrecord.*{said}.*{lost}"):
         load(folder, share=0.9)
 
 
