@@ -200,6 +200,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
         synthetic=FLAGS.synthetic,
         log=log_line,
         cache_dir=FLAGS.cache_dir,
+        shared_dir=model_dir if strategy.drives_other_hosts(where) else "",
     )
     with blame("--set"):
         run = Run(

@@ -291,11 +291,13 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
         Raises:
             Diverged: a step diverged.
+            InputError: more records are damaged than the recipe allows.
         """
         if self._train_iterator is None:  # not created if only an evaluation is left
             self._train_iterator = iter(self._train_dataset)
         totals, record, waited = self._train_loop(num_steps)
         self._divergence.check(record)
+        self.task.check_data()
         values = self._means_and_loss(self._train_metrics, totals)
         return (
             values
@@ -317,6 +319,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 self._stop()
             sums = self._eval_step(batch)
             totals = sums if totals is None else tf.nest.map_structure(tf.add, totals, sums)
+        self.task.check_data()
         return self._means_and_loss(self.task.metrics, totals)
 
     @staticmethod

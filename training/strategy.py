@@ -61,6 +61,14 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def drives_other_hosts(strategy: tf.distribute.Strategy) -> bool:
+    """Whether one process, this one, drives devices of other processes, as of a TPU pod slice."""
+    if is_multi_worker(strategy):
+        return False
+    devices = map(tf.DeviceSpec.from_string, strategy.extended.worker_devices)
+    return any(device.job not in (None, "localhost") for device in devices)
+
+
 def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:
     """Returns `jit_compile` for `ReplicaStep`; False on a TPU, which compiles the whole step."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
