@@ -5,7 +5,8 @@
 # make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
-# make preflight  compiles the recipes for TPU pods, no TPU needed, and writes docs/results/preflight.md
+# make preflight  compiles the recipes for TPU pods and generations, no TPU needed, and writes
+#             docs/results/preflight.md and generations.md
 # make preflight-tpu  installs into .venv-tpu what --preflight_strict asks
 # make bench  times an update beside its peers; ARGS=--json=FILE writes the figures, too
 #             (inputs: .venv/bin/python -m benchmarks.inputs --text=... --vocab=...)
@@ -44,6 +45,7 @@ tpu: $(TPU_VENV)/installed
 
 preflight: $(VENV)/preflight
 	$(BIN)/python -m preflight.document $(ARGS)
+	$(BIN)/python -m preflight.generations $(ARGS)
 
 # TensorFlow's own TPU kernels, for --preflight_strict; no TPU needed.
 preflight-tpu: $(TPU_VENV)/installed

@@ -24,6 +24,8 @@ import tensorflow as tf
 
 import tf_lamb
 from benchmarks import shapes
+from preflight.estimate import counts_main_memory
+from preflight.traffic import count_traffic
 
 FLOAT_BYTES = 4
 OPTIMIZERS = {"lamb": tf_lamb.LAMB, "lars": tf_lamb.LARS}
@@ -125,14 +127,18 @@ def figures(executable, number: int) -> dict:
 
     Returns:
         A dict of
-        moved: reads and writes of HBM. Tensors count with their padding to tiles: a vector is
-            padded to 1,024 floats, each layer's scalar to 256.
+        moved: reads and writes of HBM, by the compiler, or from v4 on, where its count contains
+            on-chip memory, as `preflight.traffic` counts them. Tensors count with their padding to
+            tiles: a vector is padded to 1,024 floats, each layer's scalar to 256.
         arguments: memory of the arguments; 4 for LAMB and 3 for LARS, plus padding.
         temporary: memory besides arguments and results.
     """
     memory = executable.get_compiled_memory_stats()
+    accessed = executable.cost_analysis()["bytes accessed"]
+    main = count_traffic(executable.hlo_modules()[0].to_string()).main_bytes
+    of_hbm = counts_main_memory({"bytes_accessed": accessed, "main_bytes": main})
     counts = {
-        "moved": executable.cost_analysis()["bytes accessed"],
+        "moved": accessed if of_hbm else main,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
     }

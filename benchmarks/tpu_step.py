@@ -23,7 +23,9 @@ from official.modeling.optimization import lamb, lars
 
 import recipes
 from models import bert
+from preflight.estimate import counts_main_memory, modelled_seconds
 from preflight.program import Replica
+from preflight.topology import parse_topologies
 from training import dropout as randomness
 from training import optimizers
 
@@ -121,15 +123,18 @@ def main():
     recipe = recipes.override(
         recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
     )
+    (topology,) = parse_topologies(flags.topology, "--topology")
     found = []
     print(
         "variant           program  estimated ms       GB     floats/parameter   GiB  all-reduces"
     )
     for row in rows(recipe, flags.phase - 1, flags.batch, flags.topology):
         found.append(row)
-        moved = row["bytes_accessed"]
+        moved, seconds = row["bytes_accessed"], row["seconds"]
+        if not counts_main_memory(row):
+            moved, seconds = row["main_bytes"], modelled_seconds(topology, row)
         print(
-            f"{row['variant']:17} {row['program']:7} {1e3 * row['seconds']:12.3f} "
+            f"{row['variant']:17} {row['program']:7} {1e3 * seconds:12.3f} "
             f"{moved / 1e9:8.3f} {moved / 4 / row['parameters']:20.2f} "
             f"{row['hbm_bytes'] / 2**30:5.2f} {row['all_reduces']:12}",
             flush=True,

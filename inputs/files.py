@@ -214,6 +214,7 @@ def locked(
     flag: str,
     *,
     wait: bool = False,
+    waiting: Callable[[str], object] = lambda holder: None,
     log: Callable[[str], object] = LOGGER.warning,
 ) -> Iterator[None]:
     """Holds the folder's lock during the block.
@@ -226,6 +227,7 @@ def locked(
         folder: an existing folder.
         flag: the flag that named the folder, for the error message.
         wait: if True, waits until the lock is free.
+        waiting: called before a wait, with the process that holds the lock and its machine.
         log: receives a warning if the file system has no locks; the block still runs.
 
     Raises:
@@ -238,14 +240,17 @@ def locked(
         raise InputError(f"{flag}: {folder} cannot be written: {error.strerror}.") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise InputError(
-                f"{flag}: {folder} is in use by {holder}. Let it end, stop it, or choose another "
-                "folder."
-            ) from None
+            if not wait:
+                raise InputError(
+                    f"{flag}: {folder} is in use by {holder}. Let it end, stop it, or choose "
+                    "another folder."
+                ) from None
+            waiting(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             log(
                 f"{folder} cannot be locked ({error.strerror}): make sure that no other process "

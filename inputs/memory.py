@@ -1,6 +1,8 @@
 """Measures the memory that this process can still allocate, within the limits of a container."""
 
 import pathlib
+import resource
+import signal
 
 GIB = 2**30
 MINIMUM = 1 * GIB  # TensorFlow and a small model with its data
@@ -23,6 +25,47 @@ def free_memory(root: str = "/") -> int | None:
     base = pathlib.Path(root)
     known = [_available(base / "proc/meminfo"), *_groups(base)]
     return min((amount for amount in known if amount is not None), default=None)
+
+
+def free_address_space(root: str = "/") -> int | None:
+    """The bytes of address space that this process may still reserve; None without a limit.
+
+    The limit is RLIMIT_AS, which `ulimit -v` and batch systems set. Memory that is reserved and not
+    used counts, too.
+
+    Args:
+        root: as for `free_memory`.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    pages = _lines(pathlib.Path(root) / "proc/self/statm")
+    used = int(pages[0].split()[0]) * resource.getpagesize() if pages else 0
+    return max(0, limit - used)
+
+
+# What Python, C++, TensorFlow and the dynamic linker print if memory cannot be allocated.
+MEMORY_WORDS = (
+    "MemoryError",
+    "std::bad_alloc",
+    "ResourceExhaustedError",
+    "Cannot allocate memory",
+    "failed to map segment from shared object",
+    "pthread_create() failed",  # there is no room for the stack of a thread
+)
+
+
+def ran_out_of_memory(output: str, status: int) -> bool:
+    """Whether a process failed because this machine, or a limit, had no more memory.
+
+    Args:
+        output: what the process printed.
+        status: its exit status; negative if a signal ended it.
+    """
+    return status != 0 and (
+        status == -signal.SIGKILL  # by the kernel
+        or any(words in output for words in MEMORY_WORDS)
+    )
 
 
 def describe_shortage(needed: int, purpose: str) -> str | None:

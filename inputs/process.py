@@ -16,10 +16,23 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
+
+
 def run(main: Callable[..., int], *arguments) -> None:
-    """Calls the `main` function of a command and exits with the status that it returns."""
+    """Calls the `main` function of a command and exits with the status that it returns.
+
+    Ctrl-C ends a command that does not handle it in one line, without a traceback.
+    """
     escape_output()
-    sys.exit(main(*arguments))
+    try:
+        status = main(*arguments)
+    except KeyboardInterrupt:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        name = spec.name if spec else os.path.basename(sys.argv[0])
+        print(f"{name.removesuffix('.__main__')}: stopped.", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(status)
 
 
 def escape_output() -> None:

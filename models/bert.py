@@ -8,6 +8,8 @@ import tf_keras
 from official.modeling import tf_utils
 from official.nlp.modeling import layers, networks
 
+from models.rematerialization import rematerialize
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -50,6 +52,13 @@ def build_encoder(
     )
 
 
+def rematerialize_layers(encoder: networks.BertEncoderV2, remat: str) -> None:
+    """Applies a recipe's `remat` to an encoder that has been called."""
+    if remat == "layer":
+        for layer in encoder.transformer_layers:
+            rematerialize(layer)
+
+
 def encoder_of(model: tf_keras.Model) -> networks.BertEncoderV2:
     """The encoder in a model from `build_pretrainer` or `models.squad.build_span_labeler`."""
     (encoder,) = (layer for layer in model.layers if isinstance(layer, networks.BertEncoderV2))
@@ -69,12 +78,13 @@ def build_pretrainer(
     *,
     dropout: float,
     initializer_stddev: float,
+    remat: str = "off",
 ) -> tf_keras.Model:
     """A BERT with both pre-training heads. Call it in the strategy's scope.
 
     Its inputs are `input_word_ids`, `input_mask`, `input_type_ids` ([B, L] int32) and
     `masked_lm_positions` ([B, P] int32); its outputs hold `mlm_logits` ([B, P, V] float) and
-    `next_sentence` ([B, 2] float).
+    `next_sentence` ([B, 2] float). `remat`: see `recipes.bert`.
     """
     initializer = tf_keras.initializers.TruncatedNormal(stddev=initializer_stddev)
     encoder = build_encoder(size, vocabulary_size, max_sequence_length, 2, dropout, initializer)
@@ -92,7 +102,7 @@ def build_pretrainer(
     next_sentence = tf_keras.layers.Dense(
         2, kernel_initializer=tf_utils.clone_initializer(initializer), name="next_sentence"
     )
-    return tf_keras.Model(
+    model = tf_keras.Model(
         inputs | {"masked_lm_positions": positions},
         {
             "mlm_logits": masked_lm(encoded["sequence_output"], masked_positions=positions),
@@ -100,6 +110,8 @@ def build_pretrainer(
         },
         name="bert_pretrainer",
     )
+    rematerialize_layers(encoder, remat)
+    return model
 
 
 def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:

@@ -18,11 +18,12 @@ def build_span_labeler(
     types: int,
     dropout: float,
     initializer_stddev: float,
+    remat: str = "off",
 ) -> tf_keras.Model:
     """A BERT with tf-models' span head, its weights made under the strategy in scope.
 
     Its inputs are `input_word_ids`, `input_mask`, `input_type_ids` ([B, L] int32); its outputs
-    `start_logits` and `end_logits` ([B, L] float).
+    `start_logits` and `end_logits` ([B, L] float). `remat`: see `recipes.bert`.
     """
     initializer = tf_keras.initializers.TruncatedNormal(stddev=initializer_stddev)
     encoder = bert.build_encoder(
@@ -34,6 +35,7 @@ def build_span_labeler(
         size.width, initializer=tf_utils.clone_initializer(initializer), name="span_labeling"
     )
     start, end = span_labeling(encoder(inputs)["sequence_output"])
+    bert.rematerialize_layers(encoder, remat)
     return tf_keras.Model(inputs, {"start_logits": start, "end_logits": end}, name="span_labeler")
 
 

@@ -5,13 +5,13 @@ cached in `~/.cache/tf_lamb/preflight`, by program, compiler version and topolog
 """
 
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +23,7 @@ import rich.progress
 
 from inputs.errors import InputError
 from inputs.files import cache_folder
-from inputs.memory import free_memory
+from inputs.memory import free_memory, ran_out_of_memory
 
 ROOT = pathlib.Path(__file__).parent.parent
 REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` in setup.cfg
@@ -31,6 +31,8 @@ TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
+WAITING = "waiting for the pre-flight of"  # how a child says that another process is compiling
+MAX_PRINTED = 2**16  # bytes of a child's output that are searched for `WAITING`
 CACHE = pathlib.Path(cache_folder(), "preflight")
 
 
@@ -63,10 +65,14 @@ class ProgressLines:
 
     Args:
         write: function that takes a line.
+        total: number of results to come.
     """
 
-    def __init__(self, write):
+    def __init__(self, write, total: int = 1):
         self._write = write
+        self._total = total
+        self._done = 0
+        self._start = time.monotonic()
         self._last = 0.0
 
     def update(self, task: str, seconds: float) -> None:
@@ -82,7 +88,13 @@ class ProgressLines:
         self._write(f"{task} ... {seconds:.0f} s" if seconds else f"{task} ...")
 
     def advance(self) -> None:
-        """Does nothing: only a bar shows how many results are complete."""
+        """Writes how many results are complete, and how long the others may take."""
+        self._done += 1
+        if self._total > 1:
+            spent = time.monotonic() - self._start
+            left = spent / self._done * (self._total - self._done)
+            line = f"{self._done} of {self._total} done in {spent:.0f} s"
+            self._write(f"{line}, about {left:.0f} s left" if self._done < self._total else line)
 
     def title(self, text: str) -> None:
         """Writes the name of the group of tasks that follows."""
@@ -99,7 +111,10 @@ class ProgressBar:
 
     def __init__(self, live: rich.progress.Progress, total: int):
         self._live = live
-        self._bar = live.add_task("", total=total)
+        self._total = total
+        self._done = 0
+        self._start = time.monotonic()
+        self._bar = live.add_task("", total=total, left="")
 
     def update(self, task: str, seconds: float) -> None:
         """Shows the running task, and for how many seconds it has been running."""
@@ -107,8 +122,11 @@ class ProgressBar:
         self._live.refresh()
 
     def advance(self) -> None:
-        """Advances the bar by one result."""
-        self._live.advance(self._bar)
+        """Advances the bar by one result, and shows how long the others may take."""
+        self._done += 1
+        seconds = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        left = f"about {datetime.timedelta(seconds=round(seconds))} left" if seconds else ""
+        self._live.update(self._bar, completed=self._done, left=left)
 
     def title(self, text: str) -> None:
         """Prints, above the bar, the name of the group of tasks that follows."""
@@ -126,12 +144,13 @@ def show_progress(write, total: int, stream=None):
     """
     stream = stream or sys.stderr
     if not stream.isatty():
-        yield ProgressLines(write)
+        yield ProgressLines(write, total)
         return
     columns = (
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[left]}"),
         rich.progress.TextColumn("{task.description}"),
     )
     console = rich.console.Console(file=stream)
@@ -196,7 +215,13 @@ class Children:
         }
 
     def compile(
-        self, phase_index: int, batch: int | None, accumulation: int, topology: str
+        self,
+        phase_index: int,
+        batch: int | None,
+        accumulation: int,
+        topology: str,
+        *,
+        quick: bool = False,
     ) -> dict:
         """Compiles a program that has been lowered.
 
@@ -205,6 +230,7 @@ class Children:
             batch: examples per replica, or None for the update alone.
             accumulation: number of micro-batches.
             topology: such as "v3:32x32".
+            quick: as for `preflight.compile.compile_program`.
 
         Returns:
             The result of `preflight.compile.compile_file`, or {"error": reason} if its process
@@ -217,6 +243,7 @@ class Children:
             "path": self._lowered[phase_index, batch, accumulation],
             "topology": topology,
             "cache": str(CACHE),
+            "quick": quick,
         }
         try:
             task = f"phase {phase_index + 1}: compiling {program} for {topology}"
@@ -269,19 +296,26 @@ class Children:
                     stderr=output,
                 )
                 try:
-                    self._wait(child, task)
+                    self._wait(child, task, output)
                 finally:
                     child.kill()
                     child.wait()
                 output.seek(0)
                 printed = output.read().decode(errors="replace").strip()
+            if ran_out_of_memory(printed, child.returncode):
+                raise _host_memory_error(task)
             if child.returncode:
                 raise ChildFailed(f"{task} failed: {_reason(printed, child.returncode)}")
             with open(answer_path, encoding="utf-8") as file:
                 return json.load(file)
 
-    def _wait(self, child, task: str) -> None:
+    def _wait(self, child, task: str, output) -> None:
         """Waits for a child and shows progress.
+
+        Args:
+            child: its `subprocess.Popen`.
+            task: what it does.
+            output: the file that it prints to.
 
         Raises:
             InputError: the host's memory is not sufficient.
@@ -300,12 +334,21 @@ class Children:
                     used = psutil.Process(child.pid).memory_info().rss / 2**30
                 except psutil.Error:  # it has just ended
                     continue
-                raise InputError(
-                    f"{task}: the host's memory is not sufficient. The process used {used:.1f} GiB "
-                    f"and {free / 2**30:.1f} GiB were free. End other programs, or use a larger "
-                    "host."
-                )
-            self._progress.update(task, time.monotonic() - start)
+                raise _host_memory_error(task, f" The process used {used:.1f} GiB.")
+            printed = os.pread(output.fileno(), MAX_PRINTED, 0).decode(errors="replace")
+            last = printed.rpartition("\n")[0].rpartition("\n")[2]
+            note = f" ({last})" if last.startswith(WAITING) else ""
+            self._progress.update(task + note, time.monotonic() - start)
+
+
+def _host_memory_error(task: str, used: str = "") -> InputError:
+    free = free_memory()
+    free_text = "" if free is None else f" {max(free, 0) / 2**30:.1f} GiB are free."
+    return InputError(
+        f"{task}: this host's memory is not sufficient.{used}{free_text} This says nothing about "
+        "the memory of the TPU. End other programs, raise the limit, or use a larger host; what "
+        f"has been compiled is kept in {CACHE}."
+    )
 
 
 def _reason(output: str, status: int) -> str:
@@ -314,8 +357,6 @@ def _reason(output: str, status: int) -> str:
     If it printed an exception, that is the first line of the last exception, which names the
     operation. The last line of the output may belong to a stack trace.
     """
-    if status == -signal.SIGKILL:
-        return "the process was killed, most likely because the host ran out of memory"
     lines = output.splitlines()
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     last = (raised or lines or [f"exit status {status}"])[-1]

@@ -5,6 +5,7 @@ once, when they are loaded. The extra `preflight` installs both.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +14,6 @@ import pathlib
 import pickle
 import re
 import sys
-import tempfile
 
 # Without these, libtpu would ask the metadata server of a TPU VM for them before it compiles.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -21,7 +21,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is opened
+# libtpu allows one process at a time, because a TPU can be opened once. Here no device is opened.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX must not look for a TPU
 
 import jax
@@ -30,7 +31,12 @@ from jax.experimental import topologies
 from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
 
-FORMAT = 1  # of the cached results of `figures`; increase it when their entries change
+from inputs.errors import InputError
+from inputs.files import locked, write_json
+from preflight.children import WAITING
+from preflight.traffic import WIDTHS, count_traffic
+
+FORMAT = 2  # of the cached results of `figures`; increase it when their entries change
 MAX_ERROR_LENGTH = 400  # characters
 
 
@@ -42,6 +48,8 @@ def open_topology(name: str) -> list:
     """
     # The two cores of a v4 chip act as one device, as on Cloud TPU.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    if name.endswith(":1x1"):  # a host has four chips by default
+        options["chips_per_host_bounds"] = (1, 1, 1)
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     return list(described.devices)
 
@@ -51,7 +59,7 @@ def from_hlo(hlo: bytes) -> bytes:
     return _jax.mlir.hlo_to_stablehlo(hlo)
 
 
-def compile_program(program: bytes, devices, donated: int | None = None):
+def compile_program(program: bytes, devices, donated: int | None = None, quick: bool = False):
     """Compiles a StableHLO program that runs on each of the devices.
 
     Args:
@@ -59,6 +67,9 @@ def compile_program(program: bytes, devices, donated: int | None = None):
         devices: from `open_topology`.
         donated: number n of donated arguments: the first n results reuse the buffers of the first n
             arguments. None keeps the aliasing of the program.
+        quick: whether the compiler may leave out optimizations that take long. BERT-Large's step
+            takes it a third of the time and two thirds of the memory (v5e); the compiled program
+            needs about as much memory, but is not the one that a run would have.
 
     Returns:
         A `jaxlib` executable.
@@ -80,6 +91,8 @@ def compile_program(program: bytes, devices, donated: int | None = None):
         options = xla_client.CompileOptions()
         options.num_replicas = len(devices)
         options.num_partitions = 1
+        if quick:
+            options.executable_build_options.exec_time_optimization_effort = -1.0
         options.device_assignment = xla_client.DeviceAssignment.create(
             np.array([[device.id] for device in devices], np.int32)
         )
@@ -114,8 +127,10 @@ def figures(executable) -> dict:
     Returns:
         A dict with the entries
         flops: number of floating-point operations.
-        bytes_accessed: bytes of HBM traffic, with tensors padded to tiles.
-        seconds: the compiler's estimate of the time.
+        bytes_accessed: bytes of traffic in all memories, on-chip ones included, by the compiler,
+            with tensors padded to tiles.
+        seconds: the compiler's estimate of the time, which follows from `bytes_accessed`.
+        main_bytes, copied_bytes, products: `preflight.traffic.Traffic`: bytes of HBM alone.
         argument_bytes, temporary_bytes, code_bytes: memory.
         hbm_bytes: total memory; results that reuse arguments' buffers count once.
         all_reduce_bytes: bytes that the device contributes to all-reduces.
@@ -130,6 +145,7 @@ def figures(executable) -> dict:
         "flops": costs["flops"],
         "bytes_accessed": costs["bytes accessed"],
         "seconds": costs["optimal_seconds"] + _count_untimed(text),
+        **dataclasses.asdict(count_traffic(text)),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
@@ -154,10 +170,6 @@ def _count_untimed(text: str) -> int:
         elif not in_fusion and " custom-call(" in line:
             untimed += 1
     return untimed
-
-
-# Bytes of an element.
-WIDTHS = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8, "pred": 1}
 
 
 def _all_reduces(text: str) -> dict:
@@ -185,13 +197,13 @@ def count_products(program: bytes) -> dict:
     A TPU multiplies in bfloat16, so a float32 product takes several passes.
 
     Returns:
-        A dict with `products`, the number of all products, and `float32_products`, the number of
-        those that have a float32 operand.
+        A dict with `num_products`, the number of all products, and `float32_products`, the number
+        of those that have a float32 operand.
     """
     with jax.interpreters.mlir.make_ir_context():
         operand_types = list(_operand_types(ir.Module.parse(program).operation))
     return {
-        "products": len(operand_types),
+        "num_products": len(operand_types),
         "float32_products": sum("f32" in types for types in operand_types),
     }
 
@@ -207,13 +219,14 @@ def _operand_types(operation):
                     yield [str(ir.ShapedType(value.type).element_type) for value in inner.operands]
 
 
-def compile_file(path: str, topology: str, cache: str) -> dict:
+def compile_file(path: str, topology: str, cache: str, quick: bool = False) -> dict:
     """Compiles a file of HLO.
 
     Args:
         path: the file.
         topology: such as "v3:2x2".
         cache: folder of the cached results.
+        quick: as for `compile_program`.
 
     Returns:
         A dict with the entries of `figures` and `count_products`. If the program does not compile,
@@ -222,27 +235,58 @@ def compile_file(path: str, topology: str, cache: str) -> dict:
     """
     with open(path, "rb") as file:
         program = from_hlo(file.read())
-    return _compile_cached(program, topology, cache) | count_products(program)
+    return _compile_cached(program, topology, cache, quick) | count_products(program)
 
 
-def _compile_cached(program, topology, cache):
-    """Returns the cached result of a program, or compiles it and adds its result to the cache."""
+def _compile_cached(program, topology, cache, quick):
+    """Returns the cached result of a program, or compiles it and adds its result to the cache.
+
+    One process compiles at a time: a large program takes all cores and several GB of memory. After
+    waiting for another process, the result may be in the cache.
+    """
     version = importlib.metadata.version("libtpu")
-    key = hashlib.sha256(program + f"{version} {topology} {FORMAT}".encode()).hexdigest()
+    kind = f"{version} {topology} {FORMAT}{' quick' if quick else ''}"
+    key = hashlib.sha256(program + kind.encode()).hexdigest()
     cached = pathlib.Path(cache, f"{key}.json")
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged
+    result = _read(cached)
+    if result is None:
+        with _one_at_a_time(cached.parent):
+            result = _read(cached) or _compile(program, topology, cached, quick)
+    return result
+
+
+def _read(cached):
+    """Returns the cached result; None if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(cached.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder):
+    """Holds the lock of the cache during the block, unless its folder cannot be written."""
+
+    def say(holder):
+        print(f"{WAITING} {holder}", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, InputError):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(str(folder), "--preflight", wait=True, waiting=say))
+            print(flush=True)  # it no longer waits
+        yield
+
+
+def _compile(program, topology, cached, quick):
+    """Compiles a program and writes its result to the file `cached`."""
     try:
-        result = figures(compile_program(program, open_topology(topology)))
+        result = figures(compile_program(program, open_topology(topology), quick=quick))
     except jax.errors.JaxRuntimeError as error:
         result = _describe_error(str(error))
         if "hbm_bytes" not in result:  # the reason may be temporary: do not cache it
             return result
     with contextlib.suppress(OSError):  # the cache is optional
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False) as file:
-            json.dump(result, file)
-        os.replace(file.name, cached)
+        write_json(cached, result, indent=None)
     return result
 
 

@@ -5,6 +5,8 @@ space for MODEL_DIR, and free memory. For each problem, it prints a fix. The exi
 training can start, and 1 if not.
 """
 
+import argparse
+import collections
 import configparser
 import dataclasses
 import glob
@@ -33,7 +35,8 @@ except ImportError:
         return name.lower().replace("_", "-")
 
 
-from inputs.memory import GIB, MINIMUM, free_memory
+from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out_of_memory
+from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +69,13 @@ MAX_LISTED = 5  # number of packages that a finding lists by name
 # Free bytes below which there is an error, and below which there is a warning.
 MIN_DISK = (1 * GIB, 20 * GIB)  # three checkpoints of BERT-Large take 12 GiB
 MIN_MEMORY = (MINIMUM, 4 * GIB)  # BERT-base with its slots takes 2 GiB
+# TensorFlow and XLA reserve several times the address space that they use.
+MIN_ADDRESS_SPACE = (4 * GIB, 16 * GIB)
+OUT_OF_MEMORY = "out of memory"
+MORE_MEMORY = (
+    "end other programs, or raise the limit: of the container or job (memory), or of the shell "
+    "(ulimit -v unlimited)"
+)
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
@@ -95,13 +105,41 @@ class Finding:
 # Packages
 
 
-def installed_packages() -> dict[str, str]:
-    """Returns the version of each installed package, by normalized name."""
-    return {
-        canonicalize_name(found.metadata["Name"]): found.version
-        for found in importlib.metadata.distributions()
-        if found.metadata["Name"]
-    }
+def find_packages() -> dict[str, list[tuple[str, str]]]:
+    """Returns the (version, folder) of each copy of each installed package, by normalized name.
+
+    Python imports the first copy: the one whose folder is first in `sys.path`.
+    """
+    copies = collections.defaultdict(list)
+    seen = set()
+    for folder in sys.path:
+        real = os.path.realpath(folder or os.curdir)
+        if real in seen:
+            continue
+        seen.add(real)
+        for found in importlib.metadata.distributions(path=[folder]):
+            if found.metadata["Name"]:
+                copies[canonicalize_name(found.metadata["Name"])].append((found.version, real))
+    return copies
+
+
+def check_copies(copies: dict[str, list[tuple[str, str]]]) -> list[Finding]:
+    """Warns of packages of which several versions are installed.
+
+    Args:
+        copies: from `find_packages`.
+    """
+    listed = [
+        f"{name} {found[0][0]} in {found[0][1]}, which hides "
+        + ", ".join(f"{version} in {folder}" for version, folder in found[1:])
+        for name, found in sorted(copies.items())
+        if len({version for version, _ in found}) > 1
+    ]
+    if not listed:
+        return []
+    more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
+    message = f"several copies: {'; '.join(listed[:MAX_LISTED])}{more}"
+    return [Finding(WARNING, "Packages", message, "remove the copies that you do not want")]
 
 
 def read_pins(path) -> dict[str, str]:
@@ -214,6 +252,14 @@ def check_packages(installed: dict[str, str]) -> list[Finding]:
     return check_versions(installed, pins, needed_packages())
 
 
+def check_backend() -> list[Finding]:
+    """Mentions the Keras backend that the user set, if it is another one than TensorFlow."""
+    if process.ASKED_BACKEND in ("", "tensorflow"):
+        return []
+    message = f"KERAS_BACKEND={process.ASKED_BACKEND} is ignored: train.py runs on TensorFlow"
+    return [Finding(OK, "Keras", message)]
+
+
 # TensorFlow and its devices
 
 
@@ -243,16 +289,18 @@ def run_probe(root) -> tuple[list[dict], str]:
         environment.setdefault("TPU_SKIP_MDS_QUERY", "1")
     command = [sys.executable, "-m", "preflight.probe"]
     with subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
         try:
-            printed, _ = process.communicate(timeout=PROBE_SECONDS)
-            failure = "" if process.returncode == 0 else f"exit status {process.returncode}"
-            if process.returncode < 0:
-                failure = f"killed by {signal.Signals(-process.returncode).name}"
+            printed, errors = child.communicate(timeout=PROBE_SECONDS)
+            failure = "" if child.returncode == 0 else f"exit status {child.returncode}"
+            if child.returncode < 0:
+                failure = f"killed by {signal.Signals(-child.returncode).name}"
+            if ran_out_of_memory(errors.decode(errors="replace"), child.returncode):
+                failure = f"{OUT_OF_MEMORY} ({failure})"
         except subprocess.TimeoutExpired:
-            process.kill()
-            printed, _ = process.communicate()
+            child.kill()
+            printed, _ = child.communicate()
             failure = f"no answer within {PROBE_SECONDS} s"
     lines = [line for line in printed.decode().splitlines() if line.startswith('{"stage"')]
     return [json.loads(line) for line in lines], failure
@@ -272,11 +320,14 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
     for name in IMPORTS:
         if "error" in found.get(name, {}):
             message = f"cannot be imported: {found[name]['error']}"
-            findings.append(Finding(ERROR, name, message, fix))
+            memory = ran_out_of_memory(found[name]["error"], 1)
+            findings.append(Finding(ERROR, name, message, MORE_MEMORY if memory else fix))
     if "error" not in found.get("tensorflow", {"error": ""}):
         findings += _check_devices(found, tpu_wheel)
     if failure:
         stage = next((stage for stage in STAGES if stage not in found), STAGES[-1])
+        if OUT_OF_MEMORY in failure:
+            fix = MORE_MEMORY
         findings.append(Finding(ERROR, "Trial run", f"{failure}, in stage {stage!r}", fix))
     return findings
 
@@ -299,6 +350,8 @@ def _check_xla(xla, devices, tpu_wheel) -> Finding:
     if tpu_wheel and not devices.get("tpus"):
         message = "not checked: tensorflow-tpu compiles only for TPUs, and found none"
         return Finding(ERROR, "XLA", message, "fix the problem with the TPU first")
+    if ran_out_of_memory(xla["error"], 1):
+        return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", MORE_MEMORY)
     fix = "reinstall TensorFlow, and a driver that supports its CUDA version (see nvidia-smi)"
     return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", fix)
 
@@ -330,6 +383,11 @@ def _check_gpu(devices) -> Finding:
     return Finding(WARNING, "GPU", "present, but TensorFlow does not find it", fix)
 
 
+def check_tpu_vm(model_dir: str) -> list[Finding]:
+    """Checks the settings of a TPU VM; none on other machines."""
+    return [Finding(level, "TPU VM", *rest) for level, *rest in tpu_vm.check(model_dir)]
+
+
 # Disk and memory
 
 
@@ -346,8 +404,14 @@ def check_machine(model_dir: str) -> list[Finding]:
         findings.append(Finding(ERROR, "Disk", message, "use another --model_dir"))
     memory = free_memory()
     if memory is not None:
-        fix = "end other programs, or use a smaller model or batch"
+        fix = f"{MORE_MEMORY}, or use a smaller model or batch"
         findings.append(_check_amount("Memory", memory, MIN_MEMORY, "free", fix))
+    space = free_address_space()
+    if space is not None:
+        text = "of address space left, by the limit of this shell"
+        findings.append(
+            _check_amount("Memory", space, MIN_ADDRESS_SPACE, text, "ulimit -v unlimited")
+        )
     return findings
 
 
@@ -364,15 +428,16 @@ def _check_amount(check, amount, limits, text, fix) -> Finding:
 
 def check_all(model_dir: str) -> list[Finding]:
     """Runs all checks and returns their findings."""
-    installed = installed_packages()
+    copies = find_packages()
+    installed = {name: found[0][0] for name, found in copies.items()}
     findings = [check_python(sys.version_info), check_wheels(installed)]
-    findings += check_packages(installed)
+    findings += check_copies(copies) + check_packages(installed) + check_backend()
     if set(TENSORFLOW_WHEELS) & set(installed):
         tpu_wheel = "tensorflow-tpu" in installed
         findings += check_probe(
             *run_probe(ROOT), tpu_wheel=tpu_wheel, fix=install_command(installed)
         )
-    return findings + check_machine(model_dir)
+    return findings + check_tpu_vm(model_dir) + check_machine(model_dir)
 
 
 def show(findings: list[Finding], stream) -> None:
@@ -406,10 +471,19 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: the command's arguments.
     """
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        print(__doc__, file=sys.stderr)
-        return 1
-    findings = check_all(arguments[0] if arguments else os.curdir)
+    parser = argparse.ArgumentParser(
+        prog="python -m preflight.doctor",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model_dir",
+        metavar="MODEL_DIR",
+        nargs="?",
+        default=os.curdir,
+        help="the folder of the run, for the free disk space; by default the current folder",
+    )
+    findings = check_all(parser.parse_args(arguments).model_dir)
     show(findings, sys.stdout)
     errors = sum(finding.level == ERROR for finding in findings)
     if errors:

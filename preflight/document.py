@@ -5,6 +5,7 @@
 `make preflight` runs it for all recipes. With names it writes a page of those recipes only.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -55,8 +56,8 @@ COLUMNS = (
 )
 HEAD = (
     "| recipe | phase | TPU | examples per core | largest that fits | GiB of HBM | TFLOP | "
-    "GB moved | compiler, ms | update, ms | floats per parameter | all-reduce, ms | step, ms | "
-    "of peak | minutes |\n|" + "---|" * 15
+    "HBM, GB | all memories, GB | work, ms | by | compiler, ms | update, ms | floats per parameter "
+    "| by the compiler | all-reduce, ms | step, ms | of peak | minutes |\n|" + "---|" * 19
 )
 GAPS = """
 The estimates are below the published times, because they assume that each operation and each link
@@ -84,7 +85,7 @@ def format_row(name: str, result) -> str:
     """
     start = f"| {name} | {result.phase} | {result.topology.name} | {result.replica_batch_size}"
     if result.error:
-        return f"{start} | does not compile: {result.error}" + " |" * 11
+        return f"{start} | does not compile: {result.error}" + " |" * 15
     program = result.program
     time = result.time
     if result.accumulation > 1:
@@ -93,10 +94,14 @@ def format_row(name: str, result) -> str:
         result.largest or "-",
         f"{program['hbm_bytes'] / 2**30:.2f}",
         f"{program['flops'] / 1e12:.3g}",
+        f"{program['main_bytes'] / 1e9:.3g}",
         f"{program['bytes_accessed'] / 1e9:.3g}",
+        f"{1e3 * time.work:.3g}",
+        time.source,
         f"{1e3 * time.compiler:.3g}",
         f"{1e3 * time.update:.3g}",
-        f"{result.update['bytes_accessed'] / 4 / result.parameters:.2f}",
+        f"{result.floats_per_parameter:.2f}",
+        f"{result.compiler_floats_per_parameter:.2f}",
         f"{1e3 * time.all_reduce:.3g}",
         f"{1e3 * time.step:.3g}",
         f"{result.utilization:.0%}",
@@ -190,12 +195,17 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status.
 
     Args:
-        names: the recipes to examine; all of `PODS` if empty.
+        arguments: the command's arguments.
     """
+    parser = argparse.ArgumentParser(
+        prog="python -m preflight.document", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
+    names = parser.parse_args(arguments).names
     try:
         check_installed()
         for name in names:

@@ -14,6 +14,7 @@ HOP_SECONDS = 1e-6
 # Share of the backward pass in forward and backward: two of the three matrix products of a layer.
 BACKWARD_SHARE = 2 / 3
 TILE_ROWS = 8  # the search rounds batches down to a multiple of this
+MAX_EXCESS = 0.1  # of the compiler's count of bytes over that of HBM, where it is that of HBM
 MAX_TRIES = 2  # compilations per search after the first; one takes minutes for a large model
 
 
@@ -32,6 +33,8 @@ def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
         Seconds.
     """
     chips = topology.chips
+    if chips == 1:
+        return 0.0
     sent = 2 * num_bytes * (chips - 1) / chips
     sending = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
     return sending + 2 * topology.diameter * HOP_SECONDS
@@ -89,21 +92,59 @@ def needed_accumulation(replica_batch_size: int, largest: int, minimum: int) -> 
     return None
 
 
+def modelled_seconds(topology: Topology, program: dict) -> float:
+    """Returns the least time of one run of a program, from its main-memory traffic and products.
+
+    An operation takes as long as its FLOPs at the peak rate or its HBM traffic at the peak
+    bandwidth, whichever is longer, and operations run one after the other, as in the compiler's own
+    estimate. Copies to and from on-chip memory run beside them as far as the bandwidth allows.
+    On-chip traffic takes no time.
+
+    Args:
+        topology: the slice.
+        program: `preflight.compile.figures`.
+    """
+    peak_flops = topology.chip.flops / topology.chip.devices_per_chip
+    bandwidth = _bandwidth(topology)
+    beside_products = program["main_bytes"] - program["copied_bytes"]
+    products = 0.0
+    for flops, moved, count in program["products"]:
+        beside_products -= moved * count
+        products += max(flops / peak_flops, moved / bandwidth) * count
+    return max(products + beside_products / bandwidth, program["main_bytes"] / bandwidth)
+
+
+def counts_main_memory(program: dict) -> bool:
+    """Returns whether the compiler's count of bytes, and thus its time, is that of HBM alone.
+
+    It is for v2 and v3. From v4 on, it contains on-chip traffic.
+
+    Args:
+        program: `preflight.compile.figures`.
+    """
+    return program["bytes_accessed"] <= (1 + MAX_EXCESS) * program["main_bytes"]
+
+
 @dataclasses.dataclass(frozen=True)
 class StepTime:
     """The estimated time of one step and its parts, in seconds.
 
     Attributes:
-        compiler: the compiler's estimate of forward, backward and update, including the memory
-            traffic of the all-reduce.
-        update: the optimizer's share of `compiler`.
+        work: forward, backward and update, including the memory traffic of the all-reduce.
+        source: whose figure `work` is: "compiler", or "model" where the compiler's time counts
+            on-chip traffic (`modelled_seconds`).
+        compiler: the compiler's estimate of the same, whether it is used or not.
+        update: the optimizer's share of `work`: the time of the update alone, but at most what
+            the products of forward and backward leave.
         compute: time of the FLOPs at the peak rate.
-        memory: time of the memory traffic at the peak bandwidth.
+        memory: time of the HBM traffic at the peak bandwidth.
         all_reduce: time of the all-reduce on the links.
         hideable: part of `all_reduce` that could overlap with the backward pass.
         hidden: part of `all_reduce` that does overlap in the compiled program.
     """
 
+    work: float
+    source: str
     compiler: float
     update: float
     compute: float
@@ -115,7 +156,7 @@ class StepTime:
     @property
     def step(self) -> float:
         """The time of the whole step, in seconds."""
-        return self.compiler + self.all_reduce - self.hidden
+        return self.work + self.all_reduce - self.hidden
 
     @property
     def bound(self) -> str:
@@ -136,39 +177,81 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
         accumulation: micro-batches per step.
 
     Returns:
-        A dict with `flops`, `bytes_accessed` and `seconds`.
+        A dict with `flops`, `bytes_accessed`, `main_bytes`, and the compiler's `seconds`.
     """
-    chip = topology.chip
-    gradient_bytes = program["all_reduce_bytes"]
-    bandwidth = chip.hbm_bandwidth / chip.devices_per_chip
-    # Update and all-reduce run once per step, but `accumulation` times `program` counts them for
-    # each micro-batch. An all-reduce reads and writes the gradients. To accumulate, a micro-batch
-    # reads its gradients, and reads and writes the accumulated ones.
-    all_reduce_traffic = 2 * gradient_bytes
-    accumulation_traffic = 3 * gradient_bytes if accumulation > 1 else 0
-    moved = accumulation * accumulation_traffic - (accumulation - 1) * all_reduce_traffic
-    added = {"flops": 0, "bytes_accessed": moved, "seconds": moved / bandwidth}
+    moved = _accumulation_bytes(program, accumulation)
+    added = {
+        "flops": 0,
+        "bytes_accessed": moved,
+        "main_bytes": moved,
+        "seconds": moved / _bandwidth(topology),
+    }
     return {
-        name: accumulation * program[name] - (accumulation - 1) * update[name] + more
+        name: _sum_over_micro_batches(program[name], update[name], accumulation) + more
         for name, more in added.items()
     }
+
+
+def _sum_over_micro_batches(
+    program: float, update: float, accumulation: int, least: float = 0
+) -> float:
+    """Returns a cost of a step, which runs the update once.
+
+    Args:
+        program: cost of a step with one micro-batch.
+        update: cost of the update alone.
+        accumulation: micro-batches per step.
+        least: the least cost of forward and backward. In a small model the update alone may move
+            more bytes than the whole step, in which gradients stay in on-chip memory.
+    """
+    return program + (accumulation - 1) * max(program - update, least)
+
+
+def _accumulation_bytes(program: dict, accumulation: int) -> int:
+    """Returns the HBM traffic that a step has in addition to that of its micro-batches.
+
+    The all-reduce runs once per step, but each micro-batch's program counts it, with one read and
+    one write of the gradients. To accumulate, a micro-batch reads its gradients, and reads and
+    writes the accumulated ones.
+    """
+    if accumulation == 1:
+        return 0
+    gradient_bytes = program["all_reduce_bytes"]
+    return (3 * accumulation - 2 * (accumulation - 1)) * gradient_bytes
+
+
+def _bandwidth(topology: Topology) -> float:
+    """Returns the HBM bandwidth of one device, in bytes/s."""
+    return topology.chip.hbm_bandwidth / topology.chip.devices_per_chip
 
 
 def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
     """Returns the estimated time of a step. Arguments as for `whole_step`."""
     chip = topology.chip
     whole = whole_step(topology, program, update, accumulation)
+    if counts_main_memory(program) and counts_main_memory(update):
+        source = "compiler"
+        program_seconds, update_seconds = program["seconds"], update["seconds"]
+    else:
+        source = "model"
+        program_seconds, update_seconds = (
+            modelled_seconds(topology, figures) for figures in (program, update)
+        )
+    compute = (program["flops"] - update["flops"]) * chip.devices_per_chip / chip.flops
+    work = _sum_over_micro_batches(program_seconds, update_seconds, accumulation, compute)
     all_reduce = all_reduce_seconds(topology, program["all_reduce_bytes"])
-    backward = BACKWARD_SHARE * (program["seconds"] - update["seconds"])
+    backward = BACKWARD_SHARE * max(program_seconds - update_seconds, compute)
     hideable = min(all_reduce, backward)
     asynchronous_share = 0
     if program["all_reduces"]:
         asynchronous_share = program["asynchronous"] / program["all_reduces"]
     return StepTime(
+        work=work + _accumulation_bytes(program, accumulation) / _bandwidth(topology),
+        source=source,
         compiler=whole["seconds"],
-        update=update["seconds"],
+        update=min(update_seconds, max(0.0, program_seconds - compute)),
         compute=whole["flops"] * chip.devices_per_chip / chip.flops,
-        memory=whole["bytes_accessed"] * chip.devices_per_chip / chip.hbm_bandwidth,
+        memory=whole["main_bytes"] / _bandwidth(topology),
         all_reduce=all_reduce,
         hideable=hideable,
         hidden=asynchronous_share * hideable,

@@ -17,6 +17,7 @@ import recipes
 from inputs.errors import InputError
 from preflight import run as preflight
 from preflight.children import check_installed, show_progress
+from preflight.report import format_minutes
 from preflight.topology import Topology, parse_topologies
 from recipes.types import Recipe
 from training.monitor import noise_scale
@@ -130,11 +131,11 @@ def describe(recipe: Recipe, results) -> str:
             f"{result.topology.replicas:,} replicas x {result.replica_batch_size:,}, in "
             f"{result.accumulation} micro-batch(es); {phase.steps:,} steps; learning rate "
             f"{phase.peak_learning_rate:.4g} after {phase.warmup_steps:,} warm-up steps; "
-            f"{result.minutes:,.1f} minutes estimated"
+            f"{format_minutes(result.minutes)} estimated"
         )
     minutes = [result.minutes for result in results]
     if None not in minutes:
-        lines.append(f"Total: {sum(minutes):,.1f} minutes estimated")
+        lines.append(f"Total: {format_minutes(sum(minutes))} estimated")
     return "\n".join(lines)
 
 

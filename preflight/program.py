@@ -88,7 +88,8 @@ def _tpu_random_bits():
     a TPU, it uses `RngBitGenerator` with the default algorithm, whose state is one word of the key
     and one of the counter (tensorflow/compiler/tf2xla/kernels/stateless_random_ops_v2.cc, and
     `GetCounterSize` and `BitGenerator` in random_ops_util.cc). The key is the unmodified seed, and
-    the counter starts at 0. Floats have 23 random bits.
+    the counter starts at 0. Floats have 23 random bits. This is what the kernels of tensorflow-tpu
+    2.20.0 lower to (`--preflight_strict` has them), for every generation of TPU.
     """
 
     def key_and_counter(seed, name=None):
@@ -108,8 +109,7 @@ def _tpu_random_bits():
 
     def floats(shape, key, counter, alg, dtype=tf.float32, name=None):
         bits = tf.bitwise.right_shift(integers(shape, key, counter, alg), 9)
-        one_to_two = tf.bitwise.bitwise_or(bits, tf.constant(0x3F800000, tf.uint32))
-        return tf.cast(tf.bitcast(one_to_two, tf.float32) - 1.0, dtype)
+        return tf.cast(tf.cast(bits, tf.float32) * 2.0**-23, dtype)
 
     with mock.patch.multiple(
         random_ops,

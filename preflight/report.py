@@ -1,17 +1,16 @@
-"""Shows the results of a pre-flight as text and as a picture."""
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+"""Shows the results of a pre-flight as text."""
 
 GIB = 2**30
+MIB = 2**20
 LEGEND = """
-All figures are estimates. The compiler estimates memory, FLOPs, bytes, and the time of forward,
-backward and update, with each operation at the chip's peak rate. The time of the all-reduce is
-modelled as 2·bytes·(n-1)/n over a chip's links at their peak rate, plus 1 us per hop. Not included:
-waiting for the host and for the slowest replica, random bits, evaluation, checkpoints and start-up.
-Real kernels do not reach the peak rate."""
+All figures are estimates, and times are the least that is possible. Memory and FLOPs are the
+compiler's. Bytes of HBM are counted in the compiled program. The time of forward, backward and
+update is the compiler's for v2 and v3. From v4 on, the compiler counts the traffic of on-chip
+memory as if it were that of HBM, so the time is modelled: each operation takes its FLOPs at the
+chip's peak rate or its HBM bytes at the peak bandwidth, whichever is longer, and copies run beside
+them. The time of the all-reduce is modelled as 2·bytes·(n-1)/n over a chip's links at their peak
+rate, plus 1 us per hop. Not included: waiting for the host and for the slowest replica, random
+bits, evaluation, checkpoints and start-up. Real kernels do not reach the peak rate."""
 
 # Measured examples/s of one CPU core, from docs/results/text.md (`pairs` on two cores) and
 # docs/results/images.md: task, sequence length or image size, examples/s, command.
@@ -55,9 +54,8 @@ def _describe_figures(recipe, result):
     program = result.program
     time = result.time
     limit = topology.chip.hbm_bytes
-    split = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result.memory.items())
-    intensity = program["flops"] / program["bytes_accessed"]
-    floats = result.update["bytes_accessed"] / 4 / result.parameters
+    split = ", ".join(f"{name} {format_bytes(size)}" for name, size in result.memory.items())
+    intensity = program["flops"] / program["main_bytes"]
     yield _line("compiles", f"yes; {program['all_reduces']} all-reduces")
     if result.num_operations:
         yield _line(
@@ -67,20 +65,16 @@ def _describe_figures(recipe, result):
         )
     yield _line(
         "memory",
-        f"{program['hbm_bytes'] / GIB:.2f} of {limit / GIB:.2f} GiB per replica: {split}",
+        f"{format_bytes(program['hbm_bytes'])} of {format_bytes(limit)} per replica: {split}",
     )
     yield _line(
         "work",
-        f"{program['flops'] / 1e12:.3g} TFLOP, {program['bytes_accessed'] / 1e9:.3g} GB per "
-        f"replica, {intensity:.0f} FLOP/byte: bound by {time.bound}; "
-        f"{program['float32_products']} of {program['products']} products in float32",
+        f"{program['flops'] / 1e12:.3g} TFLOP, {program['main_bytes'] / 1e9:.3g} GB of HBM traffic "
+        f"per replica{_describe_compiler_bytes(result)}, {intensity:.0f} FLOP/byte: bound by "
+        f"{time.bound}; {program['float32_products']} of {program['num_products']} products in "
+        "float32",
     )
-    yield _line(
-        "step",
-        f"{format_seconds(time.step)}: {format_seconds(time.compiler)} by the compiler, of which "
-        f"the update takes {format_seconds(time.update)} ({time.update / time.compiler:.0%}, "
-        f"{floats:.2f} floats moved per parameter); {result.utilization:.0%} of the peak FLOP/s",
-    )
+    yield _line("step", _describe_step(result))
     yield _line(
         "all-reduce",
         f"{format_seconds(time.all_reduce)} for {program['all_reduce_bytes'] / 1e6:,.1f} MB over "
@@ -89,7 +83,30 @@ def _describe_figures(recipe, result):
         f"backward pass, {format_seconds(time.hidden)} does",
     )
     yield _line("input", _describe_input(recipe, result))
-    yield _line("phase", f"{result.minutes:,.1f} minutes")
+    yield _line("phase", format_minutes(result.minutes))
+
+
+def _describe_compiler_bytes(result) -> str:
+    """Returns the compiler's count of bytes in brackets, where it is not that of HBM."""
+    if result.time.source == "compiler":
+        return ""
+    accessed = result.program["bytes_accessed"] / 1e9
+    return f" (by the compiler {accessed:.3g} GB, with on-chip memory)"
+
+
+def _describe_step(result) -> str:
+    time = result.time
+    floats = f"{result.floats_per_parameter:.2f} floats moved per parameter"
+    whose = "by the compiler"
+    if time.source != "compiler":
+        whose = f"by the model of HBM and products (by the compiler {format_seconds(time.compiler)}"
+        whose += ", with on-chip memory)"
+        floats += f" (by the compiler {result.compiler_floats_per_parameter:.2f})"
+    return (
+        f"{format_seconds(time.step)} at the least: {format_seconds(time.work)} {whose}, of which "
+        f"the update takes {format_seconds(time.update)} ({time.update / time.work:.0%}, {floats});"
+        f" {result.utilization:.0%} of the peak FLOP/s"
+    )
 
 
 def _describe_input(recipe, result) -> str:
@@ -122,6 +139,16 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
+def format_minutes(minutes: float) -> str:
+    """Returns a time as text: in minutes, or in seconds if it is less than a minute."""
+    return f"{minutes:,.1f} minutes" if minutes >= 1 else f"{minutes * 60:.3g} s"
+
+
+def format_bytes(size: float) -> str:
+    """Returns an amount of memory as text, such as "1.23 GiB" or "45.6 MiB"."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.3g} MiB"
+
+
 def whole_minutes(results) -> dict[str, float]:
     """Returns the minutes of all phases, by topology name.
 
@@ -150,75 +177,8 @@ def _describe_recipe(results):
     efficiency = efficiencies(results)
     lines = ["\nWhole recipe"] if minutes else []
     for name, value in minutes.items():
-        line = f"{value:,.1f} minutes"
+        line = format_minutes(value)
         if efficiency[name] != 1:
             line += f", efficiency {efficiency[name]:.1%} relative to the smallest slice"
         lines.append(_line(name, line))
     return lines
-
-
-def draw(recipe, results, path: str) -> None:
-    """Writes a PNG with three panels: memory, time of a step, efficiency.
-
-    Args:
-        recipe: a checked recipe.
-        results: list of `preflight.run.PhaseResult`.
-        path: the file to write.
-    """
-    compiled = [result for result in results if result.time]
-    labels = [f"{r.topology.name}\nphase {r.phase}" for r in compiled]
-    size = (max(9, 1.2 * len(compiled) + 5), 9)
-    figure, (memory, time, scaling) = plt.subplots(3, figsize=size, layout="constrained")
-    memory.set_title(f"Pre-flight {recipe.name}")
-    _draw_stacks(memory, labels, [_gib(r.memory) for r in compiled])
-    for place, result in enumerate(compiled):
-        limit = result.topology.chip.hbm_bytes / GIB
-        memory.hlines(limit, place - 0.4, place + 0.4, "black", label="" if place else "HBM")
-    memory.set_ylabel("GiB per replica")
-    _draw_stacks(time, labels, [_milliseconds(r.time) for r in compiled])
-    time.set_ylabel("ms per step, estimated")
-    _draw_efficiency(scaling, results)
-    for panel in (memory, time, scaling):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _draw_efficiency(panel, results):
-    efficiency = efficiencies(results)
-    chips = {r.topology.name: r.topology.chips for r in results}
-    for kind in sorted({name.split(":")[0] for name in efficiency}):
-        line = sorted(
-            (chips[name], 100 * value)
-            for name, value in efficiency.items()
-            if name.startswith(f"{kind}:")
-        )
-        panel.plot(*zip(*line, strict=True), marker="o", label=kind)
-    panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 110))
-
-
-def _gib(memory):
-    return {name: size / GIB for name, size in memory.items()}
-
-
-def _milliseconds(time):
-    """Returns the parts of a step, in milliseconds. They add up to its time."""
-    compute = min(time.compute, time.compiler - time.update)
-    parts = {
-        "compute": compute,
-        "waiting for memory": time.compiler - time.update - compute,
-        "optimizer": time.update,
-        "all-reduce": time.all_reduce - time.hidden,
-    }
-    return {name: 1e3 * seconds for name, seconds in parts.items()}
-
-
-def _draw_stacks(panel, labels, rows):
-    """Draws one stacked bar per row, a dict from the name of a part to its height."""
-    bottom = [0.0] * len(rows)
-    for name in rows[0] if rows else ():
-        heights = [row[name] for row in rows]
-        panel.bar(range(len(rows)), heights, 0.6, bottom, label=name)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    panel.set_xticks(range(len(labels)), labels)

@@ -14,8 +14,10 @@ import tempfile
 
 from inputs.errors import InputError
 from inputs.files import atomic_write, temporary_folder
-from preflight import estimate
+from inputs.process import INTERRUPTED
+from preflight import estimate, report
 from preflight.children import (
+    CACHE,
     ChildFailed,
     Children,
     check_installed,
@@ -78,10 +80,24 @@ class PhaseResult:
         """The FLOP/s of the step as a fraction of the chips' peak."""
         return self.time.compute / self.time.step
 
+    @property
+    def floats_per_parameter(self) -> float:
+        """Floats that the update moves per parameter, from and to HBM."""
+        return self.update["main_bytes"] / 4 / self.parameters
+
+    @property
+    def compiler_floats_per_parameter(self) -> float:
+        """The same by the compiler, which from v4 on also counts on-chip memory."""
+        return self.update["bytes_accessed"] / 4 / self.parameters
+
     def to_json(self) -> dict:
-        """Returns the result as `--preflight_json` writes it."""
-        estimated = self.time is not None
-        update_bytes = self.update.get("bytes_accessed", 0)
+        """Returns the result as `--preflight_json` writes it.
+
+        `bytes_accessed` and the entries with `compiler` in their names are the compiler's figures.
+        From v4 on they contain on-chip memory. `seconds_by` says whether `work_seconds` is the
+        compiler's time or that of the model.
+        """
+        time = self.time
         return {
             "phase": self.phase,
             "topology": self.topology.name,
@@ -93,12 +109,16 @@ class PhaseResult:
             "hbm_bytes": self.program.get("hbm_bytes"),
             "hbm_limit_bytes": self.topology.chip.hbm_bytes,
             "flops": self.program.get("flops"),
+            "main_memory_bytes": self.program.get("main_bytes"),
             "bytes_accessed": self.program.get("bytes_accessed"),
-            "compiler_seconds": self.time.compiler if estimated else None,
-            "update_bytes_per_parameter": update_bytes / self.parameters if estimated else None,
+            "update_bytes_per_parameter": time and 4 * self.floats_per_parameter,
+            "compiler_update_bytes_per_parameter": time and 4 * self.compiler_floats_per_parameter,
+            "seconds_by": time and time.source,
+            "work_seconds": time and time.work,
+            "compiler_seconds": time and time.compiler,
             "all_reduce_bytes": self.program.get("all_reduce_bytes"),
-            "all_reduce_seconds": self.time.all_reduce if estimated else None,
-            "step_seconds": self.time.step if estimated else None,
+            "all_reduce_seconds": time and time.all_reduce,
+            "step_seconds": time and time.step,
             "phase_minutes": self.minutes,
         }
 
@@ -230,13 +250,15 @@ class PhaseExaminer:
         return [(None, 1), *((size, 1) for size in sizes)]
 
     def _figures(self, phase_index, topology, batch, accumulation):
-        """Returns the figures of a program, compiled for the largest topology with the same chips.
+        """Returns the figures of a program, compiled for this topology.
 
-        The figures do not depend on the number of chips, so one compilation serves all topologies.
+        The update alone, which does not communicate, is compiled for the first topology with the
+        same chips.
         """
         self._children.lower(self._recipe, phase_index, [(batch, accumulation)])
-        same_chips = [t for t in self._topologies if t.chip == topology.chip]
-        name = max(same_chips, key=lambda t: t.replicas).name
+        if batch is None:
+            topology = next(t for t in self._topologies if t.chip == topology.chip)
+        name = topology.name
         # The update is the same in all phases.
         key = (batch, accumulation, name, None if batch is None else phase_index)
         if key not in self._compiled:
@@ -295,15 +317,13 @@ def run(
         strict: whether to check TensorFlow's TPU kernels, too.
 
     Returns:
-        The exit status: 1 if a phase does not compile or has no kernels on a topology, else 0.
+        The exit status: 1 if a phase does not compile or has no kernels on a topology, 130 after
+        Ctrl-C, else 0.
 
     Raises:
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
             is not installed, a file cannot be written, or the host's memory is not sufficient.
     """
-    # Imported here, because it imports Matplotlib, which the planner does not need.
-    from preflight import report
-
     topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
     check_installed()
     if json_path:
@@ -313,17 +333,26 @@ def run(
     for topology in topologies:
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
-    with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
-        results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+    try:
+        with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
+            results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+    except KeyboardInterrupt:
+        log(
+            f"--preflight: stopped. Nothing is written except what has been compiled, in {CACHE}; "
+            "the same command goes on from there."
+        )
+        return INTERRUPTED
     print(report.describe(recipe, results))
     if json_path:
         _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
-        picture = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
+        picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
         try:
-            report.draw(recipe, results, picture)
+            from preflight import picture  # Matplotlib takes a second to import
+
+            picture.draw(recipe, results, picture_path)
         except OSError as error:
-            raise InputError(f"{picture} cannot be written ({error.strerror}).") from None
-        print(f"\nWritten    {json_path}, {picture}")
+            raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
+        print(f"\nWritten    {json_path}, {picture_path}")
     return int(any(result.error for result in results))
 
 
@@ -379,6 +408,12 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
+    for written in (path, os.path.splitext(path)[0] + PICTURE_SUFFIX):
+        if os.path.isdir(written):
+            raise InputError(
+                f"--preflight_json={path}: {written} is a folder. Give the name of a file, such as "
+                f"{os.path.join(path, 'preflight.json')}."
+            )
     folder = os.path.dirname(os.path.abspath(path))
     with _report_write_errors(path), tempfile.TemporaryFile(dir=folder):
         pass

@@ -17,6 +17,8 @@ import sys
 
 # Without a TPU, libtpu would query a metadata server for minutes.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# libtpu allows one process at a time, because a TPU can be opened once. Here no device is opened.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import tensorflow as tf

@@ -42,6 +42,9 @@ class BertRecipe(Recipe):
     vocabulary_size: int = 30_522  # used when the vocabulary is learned from the text
     max_sequence_length: int = 512  # rows of the table of position embeddings
     dropout: float = 0.1  # rate, in all layers
+    # Memory: "layer" keeps the inputs of each encoder layer for the backward pass, which computes
+    # the rest again; "off" keeps everything.
+    remat: str = "off"
     initializer_stddev: float = 0.02  # of matrices and embeddings, truncated at two deviations
     whole_word: bool = False  # mask whole words instead of word pieces
     packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels

@@ -33,6 +33,10 @@ OTHER_NAMES = {
         ("save_steps", "checkpoint_every", "save_checkpoints_steps"), "save_every_steps"
     ),
     **dict.fromkeys(("max_to_keep", "save_total_limit"), "keep_checkpoints"),
+    **dict.fromkeys(
+        ("recompute", "rematerialization", "gradient_checkpointing", "checkpoint_activations"),
+        "remat",
+    ),
     **dict.fromkeys(("init_checkpoint", "checkpoint"), "init_from"),
     **dict.fromkeys(("eeta", "eta", "trust_coef"), "trust_coefficient"),
 }

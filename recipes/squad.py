@@ -22,6 +22,9 @@ class SquadRecipe(Recipe):
     max_answer_length: int = 30  # word pieces
     n_best: int = 20  # answers per question in nbest.json
     dropout: float = 0.1  # rate, in all layers
+    # Memory: "layer" keeps the inputs of each encoder layer for the backward pass, which computes
+    # the rest again; "off" keeps everything.
+    remat: str = "off"
     initializer_stddev: float = 0.02  # of the span head
 
     def check(self):

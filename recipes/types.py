@@ -12,6 +12,7 @@ BERT_EXCLUSIONS = (
 RESNET_EXCLUSIONS = BERT_EXCLUSIONS
 
 CHOICES = {
+    "remat": ("off", "layer"),
     "compute_dtype": ("float32", "bfloat16"),
     "on_divergence": ("stop", "rollback"),
     "on_bad_record": ("skip", "fail"),
@@ -215,7 +216,7 @@ class Recipe:
         check_minimums(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
         check_minimums(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
+            value = getattr(self, name, choices[0])  # a field of some recipes only
             if value not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}. Received: {name}={value}."

@@ -91,6 +91,7 @@ class BertPretraining(Task):
             self.recipe.max_sequence_length,
             dropout=self.recipe.dropout,
             initializer_stddev=self.recipe.initializer_stddev,
+            remat=self.recipe.remat,
         )
 
     def sums(self, model, batch, training):

@@ -93,6 +93,7 @@ class SquadFineTuning(Task):
             types=encoder.types if encoder else TYPES,
             dropout=self.recipe.dropout,
             initializer_stddev=self.recipe.initializer_stddev,
+            remat=self.recipe.remat,
         )
         variables = bert.encoder_variables(bert.encoder_of(model))
         for name, value in self._initial_weights.items():

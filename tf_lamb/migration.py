@@ -332,11 +332,27 @@ def _read_legacy(source, slot_names) -> _SourceState:
 
 
 def _read_checkpoint(path, slot_names) -> _SourceState:
-    """Reads an object-based checkpoint. Its object graph says which variable a slot belongs to."""
+    """Reads a checkpoint.
+
+    Raises:
+        ValueError: If the path is not that of a checkpoint, or it cannot be used.
+    """
     import tensorflow as tf
+
+    try:
+        return _read_object_graph(tf.train.load_checkpoint(path), path, slot_names)
+    except (tf.errors.OpError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            "`source` must be the path of a checkpoint of `tf.train.Checkpoint`: a prefix, such as "
+            f"run/ckpt-100, or a folder with a file `checkpoint`. Received: {path!r} ({reason})."
+        ) from None
+
+
+def _read_object_graph(reader, path, slot_names) -> _SourceState:
+    """Reads an object-based checkpoint. Its object graph says which variable a slot belongs to."""
     from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-    reader = tf.train.load_checkpoint(path)
     if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
         raise ValueError(
             "The checkpoint must be written by `tf.train.Checkpoint` or Keras, with an object "

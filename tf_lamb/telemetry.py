@@ -5,6 +5,7 @@ module reads that variable when a record is due. TensorFlow and matplotlib are i
 are used, because the library does not depend on them.
 """
 
+import collections
 import importlib.util
 import json
 import logging
@@ -24,6 +25,8 @@ RECORDS = "trust_ratios.jsonl"
 PICTURE = "trust_ratios.png"
 COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a record.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
+MAX_NAMED = 5  # The maximum number of layers that a warning names.
+NOT_FINITE, NO_UPDATE = "black", "darkgrey"  # Colors of the heat map.
 
 
 class TrustRatioAlarm(RuntimeError):
@@ -58,6 +61,15 @@ def _alarm_reason(layer: VariablePlan, row, max_ratio: float | None) -> str | No
     if layer.adapted and max_ratio is not None and ratio > max_ratio:
         return f"the trust ratio is {ratio:g}, above {max_ratio:g}"
     return None
+
+
+def _describe_alarms(alarms: Sequence[TrustRatioAlarm]) -> str:
+    """Returns one line for the alarms of one record."""
+    if len(alarms) == 1:
+        return str(alarms[0])
+    named = "; ".join(f"{alarm.layer}: {alarm.reason}" for alarm in alarms[:MAX_NAMED])
+    more = f"; and {len(alarms) - MAX_NAMED} more" if len(alarms) > MAX_NAMED else ""
+    return f"step {alarms[0].step}, {len(alarms)} layers: {named}{more}"
 
 
 def _unique_labels(layers: Sequence[VariablePlan]) -> list[str]:
@@ -112,9 +124,10 @@ class TelemetryWriter:
         max_ratio: Float > 0 or `None`. The trust ratio of an adapted layer above which there is an
             alarm.
         on_alarm: Function that is called with a `TrustRatioAlarm`, or `None` to log a warning in
-            the logger "tf_lamb". There is an alarm if the ratio or a norm of a layer is not finite,
-            if the ratio is 0 while other layers are updated, or if it is above `max_ratio`. The
-            alarm of a layer is repeated only after a record in which the layer had no problem.
+            the logger "tf_lamb", one line for each record. There is an alarm if the ratio or a norm
+            of a layer is not finite, if the ratio is 0 while other layers are updated, or if it is
+            above `max_ratio`. The alarm of a layer is repeated only after a record in which the
+            layer had no problem.
         tensorboard: Boolean or `None`. Whether to write files for TensorBoard. `None` means only if
             Keras uses the TensorFlow backend. With other backends, TensorFlow would be loaded only
             for these files, and would take memory of the accelerator.
@@ -150,7 +163,7 @@ class TelemetryWriter:
         self._optimizer = optimizer
         self._every_steps = every_steps
         self._max_ratio = max_ratio
-        self._on_alarm = on_alarm or (lambda alarm: LOG.warning("%s", alarm))
+        self._on_alarm = on_alarm
         self._events = None
         if tensorboard:
             self._events = _import_tensorflow().summary.create_file_writer(str(self.log_dir))
@@ -205,10 +218,12 @@ class TelemetryWriter:
         tf = _import_tensorflow()
         # Written in one call, because each call of `tf.summary.scalar` takes 0.2 ms.
         summary = tf.compat.v1.Summary()
-        for label, row in zip(labels, rows, strict=True):
-            for column, value in zip(COLUMNS, row, strict=True):
+        adapted = [layer.adapted for layer in self._optimizer.layers]
+        for label, row, has_ratio in zip(labels, rows, adapted, strict=True):
+            # The ratio of a layer that is not adapted is always 1.
+            for column, value in zip(COLUMNS if has_ratio else COLUMNS[:2], row, strict=False):
                 summary.value.add(tag=f"{column}/{label}", simple_value=value)
-        ratios = rows[:, 2]
+        ratios = rows[adapted, 2]
         with self._events.as_default(step=step):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
             tf.summary.histogram("ratios", ratios[np.isfinite(ratios)])
@@ -224,9 +239,12 @@ class TelemetryWriter:
                 alarms[label] = TrustRatioAlarm(step, label, float(row[2]), reason)
         previous = self._layers_in_alarm
         self._layers_in_alarm = set(alarms)
-        for label, alarm in alarms.items():
-            if label not in previous:
+        new = [alarm for label, alarm in alarms.items() if label not in previous]
+        if self._on_alarm is not None:
+            for alarm in new:
                 self._on_alarm(alarm)
+        elif new:
+            LOG.warning("%s", _describe_alarms(new))
 
     def heat_map(self, path=None) -> None:
         """Draws the heat map of all records. See `draw_heat_map`.
@@ -303,10 +321,12 @@ class TelemetryCallback(TelemetryCallbackMixin, keras.callbacks.Callback):  # no
 
 
 def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
-    """Draws log10 of the trust ratios, layers x steps, from the records of `TelemetryWriter`.
+    """Draws the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
-    Layers with a ratio of 1 in all steps are not adapted, and are left out. If a step was recorded
-    twice because a run was resumed, the later record is drawn.
+    The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others have the
+    color of the end of the scale. Prefixes that most names share are left out. Layers with a ratio
+    of 1 in all steps are not adapted, and are left out. If a step was recorded twice because a run
+    was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`.
@@ -323,12 +343,14 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
         raise ValueError(f"There are no records to draw yet. Received: {str(records_path)!r}.")
     adapted = [i for i in range(len(labels)) if np.any(values[i, :, 2] != 1.0)]
     rows = adapted or range(len(labels))
-    drawn = [labels[i] for i in rows]
+    drawn, prefixes = _shorten_names([labels[i] for i in rows])
     figure = figure or _new_figure(len(rows))
     _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
     title = f"Trust ratio of {len(rows)} layers"
     if len(rows) < len(labels):
         title += f" ({len(labels) - len(rows)} more are not adapted)"
+    if prefixes:
+        title += f"; names without {', '.join(prefixes)}"
     figure.suptitle(title, fontsize=11)
     if picture_path is not None:
         figure.savefig(picture_path, dpi=120)
@@ -405,20 +427,67 @@ def _draw_on(figure, labels, steps, logs):
     from matplotlib import colors
 
     bar_axes, axes = figure.subplots(2, 1, height_ratios=[0.15, 0.15 * len(labels)])
-    finite = logs[np.isfinite(logs)]
-    low, high = np.percentile(finite, [0.5, 99.5]) if finite.size else (-1.0, 1.0)
+    end = _scale_end(logs)
     settings = {"aspect": "auto", "interpolation": "nearest"}
     shown = np.ma.masked_invalid(logs)
-    image = axes.imshow(shown, cmap="viridis", vmin=low, vmax=max(high, low + 0.01), **settings)
-    axes.set_facecolor("lightgrey")
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-end, vmax=end, **settings)
+    axes.set_facecolor(NO_UPDATE)
     broken = np.ma.masked_where(~np.isinf(logs), np.ones_like(logs))
-    axes.imshow(broken, cmap=colors.ListedColormap(["red"]), **settings)
+    axes.imshow(broken, cmap=colors.ListedColormap([NOT_FINITE]), **settings)
     axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-    columns = np.unique(np.linspace(0, logs.shape[1] - 1, 11).astype(int))
-    first_steps = [steps[i * len(steps) // logs.shape[1]] for i in columns]
-    axes.set_xticks(columns, [f"{step:,}" for step in first_steps], fontsize=8)
+    round_steps, places = _round_steps(steps, logs.shape[1])
+    axes.set_xticks(places, [f"{step:,}" for step in round_steps], fontsize=8)
     axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel("step", fontsize=9)
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
+    powers = range(-int(end), int(end) + 1)
+    bar.set_ticks(list(powers), labels=[f"{10.0**power:g}" for power in powers])
+    digits = np.log10(np.arange(2, 10))
+    between = np.arange(-int(end) - 1, int(end) + 1)[:, np.newaxis] + digits
+    bar.set_ticks(between[np.abs(between) < end], minor=True)
+    bar.ax.set_xlim(-end, end)
     bar.ax.tick_params(labelsize=8)
-    bar.set_label("log10 of the trust ratio; red: not finite, grey: no update", fontsize=9)
+    bar.set_label(f"trust ratio; {NOT_FINITE}: not finite, grey: no update", fontsize=9)
+
+
+def _scale_end(logs) -> float:
+    """Returns log10 of the ratio at the upper end of the color scale. The lower end is -1 times it.
+
+    The end is at least 1, a ratio of 10. It is not far above the upper quartile, so that a few
+    layers or steps with extreme ratios do not take the color from the others.
+    """
+    sizes = np.abs(logs[np.isfinite(logs)])
+    if not sizes.size:
+        return 1.0
+    return float(max(1.0, min(sizes.max(), 2 * np.percentile(sizes, 75))))
+
+
+def _round_steps(steps, columns):
+    """Returns round numbers of steps, and their places on the axis of the columns."""
+    from matplotlib.ticker import MaxNLocator
+
+    firsts = [steps[i * len(steps) // columns] for i in range(columns)]
+    if len(firsts) < 2:
+        return firsts, [0.0]
+    locator = MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10])
+    ticks = locator.tick_values(firsts[0], firsts[-1])
+    ticks = [int(tick) for tick in ticks if firsts[0] <= tick <= firsts[-1]]
+    return ticks, list(np.interp(ticks, firsts, range(columns)))
+
+
+def _shorten_names(names):
+    """Removes leading parts of names, such as "model/", that most of the names share.
+
+    Returns:
+        A tuple: the list of shorter names, which are as different as before, and the list of the
+        prefixes that were removed.
+    """
+    removed = []
+    while True:
+        heads = collections.Counter(name.partition("/")[0] for name in names if "/" in name)
+        head, count = max(heads.items(), key=lambda item: item[1], default=("", 0))
+        shorter = [name.removeprefix(f"{head}/") for name in names]
+        if 2 * count <= len(names) or len(set(shorter)) < len(set(names)):
+            return names, removed
+        names = shorter
+        removed.append(f"{head}/")

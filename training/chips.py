@@ -3,22 +3,32 @@
 Used for model FLOPs utilization (`training.monitor.mfu`) and for the estimates of the pre-flight
 (`preflight.estimate`). Rates are in FLOP/s and bytes/s, per chip unless stated otherwise.
 
-Sources:
+Sources, by the name that stands beside each number in the table:
 
-- FLOP/s in bfloat16, HBM bandwidth, and chips in a pod: the Cloud TPU documentation,
-  docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p and v6e.
-- v2: the documentation has no table. Google announced 180 TFLOP/s for a board of four chips and
-  11.5 PFLOP/s for a pod of 64 boards, so 45 TFLOP/s per chip. Jouppi et al. (CACM 63(7), 2020)
-  give 46 for the same chip; 45 agrees with both announcements. Bandwidths: the same
-  paper (HBM 700 GB/s; links 496 Gbit/s).
-- Bandwidth of a link: Austin et al., "How to Scale Your Model",
-  jax-ml.github.io/scaling-book/tpus. For v3 the documentation's bisection bandwidth agrees:
-  6.4 TB/s over 64 links.
-- Where a mesh has wrap-around links: the scaling book; for v2 and v3, only at the side of a whole
-  pod.
-- HBM that one program can use: the limit that the compiler reports when a program is too large
-  (libtpu 0.0.42.1).
-- GPUs: NVIDIA's data sheets, without sparsity.
+- docs: the Cloud TPU documentation, docs.cloud.google.com/tpu/docs/NAME, where NAME is v3, v4, v5e,
+  v5p or v6e.
+- CACM: Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks", CACM
+  63(7), 2020.
+- ISCA: Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with
+  Hardware Support for Embeddings", ISCA 2023, Table 4.
+- book: Austin et al., "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus.
+- compiler: libtpu 0.0.42.1. The memory is its limit when a program is too large; the chips per host
+  are those of the topology that it opens.
+
+Published figures that contradict each other:
+
+- Link of v3: 100 GB/s (book; the docs' bisection bandwidth agrees: 6.4 TB/s over 64 links), or 70
+  (ISCA).
+- Links of v4, v5e, v5p and v6e: the book's are 45, 45, 90 and 90 GB/s. ISCA gives v4 50, and the
+  docs give v5e, v5p and v6e 400, 1,200 and 800 GB/s per chip, in both directions of 4, 6 and 4
+  links: 50, 100 and 100.
+- Peak of v2: Google announced 180 TFLOP/s for a board of four chips and 11.5 PFLOP/s for a pod of
+  64 boards, so 45 for a chip. CACM has 46.
+- Memory bandwidth of v5e: 819 GB/s; later versions of the docs have 800 GiB/s, which is 859.
+- Chips per host of v5e and v6e: the docs' 8 is the physical machine, and the virtual machine of a
+  slice of up to 8 chips. The virtual machines of larger slices have 4.
+
+GPUs: NVIDIA's data sheets, without sparsity.
 """
 
 import dataclasses
@@ -35,6 +45,7 @@ class TpuChip:
         flops: peak bfloat16 FLOP/s of a chip. The matrix unit multiplies float32 in bfloat16, too.
         hbm_bandwidth: bytes/s of a chip.
         link_bandwidth: bytes/s of one link to a neighbour, in one direction.
+        other_link_bandwidth: the same by another publication; equal if there is no conflict.
         hbm_bytes: memory that one program can use, on one device.
         devices_per_chip: devices, each of which runs a program: one per core, or a single one
             where both cores of a chip act as one device (v4, v5p).
@@ -43,6 +54,7 @@ class TpuChip:
             (v5litepod-16).
         mesh_dimensions: 2 or 3.
         chips_per_host: in a slice of several hosts.
+        max_chips_of_one_host: the largest slice of a single host.
         wrap_multiple: a dimension of the mesh has wrap-around links if its length is a multiple of
             this.
         max_chips: number of chips in the largest slice.
@@ -52,12 +64,14 @@ class TpuChip:
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
+    other_link_bandwidth: float
     hbm_bytes: int
     devices_per_chip: int
     cores_per_chip: int
     type_counts: str
     mesh_dimensions: int
     chips_per_host: int
+    max_chips_of_one_host: int
     wrap_multiple: int
     max_chips: int
 
@@ -71,91 +85,104 @@ TPU_CHIPS = {
     for chip in (
         TpuChip(
             name="v2",
-            flops=45e12,
-            hbm_bandwidth=700e9,
-            link_bandwidth=62e9,
-            hbm_bytes=int(7.48 * GIB),
+            flops=45e12,  # announced; CACM: 46
+            hbm_bandwidth=700e9,  # CACM
+            link_bandwidth=62e9,  # CACM: 496 Gbit/s
+            other_link_bandwidth=62e9,
+            hbm_bytes=int(7.48 * GIB),  # compiler; 16 GiB of a chip (CACM) for two cores
             devices_per_chip=2,
-            cores_per_chip=2,
+            cores_per_chip=2,  # CACM
             type_counts="cores",
-            mesh_dimensions=2,
-            chips_per_host=4,
-            wrap_multiple=16,
-            max_chips=256,
+            mesh_dimensions=2,  # CACM
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=4,
+            wrap_multiple=16,  # the side of the pod (book)
+            max_chips=256,  # CACM
         ),
         TpuChip(
             name="v3",
-            flops=123e12,
-            hbm_bandwidth=900e9,
-            link_bandwidth=100e9,
-            hbm_bytes=int(15.48 * GIB),
+            flops=123e12,  # docs
+            hbm_bandwidth=900e9,  # docs
+            link_bandwidth=100e9,  # book
+            other_link_bandwidth=70e9,  # ISCA
+            hbm_bytes=int(15.48 * GIB),  # compiler; docs: 32 GiB of a chip for two cores
             devices_per_chip=2,
-            cores_per_chip=2,
+            cores_per_chip=2,  # docs
             type_counts="cores",
-            mesh_dimensions=2,
-            chips_per_host=4,
-            wrap_multiple=32,
-            max_chips=1024,
+            mesh_dimensions=2,  # docs
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=4,
+            wrap_multiple=32,  # the side of the pod (book)
+            max_chips=1024,  # docs
         ),
         TpuChip(
             name="v4",
-            flops=275e12,
-            hbm_bandwidth=1200e9,
-            link_bandwidth=45e9,
-            hbm_bytes=int(30.75 * GIB),
+            flops=275e12,  # docs
+            hbm_bandwidth=1200e9,  # docs
+            link_bandwidth=45e9,  # book
+            other_link_bandwidth=50e9,  # ISCA
+            hbm_bytes=int(30.75 * GIB),  # compiler; docs: 32 GiB
             devices_per_chip=1,
-            cores_per_chip=2,
+            cores_per_chip=2,  # docs
             type_counts="cores",
-            mesh_dimensions=3,
-            chips_per_host=4,
-            wrap_multiple=4,
-            max_chips=4096,
+            mesh_dimensions=3,  # docs
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=4,
+            wrap_multiple=4,  # docs
+            max_chips=4096,  # docs
         ),
         TpuChip(
             name="v5e",
-            flops=197e12,
-            hbm_bandwidth=819e9,
-            link_bandwidth=45e9,
-            hbm_bytes=int(15.75 * GIB),
+            flops=197e12,  # docs
+            hbm_bandwidth=819e9,  # docs
+            link_bandwidth=45e9,  # book
+            other_link_bandwidth=50e9,  # docs: 400 GB/s per chip, both directions of 4 links
+            hbm_bytes=int(15.75 * GIB),  # compiler; docs: 16 GB
             devices_per_chip=1,
-            cores_per_chip=1,
+            cores_per_chip=1,  # docs
             type_counts="chips",
-            mesh_dimensions=2,
-            chips_per_host=8,
-            wrap_multiple=16,
-            max_chips=256,
+            mesh_dimensions=2,  # docs
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=8,  # docs
+            wrap_multiple=16,  # book
+            max_chips=256,  # docs
         ),
         TpuChip(
             name="v5p",
-            flops=459e12,
-            hbm_bandwidth=2765e9,
-            link_bandwidth=90e9,
-            hbm_bytes=int(95.74 * GIB),
+            flops=459e12,  # docs
+            hbm_bandwidth=2765e9,  # docs
+            link_bandwidth=90e9,  # book
+            other_link_bandwidth=100e9,  # docs: 1,200 GB/s per chip, both directions of 6 links
+            hbm_bytes=int(95.74 * GIB),  # compiler; docs: 95 GiB
             devices_per_chip=1,
-            cores_per_chip=2,
+            cores_per_chip=2,  # docs
             type_counts="cores",
-            mesh_dimensions=3,
-            chips_per_host=4,
-            wrap_multiple=4,
-            max_chips=8960,
+            mesh_dimensions=3,  # docs
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=4,
+            wrap_multiple=4,  # docs
+            max_chips=6144,  # docs: the largest job, of the 8,960 chips of a pod
         ),
         TpuChip(
             name="v6e",
-            flops=918e12,
-            hbm_bandwidth=1638e9,
-            link_bandwidth=90e9,
-            hbm_bytes=int(31.25 * GIB),
+            flops=918e12,  # docs
+            hbm_bandwidth=1638e9,  # docs
+            link_bandwidth=90e9,  # book
+            other_link_bandwidth=100e9,  # docs: 800 GB/s per chip, both directions of 4 links
+            hbm_bytes=int(31.25 * GIB),  # compiler; docs: 32 GB
             devices_per_chip=1,
-            cores_per_chip=1,
+            cores_per_chip=1,  # docs
             type_counts="chips",
-            mesh_dimensions=2,
-            chips_per_host=8,
-            wrap_multiple=16,
-            max_chips=256,
+            mesh_dimensions=2,  # docs
+            chips_per_host=4,  # compiler
+            max_chips_of_one_host=8,  # docs
+            wrap_multiple=16,  # book
+            max_chips=256,  # docs
         ),
     )
 }
-ALIASES = {"v5litepod": "v5e"}  # Cloud TPU's accelerator type
+# Cloud TPU's accelerator type, and the product's name.
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e"}
 
 # TFLOP/s by words in the device name that the driver reports. The first matching entry is used.
 # The float32 entry is the TF32 rate on GPUs with TF32, which TensorFlow uses by default.
@@ -172,7 +199,8 @@ GPU_TFLOPS = (
 
 
 def find_tpu(name: str) -> TpuChip | None:
-    """Returns the chip with this name, such as "v3", "v5e" or "v5litepod"; None if unknown."""
+    """Returns the chip with this name, such as "v3", "V5e" or "v5litepod"; None if unknown."""
+    name = name.lower()
     return TPU_CHIPS.get(ALIASES.get(name, name))
 
 

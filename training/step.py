@@ -126,11 +126,13 @@ class ReplicaStep:
         )[1]
 
     def _micro_batch(self, batch, total_counts, seed):
-        with self._step_seed.set_to(seed), tf.GradientTape() as tape:
-            sums = self._task.sums(self.model, batch, training=True)
-            values = means(self._task.metrics, sums, total_counts)
-            loss = tf.add_n(loss_terms(self._task.metrics, values))
-        gradients = tape.gradient(loss, self.model.trainable_variables)
+        # The backward pass needs the seed, too: rematerialized layers draw their masks again.
+        with self._step_seed.set_to(seed):
+            with tf.GradientTape() as tape:
+                sums = self._task.sums(self.model, batch, training=True)
+                values = means(self._task.metrics, sums, total_counts)
+                loss = tf.add_n(loss_terms(self._task.metrics, values))
+            gradients = tape.gradient(loss, self.model.trainable_variables)
         gradients = [tf.convert_to_tensor(g) for g in gradients]
         if self._measure_noise:
             sums = sums | {PARTS: squared_norm(gradients)}

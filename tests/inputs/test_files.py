@@ -1,5 +1,6 @@
 """Files and folders are written completely or not at all, and locks exclude other processes."""
 
+import contextlib
 import os
 import pathlib
 
@@ -124,8 +125,19 @@ def test_a_lock_excludes_others_and_ends_with_its_block(tmp_path):
         with pytest.raises(InputError, match=f"in use by process {os.getpid()} on .*Let it end"):
             with files.locked(tmp_path, "--output"):
                 pass
-    with files.locked(tmp_path, "--output", wait=True):
+    with files.locked(tmp_path, "--output", wait=True, waiting=pytest.fail):
         pass
+    said = []
+    with contextlib.ExitStack() as first:
+        first.enter_context(files.locked(tmp_path, "--output"))
+
+        def let_it_end(holder):
+            said.append(holder)
+            first.close()
+
+        with files.locked(tmp_path, "--output", wait=True, waiting=let_it_end):
+            pass
+    assert said[0].startswith(f"process {os.getpid()} on ")
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):

@@ -63,6 +63,24 @@ def test_this_machine_has_free_memory():
     assert 0 < free_memory() < 2**50
 
 
+def test_a_limit_of_address_space_counts_what_is_reserved(monkeypatch, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/statm").write_text("1024 9 9 9 0 9 0\n")
+    page = memory.resource.getpagesize()
+    for limit, free in ((3 * GIB, 3 * GIB - 1024 * page), (page, 0), (-1, None)):
+        monkeypatch.setattr(memory.resource, "getrlimit", lambda which, soft=limit: (soft, -1))
+        assert memory.free_address_space(tmp_path) == free
+
+
+def test_what_a_process_without_memory_prints_is_recognized():
+    assert memory.ran_out_of_memory("", -9)
+    assert memory.ran_out_of_memory("numpy...MemoryError: Unable to allocate", 1)
+    abort = "F env.cc:80] Check failed: ret == 0 Thread tf_ creation via pthread_create() failed."
+    assert memory.ran_out_of_memory(abort, -6)
+    assert not memory.ran_out_of_memory("", -11)
+    assert not memory.ran_out_of_memory("a MemoryError that was handled", 0)
+
+
 def test_a_shortage_is_one_sentence(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda: GIB // 2)
     assert memory.describe_shortage(GIB // 2, "a small run") is None

@@ -89,3 +89,14 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     assert end.value.code == 3 and written.getvalue() == b"\\u4e2d \\xe9 \\udce4\n"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     process.escape_output()  # not a stream with an encoding
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        process.run(interrupt)
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert said.endswith(": stopped.\n") and said.count("\n") == 1

@@ -1,6 +1,7 @@
 """Child processes: each error is one sentence; their progress is a bar or lines."""
 
 import io
+import types
 
 import pytest
 
@@ -26,9 +27,40 @@ def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(InputError, match="^the task failed: the compiler gave up$"):
         children._run("crashing_child", "the task", {})
+    (tmp_path / "polite_child.py").write_text(
+        "import sys, time\n"
+        "print('a warning')\n"
+        f"print('{children_module.WAITING} process 7 on here', flush=True)\n"
+        "time.sleep(1.2); print(flush=True); time.sleep(1.2)\n"
+        "open(sys.argv[2], 'w').write('{}')"
+    )
+    shown = []
+    monkeypatch.setattr(children._progress, "update", lambda task, seconds: shown.append(task))
+    children._run("polite_child", "the task", {})
+    assert shown[0] == shown[-1] == "the task"
+    assert "the task (waiting for the pre-flight of process 7 on here)" in shown
     monkeypatch.setattr(children_module, "RESERVED_BYTES", 2**60)
-    with pytest.raises(InputError, match="host's memory is not sufficient"):
+    with pytest.raises(InputError, match="host's memory is not sufficient.*GiB are free"):
         children._run("waiting_child", "the task", {})
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.kill(os.getpid(), 9)",
+        "bytearray(2**60)",
+        "import os, sys; print('terminate called: std::bad_alloc', flush=True); os.abort()",
+    ],
+)
+def test_a_host_without_memory_is_not_a_program_that_does_not_compile(
+    children, monkeypatch, tmp_path, code
+):
+    (tmp_path / "large_child.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match="this host's memory is not sufficient") as error:
+        children._run("large_child", "the task", {})
+    assert not isinstance(error.value, children_module.ChildFailed)
+    assert "says nothing about the memory of the TPU" in str(error.value)
 
 
 def test_the_reason_is_the_exception_and_not_the_last_line():
@@ -40,7 +72,6 @@ tf2xla conversion failed. Run with TF_DUMP_GRAPH_PREFIX=/path"""
     reason = children_module._reason
     assert reason(output, 1).endswith("Detected unsupported operations: Foo")
     assert reason("a line\ninputs.errors.InputError: --set x: no.", 1) == "--set x: no."
-    assert "was killed" in reason("a warning", -9)
     assert reason("", 3) == "exit status 3"
 
 
@@ -49,32 +80,46 @@ class Terminal(io.StringIO):
         return True
 
 
-def show(stream):
-    """Returns the plain lines that tasks of 40 and 0 seconds write with this stream."""
+@pytest.fixture
+def clock(monkeypatch):
+    now = types.SimpleNamespace(seconds=0.0)
+    fake = types.SimpleNamespace(monotonic=lambda: now.seconds)
+    monkeypatch.setattr(children_module, "time", fake)
+    return now
+
+
+def show(stream, clock):
+    """Returns the plain lines that tasks of 40 and 10 seconds write with this stream."""
     lines = []
     with children_module.show_progress(lines.append, total=2, stream=stream) as progress:
         for seconds in (0, 1, 14, 16, 20, 32, 40):
             progress.update("compiling", seconds)
+        clock.seconds = 40.0
         progress.advance()
         progress.update("tracing", 0)
+        clock.seconds = 50.0
+        progress.advance()
     return lines
 
 
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, clock):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     terminal = Terminal()
-    assert show(terminal) == []
-    assert "1/2" in terminal.getvalue() and "compiling, 40 s" in terminal.getvalue()
+    assert show(terminal, clock) == []
+    for shown in ("1/2", "compiling, 40 s", "about 0:00:40 left"):
+        assert shown in terminal.getvalue()
 
 
-def test_progress_is_plain_lines_in_a_file():
+def test_progress_is_plain_lines_in_a_file(clock):
     file = io.StringIO()
-    assert show(file) == [
+    assert show(file, clock) == [
         "compiling ...",
         "compiling ... 16 s",
         "compiling ... 32 s",
+        "1 of 2 done in 40 s, about 40 s left",
         "tracing ...",
+        "2 of 2 done in 50 s",
     ]
     assert not file.getvalue()
 

@@ -112,10 +112,78 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
     )
 
 
+def test_of_two_copies_of_a_package_the_one_that_python_takes_is_read(tmp_path, monkeypatch):
+    for folder, version in (("first", "1.0"), ("second", "2.0"), ("third", "2.0")):
+        (tmp_path / folder / f"some_package-{version}.dist-info").mkdir(parents=True)
+        metadata = tmp_path / folder / f"some_package-{version}.dist-info/METADATA"
+        metadata.write_text(f"Metadata-Version: 2.1\nName: Some.Package\nVersion: {version}\n")
+    paths = [str(tmp_path / folder) for folder in ("first", "second", "second", "third")]
+    monkeypatch.setattr(sys, "path", paths)
+    copies = doctor.find_packages()
+    assert [version for version, _ in copies["some-package"]] == ["1.0", "2.0", "2.0"]
+    (finding,) = doctor.check_copies(copies)
+    assert finding.level == "warning" and finding.fix
+    assert f"some-package 1.0 in {paths[0]}, which hides 2.0 in {paths[1]}" in finding.message
+    monkeypatch.setattr(sys, "path", paths[1:])
+    assert doctor.check_copies(doctor.find_packages()) == []  # two copies of one version
+
+
+def test_a_backend_that_is_ignored_is_mentioned(monkeypatch):
+    for asked, said in (("jax", True), ("nonsense", True), ("tensorflow", False), ("", False)):
+        monkeypatch.setattr(doctor.process, "ASKED_BACKEND", asked)
+        findings = doctor.check_backend()
+        assert levels(findings) == [("ok", "Keras")] * said
+        assert not said or f"KERAS_BACKEND={asked} is ignored" in findings[0].message
+
+
+@pytest.mark.parametrize("failure", ["out of memory (killed by SIGABRT)", ""])
+def test_what_fails_for_lack_of_memory_is_not_reinstalled(monkeypatch, failure):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: False)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    broken = {"error": "ImportError: libx.so: failed to map segment from shared object"}
+    changed = {"tensorflow_text": broken, "XLA": {"error": "MemoryError: "}}
+    found = stages(**changed)[: 5 if failure else None]
+    findings = doctor.check_probe(found, failure, tpu_wheel=False, fix="pip install")
+    errors = [finding for finding in findings if finding.level == "error"]
+    assert len(errors) == 2 and all("ulimit -v unlimited" in error.fix for error in errors)
+    assert not any("pip install" in error.fix for error in errors)
+
+
+def test_a_probe_without_memory_is_recognized(tmp_path):
+    package = tmp_path / "preflight"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "probe.py").write_text(
+        "import os, sys\nsys.stderr.write('what():  std::bad_alloc')\nsys.stderr.flush()\n"
+        "os.abort()\n"
+    )
+    assert doctor.run_probe(tmp_path) == ([], "out of memory (killed by SIGABRT)")
+
+
+def test_a_limit_of_address_space_is_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "free_address_space", lambda: 3 * doctor.GIB)
+    (finding,) = [f for f in doctor.check_machine(str(tmp_path)) if "address space" in f.message]
+    assert (finding.level, finding.fix) == ("error", "ulimit -v unlimited")
+    assert finding.message == "3.0 GiB of address space left, by the limit of this shell"
+
+
+def test_help_is_a_usage_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m preflight.doctor [-h] [MODEL_DIR]")
+    for wrong in (["--wrong"], ["one", "two"]):
+        with pytest.raises(SystemExit) as end:
+            doctor.main(wrong)
+        assert end.value.code == 2
+
+
 def test_little_disk_space_and_memory(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 5 * doctor.GIB})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(doctor, "free_memory", lambda: doctor.GIB // 2)
+    monkeypatch.setattr(doctor, "free_address_space", lambda: None)
     disk, memory = doctor.check_machine(str(tmp_path / "not" / "yet"))
     assert disk.level == "warning" and disk.message == f"5.0 GiB free at {tmp_path}"
     assert memory.level == "error" and memory.fix

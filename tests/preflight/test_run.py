@@ -5,6 +5,8 @@ import importlib.util
 import json
 import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 import recipes
 from inputs.errors import InputError
 from preflight import children as preflight_children
-from preflight import document
+from preflight import document, picture, report
 from preflight import run as preflight
 from preflight.topology import parse_topologies
 
@@ -23,8 +25,9 @@ installed = pytest.mark.skipif(
 )
 FIELDS = (
     "phase topology cores compiles error replica_batch_size accumulation hbm_bytes "
-    "hbm_limit_bytes flops bytes_accessed compiler_seconds update_bytes_per_parameter "
-    "all_reduce_bytes all_reduce_seconds step_seconds phase_minutes"
+    "hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
+    "compiler_update_bytes_per_parameter seconds_by work_seconds compiler_seconds all_reduce_bytes "
+    "all_reduce_seconds step_seconds phase_minutes"
 ).split()
 
 
@@ -61,11 +64,14 @@ class Compiler:
             "code_bytes": 9,
             "flops": 1e9,
             "bytes_accessed": 1e9,
+            "main_bytes": 1e9,
+            "copied_bytes": 0,
+            "products": [],
             "seconds": 0.1,
             "all_reduce_bytes": 4000,
             "all_reduces": 1,
             "asynchronous": 0,
-            "products": 9,
+            "num_products": 9,
             "float32_products": 0,
         }
 
@@ -84,12 +90,111 @@ def test_errors_are_rows_and_accumulated_gradients_need_memory(tmp_path, monkeyp
     assert "NO: no kernel for Foo" in capsys.readouterr().out
 
 
+def test_each_slice_is_compiled_as_itself(monkeypatch):
+    compiled = []
+
+    class Recorder(Compiler):
+        def compile(self, phase_index, batch, accumulation, topology):
+            compiled.append((batch, topology))
+            return super().compile(phase_index, batch, accumulation, topology)
+
+    monkeypatch.setattr(preflight, "Children", Recorder)
+    results = preflight.examine(
+        recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64),
+        parse_topologies("v3-8,v3-32,v5e-4"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=False,
+    )
+    assert [result.replica_batch_size for result in results] == [8, 2, 16]
+    # The update, which does not communicate, is compiled once for each kind of chip.
+    steps = [(8, "v3:2x2"), (2, "v3:4x4"), (16, "v5e:2x2")]
+    assert sorted(compiled, key=str) == sorted(
+        [(None, "v3:2x2"), (None, "v5e:2x2"), *steps], key=str
+    )
+
+
 @pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png"])
 def test_an_unwritable_json_path_is_an_error_before_compilation(tmp_path, monkeypatch, name):
     monkeypatch.setattr(preflight, "check_installed", lambda: None)
     with pytest.raises(InputError, match=f"preflight_json=.*{name}"):
         recipe = recipes.find_recipe("bert-mini-demo")
         preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["folder", "rows"])
+def test_a_folder_instead_of_a_json_file_is_an_error_before_compilation(
+    tmp_path, monkeypatch, name
+):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.png").mkdir()  # the picture's name
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    with pytest.raises(InputError, match=f"preflight_json=.*{name}.* is a folder. Give the name"):
+        recipe = recipes.find_recipe("bert-mini-demo")
+        preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    def interrupt(self, recipe, phase_index, programs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(Compiler, "lower", interrupt)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    lines = []
+    recipe = recipes.find_recipe("bert-mini-demo")
+    path = tmp_path / "rows.json"
+    assert preflight.run(recipe, "v3:2x2", json_path=str(path), log=lines.append) == 130
+    assert "stopped" in lines[-1] and "same command goes on" in lines[-1]
+    assert "checkpoint" not in lines[-1] and not path.exists() and not capsys.readouterr().out
+
+
+def test_short_recipes_are_told_in_seconds_and_mib():
+    assert report.format_minutes(0.0862) == "5.17 s"
+    assert report.format_minutes(34.83) == "34.8 minutes"
+    assert report.format_bytes(30 * 2**20) == "30 MiB"
+    assert report.format_bytes(13.68 * 2**30) == "13.68 GiB"
+
+
+def find_texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    drawn = []
+    monkeypatch.setattr(picture.plt, "close", drawn.append)
+    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
+
+    def draw(topologies):
+        results = preflight.examine(
+            recipe,
+            parse_topologies(topologies),
+            progress=preflight_children.ProgressLines(print),
+            search=False,
+        )
+        picture.draw(recipe, results, str(tmp_path / "picture.png"))
+        return drawn[-1]
+
+    figure = draw("v2:2x2,v3:2x2,v4:2x2x2")
+    memory, time, minutes = figure.axes
+    names = [label.get_text() for label in memory.get_xticklabels()]
+    assert names == ["v2:2x2", "v3:2x2", "v4:2x2x2"]
+    texts = find_texts(figure)
+    assert "no kernel for Foo" in texts and texts.count("does not\ncompile") == 2
+    hatched = [bar for bar in memory.patches if bar.get_hatch()]
+    assert len(hatched) == 1 and hatched[0].get_height() == 100
+    # 8 examples of 1 GiB and 12,000 bytes of the 15.48 GiB of a v3 core.
+    assert "8.00 GiB\n51.7 %" in texts
+    assert minutes.get_ylabel() == "minutes of the phase" and time.get_ylabel() == "ms per step"
+    colors = [*picture.MEMORY_COLORS.values(), *picture.TIME_COLORS.values(), picture.TOTAL_COLOR]
+    assert len(set(colors)) == len(colors)
+    several = draw("v3:2x2,v3:4x4,v4:2x2x2")
+    assert len(several.axes) == 4
+    sizes = [label.get_text() for label in several.axes[-1].get_xticklabels()]
+    assert sizes == ["4", "16"]
+    monkeypatch.undo()
+    for figure in drawn:
+        picture.plt.close(figure)
 
 
 def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
@@ -100,6 +205,40 @@ def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     )
     page = document.format_page({"bert-mini-demo": results})
     assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published" not in page
+
+
+def test_the_help_of_the_document_is_a_usage_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        document.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m preflight.document [-h] [NAME ...]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(document, "check_installed", lambda: None)
+        assert document.main(["bert-mini-dem"]) == 1
+    assert "bert-mini-dem: no pod is listed" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import errno, json, os, sys
+from preflight import compile as tpu
+tpu.compile_program = lambda *arguments: None
+tpu.open_topology = lambda name: []
+tpu.figures = lambda executable: {"flops": 1}
+def write(value, file, **options):
+    file.write("{")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+json.dump = write
+assert tpu._compile_cached(b"program", "v3:2x2", sys.argv[1]) == {"flops": 1}
+assert os.listdir(sys.argv[1]) == [], os.listdir(sys.argv[1])
+"""
+
+
+@installed
+def test_a_full_cache_disk_leaves_no_files(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_training_does_not_import_the_preflight():
@@ -157,14 +296,25 @@ def test_a_small_bert_compiles(examine):
     assert (row["cores"], row["replica_batch_size"], row["accumulation"]) == (8, 8, 1)
     # Every gradient is reduced once, in float32, with a few bytes of counts and losses.
     assert 0 <= row["all_reduce_bytes"] - 4 * parameters < 1000
+    assert [row["seconds_by"] for row in result.rows] == ["compiler", "model", "model", "model"]
+    # LAMB moves at least 10 floats per parameter, less what stays in on-chip memory, plus padding.
+    # The compiler adds the traffic of that memory.
     assert 40 < row["update_bytes_per_parameter"] < 4 * 12
+    assert row["compiler_update_bytes_per_parameter"] == pytest.approx(
+        row["update_bytes_per_parameter"], rel=0.05
+    )
+    for newer in result.rows[1:]:
+        assert 4 * 5 < newer["update_bytes_per_parameter"] < 4 * 12
+        assert newer["compiler_update_bytes_per_parameter"] > 4 * 20
+        assert newer["main_memory_bytes"] < newer["bytes_accessed"] / 2
+        assert newer["work_seconds"] < row["work_seconds"] and newer["compiler_seconds"] > 0
     assert 12 * parameters < row["hbm_bytes"] < 2**28 < row["hbm_limit_bytes"]
     assert 0 < row["compiler_seconds"] < row["step_seconds"] < 0.01
     assert row["phase_minutes"] == pytest.approx(2000 * row["step_seconds"] / 60)
     assert (result.folder / "rows.png").stat().st_size > 10_000
     assert "bert-mini-demo" in result.printed and "figures are estimates" in result.printed
     assert re.search(r"bound by \w+; 0 of \d\d products in float32", result.printed)
-    assert len(list((result.folder / "cache").iterdir())) == 2 * len(result.rows)
+    assert len(list((result.folder / "cache").glob("*.json"))) == 2 * len(result.rows)
 
 
 @installed

@@ -1,10 +1,12 @@
 """The check of TensorFlow's TPU kernels, with made-up kernels in place of the TPU wheel's."""
 
+import re
 import types
 
 import numpy as np
 import tensorflow as tf
 
+from preflight import program
 from preflight.strict import unsupported_operations, with_variables_as_arguments
 
 
@@ -61,3 +63,29 @@ def test_variables_become_arguments():
     # The write was removed, so the scale is 10, not 11.
     np.testing.assert_array_equal(result, -rows.numpy()[[2, 0]] * 10.0 + 10.0)
     assert scale.numpy() == 2.0
+
+
+def test_random_bits_are_lowered_as_by_tensorflow_tpu():
+    def lowered(**arguments):
+        """The HLO, and the operations on all of its elements."""
+        function = tf.function(
+            lambda seed: tf.random.stateless_uniform([8, 128], seed, **arguments), jit_compile=True
+        )
+        with program._tpu_random_bits():
+            lower = function.experimental_get_compiler_ir(tf.TensorSpec([2], tf.int32))
+            text = lower(stage="hlo")
+        names = re.findall(r"= \w+\[8,128\]\{1,0\} ([\w-]+)\(", text)
+        return text, [name for name in names if name not in ("reshape", "get-tuple-element")]
+
+    # What the kernels of tensorflow-tpu 2.20.0 lower to for a TPU; all generations accept it.
+    generator = (
+        r"\(u64\[2\]\{0\}, u32\[8,128\]\{1,0\}\) rng-bit-generator\(u64\[2\]\{0\} \S+\), "
+        "algorithm=rng_default"
+    )
+    text, operations = lowered(minval=None, maxval=None, dtype=tf.uint32)
+    assert re.search(generator, text) and operations == []
+    text, operations = lowered()
+    assert re.search(generator, text)
+    computed = [name for name in operations if name != "broadcast"]
+    assert computed[:3] == ["shift-right-logical", "convert", "multiply"]
+    assert "constant(9)" in text and "constant(1.1920929e-07)" in text  # 2**-23

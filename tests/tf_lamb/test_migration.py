@@ -278,6 +278,17 @@ def test_another_rule_is_refused(flavour, tmp_path):
         migrate(lamb.optimizer, flavour.lamb.LAMB())
 
 
+def test_a_path_that_is_no_checkpoint_is_a_value_error(keras3, tmp_path):
+    optimizer = keras3.lamb.LAMB()
+    optimizer.build([keras.Variable(np.float32([1, 2]), name="w")])
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "damaged.index").write_bytes(b"\0" * 100)
+    for name in ("nowhere/ckpt-1", "notes.txt", "damaged", ""):
+        with pytest.raises(ValueError, match="checkpoint") as error:
+            migrate(tmp_path / name, optimizer)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_checkpoint_needs_exactly_one_optimizer(keras3, tmp_path):
     original = Original("tf-models LAMB")
     ours, _ = original.ours(keras3)

@@ -36,7 +36,7 @@ def rows_of(record):
 
 @pytest.mark.parametrize("rule", ["LAMB", "LARS"])
 def test_records_equal_the_telemetry_of_the_optimizer(rule, flavour, tmp_path):
-    run = make_run(flavour, rule)
+    run = make_run(flavour, rule, exclude_from_layer_adaptation=["conv/bias"])
     writer = TelemetryWriter(tmp_path / "new" / "folder", run.optimizer)
     kept = []
     for step, replicas in enumerate(random_gradients(1), start=1):
@@ -51,14 +51,18 @@ def test_records_equal_the_telemetry_of_the_optimizer(rule, flavour, tmp_path):
         assert list(record["layers"]) == list(LAYERS)
         np.testing.assert_array_equal(rows_of(record), rows)
     events = EventAccumulator(str(tmp_path / "new" / "folder")).Reload()
+    adapted = [layer.adapted for layer in run.optimizer.layers]
     for i, name in enumerate(LAYERS):
         for column, values in zip(COLUMNS, np.transpose(kept, (1, 2, 0))[i], strict=True):
+            if column == "ratio" and not adapted[i]:  # it is always 1
+                assert f"ratio/{name}" not in events.Tags()["scalars"]
+                continue
             scalars = events.Scalars(f"{column}/{name}")
             assert [event.step for event in scalars] == [1, 2, 3, 4, 5]
             np.testing.assert_array_equal(np.float32([e.value for e in scalars]), values)
     histogram = tf.make_ndarray(events.Tensors("ratios")[-1].tensor_proto)
-    assert histogram[:, 2].sum() == len(LAYERS)
-    assert histogram[-1, 1] == kept[-1][:, 2].max()
+    assert histogram[:, 2].sum() == sum(adapted) == len(LAYERS) - 1
+    assert histogram[-1, 1] == kept[-1][adapted, 2].max()
 
 
 def test_only_every_nth_step_is_written(keras3, tmp_path):
@@ -97,6 +101,20 @@ def test_alarms_name_step_and_layer(flavour, tmp_path, caplog):
     (message,) = caplog.messages
     assert message.startswith("step 3, layer conv/bias: not finite") and "‖u‖ = nan" in message
     assert records(tmp_path)[-1]["layers"]["conv/bias"]["update_norm"] == "nan"
+
+
+def test_a_record_logs_one_warning_for_all_layers(keras3, tmp_path, caplog):
+    variables = [keras.Variable(np.float32([i, 1]), name=f"layer_{i}") for i in range(1, 9)]
+    optimizer = keras3.lamb.LAMB(telemetry=True)
+    optimizer.build(variables)
+    optimizer.apply([tf.constant([1.0, 2.0])] * 8, variables)
+    writer = TelemetryWriter(tmp_path, optimizer, max_ratio=1e-6, tensorboard=False)
+    with caplog.at_level(logging.WARNING, "tf_lamb"):
+        writer.write(3)
+        writer.write(4)  # the same layers
+    (message,) = caplog.messages
+    assert message.startswith("step 3, 8 layers: layer_1: the trust ratio is ")
+    assert message.count("above 1e-06") == telemetry.MAX_NAMED and message.endswith("and 3 more")
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
@@ -199,13 +217,43 @@ def test_the_heat_map_shows_the_records(tmp_path):
     telemetry._draw_on(figure, labels[1:], steps, logs)
     _, axes = figure.axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
-    assert [text.get_text() for text in axes.get_xticklabels()] == 2 * ["1", "3", "5"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == 2 * ["1", "2", "3", "4", "5"]
     shown, broken = (image.get_array() for image in axes.get_images())
     np.testing.assert_array_equal(shown.mask, [[True, False, False], [False, False, True]])
     np.testing.assert_array_equal(broken.mask, ~shown.mask | [[False] * 3, [True] * 3])
     draw_heat_map(path, picture)
     with Image.open(picture) as image:
         assert image.width == 13 * 120
+
+
+def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():
+    logs = np.tile(np.linspace(-0.8, 0.3, 20), (12, 1))
+    logs[3] = 6.0  # a layer with a ratio of 1e6
+    logs[4, 5] = np.inf
+    figure = telemetry._new_figure(12)
+    telemetry._draw_on(figure, [f"layer_{i}" for i in range(12)], list(range(1, 21)), logs)
+    bar, axes = figure.axes
+    image = axes.get_images()[0]
+    low, high = image.get_clim()
+    assert low == -high and 1 <= high < 1.7
+    np.testing.assert_allclose(image.cmap(image.norm(0.0))[:3], 0.97, atol=0.03)  # white
+    assert [label.get_text() for label in bar.get_xticklabels()] == ["0.1", "1", "10"]
+
+
+def test_ticks_are_round_steps():
+    ticks, places = telemetry._round_steps(list(range(7, 1000, 7)), 142)
+    assert ticks == list(range(100, 1000, 100))
+    assert places == pytest.approx([(tick - 7) / 7 for tick in ticks])
+    assert telemetry._round_steps([5], 1) == ([5], [0.0])
+
+
+def test_prefixes_that_most_names_share_are_left_out():
+    names = [f"model/encoder/layer_{i}/kernel" for i in range(4)] + ["model/pooler/kernel", "head"]
+    shorter = [f"layer_{i}/kernel" for i in range(4)] + ["pooler/kernel", "head"]
+    assert telemetry._shorten_names(names) == (shorter, ["model/", "encoder/"])
+    equal = ["a/kernel", "a/bias", "bias"]  # without "a/", two names would be the same
+    assert telemetry._shorten_names(equal) == (equal, [])
+    assert telemetry._shorten_names(["kernel", "bias"]) == (["kernel", "bias"], [])
 
 
 def test_a_long_run_is_averaged_and_keeps_a_nan():

@@ -1,7 +1,15 @@
 """Monitoring of a run: history, display, MFU, telemetry and profiler trace."""
 
+import contextlib
 import io
 import json
+import os
+import pathlib
+import pty
+import re
+import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -20,6 +28,7 @@ from training.monitor.progress import (
     Progress,
     append_row,
     drop_rows_after,
+    format_left,
     format_row,
     make_display,
     read_rows,
@@ -66,21 +75,21 @@ def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
         flops_per_step=lambda: 5e5,
     )
     progress.begin_phase(2, 32)
-    for seconds in (10.0, 4.0, 4.0):
+    for seconds in (10.0, 8.0, 4.0, 4.0):
         clock.seconds += seconds
-        step.assign_add(20)
+        step.assign_add(10)
         output = loop_output()
         progress(output)
     rows = read_rows(tmp_path / "history.jsonl")
-    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
     expected = {
-        "step": 60,
+        "step": 40,
         "phase": 2,
         "loss": 2.5,
         "learning_rate": 0.25,
-        "examples_per_second": 160.0,
-        "examples_per_second_per_replica": 40.0,
-        "mfu": 2.5,
+        "examples_per_second": 80.0,
+        "examples_per_second_per_replica": 20.0,
+        "mfu": 1.25,
         "input_wait_share": 0.25,
         "skipped_steps": 3,
         "masked_loss": 2.0,
@@ -88,9 +97,11 @@ def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
     }
     assert rows[-1] == expected
     assert {"loss", "mfu", "examples_per_second", "input_wait_share"} <= set(output)
-    # The first loop, which compiles, is excluded from the mean speed and the time left.
-    assert progress.examples_per_second == 160.0
-    assert display.rows[-1] == (60, expected, 40 * 32 / 160)
+    # The first loop compiles, and the second one is slow: both are left out of the mean speed and
+    # of the time left, which is not known before.
+    assert progress.examples_per_second == 80.0
+    assert [left for _, _, left in display.rows] == [None, 80 * 32 / 40, 70 * 32 / 80, 60 * 32 / 80]
+    assert display.rows[-1][:2] == (40, expected)
 
 
 def test_evaluations_are_recorded_separately_and_excluded_from_training_time(tmp_path, clock):
@@ -169,6 +180,51 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     printed = stream.getvalue()
     assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
     assert "1,600 examples/s" in printed
+    assert format_left(None) == "left: not known yet"
+
+
+LINES_ON_A_TERMINAL = """
+import logging, os, sys, time
+log = logging.getLogger("made before the bar")
+log.addHandler(logging.StreamHandler())
+from training.monitor.progress import make_display
+row = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
+with make_display(30, print, sys.stderr) as shown:
+    shown.show(3, row, None)
+    log.warning("a line of a logger")
+    os.write(2, b"a line of C++\\n")
+    time.sleep(0.5)
+    shown.show(6, row, 61.0)
+    if sys.argv[1:]:
+        os.write(2, b"the last words\\n")
+        os.abort()
+print("after the bar", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_lines_of_libraries_appear_above_the_bar(crash):
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", LINES_ON_A_TERMINAL, *["crash"] * crash],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        stderr=end,
+    ) as child:
+        os.close(end)
+        printed = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while data := os.read(terminal, 65536):
+                printed += data
+    os.close(terminal)
+    assert child.returncode == (-signal.SIGABRT if crash else 0)
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", printed.decode())
+    lines = re.split("[\r\n]+", plain)
+    for whole in ("a line of a logger", "a line of C++"):
+        assert whole in lines  # alone: neither after the bar nor after its values
+    last = "the last words" if crash else "after the bar"
+    assert any(line.endswith(last) for line in lines)
+    assert printed.rindex(b"\x1b[?25h") > printed.rindex(b"\x1b[?25l")  # the cursor is shown
 
 
 def test_training_flops_are_three_times_those_of_the_forward_pass():
@@ -296,10 +352,78 @@ def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
         for event in tf.compat.v1.train.summary_iterator(str(events))
         for value in event.summary.value
     ]
-    assert [step for step, tag in found if tag == "only/kernel"] == [1, 3]
+    assert [step for step, tag in found if tag == "weights/only/kernel"] == [1, 3]
     assert plot.main([str(tmp_path)]) == 0
     alone = (tmp_path / "history.png").read_bytes()
     assert plot.main([str(tmp_path), str(tmp_path)]) == 0
     for picture in ("history.png", "telemetry/trust_ratios.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "history.png").read_bytes() != alone  # without the heat map
+
+
+def write_run(folder, losses, accuracies=(), speeds=None):
+    """Writes a history of a row every 10 steps, and evaluations every 20 steps."""
+    folder.mkdir(parents=True)
+    for i, loss in enumerate(losses):
+        row = {"step": 10 * (i + 1), "phase": 1, "loss": loss, "learning_rate": 0.1}
+        row["examples_per_second"] = (speeds or [5.0] * len(losses))[i]
+        append_row(folder / "history.jsonl", row | ({"input_wait_share": 0.1} if i else {}))
+    for i, accuracy in enumerate(accuracies):
+        row = {"step": 20 * (i + 1), "loss": losses[-1], "masked_accuracy": accuracy}
+        append_row(folder / "evaluations.jsonl", row | {"masked_loss": losses[-1]})
+    return str(folder)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that `plot` draws, which stay open until the end of the test."""
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plot.plt, "close", drawn.append)
+        yield drawn
+    for figure in drawn:
+        plot.plt.close(figure)
+
+
+def test_curves_are_readable(tmp_path, figures):
+    losses = [100.0, 3.0, 2.9, *[2.5 - 0.01 * i for i in range(37)]]
+    speeds = [0.1, 2.0, *[50.0] * 38]
+    run = write_run(tmp_path / "run", losses, [0.1, 0.2], speeds)
+    assert plot.main([run]) == 0
+    (figure,) = figures
+    loss, accuracy, rate, speed = figure.axes
+    assert figure.get_suptitle() == "run: 400 steps"
+    # The scale is that of the losses after the first 5 % of the steps.
+    low, high = loss.get_ylim()
+    assert 2.0 < low < 2.14 and 2.9 < high < 3.1
+    assert speed.lines[0].get_ydata()[2:].tolist() == [50.0] * 38
+    assert np.isnan(speed.lines[0].get_ydata()[:2]).all()  # they compile, or are slow
+    (points,) = accuracy.lines
+    assert points.get_ydata().tolist() == [0.1, 0.2] and points.get_label() == "masked accuracy"
+    assert accuracy.get_ylabel() == "held-out accuracy" and rate.get_ylabel() == "learning rate"
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path, figures):
+    folders = [write_run(tmp_path / side / "run", [3.0, 2.0]) for side in ("left", "right")]
+    plot.draw(folders, str(tmp_path / "picture.png"))
+    labels = [line.get_label() for line in figures[0].axes[0].lines]
+    assert labels == ["left/run", "right/run"]
+    assert plot.distinct_names([*folders, folders[0]]) == ["left/run", "right/run", "left/run"]
+    assert plot.distinct_names(["a/x", "b/y/"]) == ["x", "y"]
+
+
+def test_a_run_of_one_loop_is_drawn(tmp_path, figures):
+    plot.draw([write_run(tmp_path / "run", [3.0])], str(tmp_path / "picture.png"))
+    loss, rate, speed = figures[0].axes
+    assert all(axes.lines[0].get_marker() == "." for axes in (loss, rate, speed))
+    assert speed.lines[0].get_ydata().tolist() == [5.0]
+
+
+def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m training.monitor.plot")
+    with pytest.raises(SystemExit) as end:
+        plot.main([])
+    assert end.value.code == 2 and "MODEL_DIR" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pty
 import re
 import resource
 import signal
@@ -241,10 +242,10 @@ def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, mo
     assert not kill_at(60)
 
 
-def python(code, *arguments):
+def python(code, *arguments, stderr=subprocess.PIPE):
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
     )  # fmt: skip
 
 
@@ -289,11 +290,17 @@ def test_a_signal_is_logged_immediately_and_raised_after_the_call(signum):
     assert first.startswith(f"{signum.name}: stopping.") and second == "done"
 
 
-def test_a_second_signal_ends_the_process_immediately():
-    with python(WAITING, "2000000000") as process:  # would take a quarter of an hour
+def test_a_second_signal_ends_the_process_immediately_and_shows_the_cursor():
+    terminal, stderr = pty.openpty()
+    # The call would take a quarter of an hour.
+    with python(WAITING, "2000000000", stderr=stderr) as process:
+        os.close(stderr)
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline().startswith("SIGTERM: stopping.")
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and "done" not in output
+    with open(terminal, "rb", buffering=0) as file:
+        said = file.read(10**6)
+    assert b"\x1b[?25h" in said and b"SIGTERM again: stopped at once, without a checkpoint" in said

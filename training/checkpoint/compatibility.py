@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "expected",
     "accumulation",
     "jit_compile",
+    "remat",
     "measure_noise_scale",
     "keep_checkpoints",
     "max_skipped_in_row",

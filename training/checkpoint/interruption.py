@@ -11,6 +11,7 @@ import tensorflow as tf
 from training.strategy import is_multi_worker
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
 
 class Interrupted(BaseException):
@@ -95,6 +96,13 @@ def _listen(read_end: int, log):
         if signum not in SIGNALS:
             continue
         if not first:
+            # This thread may not wait for a lock that the main thread holds, so it does not log.
+            # While a bar is shown, `training.monitor.terminal` shows the cursor and this line.
+            show_cursor = SHOW_CURSOR if os.isatty(2) else ""
+            name = signal.Signals(signum).name
+            line = f"{show_cursor}\n{name} again: stopped at once, without a checkpoint.\n"
+            with contextlib.suppress(OSError):
+                os.write(2, line.encode())
             os._exit(128 + signum)
         first = False
         log(f"{signal.Signals(signum).name}: stopping. A second signal does not wait for it.")

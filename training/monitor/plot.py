@@ -1,10 +1,12 @@
 """Plots one or several runs: python -m training.monitor.plot MODEL_DIR...
 
-Writes `history.png` into the first folder: loss, learning rate and throughput of all runs, from the
-`history.jsonl` of each. If a run recorded its trust ratios, their heat map is drawn below the
-curves of a single run, or, if there are several runs, into a file in each run's own folder.
+Writes `history.png` into the first folder: loss, held-out accuracy, learning rate and throughput of
+all runs, from the `history.jsonl` and `evaluations.jsonl` of each. If a run recorded its trust
+ratios, their heat map is drawn below the curves of a single run, or, if there are several runs,
+into a file in each run's own folder.
 """
 
+import argparse
 import os
 import sys
 
@@ -18,61 +20,148 @@ import numpy as np
 
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
 from tf_lamb.telemetry import RECORDS, draw_heat_map
-from training.monitor.progress import EVALUATIONS, HISTORY, read_rows
+from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows
 from training.monitor.run_monitor import TELEMETRY
 
 PICTURE = "history.png"
 ROW_INCHES = 0.15  # height of one layer's row in the heat map
-CURVES = (
-    ("loss", "loss (nats)"),
-    ("learning_rate", "learning rate"),
-    ("examples_per_second", "examples/s"),
-)
+FIRST_SHARE = 0.05  # of the steps: a higher loss in them does not set the scale
+ACCURACY_WORDS = ("accuracy", "top1", "exact_match")  # in the names of values of an evaluation
+HELD_OUT = {"marker": "o", "markersize": 4, "linestyle": ":"}
+MARKERS = "os^Dv"  # of the accuracies
 
 
 def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
-    Points show a run's held-out loss at its evaluations. If there is a single run and it recorded
-    its trust ratios, their heat map (layers x steps) is drawn below the curves.
+    Points show a run's held-out loss and accuracy at its evaluations. The speed of the first loops,
+    which compile, is left out. If there is a single run and it recorded its trust ratios, their
+    heat map (layers x steps) is drawn below the curves.
 
     Raises:
         ValueError: a folder without a history.
     """
-    records = _records(model_dirs[0])
-    layers = _drawn_layers(records) if len(model_dirs) == 1 else 0
-    if layers:
-        height = ROW_INCHES * layers + 1.6
-        figure = plt.figure(figsize=(13, 8 + height), layout="constrained")
-        curves, heat_map = figure.subfigures(2, 1, height_ratios=[8, height])
-        draw_heat_map(records, figure=heat_map)
-    else:
-        figure = curves = plt.figure(figsize=(8, 8), layout="constrained")
-    panels = curves.subplots(len(CURVES), sharex=True)
-    for model_dir in model_dirs:
+    histories, evaluations = {}, {}
+    for model_dir, label in zip(model_dirs, distinct_names(model_dirs), strict=True):
         rows = read_rows(os.path.join(model_dir, HISTORY))
         if not rows:
             raise ValueError(
                 f"{model_dir} has no {HISTORY} with a step in it. Give a run's --model_dir."
             )
-        label = os.path.basename(os.path.normpath(model_dir))
-        for panel, (name, _) in zip(panels, CURVES, strict=True):
-            (line,) = panel.plot(*_curve(rows, name), label=label)
-        evaluations = [
-            row | {"loss": _loss(row)} for row in read_rows(os.path.join(model_dir, EVALUATIONS))
-        ]
-        if evaluations:
-            style = {"marker": "o", "markersize": 4, "linestyle": ":"}
-            held_out = _curve(evaluations, "loss")
-            panels[0].plot(*held_out, color=line.get_color(), label=f"{label}, held out", **style)
-    for panel, (_, title) in zip(panels, CURVES, strict=True):
-        panel.set_ylabel(title)
+        histories[label] = rows
+        evaluations[label] = read_rows(os.path.join(model_dir, EVALUATIONS))
+    panels = [_draw_loss, _draw_learning_rate, _draw_speed]
+    if any(_accuracy_names(rows) for rows in evaluations.values()):
+        panels.insert(1, _draw_accuracy)
+    height = 2.7 * len(panels)
+    records = _records(model_dirs[0])
+    layers = _drawn_layers(records) if len(model_dirs) == 1 else 0
+    if layers:
+        below = ROW_INCHES * layers + 1.6
+        figure = plt.figure(figsize=(13, height + below), layout="constrained")
+        curves, heat_map = figure.subfigures(2, 1, height_ratios=[height, below])
+        draw_heat_map(records, figure=heat_map)
+    else:
+        figure = curves = plt.figure(figsize=(8, height), layout="constrained")
+    axes = curves.subplots(len(panels), sharex=True)
+    for panel, draw_panel in zip(axes, panels, strict=True):
+        draw_panel(panel, histories, evaluations)
         panel.grid(alpha=0.3)
-        panel.set_ylim(bottom=0)
-    panels[0].legend()
-    panels[-1].set_xlabel("step")
+    axes[0].legend()
+    axes[-1].set_xlabel("step")
+    steps = max(rows[-1]["step"] for rows in histories.values())
+    curves.suptitle(f"{', '.join(histories)}: {steps:,} steps", fontsize=12)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def distinct_names(model_dirs: list[str]) -> list[str]:
+    """Returns the last part of each path, with as many parts before it as tell the paths apart."""
+    parts = [os.path.abspath(model_dir).strip(os.sep).split(os.sep) for model_dir in model_dirs]
+    count = 1
+    while len({tuple(p[-count:]) for p in parts}) < len({tuple(p) for p in parts}):
+        count += 1
+    return [os.sep.join(p[-count:]) for p in parts]
+
+
+def _style(place: int, rows) -> dict:
+    """Returns the style of a run's lines; a single row is drawn as a point."""
+    return {"color": f"C{place}", "marker": "." if len(rows) == 1 else ""}
+
+
+def _draw_loss(panel, histories, evaluations):
+    drawn = []
+    for place, (label, rows) in enumerate(histories.items()):
+        steps, losses = _curve(rows, "loss")
+        panel.plot(steps, losses, **_style(place, rows), label=label)
+        later = np.array(steps) > FIRST_SHARE * steps[-1]
+        drawn.append(losses[later] if later.any() else losses)
+        points = [row | {"loss": _loss(row)} for row in evaluations[label]]
+        if points:
+            held_out = _curve(points, "loss")
+            panel.plot(*held_out, color=f"C{place}", label=f"{label}, held out", **HELD_OUT)
+            drawn.append(held_out[1])
+    values = np.concatenate(drawn)
+    values = values[np.isfinite(values)]
+    if values.size:
+        low, high = values.min(), values.max()
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
+        panel.set_ylim(low - margin, high + margin)
+    panel.set_ylabel("loss (nats)")
+
+
+def _draw_accuracy(panel, histories, evaluations):
+    names = [name for rows in evaluations.values() for name in _accuracy_names(rows)]
+    for kind, name in enumerate(dict.fromkeys(names)):
+        marker = MARKERS[kind % len(MARKERS)]
+        for place, (label, rows) in enumerate(evaluations.items()):
+            # One run: a colour for each accuracy. Several runs: the colour of the run.
+            several = len(evaluations) > 1
+            color = f"C{place if several else kind}"
+            shown = name.replace("_", " ")
+            shown = f"{label}, {shown}" if several else shown
+            style = HELD_OUT | {"marker": marker}
+            panel.plot(*_curve(rows, name), color=color, label=shown, **style)
+    panel.set_ylabel("held-out accuracy")
+    panel.set_ylim(bottom=0)
+    panel.legend()
+
+
+def _draw_learning_rate(panel, histories, evaluations):
+    for place, rows in enumerate(histories.values()):
+        panel.plot(*_curve(rows, "learning_rate"), **_style(place, rows))
+    panel.set_ylabel("learning rate")
+    panel.set_ylim(bottom=0)
+
+
+def _draw_speed(panel, histories, evaluations):
+    for place, rows in enumerate(histories.values()):
+        steps, speeds = _curve(rows, "examples_per_second")
+        speeds[_slow(rows)] = np.nan
+        panel.plot(steps, speeds, **_style(place, rows))
+    panel.set_ylabel("examples/s")
+    panel.set_ylim(bottom=0)
+
+
+def _slow(rows) -> list[bool]:
+    """Returns for each row of a history whether it is of the first loops after a start.
+
+    The first loop compiles, and the next one is slow, too (`training.monitor.progress`). If there
+    are no others, all are kept.
+    """
+    if any("input_wait_share" in row for row in rows):
+        compiling = ["input_wait_share" not in row for row in rows]
+    else:  # a history without these values
+        phases = [row.get("phase") for row in rows]
+        compiling = [place == phases.index(phase) for place, phase in enumerate(phases)]
+    slow = [any(compiling[max(0, i - SLOW_LOOPS + 1) : i + 1]) for i in range(len(rows))]
+    return [False] * len(rows) if all(slow) else slow
+
+
+def _accuracy_names(rows) -> list[str]:
+    """Returns the names of the accuracies in the rows of evaluations."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(word in name for word in ACCURACY_WORDS)]
 
 
 def _records(model_dir) -> str:
@@ -102,11 +191,15 @@ def _curve(rows, name):
     return [row["step"] for row in rows], np.array(values, np.float64)
 
 
-def main(model_dirs: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
-    if not model_dirs:
-        print(__doc__, file=sys.stderr)
-        return 1
+    parser = argparse.ArgumentParser(
+        prog="python -m training.monitor.plot",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model_dirs", metavar="MODEL_DIR", nargs="+", help="the folder of a run")
+    model_dirs = parser.parse_args(arguments).model_dirs
     path = os.path.join(model_dirs[0], PICTURE)
     try:
         draw(model_dirs, path)

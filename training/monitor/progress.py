@@ -15,9 +15,12 @@ import rich.progress
 import rich.text
 
 from inputs.files import atomic_write
+from training.monitor.terminal import STDERR, capture_stderr
 
 HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
+COMPILING_LOOPS = 1  # of a phase: they compile, and say nothing about the speed
+SLOW_LOOPS = 2  # of a phase: caches and input threads are still filling in the last of them
 
 
 def read_rows(path) -> list[dict]:
@@ -106,8 +109,8 @@ class Progress:
         self._phase = phase
         self._batch_size = batch_size
         self._flops_per_step = functools.cache(self._measure_flops)
-        self._warm = False
-        self._examples = 0  # these two exclude the first loop, which compiles
+        self._loops = 0
+        self._examples = 0  # these two exclude the first loops
         self._seconds = 0.0
         self._last_step = int(self._step.numpy())
         self._last_time = time.perf_counter()
@@ -121,17 +124,19 @@ class Progress:
         waited = float(output.pop("input_wait_seconds"))
         values = {name: np.asarray(value).item() for name, value in output.items()}
         measured = {"loss": values.pop("loss")} | self._measure_speed(steps, seconds)
-        if self._warm:
+        self._loops += 1
+        if self._loops > COMPILING_LOOPS:
+            measured["input_wait_share"] = waited / seconds
+            if self._loops <= SLOW_LOOPS + 1:  # the mean begins again with each of the first loops
+                self._examples, self._seconds = 0, 0.0
             self._examples += steps * self._batch_size
             self._seconds += seconds
-            measured["input_wait_share"] = waited / seconds
-        self._warm = True
         output |= measured
         row = {"step": step, "phase": self._phase} | measured | values
         append_row(self._history, row)
-        per_second = self.examples_per_second or row["examples_per_second"]
-        seconds_left = (self._total_steps - step) * self._batch_size / per_second
-        self._display.show(step, row, seconds_left)
+        per_second = self.examples_per_second
+        examples_left = (self._total_steps - step) * self._batch_size
+        self._display.show(step, row, examples_left / per_second if per_second else None)
         # The next loop's time includes that for display and files, so that no time is left out.
         self._last_step, self._last_time = step, now
 
@@ -155,12 +160,15 @@ class Progress:
 
     @property
     def examples_per_second(self) -> float | None:
-        """The mean over the phase's loops except the first; None until the second has finished."""
+        """The mean over the phase's loops except the first two; None after the first one.
+
+        After the second loop, it is the speed of that loop.
+        """
         return self._examples / self._seconds if self._seconds else None
 
     def describe_speed(self) -> str:
         """Returns the mean speed, or why there is none, for the report."""
-        if not self._warm:
+        if not self._loops:
             return "not measured: nothing was left to train"
         if not self._seconds:
             return "not measured: there was only one loop of steps, which includes compilation"
@@ -187,9 +195,11 @@ def format_row(row: dict) -> str:
     return "  ".join(parts)
 
 
-def format_duration(seconds: float) -> str:
-    """Formats a duration, for example as "1 day, 2:03:04"."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+def format_left(seconds: float | None) -> str:
+    """Formats the time left, for example as "left 1 day, 2:03:04"; None is not known yet."""
+    if seconds is None:
+        return "left: not known yet"
+    return f"left {datetime.timedelta(seconds=round(seconds))}"
 
 
 class LineDisplay:
@@ -207,13 +217,13 @@ class LineDisplay:
         self._min_seconds = min_seconds
         self._last_time = -float("inf")
 
-    def show(self, step: int, row: dict, seconds_left: float) -> None:
-        """Shows a row of the history and the time left."""
+    def show(self, step: int, row: dict, seconds_left: float | None) -> None:
+        """Shows a row of the history and the time left, None if it is not known yet."""
         now = time.perf_counter()
         if now - self._last_time >= self._min_seconds or step >= self._total_steps:
             self._last_time = now
-            left = format_duration(seconds_left)
-            self._log(f"step {step}/{self._total_steps}  {format_row(row)}  left {left}")
+            line = f"step {step}/{self._total_steps}  {format_row(row)}"
+            self._log(f"{line}  {format_left(seconds_left)}")
 
 
 class BarDisplay:
@@ -228,15 +238,19 @@ class BarDisplay:
         self._live = live
         self._task = live.add_task("", total=total_steps, left="compiling")
 
-    def show(self, step: int, row: dict, seconds_left: float) -> None:
-        """Shows a row of the history and the time left."""
+    def show(self, step: int, row: dict, seconds_left: float | None) -> None:
+        """Shows a row of the history and the time left, None if it is not known yet."""
         self._live.line = format_row(row)
-        self._live.update(self._task, completed=step, left=f"left {format_duration(seconds_left)}")
+        self._live.update(self._task, completed=step, left=format_left(seconds_left))
         self._live.refresh()
 
 
 class _BarAndLine(rich.progress.Progress):
     line = ""
+
+    def print_line(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(rich.text.Text(line), soft_wrap=True)
 
     def get_renderables(self):
         yield self.make_tasks_table(self.tasks)
@@ -247,7 +261,8 @@ class _BarAndLine(rich.progress.Progress):
 def make_display(total_steps: int, log, stream=None):
     """Yields a `BarDisplay` if `stream` is a terminal, else a `LineDisplay` that calls `log`.
 
-    Other lines written to standard error while the bar is shown appear above it.
+    Other lines written to standard error while the bar is shown appear above it, also those of
+    TensorFlow's C++ code.
 
     Args:
         total_steps: the run's last step.
@@ -263,13 +278,28 @@ def make_display(total_steps: int, log, stream=None):
         rich.progress.TaskProgressColumn(),
         rich.progress.TextColumn("{task.fields[left]}"),
     )
-    # `show` redraws it without a thread. Standard output is not captured: it is for the report.
-    live = _BarAndLine(
-        *columns,
-        console=rich.console.Console(file=stream),
-        auto_refresh=False,
-        redirect_stdout=False,
-        expand=True,
-    )
-    with live:
+    with contextlib.ExitStack() as stack:
+        file, terminal = stream, _descriptor(stream)
+        if terminal == STDERR:
+            terminal = os.dup(STDERR)
+            file = stack.enter_context(open(terminal, "w", encoding=stream.encoding, newline=""))
+        # `show` redraws it without a thread. Standard output is not captured: it is for the report.
+        live = _BarAndLine(
+            *columns,
+            console=rich.console.Console(file=file),
+            auto_refresh=False,
+            redirect_stdout=False,
+            expand=True,
+        )
+        stack.enter_context(live)
+        if file is not stream:
+            stack.enter_context(capture_stderr(live.print_line, terminal))
         yield BarDisplay(total_steps, live)
+
+
+def _descriptor(stream) -> int | None:
+    """Returns the file descriptor of a stream, None if it has none."""
+    try:
+        return stream.fileno()
+    except (OSError, AttributeError):
+        return None

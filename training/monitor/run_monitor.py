@@ -152,7 +152,8 @@ class TelemetryRecorder:
             for variable in self._variables:
                 values = tf.reshape(variable.read_value(), [-1])
                 stride = -(-variable.shape.num_elements() // HISTOGRAM_VALUES)
-                tf.summary.histogram(variable.name.split(":")[0], values[::stride])
+                name = variable.name.split(":")[0]
+                tf.summary.histogram(f"weights/{name}", values[::stride])
 
     def close(self):
         """Closes the files."""

@@ -1,0 +1,316 @@
+"""Compiles every recipe for every generation of TPU, and writes docs/results/generations.md.
+
+    python -m preflight.generations [RECIPE...]
+
+Each phase is compiled for the smallest slice, of one host or more, on which a replica's share of
+the batch fits in memory. If it fits on no slice, the largest slice is used, with micro-batches.
+Without names, all recipes are compiled. This takes hours, so each result is kept in
+docs/results/generations.json, and a second call compiles only what is missing there, or was
+compiled with another version of the compiler.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from inputs import process  # isort: split
+
+import recipes
+from inputs.files import atomic_write, temporary_folder
+from preflight.children import (
+    REQUIRED_VERSIONS,
+    ChildFailed,
+    Children,
+    check_installed,
+    show_progress,
+)
+from preflight.estimate import needed_accumulation
+from preflight.topology import Topology, slices_of
+from training.chips import TPU_CHIPS, TpuChip
+
+GIB = 2**30
+PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
+RESULTS = PAGE.with_suffix(".json")
+FIRST_TRY = 16  # examples per replica that are compiled first, to see how much memory one takes
+# Fields of recipes and phases that do not change the operations of a step.
+WITHOUT_EFFECT = {"name", "reference", "expected", "phases", "evaluation_examples"} | {
+    f"{name}_every_steps" for name in ("save", "evaluate")
+}
+HEAD = """# Every recipe on every generation
+
+Written by `make preflight`, without a TPU: the training step of each phase, compiled with the TPU
+compiler (libtpu {version}) for the smallest slice, of one host or more, on which a replica's share
+of the batch fits in memory. A cell has the slice, the examples per replica ("in" so many
+micro-batches, where no slice is large enough for one), and the memory of a replica. An empty cell
+has not been compiled yet. The compiler leaves out optimizations that take long, and so the memory
+may differ by some percent from that of a run. Recipes that differ only in batch size, rates and
+steps run the same program; the one with the largest batch stands for them.
+"""
+CHIPS = """
+## The chips
+
+What the estimates hold for each generation. `training/chips.py` has the source of each number, and
+the conflicts between them. Memory is what one program can use on one device.
+
+| | TFLOP/s, bfloat16 | memory, GiB | memory, GB/s | links, GB/s each way | devices per chip | \
+cores per chip | chips per host | largest slice |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The result of a phase of a recipe on a generation.
+
+    Attributes:
+        recipe, phase, chip: what was compiled; phases are counted from 1.
+        compiler: version of libtpu.
+        topology: the slice; "" if the batch does not divide by the replicas of any slice.
+        replica_batch_size: examples per replica and step.
+        accumulation: micro-batches per step.
+        state_bytes: memory of weights and slots.
+        hbm_bytes: memory of a replica.
+        error: why it does not compile, or None.
+    """
+
+    recipe: str
+    phase: int
+    chip: str
+    compiler: str
+    topology: str = ""
+    replica_batch_size: int = 0
+    accumulation: int = 1
+    state_bytes: int = 0
+    hbm_bytes: int = 0
+    error: str | None = None
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of a micro-batch."""
+        return self.replica_batch_size // self.accumulation
+
+    def describe(self) -> str:
+        """Returns the cell of the table."""
+        if self.error:
+            where = f"{self.topology.partition(':')[2]}: " if self.topology else ""
+            return where + self.error.replace("|", "/")
+        parts = f" in {self.accumulation}" if self.accumulation > 1 else ""
+        sides = self.topology.partition(":")[2]
+        return f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB"
+
+
+def programs() -> dict[str, list[str]]:
+    """Returns the recipes whose programs differ, each with the others that run the same program."""
+    groups = {}
+    for recipe in recipes.RECIPES.values():
+        fields = dataclasses.asdict(recipe)
+        shapes = [
+            tuple(getattr(phase, name, None) for name in ("sequence_length", "predictions"))
+            for phase in recipe.phases
+        ]
+        key = (str({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT}), tuple(shapes))
+        groups.setdefault(key, []).append(recipe)
+    result = {}
+    for members in groups.values():
+        largest = max(members, key=lambda recipe: recipe.phases[0].global_batch_size)
+        result[largest.name] = [recipe.name for recipe in members if recipe is not largest]
+    return result
+
+
+def candidates(recipe, phase, chip: TpuChip) -> list[tuple[Topology, int]]:
+    """Returns the slices of one host or more whose replicas divide the batch, and their shares.
+
+    Args:
+        recipe: a checked recipe.
+        phase: one of its phases.
+        chip: the generation.
+
+    Returns:
+        Pairs (topology, examples per replica), the smallest slice first.
+    """
+    found = []
+    for topology in slices_of(chip):
+        share, rest = divmod(phase.global_batch_size, topology.replicas)
+        if topology.chips >= chip.chips_per_host and not rest and share % recipe.accumulation == 0:
+            if share:
+                found.append((topology, share))
+    return found
+
+
+def choose(slices, accumulation: int, compiled: list[Cell], limit: int):
+    """Chooses what to compile next.
+
+    Args:
+        slices: from `candidates`.
+        accumulation: micro-batches of the recipe.
+        compiled: what has been compiled of the same phase, for any generation, also if it did not
+            fit.
+        limit: bytes of memory of a device.
+
+    Returns:
+        A tuple (topology, examples per replica, micro-batches): the smallest slice whose share
+        fits, by the memory of an example in the largest micro-batch of `compiled`; else the largest
+        slice with more micro-batches. If nothing has been compiled, the smallest slice with at most
+        `FIRST_TRY` examples.
+    """
+    largest = FIRST_TRY
+    if compiled:
+        nearest = max(compiled, key=lambda cell: cell.micro_batch)
+        per_example = max(nearest.hbm_bytes - nearest.state_bytes, 1) / nearest.micro_batch
+        largest = int((limit - nearest.state_bytes) / per_example)
+    for topology, share in slices:
+        if share // accumulation <= largest:
+            return topology, share, accumulation
+    topology, share = slices[-1]
+    return topology, share, needed_accumulation(share, max(largest, 1), accumulation)
+
+
+def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Cell]) -> Cell:
+    """Compiles a phase for one generation.
+
+    Args:
+        recipe: a checked recipe.
+        phase_index: the phase, from 0.
+        chip: the generation.
+        children: `preflight.children.Children` for this recipe.
+        compiled: as for `choose`; extended by what is compiled here.
+    """
+    phase = recipe.phases[phase_index]
+    cell = Cell(recipe.name, phase_index + 1, chip.name, REQUIRED_VERSIONS["libtpu"])
+    slices = candidates(recipe, phase, chip)
+    if not slices:
+        error = f"the batch of {phase.global_batch_size} does not divide by the replicas"
+        return dataclasses.replace(cell, error=error)
+    tried = {}
+    while True:
+        topology, share, accumulation = choose(
+            slices, recipe.accumulation, compiled, chip.hbm_bytes
+        )
+        if (topology, accumulation) in tried:
+            fitting = [key for key, one in tried.items() if not one.error]
+            smallest = min(fitting, key=lambda key: (key[0].chips, key[1]), default=None)
+            return tried[smallest or (topology, accumulation)]
+        cell = dataclasses.replace(
+            cell, topology=topology.name, replica_batch_size=share, accumulation=accumulation
+        )
+        try:
+            children.lower(recipe, phase_index, [(share, accumulation)])
+        except ChildFailed as error:
+            return dataclasses.replace(cell, error=str(error))
+        result = children.compile(phase_index, share, accumulation, topology.name, quick=True)
+        cell = dataclasses.replace(
+            cell,
+            state_bytes=children.facts["weight_bytes"] + children.facts["slot_bytes"],
+            hbm_bytes=result.get("hbm_bytes", 0),
+            error=result.get("error"),
+        )
+        if not cell.hbm_bytes:  # it does not compile, and more memory would not help
+            return cell
+        tried[topology, accumulation] = cell
+        compiled.append(cell)
+
+
+def read_results() -> dict[tuple, Cell]:
+    """Returns the cells of `RESULTS` that this version of the compiler made, by their keys."""
+    if not RESULTS.exists():
+        return {}
+    cells = [Cell(**entry) for entry in json.loads(RESULTS.read_text(encoding="utf-8"))]
+    version = REQUIRED_VERSIONS["libtpu"]
+    return {(c.recipe, c.phase, c.chip): c for c in cells if c.compiler == version}
+
+
+def write_results(cells: dict[tuple, Cell]) -> None:
+    """Writes the results and the page."""
+    entries = [dataclasses.asdict(cells[key]) for key in sorted(cells)]
+    with atomic_write(str(RESULTS)) as file:
+        file.write(json.dumps(entries, indent=0) + "\n")
+    with atomic_write(str(PAGE)) as file:
+        file.write(format_page(cells))
+
+
+def format_page(cells: dict[tuple, Cell]) -> str:
+    """Returns the page in Markdown."""
+    lines = [
+        HEAD.format(version=REQUIRED_VERSIONS["libtpu"]),
+        f"| recipe | phase | {' | '.join(TPU_CHIPS)} |",
+        "|---" * (2 + len(TPU_CHIPS)) + "|",
+    ]
+    for name, others in programs().items():
+        for phase in range(1, len(recipes.find_recipe(name).phases) + 1):
+            row = [cells.get((name, phase, chip)) for chip in TPU_CHIPS]
+            texts = [cell.describe() if cell else "" for cell in row]
+            label = name + "".join(f", {other}" for other in others)
+            lines.append(f"| {label} | {phase} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n" + CHIPS + "\n".join(map(format_chip, TPU_CHIPS.values())) + "\n"
+
+
+def format_chip(chip: TpuChip) -> str:
+    """Returns a row of the table of chips."""
+    links = {chip.link_bandwidth, chip.other_link_bandwidth}
+    hosts = f"{chip.chips_per_host}"
+    if chip.max_chips_of_one_host > chip.chips_per_host:
+        hosts += f"; {chip.max_chips_of_one_host} of one host"
+    values = (
+        chip.name,
+        f"{chip.flops / 1e12:.0f}",
+        f"{chip.hbm_bytes / GIB:.2f}",
+        f"{chip.hbm_bandwidth / 1e9:,.0f}",
+        f"{2 * chip.mesh_dimensions} of {' or '.join(f'{x / 1e9:.0f}' for x in sorted(links))}",
+        str(chip.devices_per_chip),
+        str(chip.cores_per_chip),
+        hosts,
+        f"{chip.max_chips:,} chips",
+    )
+    return f"| {' | '.join(values)} |"
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(names: list[str]) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+        names: the recipes to compile; all if empty.
+    """
+    try:
+        check_installed()
+        known = programs()
+        asked = {recipes.find_recipe(name).name for name in names or known}
+        # A recipe that runs the program of another one is represented by it.
+        chosen = [
+            recipes.find_recipe(name)
+            for name, others in known.items()
+            if asked.intersection([name, *others])
+        ]
+        cells = read_results()
+        total = sum(len(recipe.phases) for recipe in chosen) * len(TPU_CHIPS)
+        with show_progress(_print_line, total=total) as progress:
+            for recipe in chosen:
+                with temporary_folder("generations-") as folder:
+                    _examine_recipe(recipe, cells, Children(progress, folder), progress)
+    except ValueError as error:
+        _print_line(f"preflight.generations: {error}")
+        return 1
+    write_results(cells)
+    _print_line(f"Written: {PAGE}")
+    return int(any(cells[key].error for key in cells if cells[key].topology))
+
+
+def _examine_recipe(recipe, cells, children, progress):
+    """Adds the missing cells of a recipe to `cells`, and writes the page after each."""
+    for phase_index in range(len(recipe.phases)):
+        row = {chip: (recipe.name, phase_index + 1, chip) for chip in TPU_CHIPS}
+        compiled = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
+        for name, chip in TPU_CHIPS.items():
+            if row[name] not in cells:
+                progress.title(f"{recipe.name}, phase {phase_index + 1}, on {name}")
+                cells[row[name]] = examine(recipe, phase_index, chip, children, compiled)
+                write_results(cells)
+            progress.advance()
+
+
+if __name__ == "__main__":
+    process.run(main, sys.argv[1:])

@@ -1,0 +1,212 @@
+"""Draws the results of a pre-flight."""
+
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from preflight.report import efficiencies, format_bytes, format_minutes, format_seconds
+
+# Each colour has one meaning in all panels.
+MEMORY_COLORS = {
+    "parameters": "#1f77b4",
+    "slots": "#17becf",
+    "batch and padding": "#9467bd",
+    "activations, gradients and temporaries": "#2ca02c",
+    "program": "#bcbd22",
+}
+TIME_COLORS = {
+    "compute": "#ff7f0e",
+    "waiting for memory": "#8c564b",
+    "optimizer": "#e377c2",
+    "all-reduce": "#e6b800",
+}
+TOTAL_COLOR = "#7f7f7f"
+FAILED_COLOR = "#d62728"
+FAILED = {"facecolor": "none", "edgecolor": FAILED_COLOR, "hatch": "///", "linewidth": 1.0}
+MARKERS = "os^Dvp"
+BAR_WIDTH = 0.6
+HIGHEST_SHARE = 120  # of HBM, in percent: a higher bar is cut off
+REASON_CHARACTERS = 19  # per line of a reason
+REASON_LINES = 9
+
+
+def draw(recipe, results, path: str) -> None:
+    """Writes a PNG: memory as a share of HBM, time of a step, minutes, and efficiency.
+
+    A phase that does not compile is drawn as a hatched bar in the panel of memory. The efficiency
+    is drawn if there are several sizes of a generation.
+
+    Args:
+        recipe: a checked recipe.
+        results: list of `preflight.run.PhaseResult`.
+        path: the file to write.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    panels = [_draw_memory, _draw_time, _draw_minutes]
+    if _generations_of_several_sizes(results):
+        panels.append(_draw_efficiency)
+    size = (max(9, 1.2 * len(results) + 5), 3.4 * len(panels))
+    figure, axes = plt.subplots(len(panels), figsize=size, layout="constrained")
+    for panel, draw_panel in zip(axes, panels, strict=True):
+        draw_panel(panel, results)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Pre-flight {recipe.name}: estimates, at the least", x=0.01, ha="left", fontsize=12
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_memory(panel, results):
+    """Draws the memory of a replica as a share of its HBM."""
+    for place, result in enumerate(results):
+        limit = result.topology.chip.hbm_bytes
+        needed = result.program.get("hbm_bytes")
+        if result.error:
+            too_large = needed is not None and needed > limit
+            share = min(100 * needed / limit, HIGHEST_SHARE) if too_large else 100
+            panel.bar(place, share, BAR_WIDTH, **FAILED)
+            if too_large:
+                _print_above(panel, place, share, f"needs\n{format_bytes(needed)}", FAILED_COLOR)
+            else:
+                _print_reason(panel, place, result.error)
+            continue
+        shares = {name: 100 * size / limit for name, size in result.memory.items()}
+        _stack(panel, place, shares, MEMORY_COLORS)
+        text = f"{format_bytes(needed)}\n{100 * needed / limit:.3g} %"
+        _print_above(panel, place, sum(shares.values()), text)
+    panel.axhline(100, color="black", linewidth=1)
+    panel.text(len(results) - 0.5, 101, "HBM", ha="right", va="bottom", fontsize=8)
+    panel.set_ylabel("memory, % of HBM")
+    panel.set_ylim(0, 145)
+    panel.set_yticks(range(0, 101, 25))
+    failed = any(result.error for result in results)
+    last = Patch(label="does not compile", **FAILED) if failed else None
+    _finish(panel, results, MEMORY_COLORS, last)
+
+
+def _draw_time(panel, results):
+    """Draws the parts of a step in milliseconds. They add up to its time."""
+    tallest = max((result.time.step for result in results if result.time), default=1)
+    for place, result in enumerate(results):
+        time = result.time
+        if time is None:
+            _print_above(panel, place, 0, "does not\ncompile", FAILED_COLOR)
+            continue
+        compute = min(time.compute, time.work - time.update)
+        parts = {
+            "compute": compute,
+            "waiting for memory": time.work - time.update - compute,
+            "optimizer": time.update,
+            "all-reduce": time.all_reduce - time.hidden,
+        }
+        _stack(panel, place, {name: 1e3 * part for name, part in parts.items()}, TIME_COLORS)
+        _print_above(panel, place, 1e3 * time.step, format_seconds(time.step))
+    panel.set_ylabel("ms per step")
+    panel.set_ylim(0, 1.2e3 * tallest)
+    _finish(panel, results, TIME_COLORS)
+
+
+def _draw_minutes(panel, results):
+    """Draws the time of each phase."""
+    longest = max((result.minutes for result in results if result.time), default=1)
+    in_seconds = longest < 1
+    factor = 60 if in_seconds else 1
+    for place, result in enumerate(results):
+        if result.time is None:
+            _print_above(panel, place, 0, "does not\ncompile", FAILED_COLOR)
+            continue
+        panel.bar(place, factor * result.minutes, BAR_WIDTH, color=TOTAL_COLOR)
+        _print_above(panel, place, factor * result.minutes, format_minutes(result.minutes))
+    panel.set_ylabel("seconds of the phase" if in_seconds else "minutes of the phase")
+    panel.set_ylim(0, 1.2 * factor * longest)
+    _finish(panel, results, {})
+
+
+def _generations_of_several_sizes(results) -> dict[str, list[tuple[int, float]]]:
+    """Returns the (chips, efficiency) of each generation that compiles in several sizes."""
+    chips = {result.topology.name: result.topology.chips for result in results}
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, efficiency in efficiencies(results).items():
+        lines.setdefault(name.split(":")[0], []).append((chips[name], efficiency))
+    return {
+        kind: sorted(line) for kind, line in lines.items() if len({size for size, _ in line}) > 1
+    }
+
+
+def _draw_efficiency(panel, results):
+    """Draws the speed per chip relative to the smallest slice, where there are several slices."""
+    lines = _generations_of_several_sizes(results)
+    for marker, (kind, line) in zip(MARKERS, lines.items(), strict=False):
+        points = [(chips, 100 * efficiency) for chips, efficiency in line]
+        panel.plot(*zip(*points, strict=True), marker=marker, color="black", lw=1, label=kind)
+        last = points[-1]
+        panel.annotate(f"{last[1]:.1f} %", last, (6, 0), textcoords="offset points", va="center")
+    sizes = sorted({chips for line in lines.values() for chips, _ in line})
+    panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 119))
+    panel.xaxis.set_major_locator(FixedLocator(sizes))
+    panel.xaxis.set_major_formatter(FixedFormatter([f"{size:,}" for size in sizes]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _print_reason(panel, place, reason):
+    """Prints why a step does not compile inside its bar."""
+    short = textwrap.shorten(reason, REASON_LINES * REASON_CHARACTERS, placeholder=" ...")
+    panel.text(
+        place,
+        50,
+        textwrap.fill(short, REASON_CHARACTERS),
+        ha="center",
+        va="center",
+        fontsize=6,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+
+def _stack(panel, place, parts, colors):
+    """Draws one stacked bar; `parts` has the height of each part."""
+    bottom = 0.0
+    for name, height in parts.items():
+        panel.bar(place, height, BAR_WIDTH, bottom, color=colors[name])
+        bottom += height
+
+
+def _print_above(panel, place, height, text, color="black"):
+    panel.annotate(
+        text,
+        (place, height),
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color=color,
+    )
+
+
+def _finish(panel, results, colors, last=None):
+    """Adds the names of topologies and phases, and a legend of the colours."""
+    several = len({result.phase for result in results}) > 1
+    labels = [
+        f"{result.topology.name}\nphase {result.phase}" if several else result.topology.name
+        for result in results
+    ]
+    panel.set_xticks(range(len(results)), labels, fontsize=9)
+    panel.set_xlim(-0.6, len(results) - 0.4)
+    handles = [Patch(color=color, label=name) for name, color in reversed(colors.items())]
+    if last is not None:
+        handles.append(last)
+    if handles:
+        panel.legend(
+            handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8
+        )

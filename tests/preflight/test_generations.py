@@ -1,0 +1,109 @@
+"""The table of recipes and generations, with a made-up compiler."""
+
+import json
+
+import pytest
+
+import recipes
+from preflight import generations
+from training.chips import TPU_CHIPS
+
+STATE = 4 * 2**30
+EXAMPLE = 2**29
+
+
+class Compiler:
+    """Replaces `Children`: an example takes half a GiB, weights and slots take four."""
+
+    def __init__(self, progress, folder):
+        self.facts = None
+        self.compiled = []
+
+    def lower(self, recipe, phase_index, programs):
+        self.facts = {"weight_bytes": STATE, "slot_bytes": 0}
+
+    def compile(self, phase_index, batch, accumulation, topology, quick):
+        assert quick
+        self.compiled.append(topology)
+        chip = TPU_CHIPS[topology.partition(":")[0]]
+        if chip.name == "v4":
+            return {"error": "no kernel for Foo"}
+        needed = STATE + batch // accumulation * EXAMPLE
+        if needed > chip.hbm_bytes:
+            return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
+        return {"hbm_bytes": needed}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The results of the command go into a temporary folder. Returns the lists of slices."""
+    compilers = []
+
+    def compiler(progress, folder):
+        compilers.append(Compiler(progress, folder))
+        return compilers[-1]
+
+    monkeypatch.setattr(generations, "PAGE", tmp_path / "generations.md")
+    monkeypatch.setattr(generations, "RESULTS", tmp_path / "generations.json")
+    monkeypatch.setattr(generations, "Children", compiler)
+    monkeypatch.setattr(generations, "check_installed", lambda: None)
+    return compilers
+
+
+def test_each_phase_is_compiled_for_the_smallest_slice_that_fits(files):
+    assert generations.main(["bert-large-32k"]) == 1  # v4 has no kernel
+    cells = {(c["phase"], c["chip"]): c for c in json.loads(generations.RESULTS.read_text())}
+    # A batch of 64K on v3: 22 examples fit, so 16 on each of 4,096 cores, and there are 2,048.
+    # Their 32 examples are done in 2 micro-batches.
+    expected = {
+        "v2": ("v2:16x16", 128, 32),  # 6 examples fit
+        "v3": ("v3:32x32", 32, 2),
+        "v5e": ("v5e:16x16", 256, 16),  # 23 fit
+        "v5p": ("v5p:8x8x8", 128, 1),  # 183 fit
+        "v6e": ("v6e:16x16", 256, 8),  # 54 fit
+    }
+    for chip, found in expected.items():
+        cell = cells[1, chip]
+        names = ("topology", "replica_batch_size", "accumulation", "error")
+        assert tuple(cell[name] for name in names) == (*found, None), chip
+    assert cells[1, "v4"]["error"] == "no kernel for Foo"
+    page = generations.PAGE.read_text()
+    row, _ = [line for line in page.splitlines() if line.startswith("| bert-large-64k-32k, ")]
+    assert "bert-large-512" in row.split("|")[1]
+    assert "| 32x32, 32 in 2, 12.00 GiB |" in row and ": no kernel for Foo |" in row
+
+
+def test_what_was_compiled_is_not_compiled_again(files):
+    generations.main(["bert-mini"])
+    assert files[0].compiled
+    entries = json.loads(generations.RESULTS.read_text())
+    generations.main(["bert-mini"])
+    assert files[1].compiled == []
+    # Of another version of the compiler, or missing.
+    entries[0]["compiler"] = "0.0.1"
+    chip = entries[0]["chip"]
+    generations.RESULTS.write_text(json.dumps(entries[:-1]))
+    generations.main(["bert-mini"])
+    assert {name.partition(":")[0] for name in files[2].compiled} == {chip, entries[-1]["chip"]}
+
+
+def test_a_batch_that_divides_by_no_slice_is_said(files):
+    generations.main(["resnet50-one-batch"])
+    cells = {c["chip"]: c for c in json.loads(generations.RESULTS.read_text())}
+    # 220 images: 55 on each of 4 replicas in 5 micro-batches, but not on 8.
+    assert cells["v3"]["error"] == "the batch of 220 does not divide by the replicas"
+    assert (cells["v6e"]["topology"], cells["v6e"]["replica_batch_size"]) == ("v6e:2x2", 55)
+
+
+def test_every_recipe_is_in_the_table_once():
+    programs = generations.programs()
+    listed = [name for group in programs.items() for name in (group[0], *group[1])]
+    assert sorted(listed) == sorted(recipes.RECIPES)
+    assert "bert-large-32k" in programs["bert-large-64k-32k"]
+    assert "nvlamb-64k-32k" in programs and "mlperf-v0.7" in programs
+
+
+def test_the_table_has_the_chips():
+    page = generations.format_page({})
+    assert "| v3 | 123 | 15.48 | 900 | 4 of 70 or 100 | 2 | 2 | 4 | 1,024 chips |" in page
+    assert "| v6e | 918 | 31.25 | 1,638 | 4 of 90 or 100 | 1 | 1 | 4; 8 of one host |" in page
