@@ -14,7 +14,7 @@ import tensorflow as tf
 from inputs.damage import Damage
 from inputs.errors import InputError
 from inputs.files import atomic_folder, read_json, write_json
-from inputs.shards import FRAME_BYTES, records_from
+from inputs.shards import FRAME_BYTES, records_op
 
 INDEX = "arrays.json"
 PAGE_BYTES = 2**14
@@ -266,8 +266,20 @@ def open_pages(folder: str) -> tuple[dict[str, Pages], dict] | None:
 
 
 def _read_pages(path, offset, count):
-    """[M] strings, with M = `count`, or less if a page is damaged or missing."""
-    pages = records_from(path, offset).take(count).ignore_errors()
-    # With a last element, because there is no `get_single_element` of none.
-    ended = pages.concatenate(tf.data.Dataset.from_tensors(""))
-    return ended.batch(count + 1).get_single_element()[:-1]
+    """[M] strings, with M = `count`, or less if a page is damaged or missing.
+
+    These are the operations of `tf.data`'s methods. A graph has several such readers, and the
+    methods take ten times as long to build them.
+    """
+    of_strings = {"output_types": [tf.string], "output_shapes": [[]]}
+    pages = records_op(path, offset)
+    pages = tf.raw_ops.TakeDataset(input_dataset=pages, count=count, **of_strings)
+    pages = tf.raw_ops.IgnoreErrorsDataset(input_dataset=pages, **of_strings)
+    # With a last element, because no single element can be made of none.
+    last = tf.raw_ops.TensorDataset(components=[tf.constant("")], output_shapes=[[]])
+    pages = tf.raw_ops.ConcatenateDataset(input_dataset=pages, another_dataset=last, **of_strings)
+    of_strings["output_shapes"] = [[None]]
+    batch = tf.raw_ops.BatchDatasetV2(
+        input_dataset=pages, batch_size=count + 1, drop_remainder=False, **of_strings
+    )
+    return tf.raw_ops.DatasetToSingleElement(dataset=batch, **of_strings)[0][:-1]

@@ -174,14 +174,19 @@ def records_from(path, offset, buffer_bytes: int = 0) -> tf.data.Dataset:
         offset: int64 scalar, where a record begins, in bytes.
         buffer_bytes: read at a time; 0 for what a record needs.
     """
+    records = records_op(path, offset, buffer_bytes)
+    return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+
+def records_op(path, offset, buffer_bytes: int = 0):
+    """The operation of `records_from`."""
     # `tf.data.TFRecordDataset` has no argument for the offset (TensorFlow 2.20).
-    records = tf.raw_ops.TFRecordDatasetV2(
+    return tf.raw_ops.TFRecordDatasetV2(
         filenames=tf.reshape(path, [1]),
         compression_type="",
         buffer_size=tf.constant(buffer_bytes, tf.int64),
         byte_offsets=tf.reshape(offset, [1]),
     )
-    return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
 
 
 def damaged(path: str, offset: int, reason: str = "") -> str:

@@ -106,6 +106,12 @@ class Examples:
         self._pad, self._unk, self._cls, self._sep, self._mask = map(
             vocabulary.index, SPECIAL_TOKENS
         )
+        # Traced once for all data sets, which would each take a second or two for it.
+        number, numbers = (tf.TensorSpec(shape, tf.int64) for shape in ([], [None]))
+        self._block_rows = tf.function(
+            self._make_block_rows, [number, number, numbers, numbers], autograph=False
+        )
+        self._masked_rows = tf.function(self._make_masked_rows, autograph=False)
 
     def order(self, global_batch_size) -> Order:
         """The order of the training examples."""
@@ -169,10 +175,10 @@ class Examples:
         Returns:
             [n, FIELDS + L] int32, see `FIELDS`; then the tokens with [CLS], [SEP] and [PAD].
         """
-        make_rows = functools.partial(self._block_rows, size)
+        make_rows = functools.partial(self._block_rows, tf.constant(size, tf.int64))
         return by_block(size, chunks, ids, make_rows, FIELDS + self.sequence_length)
 
-    def _block_rows(self, size, block, chunks, ids):
+    def _make_block_rows(self, size, block, chunks, ids):
         """`_rows` of chunks of one block."""
         first = block * size
         table, tokens, base, starts, readable = self._read(size, first)
@@ -293,8 +299,7 @@ class Examples:
         segments = start - base, a_end - start, b_start, b_length, is_random
         return segments, tf.concat([tokens, other_tokens], 0), readable
 
-    @tf.autograph.experimental.do_not_convert
-    def _masked_rows(self, rows):
+    def _make_masked_rows(self, rows):
         """Makes a batch, as described by `element_spec`, of rows of `_rows`."""
         place = tf.range(self.sequence_length)[tf.newaxis]
         a_length, b_length, is_random, counts = tf.unstack(rows[:, :4], axis=1)
