@@ -84,6 +84,11 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._started = started
         facts = {"seed": seed} | task.facts
         self._config = compatibility.run_config(recipe, facts)
+        if compatibility.has_earlier_order(model_dir):
+            log(
+                f"{model_dir} was begun by an earlier version, which read the examples in another "
+                "order: in the current epoch some examples come twice and others not at all"
+            )
         if strategy.is_chief(where):
             compatibility.write_run_config(model_dir, recipe, **facts)
             task.write_files(model_dir)
