@@ -243,7 +243,7 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     print(
         f"""
 Trained    {recipe.name}: {recipe.task} {recipe.model}, {parameters:,} parameters, \
-{recipe.steps:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, on {task.data}
+{run.steps_done:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, on {task.data}
 Held out   {task.describe(results)}
 Speed      {run.progress.describe_speed()} on {run.strategy.num_replicas_in_sync} replica(s)
 SavedModel {export_dir}

@@ -56,7 +56,9 @@ def make_optimizer(recipe: Recipe, learning_rate):
         ValueError: a setting is outside its range, or the variant is unknown.
     """
     settings = {"weight_decay": recipe.weight_decay}
-    if recipe.global_clipnorm is not None:
+    if recipe.clip_each_replica:  # by `ReplicaStep`
+        settings["global_clipnorm"] = None
+    elif recipe.global_clipnorm is not None:
         settings["global_clipnorm"] = recipe.global_clipnorm
     if recipe.optimizer in ("adamw", "adagrad"):
         return _keras_optimizer(recipe, learning_rate, settings)
