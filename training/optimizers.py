@@ -112,6 +112,21 @@ def build(optimizer, recipe: Recipe, variables) -> None:
     optimizer.build(variables)
 
 
+def assign_slots(optimizer, step: int, slots) -> None:
+    """Sets the slots of an optimizer of `tf_lamb`, and the step of its bias correction.
+
+    Args:
+        optimizer: a built optimizer.
+        step: number of updates that led to these slots.
+        slots: for each kind of slot a list of arrays, one for each variable, in their order.
+    """
+    variables = [v for v in optimizer.variables if v is not optimizer.iterations]
+    values = [value for kind in slots for value in kind]
+    for variable, value in zip(variables, values):  # noqa: B905, the slots are the first ones
+        variable.assign(value)
+    optimizer.iterations.assign(step)
+
+
 def reset_slots(optimizer) -> None:
     """Sets the slots to their initial values and `iterations`, the step of bias correction, to 0.
 

@@ -58,6 +58,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop: the `StopRequest` of this process, or None.
         log: takes lines of progress.
         started: see `RunMonitor`.
+        mllog: an `MLPerfLog`, or None.
 
     Raises:
         InputError: `model_dir` holds a run with other settings, or the workers disagree.
@@ -77,6 +78,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop=None,
         log=lambda line: None,
         started=None,
+        mllog=None,
     ):
         super().__init__()
         self.task = task
@@ -87,6 +89,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._stop_request = stop or StopRequest()
         self._log = log
         self._started = started
+        self._mllog = mllog
         facts = {"seed": seed} | task.facts
         self._config = compatibility.run_config(recipe, facts)
         if strategy.is_chief(where):
@@ -99,7 +102,11 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 recipe, optimizers.RunSchedule(schedule, self.state)
             )
             self.model = do_not_convert(task.build_model)()
-            optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
+            weights = self.model.trainable_variables
+            optimizers.build(self.optimizer, recipe, weights)
+            slots = task.initial_slots(weights)
+            if slots:
+                optimizers.assign_slots(self.optimizer, *slots)
         strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
         self._replica_step = ReplicaStep(
             task,
@@ -165,6 +172,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 model_dir=folder,
                 log=self._log,
                 started=self._started,
+                mllog=self._mllog,
             )
             self._stop = stop_together(self.strategy, self._stop_request, self._save, folder)
             self._controller = orbit.Controller(  # restores the newest checkpoint
@@ -269,16 +277,17 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._monitor.begin_phase(index)
         self._controller.step_timer = None
         self._stop()
-        results = self._controller.evaluate() if missed else None
+        results = self._evaluate() if missed else None
         # Orbit's `train_and_evaluate` would count the interval from the step at which it resumes.
         steps = [] if reached else self.recipe.evaluation_steps(self._step, end)
         for step in steps:
             if self._reaches_target(results):
                 break
-            self._controller.train(step, checkpoint_at_completion=step == end)
-            results = self._controller.evaluate()
+            with self._monitor.training(step):
+                self._controller.train(step, checkpoint_at_completion=step == end)
+            results = self._evaluate()
             self._stop()
-        results = results or self._controller.evaluate()
+        results = results or self._evaluate()
         if self._reaches_target(results) and self._step < self.recipe.steps:
             self._save()
             metric = self.task.best_metric.name
@@ -288,6 +297,10 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 f"{self.task.example_unit})"
             )
         return results
+
+    def _evaluate(self):
+        with self._monitor.evaluation():
+            return self._controller.evaluate()
 
     def _roll_back(self, error: Diverged) -> None:
         """Restores the newest checkpoint with a lower learning rate, or raises `error`."""
