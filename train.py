@@ -64,6 +64,9 @@ flags.DEFINE_string(
     "none",
     "How --global_batch_size changes learning rate and steps: none, sqrt, linear or evidence.",
 )
+flags.DEFINE_string(
+    "grow_batch", "", "Batch sizes such as 32,64,128: batch warm-up, in phases of equal length."
+)
 flags.DEFINE_integer("steps_per_loop", 50, "Steps on the device between two logs or checkpoints.")
 flags.DEFINE_integer("seed", 1, "Seed of weights, data order, sentence pairs and masks.")
 flags.DEFINE_bool("synthetic", False, "Train on random batches of the shape of the real ones.")
@@ -133,6 +136,8 @@ def choose_recipe() -> Recipe:
         with blame("--scaling"):
             recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
     recipe = recipes.resized(recipe, steps=FLAGS.steps)
+    if FLAGS.grow_batch:
+        recipe = grow_batch(recipe, FLAGS.grow_batch)
     with blame("--set"):
         recipe = recipes.override(recipe, FLAGS.set)
         recipe.check()
@@ -140,6 +145,18 @@ def choose_recipe() -> Recipe:
     if on_tpu and not any(field.startswith("compute_dtype") for field in FLAGS.set):
         recipe = dataclasses.replace(recipe, compute_dtype="bfloat16")
     return recipe
+
+
+def grow_batch(recipe: Recipe, text: str) -> Recipe:
+    """Returns the recipe with the batch sizes of `--grow_batch`, one phase for each."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--grow_batch={text}: give batch sizes, such as --grow_batch=32,64,128."
+        ) from None
+    with blame("--grow_batch"):
+        return recipes.grow_batch(recipe, batches)
 
 
 @contextlib.contextmanager

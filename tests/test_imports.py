@@ -51,10 +51,13 @@ MODULES = {
 }
 # Which others each module of recipes may import; apart from them, only the standard library.
 RECIPE_MODULES = {
-    "__init__": {"types", "bert", "mlperf", "resnet", "squad", "overrides", "scaling"},
+    "__init__": {
+        *("types", "bert", "growing", "mlperf", "resnet", "squad", "overrides", "scaling"),
+    },
     "types": set(),
     "bert": {"types"},
     "evidence": {"types", "mlperf"},
+    "growing": {"types"},
     "mlperf": {"types", "bert", "resnet"},
     "resnet": {"types"},
     "squad": {"types"},
