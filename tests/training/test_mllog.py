@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 
 import pytest
@@ -165,6 +166,6 @@ def test_the_log_of_a_small_run(in_process, text, tmp_path, capsys):
 
 
 def test_without_the_package(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "mlperf_logging", None)
+    monkeypatch.setitem(sys.modules, "mlperf_logging.mllog.mllog", None)
     with pytest.raises(InputError, match="pip install mlperf-logging"):
         MLPerfLog(str(tmp_path / "log"), BERT, platform="-", seed=1, started=0.0)

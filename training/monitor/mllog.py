@@ -75,7 +75,7 @@ class MLPerfLog:
 
     def __init__(self, path: str, recipe, *, platform: str, seed: int, started: float):
         try:
-            from mlperf_logging import mllog
+            from mlperf_logging.mllog.mllog import MLLogger
         except ImportError:
             raise InputError(
                 "--mllog needs the package mlperf-logging: pip install mlperf-logging."
@@ -112,7 +112,7 @@ class MLPerfLog:
                 "uninterrupted run, so give the name of a new file."
             ) from None
         self._logger.addHandler(self._handler)
-        self._log = mllog.MLLogger(logger=self._logger, default_stack_offset=2)
+        self._log = MLLogger(logger=self._logger, default_stack_offset=1)
         for key, value in (
             ("submission_benchmark", self._benchmark),
             ("submission_org", ORGANIZATION),
