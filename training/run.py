@@ -18,7 +18,7 @@ from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
 from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
-from training.step import ReplicaStep
+from training.step import ReplicaStep, step_settings
 
 # Tensors decide no Python branch or loop in the functions below, so that AutoGraph would change
 # nothing, and its conversion of every layer would take seconds.
@@ -115,9 +115,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             seed=seed,
             accumulation=recipe.accumulation,
             jit_compile=strategy.compiles_step(where, recipe),
-            measure_noise=recipe.measure_noise_scale,
-            sum_dtype=recipe.sum_dtype,
-            clipnorm=recipe.global_clipnorm if recipe.clip_each_replica else None,
+            **step_settings(recipe),
         )
         self._divergence = DivergenceMonitor(
             self.optimizer,

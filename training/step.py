@@ -7,6 +7,15 @@ from training.dropout import StepSeed, replica_seed
 from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
 
 
+def step_settings(recipe) -> dict:
+    """Returns the arguments of `ReplicaStep` that a recipe decides, except `accumulation`."""
+    return {
+        "measure_noise": recipe.measure_noise_scale,
+        "sum_dtype": recipe.sum_dtype,
+        "clipnorm": recipe.global_clipnorm if recipe.clip_each_replica else None,
+    }
+
+
 class ReplicaStep:
     """The training and evaluation step of a replica. Call its methods in replica context.
 
