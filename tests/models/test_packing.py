@@ -45,7 +45,12 @@ def batch():
     }  # fmt: skip
 
 
+def tensors(batch):
+    return {key: tf.constant(value) for key, value in batch.items()}
+
+
 def losses_and_gradients(sums, model, batch):
+    batch = tensors(batch)
     counts = bert.pretraining_counts(batch)
     with tf.GradientTape() as tape:
         values = sums(model, batch, False)
@@ -74,11 +79,13 @@ def test_packed_rows_give_the_same_losses_and_gradients(model, batch):
 def test_a_neighbour_in_the_row_changes_nothing(model, batch):
     packed = {key: value.copy() for key, value in packing.pack(batch, per_row=3).items()}
     encoder = bert.encoder_of(model)
-    before, pooled = packed_bert.encode_packed(encoder, packed, False)
+    before, pooled = (x.numpy() for x in packed_bert.encode_packed(encoder, tensors(packed), False))
     row = int(np.argmax(packed["sequence_ids"].max(axis=1) > 1))
     second = packed["sequence_ids"][row] == 2
     packed["input_word_ids"][row, second] = 1 + packed["input_word_ids"][row, second] % (WORDS - 1)
-    after, pooled_after = packed_bert.encode_packed(encoder, packed, False)
+    after, pooled_after = (
+        x.numpy() for x in packed_bert.encode_packed(encoder, tensors(packed), False)
+    )
     same = packed["sequence_ids"][row] == 1
     np.testing.assert_array_equal(before[row][same], after[row][same])
     assert np.abs(before[row][second] - after[row][second]).max() > 0.1
@@ -92,8 +99,8 @@ def test_buckets_give_the_same_losses(model, batch):
         **{8: 4, 12: 2, LENGTH: 2}
     }
     assert all(part["input_word_ids"].shape[1] == bound for bound, part in buckets.items())
-    alone = bert.pretraining_sums(model, batch, False)
-    parts = [bert.pretraining_sums(model, part, False) for part in buckets.values()]
+    alone = bert.pretraining_sums(model, tensors(batch), False)
+    parts = [bert.pretraining_sums(model, tensors(part), False) for part in buckets.values()]
     for name, value in alone.items():
         total = sum(float(part[name]) for part in parts)
         assert total == pytest.approx(float(value), rel=2e-6)
