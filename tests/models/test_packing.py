@@ -68,8 +68,10 @@ def test_packed_rows_give_the_same_losses_and_gradients(model, batch):
     together, packed_gradients = losses_and_gradients(packed_bert.pretraining_sums, model, packed)
     for name, value in alone.items():
         assert float(together[name]) == pytest.approx(float(value), rel=2e-6), name
+    largest = max(np.abs(gradient).max() for gradient in gradients)
     for ours, theirs in zip(packed_gradients, gradients, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * np.abs(theirs).max())
+        # The gradient of a key's bias is zero but for rounding.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * largest)
     for key in ("masked", "sentence"):
         assert float(bert.pretraining_counts(packed)[key]) == pytest.approx(
             float(bert.pretraining_counts(batch)[key])
