@@ -77,7 +77,7 @@ def parse(records, names: dict[str, str], sequence_length: int, predictions: int
         longest = tf.reduce_max(values.row_lengths())
         check = tf.debugging.assert_less_equal(
             longest,
-            tf.constant(length, tf.int64),
+            tf.constant(length, longest.dtype),
             f"{names[ours]} of an example has more values than the phase takes, {length}",
         )
         with tf.control_dependencies([check]):
