@@ -16,6 +16,7 @@ from inputs.text import casing, chunks, corpus, examples, vocabulary
 from inputs.text.prepare import prepare_in_cache
 from inputs.text.shards import load_manifest
 from models import bert
+from tasks import initial_pretraining
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
 
@@ -63,6 +64,16 @@ class BertPretraining(Task):
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
         self._seed = seed
+        self._log = log
+        self._slots = self._start = None
+        if recipe.init_from and not resume_dir:
+            self._start = initial_pretraining.Start(recipe.init_from, recipe.init_slots)
+            vocab = vocab or initial_pretraining.vocabulary_beside(recipe.init_from)
+        elif recipe.target is not None and not recipe.init_from:
+            log(
+                f"Starting from random weights. The target of {recipe.target:g} was published for "
+                "runs from a checkpoint: --set init_from=FOLDER"
+            )
         if synthetic:
             self._source = _SyntheticText(recipe, vocab, seed)
         else:
@@ -85,7 +96,7 @@ class BertPretraining(Task):
 
     def build_model(self):
         """Returns the encoder with the masked-LM and next-sentence heads."""
-        return bert.build_pretrainer(
+        model = bert.build_pretrainer(
             bert.SIZES[self.recipe.model],
             len(self.vocabulary),
             self.recipe.max_sequence_length,
@@ -93,6 +104,22 @@ class BertPretraining(Task):
             initializer_stddev=self.recipe.initializer_stddev,
             remat=self.recipe.remat,
         )
+        if self._start:
+            missing = self._start.assign(model)
+            self._slots = self._start.read_slots(model)
+            moments = f", its moments after {self._slots.step:,} updates" if self._slots else ""
+            random = f"; random in it: {', '.join(missing)}" if missing else ""
+            self._log(f"Starting from {self._start.checkpoint}{moments}{random}")
+            self._start = None
+        return model
+
+    def initial_slots(self, variables):
+        """The moments in `init_from`, if they are wanted."""
+        slots, self._slots = self._slots, None
+        if slots is None:
+            return None
+        names = [initial_pretraining.own_name(variable) for variable in variables]
+        return slots.step, [[moment[name] for name in names] for moment in slots.moments]
 
     def sums(self, model, batch, training):
         """See `models.bert.pretraining_sums`."""

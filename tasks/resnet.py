@@ -61,6 +61,7 @@ class ImageClassification(Task):
         )
         self.data = self._source.description
         self.amount = self._source.amount
+        self.training_examples = self._source.training_examples
         self.facts = {"data": self._source.fingerprint}
 
     def build_model(self):
@@ -182,6 +183,7 @@ class _Images:
         self.padding = self.held_out.padding
         hashes = self.training.manifest["hash"] + self.held_out.manifest["hash"]
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        self.training_examples = self.training.num_examples
         self.amount = (
             f"{self.training.num_examples:,} images of {len(self.classes):,} classes to train on, "
             f"{self.held_out.num_examples:,} held out"
@@ -207,6 +209,7 @@ class _SyntheticImages:
 
     description = fingerprint = amount = made_up.DESCRIPTION
     padding = 0
+    training_examples = 1_281_167  # those of ImageNet
 
     def __init__(self, recipe, seed):
         count = CIFAR10_CLASSES if recipe.normalization == "cifar10" else IMAGENET_CLASSES

@@ -66,6 +66,7 @@ class Task(abc.ABC):
     data: where the examples come from, for reports.
     amount: how many examples there are, for reports.
     facts: name -> hash of the data that a checkpoint depends on, such as the vocabulary.
+    training_examples: number of training examples, where an epoch has a fixed number of them.
     """
 
     recipe: object
@@ -75,10 +76,24 @@ class Task(abc.ABC):
     data: str
     amount: str
     facts: dict[str, str]
+    training_examples: int | None = None
 
     @abc.abstractmethod
     def build_model(self):
         """Returns a new tf_keras model with initial weights. Called in the strategy's scope."""
+
+    def initial_slots(self, variables):
+        """Returns the state from which the optimizer starts, or None for zeros.
+
+        Args:
+            variables: the model's trainable variables. Called once, after `build_model`.
+
+        Returns:
+            A tuple `(step, slots)`: the number of updates so far, and for each slot of the
+            optimizer a list of arrays, one for each variable. Or None.
+        """
+        del variables
+        return None
 
     @abc.abstractmethod
     def sums(self, model, batch, training: bool) -> dict[str, tf.Tensor]:

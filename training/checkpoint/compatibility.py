@@ -30,6 +30,8 @@ MAY_CHANGE = (
     "examples",
     "save_every_steps",
     "evaluate_every_steps",
+    "evaluate_every_examples",
+    "target",
     "evaluation_examples",
     "n_best",
     "max_answer_length",
