@@ -284,9 +284,7 @@ def by_block(size: int, examples, ids, make_rows, width: int):
     """
     blocks, _, counts = tf.unique_with_counts(examples // size, tf.int64)
     ends = tf.cumsum(counts)
-    rows = tf.TensorArray(
-        tf.int32, tf.size(blocks), infer_shape=False, element_shape=[None, width]
-    )
+    rows = tf.TensorArray(tf.int32, tf.size(blocks), infer_shape=False, element_shape=[None, width])
 
     def block_rows(i, rows):
         some = slice(ends[i] - counts[i], ends[i])

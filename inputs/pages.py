@@ -176,7 +176,6 @@ class Pages:
         readable = (found == count) & whole
         return tf.cond(readable, rows, none), readable
 
-
     def read_block(self, size: int, block, examples, damage: Damage):
         """Reads rows of one block in a graph, of an array with a row for each example.
 

@@ -47,7 +47,19 @@ class ImageClassification(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir="", shared_dir=""):
+    def __init__(
+        self,
+        recipe,
+        *,
+        data_dir,
+        vocab,
+        resume_dir,
+        seed,
+        synthetic,
+        log,
+        cache_dir="",
+        shared_dir="",
+    ):
         del resume_dir, cache_dir
         if vocab:
             raise InputError(f"--vocab={vocab}: a vocabulary is for text. Leave --vocab out.")
@@ -57,7 +69,9 @@ class ImageClassification(Task):
             )
         self.recipe = recipe
         self._source = (
-            _SyntheticImages(recipe, seed) if synthetic else _Images(recipe, data_dir, seed, log, shared_dir)
+            _SyntheticImages(recipe, seed)
+            if synthetic
+            else _Images(recipe, data_dir, seed, log, shared_dir)
         )
         self.data = self._source.description
         self.amount = self._source.amount

@@ -52,7 +52,19 @@ class SquadFineTuning(Task):
     )
     best_metric = metrics[0]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir="", shared_dir=""):
+    def __init__(
+        self,
+        recipe,
+        *,
+        data_dir,
+        vocab,
+        resume_dir,
+        seed,
+        synthetic,
+        log,
+        cache_dir="",
+        shared_dir="",
+    ):
         del cache_dir
         if recipe.model not in bert.SIZES:
             raise InputError(

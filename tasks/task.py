@@ -55,8 +55,8 @@ class Task(abc.ABC):
                  cache_dir=..., shared_dir=...)
 
     with the recipe, the values of the flags with these names, the folder of the run to resume
-    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), and a folder
-    that all hosts can read and write (`shared_dir`; "" if the hosts are this process). It
+    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), and a
+    folder that all hosts can read and write (`shared_dir`; "" if the host is this process). It
     raises `inputs.errors.InputError` if the data cannot be used.
 
     recipe: the recipe of the run.
@@ -125,7 +125,7 @@ class Task(abc.ABC):
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
 
-    def check_data(self) -> None:
+    def check_data(self) -> None:  # noqa: B027: data that cannot be damaged has nothing to report
         """Reports the damaged records that hosts have found since the last call.
 
         Raises:

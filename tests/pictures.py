@@ -65,7 +65,9 @@ def manifest(folder):
 
 def records(folder):
     """[(shard, offset, record)] of all records of a prepared folder."""
-    return [(path, *found) for path in open_images(str(folder)).paths for found in read_records(path)]
+    return [
+        (path, *found) for path in open_images(str(folder)).paths for found in read_records(path)
+    ]
 
 
 def stored(folder):

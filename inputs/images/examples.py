@@ -166,8 +166,12 @@ class Images:
     def _batches(self, order, context, first_step, training):
         rows = row_batches(order, context, first_step, functools.partial(self._rows, order))
         batch_size = rows.element_spec.shape[0]
-        example = tf.autograph.experimental.do_not_convert(functools.partial(self._example, training))
-        finish = tf.autograph.experimental.do_not_convert(functools.partial(self._finished, training))
+        example = tf.autograph.experimental.do_not_convert(
+            functools.partial(self._example, training)
+        )
+        finish = tf.autograph.experimental.do_not_convert(
+            functools.partial(self._finished, training)
+        )
         images = rows.unbatch().map(example, tf.data.AUTOTUNE)
         return images.batch(batch_size, drop_remainder=True).map(finish).prefetch(2)
 
@@ -198,7 +202,9 @@ class Images:
         offset, example_id = tf.bitcast(row[3:5], tf.int64), tf.bitcast(row[5:7], tf.int64)
         path = tf.gather(tf.constant(self._paths), file)
         decode = self._pixels if self._is_pixels else self._decoded
-        decode = tf.autograph.experimental.do_not_convert(functools.partial(decode, training, example_id))
+        decode = tf.autograph.experimental.do_not_convert(
+            functools.partial(decode, training, example_id)
+        )
         good = records_from(path, offset).take(1).map(decode).ignore_errors()
         shape = [self._size, self._size, 3]
         none = tf.data.Dataset.from_tensors((tf.zeros(shape, tf.uint8), np.int32(-1)))
@@ -262,7 +268,9 @@ class Images:
             if self._augmentation == "randaugment":
                 images = tf.map_fn(self._augmented, (images, ids), tf.uint8)
         # Batch statistics must not see black images.
-        substitute = tf.where(readable, tf.range(tf.size(readable)), tf.argmax(readable, output_type=tf.int32))
+        substitute = tf.where(
+            readable, tf.range(tf.size(readable)), tf.argmax(readable, output_type=tf.int32)
+        )
         images = tf.cond(
             tf.reduce_all(readable), lambda: images, lambda: tf.gather(images, substitute)
         )

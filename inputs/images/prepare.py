@@ -16,6 +16,7 @@ files that are not read, are reported and left out.
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import os
@@ -91,13 +92,15 @@ def _converted_source(path, split) -> Source:
     """A split that version 0.1.0 prepared."""
     folder = os.path.join(path, split)
     manifest = read_json(os.path.join(folder, MANIFEST))
+
+    def items(path):
+        for number, (data, label) in enumerate(shards.old_records(path)):
+            yield Item(f"{path}, record {number}", data, label)
+
     parts = [
         sources.Part(
             os.path.splitext(shard["file"])[0],
-            lambda file=os.path.join(folder, shard["file"]): (
-                Item(f"{file}, record {index}", data, label)
-                for index, (data, label) in enumerate(shards.old_records(file))
-            ),
+            functools.partial(items, os.path.join(folder, shard["file"])),
             shard["sha256"],
         )
         for shard in manifest["shards"]

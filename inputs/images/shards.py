@@ -143,9 +143,7 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
             ],
         }
     )
-    write_index(
-        folder, [os.path.join(folder, s.file) for s in kept], [s.count for s in kept]
-    )
+    write_index(folder, [os.path.join(folder, s.file) for s in kept], [s.count for s in kept])
     write_json(os.path.join(folder, MANIFEST), manifest)
     for shard in shards:
         os.remove(os.path.join(folder, f"{shard.file}.json"))

@@ -151,9 +151,7 @@ class Features:
 
     def _write(self, folder):
         """Writes the row of each window."""
-        with PagesWriter(
-            folder, {ROWS: np.int32}, {ROWS: FIELDS + self.sequence_length}
-        ) as writer:
+        with PagesWriter(folder, {ROWS: np.int32}, {ROWS: FIELDS + self.sequence_length}) as writer:
             for first in range(0, self.num_examples, TEXTS_PER_CALL):
                 cut = windows.Windows(
                     *(field[first : first + TEXTS_PER_CALL] for field in self._windows)

@@ -119,9 +119,7 @@ class Examples:
         # Of a small corpus, a lane's share should still consist of several blocks.
         share = self.num_examples // (lanes * WINDOW_BLOCKS)
         block = max(MIN_BLOCK, min(BLOCK_TOKENS // self.sequence_length, share))
-        return Order(
-            self.num_examples, global_batch_size, lanes, block, WINDOW_BLOCKS, self.seed
-        )
+        return Order(self.num_examples, global_batch_size, lanes, block, WINDOW_BLOCKS, self.seed)
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
         """Infinite data set of this host's batches: one per step for each of its replicas.
@@ -280,9 +278,7 @@ class Examples:
         # The chunks of a document lie together, so the others are those after it, cyclically.
         count = tf.size(other_columns["next_document"], tf.int64)
         low, high = (
-            tf.searchsorted(
-                other_columns["next_document"], own["next_document"], side, tf.int64
-            )
+            tf.searchsorted(other_columns["next_document"], own["next_document"], side, tf.int64)
             for side in ("left", "right")
         )
         others_of_each = count - (high - low)

@@ -278,7 +278,8 @@ def test_without_leave_a_damaged_record_ends_the_run_with_its_place(tmp_path):
     out = prepared(tmp_path) / "train"
     shard, offset = damage(out, 3)
     with pytest.raises(
-        tf.errors.InvalidArgumentError, match=f"InputError: --data_dir: {shard}, byte {offset}: damaged"
+        tf.errors.InvalidArgumentError,
+        match=f"InputError: --data_dir: {shard}, byte {offset}: damaged",
     ):
         joined(examples.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))
 

@@ -87,7 +87,9 @@ def test_image_files(folder):
 
 
 def test_raw_pixels(folder):
-    data = examples.Images(str(converted(folder, "pixels") / "validation"), 32, seed=1, augmentation="none")
+    data = examples.Images(
+        str(converted(folder, "pixels") / "validation"), 32, seed=1, augmentation="none"
+    )
     (batch,) = data.evaluation_batches(2, 2)
     assert batch["label"].numpy().tolist() == [0, 1]
     rng = np.random.default_rng(len("test") + ord("t"))

@@ -14,8 +14,8 @@ from inputs.errors import InputError
 from inputs.order import row_batches
 from inputs.pages import PAGE_BYTES
 from inputs.shards import FRAME_BYTES
-from inputs.text import installed_text, vocabulary
 from inputs.text import examples as text
+from inputs.text import installed_text, vocabulary
 
 LENGTH, PREDICTIONS, BATCH = 64, 12, 32
 

@@ -117,7 +117,9 @@ def test_a_run_of_0_1_0_goes_on(first_version, in_process, monkeypatch, capfd):
     assert in_process(flags) == 0
     said = capfd.readouterr().err
     assert "Going on from step 4 of 8" in said
-    assert f"{model_dir} was begun by an earlier version, which read the examples in another" in said
+    assert (
+        f"{model_dir} was begun by an earlier version, which read the examples in another" in said
+    )
     finished = weights(first_version.folder / "finished/ckpt-8")
     found = weights(model_dir / "ckpt-8")
     assert found.keys() == finished.keys() and len(found) > 25
