@@ -125,7 +125,7 @@ class Task(abc.ABC):
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
 
-    def check_data(self) -> None:  # noqa: B027: data that cannot be damaged has nothing to report
+    def check_data(self) -> None:  # noqa: B027
         """Reports the damaged records that hosts have found since the last call.
 
         Raises:
