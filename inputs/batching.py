@@ -4,7 +4,6 @@ Examples are numbered from 0 over the whole run. All randomness of an example is
 (seed, example id), so any host can compute any step without the steps before it.
 """
 
-import numpy as np
 import tensorflow as tf
 
 FEW = 2**18  # largest limit for which `integers_below` uses 24 random bits

@@ -40,12 +40,15 @@ class InputGraph:
         return sorted(folder for folder in local if os.path.dirname(folder) not in local)
 
 
-def examine(input_fn: Callable, context: tf.distribute.InputContext) -> InputGraph:
+def examine(
+    input_fn: Callable, context: tf.distribute.InputContext, shared_dir: str = ""
+) -> InputGraph:
     """Traces a data set and examines its graph, without running it.
 
     Args:
         input_fn: `(context) -> tf.data.Dataset`, such as from `Task.train_batches`.
         context: of any host.
+        shared_dir: a folder that is known to be shared by all hosts; paths in it are left out.
 
     Raises:
         InputError: the hosts cannot share the data.
@@ -75,6 +78,8 @@ def examine(input_fn: Callable, context: tf.distribute.InputContext) -> InputGra
         sizes.append(tf.make_tensor_proto(tensor).ByteSize())
         if tensor.dtype == tf.string:
             paths |= set(_paths(tensor.numpy().ravel().tolist()))
+    if shared_dir:
+        paths = {path for path in paths if not path.startswith(os.path.join(shared_dir, ""))}
     if max(sizes) > MAX_CONSTANT_BYTES:
         problems.append(
             f"The graph of the data set holds a tensor of {max(sizes) / 2**20:.1f} MiB, which is "

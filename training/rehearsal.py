@@ -30,7 +30,7 @@ from training import input_graph
 from training.host import JOB
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run
-from training.strategy import with_infinite_cardinality
+from training.strategy import FATAL, silence_tensorflow, with_infinite_cardinality
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_HOSTS = 64  # each is a process
@@ -74,6 +74,8 @@ class Hosts:
         return self
 
     def __exit__(self, *error):
+        # TensorFlow logs as errors that it cannot reach the servers to free what they hold.
+        silence_tensorflow(FATAL)
         self._stack.close()
 
     @contextlib.contextmanager
@@ -130,7 +132,9 @@ def measure(pid: int | str) -> dict[str, int]:
         `read_bytes`, by read calls, from whichever file; `memory_bytes`, without what the kernel
         caches of files; `peak_bytes`, with mapped files, since the process began.
     """
-    counts = dict(line.split(": ") for line in pathlib.Path(f"/proc/{pid}/io").read_text().splitlines())
+    counts = dict(
+        line.split(": ") for line in pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
+    )
     status = dict(
         line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -189,7 +193,7 @@ class Batches:
 
     def __init__(self, input_fn, context, device):
         self.device = device
-        # As `TPUStrategy` does it; that of a single device would pass another context.
+        # Iterated as by `TPUStrategy`, but each host apart, so that its rate can be measured.
         where = tf.distribute.OneDeviceStrategy(device)
         batches = with_infinite_cardinality(lambda own: input_fn(context))
         self._iterator = iter(where.distribute_datasets_from_function(batches))
@@ -239,8 +243,12 @@ def _fingerprint(values):
 
 @dataclasses.dataclass(frozen=True)
 class PhaseReport:
-    """The batches of a phase. Each host's figures are a dictionary: `examples_per_second`,
-    `first_seconds`, `read_bytes`, `files`, `memory_bytes`, `peak_bytes`.
+    """The batches of a phase.
+
+    A host's figures are a dictionary: `examples_per_second` after the first step; `first_seconds`,
+    how long that one took; `read_bytes`, with what was read ahead; `files`, from which the examples
+    are; `memory_bytes` and `peak_bytes`, see `measure`; and `grown_bytes`, by how much the memory
+    grew.
 
     Attributes:
         phase_index: from 0.
@@ -269,7 +277,9 @@ class PhaseReport:
     problems: tuple[str, ...]
 
 
-def rehearse_phase(task, phase_index: int, hosts: Hosts, replicas: int) -> PhaseReport:
+def rehearse_phase(
+    task, phase_index: int, hosts: Hosts, replicas: int, shared_dir: str
+) -> PhaseReport:
     """Lets all hosts make the batches of a phase's first steps, and compares them with one host's.
 
     Args:
@@ -277,6 +287,7 @@ def rehearse_phase(task, phase_index: int, hosts: Hosts, replicas: int) -> Phase
         phase_index: from 0.
         hosts: entered.
         replicas: of each host.
+        shared_dir: the `shared_dir` of the task.
 
     Raises:
         InputError: the data cannot be shared by the hosts, or is damaged.
@@ -285,13 +296,21 @@ def rehearse_phase(task, phase_index: int, hosts: Hosts, replicas: int) -> Phase
     count, steps = len(hosts.devices), min(STEPS, phase.steps)
     input_fn = task.train_batches(phase_index, 0)
     contexts = [tf.distribute.InputContext(count, i, count * replicas) for i in range(count)]
-    graph = input_graph.examine(input_fn, contexts[0])
+    graph = input_graph.examine(input_fn, contexts[0], shared_dir)
     problems = list(graph.problems)
     if problems:  # it would fail, in a way that is harder to understand
-        empty = {}
         return PhaseReport(
-            phase_index, phase.global_batch_size, replicas, 0, graph, [], empty, 0, 0.0, 0,
-            tuple(problems),
+            phase_index,
+            phase.global_batch_size,
+            replicas,
+            steps=0,
+            graph=graph,
+            hosts=[],
+            alone={},
+            set_up_bytes=0,
+            sent_bytes=0.0,
+            coordinator_read_bytes=0,
+            problems=tuple(problems),
         )
     sent, own = sent_bytes(), measure("self")["read_bytes"]
     before = hosts.measure()
@@ -407,7 +426,8 @@ def train_on_host(task, hosts: Hosts, *, model_dir: str, seed: int, log) -> dict
         steps_per_loop=1,  # so that each loss is known
         log=log,
     )
-    run.fit()
+    with _ends_of_data_ignored():
+        run.fit()
     return {
         "losses": [row["loss"] for row in read_rows(os.path.join(model_dir, HISTORY))],
         "batch": recipe.phases[0].global_batch_size,
@@ -415,18 +435,35 @@ def train_on_host(task, hosts: Hosts, *, model_dir: str, seed: int, log) -> dict
     }
 
 
-def shortened(recipe):
-    """The recipe's first `STEPS` steps, with a batch that the CPU of one host can compute.
+@contextlib.contextmanager
+def _ends_of_data_ignored():
+    """Hides a traceback about the end of the evaluation's data.
 
-    The schedule stays that of the whole phase as far as `Phase.stretched` keeps it.
+    A data set's end on another host is an error that TensorFlow 2.20 raises a second time, in
+    `Executor.__del__`, where Python can only print it.
     """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if not isinstance(unraisable.exc_value, tf.errors.OutOfRangeError):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def shortened(recipe):
+    """The recipe with `STEPS` steps of a batch that the CPU of one host can compute."""
     phase = recipe.phases[0]
     batch = min(phase.global_batch_size, MAX_TRAINING_BATCH)
     if batch != phase.global_batch_size:
-        recipe = dataclasses.replace(
-            recipe, accumulation=1, measure_noise_scale=False, lanes=None
-        )
-    phase = dataclasses.replace(phase.stretched(min(STEPS, phase.steps), 1.0), global_batch_size=batch)
+        recipe = dataclasses.replace(recipe, accumulation=1, measure_noise_scale=False, lanes=None)
+    phase = dataclasses.replace(
+        phase.stretched(min(STEPS, phase.steps), 1.0), global_batch_size=batch
+    )
     return dataclasses.replace(
         recipe,
         phases=(phase,),
@@ -436,9 +473,7 @@ def shortened(recipe):
     )
 
 
-def run(
-    make_task: Callable, recipe, count: int, *, seed: int, json_path: str, log
-) -> int:
+def run(make_task: Callable, recipe, count: int, *, seed: int, json_path: str, log) -> int:
     """Runs the command `train.py --rehearse`.
 
     Args:
@@ -466,7 +501,7 @@ def run(
             reports = []
             for phase_index in range(len(recipe.phases)):
                 log(f"Phase {phase_index + 1}: {count} hosts make batches")
-                reports.append(rehearse_phase(task, phase_index, hosts, replicas))
+                reports.append(rehearse_phase(task, phase_index, hosts, replicas, folder))
             training = None
             if not any(report.problems for report in reports):
                 log("Training on host 0")
@@ -487,8 +522,13 @@ def run(
             "training": training,
             "problems": problems,
         }
-        with atomic_write(json_path) as file:
-            file.write(json.dumps(content, indent=1))
+        try:
+            with atomic_write(json_path) as file:
+                file.write(json.dumps(content, indent=1))
+        except OSError as error:
+            raise InputError(
+                f"--rehearse_json={json_path} cannot be written ({error.strerror})."
+            ) from None
     for problem in problems:
         log(f"train.py: {problem}")
     return int(bool(problems))
@@ -544,7 +584,7 @@ def describe(task, reports: list[PhaseReport], training: dict | None) -> str:
         losses = training["losses"]
         lines.append(
             f"Training   {len(losses)} steps of {training['batch']} {task.example_unit} on host 0, "
-            f"evaluated and saved; loss {losses[0]} to {losses[-1]}; the coordinator sent "
+            f"evaluated and saved; loss {losses[0]:.4f} to {losses[-1]:.4f}; the coordinator sent "
             f"{training['sent_bytes'] / 1e6:.2f} MB per step, with graphs and checkpoint"
         )
     return "\n".join(lines)

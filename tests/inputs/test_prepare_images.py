@@ -19,8 +19,8 @@ from pictures import (
 )
 
 from inputs.errors import InputError
-from inputs.images.shards import open_images
 from inputs.images import shards
+from inputs.images.shards import open_images
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 CLASSES = "index,wnid,name\n" + "".join(f"{i},n{i},{name}\n" for i, name in enumerate(NAMES))
