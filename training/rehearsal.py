@@ -199,9 +199,9 @@ class Batches:
         self._iterator = iter(where.distribute_datasets_from_function(batches))
         self._replicas = context.num_replicas_in_sync // context.num_input_pipelines
         self.names: list[str] = []
-        self._read = tf.function(
-            self._steps, input_signature=[tf.TensorSpec([], tf.int32)], autograph=False
-        )
+        with tf.device(device):
+            read = tf.function(self._steps, autograph=False)
+            self._read = read.get_concrete_function(tf.TensorSpec([], tf.int32))
 
     def read(self, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Makes the batches of the next steps; only fingerprints leave the host.
