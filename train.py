@@ -258,7 +258,6 @@ def rehearse(recipe) -> int:
         )
 
     def make_task(shared_dir):
-        tf_keras.utils.set_random_seed(FLAGS.seed)
         if recipe.compute_dtype != "float32":
             tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
         return TASKS[recipe.task](

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+import tf_keras
 
 from inputs.errors import InputError
 from inputs.files import atomic_write, temporary_folder
@@ -416,6 +417,7 @@ def train_on_host(task, hosts: Hosts, *, model_dir: str, seed: int, log) -> dict
     recipe = shortened(task.recipe)
     task = copy.copy(task)
     task.recipe = recipe
+    tf_keras.utils.set_random_seed(seed)
     sent = sent_bytes()
     run = Run(
         task,
