@@ -262,6 +262,7 @@ class PhaseReport:
         set_up_bytes: sent by the coordinator up to the end of the first step, mostly graphs.
         sent_bytes: sent by the coordinator per step after that.
         coordinator_read_bytes: read by the coordinator while the hosts made the batches.
+        equal: whether all hosts made the batches that the one made.
         problems: sentences.
     """
 
@@ -275,6 +276,7 @@ class PhaseReport:
     set_up_bytes: int
     sent_bytes: float
     coordinator_read_bytes: int
+    equal: bool
     problems: tuple[str, ...]
 
 
@@ -311,6 +313,7 @@ def rehearse_phase(
             set_up_bytes=0,
             sent_bytes=0.0,
             coordinator_read_bytes=0,
+            equal=False,
             problems=tuple(problems),
         )
     sent, own = sent_bytes(), measure("self")["read_bytes"]
@@ -344,13 +347,14 @@ def rehearse_phase(
     expected = alone.read(1), alone.read(steps - 1)
     after_one = measure("self")
     del alone
-    problems += compare(
+    differences = compare(
         [np.concatenate([a[0], b[0]]) for a, b in zip(first, rest, strict=True)],
         [np.concatenate([a[1], b[1]]) for a, b in zip(first, rest, strict=True)],
         np.concatenate([expected[0][0], expected[1][0]]),
         np.concatenate([expected[0][1], expected[1][1]]),
         names,
     )
+    problems += differences
     if per_step > MAX_SENT_BYTES:
         problems.append(
             f"The coordinator sent {per_step:,.0f} bytes per step to the hosts; at most "
@@ -367,6 +371,7 @@ def rehearse_phase(
         set_up_bytes=set_up,
         sent_bytes=per_step,
         coordinator_read_bytes=coordinator_read,
+        equal=not differences,
         problems=tuple(problems),
     )
 
@@ -575,7 +580,7 @@ def describe(task, reports: list[PhaseReport], training: dict | None) -> str:
                 f"{figures['files']:>6,} {figures['memory_bytes'] / 1e6:>10,.0f} "
                 f"{figures['grown_bytes'] / 1e6:>9,.0f} {figures['peak_bytes'] / 1e6:>8,.0f}"
             )
-        same = "differ from" if report.problems else "equal"
+        same = "equal" if report.equal else "differ from"
         lines += [
             f"Batches    the {report.steps} global batches of {count} hosts {same} those of one",
             f"Coordinator sent {report.sent_bytes:,.0f} bytes per step, and "

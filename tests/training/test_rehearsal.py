@@ -42,6 +42,7 @@ def rehearse(folder, *arguments):
 def check_figures(figures, steps):
     (phase,) = figures["phases"]
     assert figures["problems"] == [] and phase["steps"] == steps and len(phase["hosts"]) == 2
+    assert phase["equal"]
     assert 0 < phase["sent_bytes"] < 10_000 < phase["set_up_bytes"] < 10**7
     assert phase["coordinator_read_bytes"] < min(host["read_bytes"] for host in phase["hosts"])
     for host in phase["hosts"]:
@@ -147,13 +148,18 @@ def test_a_difference_is_found_and_named():
     """Host 1 has another value in tensor "b" of one example."""
 
     def other(context):
-        return tf.data.Dataset.range(64).batch(2).map(
-            lambda x: {"a": x, "b": tf.where(x == 7, x, x * 2)}
+        return (
+            tf.data.Dataset.range(64)
+            .batch(2)
+            .map(lambda x: {"a": x, "b": tf.where(x == 7, x, x * 2)})
         )
 
     def shares(input_fn, context, host):  # host's 2 of 4 replicas with a batch of 2
-        return input_fn(context).enumerate().filter(lambda i, _: i // 2 % 2 == host).map(
-            lambda _, batch: batch
+        return (
+            input_fn(context)
+            .enumerate()
+            .filter(lambda i, _: i // 2 % 2 == host)
+            .map(lambda _, batch: batch)
         )
 
     contexts = [tf.distribute.InputContext(2, i, 4) for i in range(2)]
