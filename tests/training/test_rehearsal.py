@@ -27,7 +27,7 @@ TEXT_STEPS = 20
 
 
 def rehearse(folder, *arguments):
-    """Runs the command, which must connect before the first operation; returns (report, figures)."""
+    """Runs the command, which must connect before any operation; returns (report, figures)."""
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--rehearse=2", f"--rehearse_json={folder}/r.json",
          *arguments],
