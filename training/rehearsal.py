@@ -296,7 +296,8 @@ def rehearse_phase(
         InputError: the data cannot be shared by the hosts, or is damaged.
     """
     phase = task.recipe.phases[phase_index]
-    count, steps = len(hosts.devices), min(STEPS, phase.steps)
+    count = len(hosts.devices)
+    steps = max(2, min(STEPS, phase.steps))  # the first one is measured apart
     input_fn = task.train_batches(phase_index, 0)
     contexts = [tf.distribute.InputContext(count, i, count * replicas) for i in range(count)]
     graph = input_graph.examine(input_fn, contexts[0], shared_dir)
