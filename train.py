@@ -77,6 +77,12 @@ flags.DEFINE_string(
 flags.DEFINE_string("preflight_json", "", "File for the pre-flight's figures; its picture too.")
 flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all TPU kernels.")
 flags.DEFINE_string("mllog", "", "A new file for MLPerf's log of the run.")
+flags.DEFINE_integer(
+    "rehearse",
+    None,
+    "Do not train; run so many processes of this machine as the hosts of a pod, and report.",
+)
+flags.DEFINE_string("rehearse_json", "", "File for the figures of the rehearsal.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
 
 MAX_SECONDS = 10**6  # of --connect_seconds
@@ -270,6 +276,52 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
             report(run, results, model_dir, export_dir)
 
 
+def rehearse(recipe) -> int:
+    """Runs the rehearsal of a pod; returns the exit status.
+
+    Raises:
+        InputError: another flag asks for something else, or the rehearsal cannot run.
+    """
+    from training import rehearsal
+
+    others = {
+        "--tpu": FLAGS.tpu,
+        "--preflight": FLAGS.preflight,
+        "--synthetic": FLAGS.synthetic,
+        "--dry_run": FLAGS.dry_run,
+        "TF_CONFIG": cluster.read_cluster(),
+    }
+    if given := [name for name, value in others.items() if value]:
+        raise InputError(
+            f"--rehearse={FLAGS.rehearse} starts its own hosts on this machine, to read real data; "
+            f"it does not go together with {' and '.join(given)}. Leave out one of them."
+        )
+
+    def make_task(shared_dir):
+        if recipe.compute_dtype != "float32":
+            tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
+        return TASKS[recipe.task](
+            recipe,
+            data_dir=FLAGS.data_dir,
+            vocab=FLAGS.vocab,
+            resume_dir=None,
+            seed=FLAGS.seed,
+            synthetic=False,
+            log=log,
+            cache_dir=FLAGS.cache_dir,
+            shared_dir=shared_dir,
+        )
+
+    return rehearsal.run(
+        make_task,
+        recipe,
+        FLAGS.rehearse,
+        seed=FLAGS.seed,
+        json_path=FLAGS.rehearse_json,
+        log=log,
+    )
+
+
 def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
     from training.monitor import plot  # matplotlib takes a second to import
@@ -336,6 +388,10 @@ def main(arguments) -> int:
     if process.ASKED_BACKEND not in ("", "tensorflow"):
         log(f"KERAS_BACKEND={process.ASKED_BACKEND} is ignored: train.py runs on TensorFlow")
     recipe = choose_recipe()
+    if FLAGS.rehearse is not None:
+        return rehearse(recipe)
+    if FLAGS.rehearse_json:
+        raise InputError("--rehearse_json needs --rehearse=HOSTS.")
     if FLAGS.preflight:
         from preflight import run as preflight  # training does not need its dependencies
 

@@ -14,10 +14,13 @@ import tensorflow as tf
 
 from inputs.bad_records import REPAIR, BadRecords
 
+SCRATCH: set[str] = set()  # all folders of `scratch_folder`, which other hosts cannot open
+
 
 def scratch_folder(owner: object, prefix: str) -> str:
     """A new temporary folder, which is removed together with its owner."""
     folder = tempfile.mkdtemp(prefix=prefix)
+    SCRATCH.add(folder)
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return folder
 

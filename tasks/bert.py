@@ -157,6 +157,12 @@ class BertPretraining(Task):
             phase.global_batch_size, self.recipe.evaluation_examples, context
         )
 
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        del context, steps
+        phase = self.recipe.phases[phase_index]
+        return self._source.training_examples(phase, self._seed + phase_index).files
+
     def check_data(self):
         """See `tasks.task.Task.check_data`."""
         self._source.check()

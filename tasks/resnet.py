@@ -114,6 +114,11 @@ class ImageClassification(Task):
             batch_size, self.recipe.evaluation_examples, context
         )
 
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        batch_size = self.recipe.phases[phase_index].global_batch_size
+        return self._source.training.files_read(batch_size, context, steps)
+
     def check_data(self):
         """See `tasks.task.Task.check_data`."""
         self._source.check()

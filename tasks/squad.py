@@ -128,6 +128,11 @@ class SquadFineTuning(Task):
             batch_size, context, first_step
         )
 
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        del phase_index, context, steps
+        return self._source.training.files
+
     def evaluation_batches(self, phase_index):
         """The first `evaluation_examples` windows of the dev file, for the loss."""
         batch_size = self.recipe.phases[phase_index].global_batch_size

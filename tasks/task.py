@@ -125,6 +125,17 @@ class Task(abc.ABC):
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
 
+    def files_read(self, phase_index: int, context, steps: int) -> set[str]:
+        """The files from which a host reads the examples of the first steps of a phase.
+
+        Args:
+            phase_index: index of the recipe's phase, from 0.
+            context: `tf.distribute.InputContext` of the host.
+            steps: the number of steps.
+        """
+        del phase_index, context, steps
+        return set()
+
     def check_data(self) -> None:  # noqa: B027
         """Reports the damaged records that hosts have found since the last call.
 

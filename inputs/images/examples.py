@@ -134,6 +134,20 @@ class Images:
         order = self._order(global_batch_size, min(limit, self.num_examples), None)
         return self._batches(order, context, 0, training=False)
 
+    def files_read(self, global_batch_size, context, steps) -> set[str]:
+        """The TFRecord files of the images of a host's first training steps.
+
+        Args:
+            global_batch_size: examples per step over all replicas.
+            context: `tf.distribute.InputContext` of the host.
+            steps: the number of steps.
+        """
+        order = self._order(global_batch_size, self.num_examples, self._seed)
+        rows = row_batches(order, context, 0, functools.partial(self._rows, order))
+        replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        found = rows.take(steps * replicas).as_numpy_iterator()
+        return {self._paths[file] for batch in found for file in np.unique(batch[:, 2])}
+
     def _order(self, batch, examples, seed):
         lanes = self._lanes or number_of_lanes(batch, examples)
         return Order(examples, batch, lanes, BLOCK, WINDOW_BLOCKS, seed)

@@ -149,6 +149,11 @@ class Features:
         records = BadRecords(0.0, skip=False, log=print)
         self.damage = Damage(records, self.num_examples, os.path.join(folder, "damaged"))
 
+    @property
+    def files(self) -> set[str]:
+        """The file of the windows; a host reads pages of it."""
+        return {self._file.path}
+
     def _write(self, folder):
         """Writes the row of each window."""
         with PagesWriter(folder, {ROWS: np.int32}, {ROWS: FIELDS + self.sequence_length}) as writer:

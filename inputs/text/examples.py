@@ -113,6 +113,12 @@ class Examples:
         )
         self._masked_rows = tf.function(self._make_masked_rows, autograph=False)
 
+    @property
+    def files(self) -> set[str]:
+        """The files of the corpus; a host reads pages of each of them."""
+        parts = self._tokens, self._table, self._sentence_starts
+        return {part.path for part in parts if part is not None}
+
     def order(self, global_batch_size) -> Order:
         """The order of the training examples."""
         lanes = self._lanes or number_of_lanes(global_batch_size, self.num_examples)
