@@ -24,6 +24,7 @@ IMAGES = ("kind", "images")
 FRAME_BYTES = 16  # of each record: its length, and the check sums of length and data
 HEADER_BYTES = 12  # the length, and its check sum
 RECORDS_PER_READ = 256
+SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
 
 def is_prepared(folder: str) -> bool:
@@ -83,8 +84,7 @@ def _write_errors(path):
 def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
     """Yields (offset in bytes, record) of each record of a TFRecord file, in order.
 
-    The record is None if it is damaged. Reading ends at a record whose length is damaged, as the
-    place of the next one is not known.
+    The record is None if it is damaged. A record that the end of the file cuts is left out.
     """
     size = tf.io.gfile.stat(path).length
     offset = 0
@@ -93,12 +93,40 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
             yield offset, record
             offset += len(record) + FRAME_BYTES
         if offset < size:
-            yield offset, None
             with tf.io.gfile.GFile(path, "rb") as file:
                 length = _length(file, offset)
-            if length is None:
+                following = _next_record(file, offset, size)
+            if length is not None:
+                following = offset + length + FRAME_BYTES
+            if following > size:
                 return
-            offset += length + FRAME_BYTES
+            yield offset, None
+            offset = following
+
+
+def _next_record(file, offset, size) -> int:
+    """Where the next record begins after a place, as its length has the right check sum."""
+    start = offset + 1
+    while start < size:
+        file.seek(start)
+        data = np.frombuffer(file.read(SEARCHED_BYTES), np.uint8)
+        count = len(data) - HEADER_BYTES + 1
+        if count < 1:
+            break
+        crc = np.full(count, 0xFFFFFFFF, np.uint32)
+        for byte in range(8):
+            crc = crc >> 8 ^ _CRC_TABLE[(crc ^ data[byte : byte + count]) & 255]
+        crc ^= np.uint32(0xFFFFFFFF)
+        masked = (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)
+        kept = np.ascontiguousarray(
+            np.lib.stride_tricks.sliding_window_view(data[8:], 4)[:count]
+        ).view("<u4")[:, 0]
+        for place in np.flatnonzero(masked == kept) + start:
+            length = _length(file, int(place))
+            if length is not None and place + length + FRAME_BYTES <= size:
+                return int(place)
+        start += count
+    return size
 
 
 def _readable(path, offset):
@@ -153,14 +181,14 @@ def _crc_of_byte(crc: int) -> int:
     return crc
 
 
-CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
+_CRC_TABLE = np.array([_crc_of_byte(byte) for byte in range(256)], np.uint32)
 
 
 def _masked_crc(data: bytes) -> bytes:
     """The check sum of TFRecord: CRC-32C, rotated and with a constant added; little-endian."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 255]
+        crc = crc >> 8 ^ int(_CRC_TABLE[(crc ^ byte) & 255])
     crc ^= 0xFFFFFFFF
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return masked.to_bytes(4, "little")

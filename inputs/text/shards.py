@@ -162,7 +162,7 @@ def _read_documents(path, shard, dtype, records):
     expected = shard["documents"]
     if seen != expected:
         records.add_bad(
-            f"{path} holds {seen:,} readable records, but the manifest says {expected:,}: the "
+            f"{path} holds {seen:,} records, but the manifest says {expected:,}: the "
             "file was truncated, damaged or replaced.",
             max(expected - seen, 1),
         )
