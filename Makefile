@@ -66,7 +66,7 @@ $(VENV)/preflight: $(VENV)/train
 	touch $@
 
 $(VENV)/test: $(VENV)/train
-	$(PIP) -e .[train,test,preflight,examples]
+	$(PIP) -e .[train,test,preflight,examples,mlperf]
 	touch $@
 
 $(VENV)/docs: $(VENV)/train

@@ -31,6 +31,7 @@ from training import cluster, optimizers, strategy
 from training.checkpoint import compatibility, manager
 from training.checkpoint.interruption import Interrupted, handle_signals
 from training.monitor.divergence import Diverged
+from training.monitor.mllog import MLPerfLog
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run, shorten
 
@@ -61,7 +62,10 @@ flags.DEFINE_integer("global_batch_size", None, "Examples per step, over all rep
 flags.DEFINE_string(
     "scaling",
     "none",
-    "How --global_batch_size changes learning rate and steps: none, sqrt or linear.",
+    "How --global_batch_size changes learning rate and steps: none, sqrt, linear or evidence.",
+)
+flags.DEFINE_string(
+    "grow_batch", "", "Batch sizes such as 32,64,128: batch warm-up, in phases of equal length."
 )
 flags.DEFINE_integer("steps_per_loop", 50, "Steps on the device between two logs or checkpoints.")
 flags.DEFINE_integer("seed", 1, "Seed of weights, data order, sentence pairs and masks.")
@@ -72,6 +76,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("preflight_json", "", "File for the pre-flight's figures; its picture too.")
 flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all TPU kernels.")
+flags.DEFINE_string("mllog", "", "A new file for MLPerf's log of the run.")
+flags.DEFINE_integer(
+    "rehearse",
+    None,
+    "Do not train; run so many processes of this machine as the hosts of a pod, and report.",
+)
+flags.DEFINE_string("rehearse_json", "", "File for the figures of the rehearsal.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
 
 MAX_SECONDS = 10**6  # of --connect_seconds
@@ -131,6 +142,8 @@ def choose_recipe() -> Recipe:
         with blame("--scaling"):
             recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
     recipe = recipes.resized(recipe, steps=FLAGS.steps)
+    if FLAGS.grow_batch:
+        recipe = grow_batch(recipe, FLAGS.grow_batch)
     with blame("--set"):
         recipe = recipes.override(recipe, FLAGS.set)
         recipe.check()
@@ -138,6 +151,18 @@ def choose_recipe() -> Recipe:
     if on_tpu and not any(field.startswith("compute_dtype") for field in FLAGS.set):
         recipe = dataclasses.replace(recipe, compute_dtype="bfloat16")
     return recipe
+
+
+def grow_batch(recipe: Recipe, text: str) -> Recipe:
+    """Returns the recipe with the batch sizes of `--grow_batch`, one phase for each."""
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--grow_batch={text}: give batch sizes, such as --grow_batch=32,64,128."
+        ) from None
+    with blame("--grow_batch"):
+        return recipes.grow_batch(recipe, batches)
 
 
 @contextlib.contextmanager
@@ -181,7 +206,27 @@ def check_replicas(recipe: Recipe, where) -> None:
         )
 
 
-def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
+def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
+    """Returns the log of `--mllog`, or None without that flag and in workers besides the chief.
+
+    Raises:
+        InputError: the run cannot have such a log.
+    """
+    if not FLAGS.mllog or not strategy.is_chief(where):
+        return None
+    if FLAGS.dry_run:
+        raise InputError("--mllog: a dry run trains no model. Leave out --mllog or --dry_run.")
+    step = manager.saved_step(model_dir)
+    if step:
+        raise InputError(
+            f"--mllog: {model_dir} holds a run at step {step}, and MLPerf's log is of one "
+            "uninterrupted run. Leave --mllog out, or choose another --model_dir."
+        )
+    platform = f"{where.num_replicas_in_sync} x {where.extended.worker_devices[0].split(':')[-2]}"
+    return MLPerfLog(FLAGS.mllog, recipe, platform=platform, seed=FLAGS.seed, started=STARTED)
+
+
+def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> None:
     """Loads the data, builds the model, trains, exports and prints the report."""
     chief = strategy.is_chief(where)
     tf_keras.utils.set_random_seed(FLAGS.seed)
@@ -200,6 +245,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
         synthetic=FLAGS.synthetic,
         log=log_line,
         cache_dir=FLAGS.cache_dir,
+        shared_dir=model_dir if strategy.drives_other_hosts(where) else "",
     )
     with blame("--set"):
         run = Run(
@@ -213,6 +259,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
             stop=stop,
             log=log_line,
             started=STARTED,
+            mllog=mllog,
         )
     if "CPU" in where.extended.worker_devices[0]:
         weights = run.model.trainable_variables
@@ -229,6 +276,52 @@ def train(where, recipe, model_dir, export_dir, stop, log_line) -> None:
             report(run, results, model_dir, export_dir)
 
 
+def rehearse(recipe) -> int:
+    """Runs the rehearsal of a pod; returns the exit status.
+
+    Raises:
+        InputError: another flag asks for something else, or the rehearsal cannot run.
+    """
+    from training import rehearsal
+
+    others = {
+        "--tpu": FLAGS.tpu,
+        "--preflight": FLAGS.preflight,
+        "--synthetic": FLAGS.synthetic,
+        "--dry_run": FLAGS.dry_run,
+        "TF_CONFIG": cluster.read_cluster(),
+    }
+    if given := [name for name, value in others.items() if value]:
+        raise InputError(
+            f"--rehearse={FLAGS.rehearse} starts its own hosts on this machine, to read real data; "
+            f"it does not go together with {' and '.join(given)}. Leave out one of them."
+        )
+
+    def make_task(shared_dir):
+        if recipe.compute_dtype != "float32":
+            tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
+        return TASKS[recipe.task](
+            recipe,
+            data_dir=FLAGS.data_dir,
+            vocab=FLAGS.vocab,
+            resume_dir=None,
+            seed=FLAGS.seed,
+            synthetic=False,
+            log=log,
+            cache_dir=FLAGS.cache_dir,
+            shared_dir=shared_dir,
+        )
+
+    return rehearsal.run(
+        make_task,
+        recipe,
+        FLAGS.rehearse,
+        seed=FLAGS.seed,
+        json_path=FLAGS.rehearse_json,
+        log=log,
+    )
+
+
 def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
     from training.monitor import plot  # matplotlib takes a second to import
@@ -243,7 +336,8 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     print(
         f"""
 Trained    {recipe.name}: {recipe.task} {recipe.model}, {parameters:,} parameters, \
-{recipe.steps:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, on {task.data}
+{run.steps_done:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, \
+on {task.data}
 Held out   {task.describe(results)}
 Speed      {run.progress.describe_speed()} on {run.strategy.num_replicas_in_sync} replica(s)
 SavedModel {export_dir}
@@ -294,6 +388,10 @@ def main(arguments) -> int:
     if process.ASKED_BACKEND not in ("", "tensorflow"):
         log(f"KERAS_BACKEND={process.ASKED_BACKEND} is ignored: train.py runs on TensorFlow")
     recipe = choose_recipe()
+    if FLAGS.rehearse is not None:
+        return rehearse(recipe)
+    if FLAGS.rehearse_json:
+        raise InputError("--rehearse_json needs --rehearse=HOSTS.")
     if FLAGS.preflight:
         from preflight import run as preflight  # training does not need its dependencies
 
@@ -325,8 +423,11 @@ def main(arguments) -> int:
         strategy.check_workers_agree(
             where, recipe=recipe, seed=FLAGS.seed, steps_per_loop=FLAGS.steps_per_loop
         )
+        mllog = open_mllog(where, recipe, model_dir)
+        if mllog:
+            stack.callback(mllog.close)
         try:
-            train(where, recipe, model_dir, export_dir, stop, log_line)
+            train(where, recipe, model_dir, export_dir, stop, log_line, mllog)
         except Interrupted as signal:
             log_line(
                 f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "

@@ -12,6 +12,8 @@ MAX_REPORTED = 10  # messages about single records; after that only the total is
 CHECKED_FROM = 1_000
 # A file with a larger share of damaged records probably has another format.
 MAX_SHARE_OF_FILE = 0.5
+# What to do where the first damaged record ends the run.
+REPAIR = "Repair it, or skip damaged records with --set on_bad_record=skip."
 
 
 @dataclasses.dataclass
@@ -33,6 +35,7 @@ class BadRecords:
         limit_flag: the flag that sets `max_share`, for the error message.
 
     Attributes:
+        skip: as given.
         good: number of usable records so far.
         bad: number of damaged records so far.
     """
@@ -46,7 +49,7 @@ class BadRecords:
         limit_flag: str = "--set max_bad_record_share",
     ):
         self._max_share = max_share
-        self._skip = skip
+        self.skip = skip
         self._log = log
         self._limit_flag = limit_flag
         self._first = ""
@@ -95,10 +98,8 @@ class BadRecords:
         Raises:
             InputError: the limit is exceeded, or `skip` is False.
         """
-        if not self._skip:
-            raise InputError(
-                f"{message} Repair it, or skip damaged records with --set on_bad_record=skip."
-            )
+        if not self.skip:
+            raise InputError(f"{message} {REPAIR}")
         self._first = self._first or message
         if self._file and not self._file.first:
             self._file.first = message

@@ -1,55 +1,12 @@
-"""Which examples a step reads, and the random numbers and synthetic batches of every pipeline.
+"""The random numbers and the synthetic batches of every pipeline.
 
 Examples are numbered from 0 over the whole run. All randomness of an example is a function of
 (seed, example id), so any host can compute any step without the steps before it.
 """
 
-import numpy as np
 import tensorflow as tf
 
 FEW = 2**18  # largest limit for which `integers_below` uses 24 random bits
-
-
-def host_batches(global_batch_size: int, context: tf.distribute.InputContext | None):
-    """Splits the global batches among hosts and replicas.
-
-    Args:
-        global_batch_size: examples per step over all replicas.
-        context: `tf.distribute.InputContext` of this host; None means a single replica.
-
-    Returns:
-        (local, ids_of): `local` is the number of batches that this host makes per step, one for
-        each of its replicas. `ids_of` maps k, an int64 scalar, to the example ids, [B] int64, of
-        the host's k-th batch.
-    """
-    replicas = context.num_replicas_in_sync if context else 1
-    local = replicas // context.num_input_pipelines if context else 1
-    first = context.input_pipeline_id * local if context else 0
-    size = global_batch_size // replicas
-
-    def ids_of(k):
-        step, replica = k // local, first + k % local
-        return step * global_batch_size + replica * size + tf.range(size, dtype=tf.int64)
-
-    return local, ids_of
-
-
-def shuffled(example_ids, num_records: int, seed: int):
-    """Maps training examples to records of the data set: [B] int64 in [0, `num_records`).
-
-    Each epoch of `num_records` examples is a different permutation of the records.
-
-    Args:
-        example_ids: [B] int64.
-        num_records: size of the data set.
-        seed: int.
-    """
-    epoch = example_ids // num_records
-    seeds = tf.stack([tf.fill(tf.shape(epoch), np.int64(seed)), epoch, epoch * 0], axis=1)
-    # The public wrapper accepts only one seed for all indices (TensorFlow 2.20).
-    return tf.raw_ops.RandomIndexShuffle(
-        index=example_ids % num_records, seed=seeds, max_index=np.int64(num_records - 1)
-    )
 
 
 def uniform(seed: int, stream: int, example_ids, columns: int):
@@ -72,9 +29,9 @@ def random_bits(seed: int, stream: int, example_ids, columns: int):
 
     See `uniform` for the arguments.
     """
-    key = _mix(tf.constant(seed * 64 + stream, tf.uint64))
-    rows = _mix(tf.cast(example_ids, tf.uint64) + key)[:, tf.newaxis]
-    return _mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
+    key = mix(tf.constant(seed * 64 + stream, tf.uint64))
+    rows = mix(tf.cast(example_ids, tf.uint64) + key)[:, tf.newaxis]
+    return mix(rows + tf.cast(tf.range(columns, dtype=tf.int64), tf.uint64)[tf.newaxis])
 
 
 def unit_floats(bits):
@@ -106,8 +63,8 @@ def _upper(bits, count: int):
     return tf.cast(tf.bitwise.right_shift(bits, tf.constant(64 - count, tf.uint64)), tf.int64)
 
 
-def _mix(x):
-    """The output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64."""
+def mix(x):
+    """A hash of uint64 `x`: the output function of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
     x = x + tf.constant(0x9E3779B97F4A7C15, tf.uint64)
     x = _xor_shift(x, 30) * tf.constant(0xBF58476D1CE4E5B9, tf.uint64)
     x = _xor_shift(x, 27) * tf.constant(0x94D049BB133111EB, tf.uint64)

@@ -1,7 +1,7 @@
-"""Shards: ArrayRecord files in a folder, with a manifest that describes them.
+"""Shards: TFRecord files in a folder, with a manifest that describes them.
 
-The formats of text and images are in `inputs.text.shards` and `inputs.images.shards`. ArrayRecord
-keeps a hash of each record, so damage is found when the record is read.
+The formats of text and images are in `inputs.text.shards` and `inputs.images.shards`. TFRecord
+keeps a check sum of each record, so damage is found when the record is read.
 """
 
 import contextlib
@@ -9,20 +9,22 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
-from array_record.python import array_record_module
+import numpy as np
+import tensorflow as tf
 
 from inputs.errors import InputError
 from inputs.files import atomic_file
 
 MANIFEST = "manifest.json"
-SUFFIX = ".arrayrecord"
-# One record per chunk, for random access. Uncompressed text reads 2.5 times as fast as with zstd,
-# which would save a quarter of the space; images are compressed already.
-WRITER_OPTIONS = "group_size:1,uncompressed"
+SUFFIX = ".tfrecord"
+OLD_SUFFIX = ".arrayrecord"  # of versions up to 0.1.0
 # The (field, value) that identifies a manifest as one of this program, by the kind of data.
 TEXT = ("format", "tf_lamb tokenised text")
 IMAGES = ("kind", "images")
-UNREADABLE = (RuntimeError, IndexError)  # what ArrayRecord raises for a damaged record
+FRAME_BYTES = 16  # of each record: its length, and the check sums of length and data
+HEADER_BYTES = 12  # the length, and its check sum
+RECORDS_PER_READ = 256
+SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
 
 def is_prepared(folder: str) -> bool:
@@ -31,21 +33,21 @@ def is_prepared(folder: str) -> bool:
     The file name alone does not decide, because other programs also write a manifest.json.
     """
     path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    if not tf.io.gfile.exists(path) or tf.io.gfile.isdir(path):
         return False
-    if any(name.endswith(SUFFIX) for name in os.listdir(folder)):
+    if any(name.endswith((SUFFIX, OLD_SUFFIX)) for name in tf.io.gfile.listdir(folder)):
         return True
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        with tf.io.gfile.GFile(path) as file:
+            manifest = json.loads(file.read())
+    except (OSError, tf.errors.OpError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and any(manifest.get(k) == v for k, v in (TEXT, IMAGES))
 
 
 @contextlib.contextmanager
 def record_writer(path: str) -> Iterator[Callable[[bytes], None]]:
-    """Yields a function that appends a record to an ArrayRecord file.
+    """Yields a function that appends a record to a TFRecord file.
 
     The file appears at `path` when the block ends without an error; otherwise it is removed.
 
@@ -54,7 +56,7 @@ def record_writer(path: str) -> Iterator[Callable[[bytes], None]]:
     """
     with atomic_file(path) as new:
         with _write_errors(path):
-            writer = array_record_module.ArrayRecordWriter(new, WRITER_OPTIONS)
+            writer = tf.io.TFRecordWriter(new)
 
         def write(record: bytes) -> None:
             with _write_errors(path):
@@ -71,19 +73,156 @@ def record_writer(path: str) -> Iterator[Callable[[bytes], None]]:
 def _write_errors(path):
     try:
         yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(
-            f"--output: {path} cannot be written ({error}). Free some space and run the same "
+            f"--output: {path} cannot be written ({reason}). Free some space and run the same "
             "command again: it continues after the last finished shard."
         ) from None
 
 
-def damaged(path: str, index: int, reason) -> str:
+def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (offset in bytes, record) of each record of a TFRecord file, in order.
+
+    The record is None if it is damaged. A record that the end of the file cuts is left out.
+    """
+    size = tf.io.gfile.stat(path).length
+    offset = 0
+    while offset < size:
+        for record in _readable(path, offset):
+            yield offset, record
+            offset += len(record) + FRAME_BYTES
+        if offset < size:
+            with tf.io.gfile.GFile(path, "rb") as file:
+                length = _length(file, offset)
+                following = _next_record(file, offset, size)
+            if length is not None:
+                following = offset + length + FRAME_BYTES
+            if following > size:
+                return
+            yield offset, None
+            offset = following
+
+
+def _next_record(file, offset, size) -> int:
+    """Where the next record begins after a place, as its length has the right check sum."""
+    start = offset + 1
+    while start < size:
+        file.seek(start)
+        data = np.frombuffer(file.read(SEARCHED_BYTES), np.uint8)
+        count = len(data) - HEADER_BYTES + 1
+        if count < 1:
+            break
+        crc = np.full(count, 0xFFFFFFFF, np.uint32)
+        for byte in range(8):
+            crc = crc >> 8 ^ _CRC_TABLE[(crc ^ data[byte : byte + count]) & 255]
+        crc ^= np.uint32(0xFFFFFFFF)
+        masked = (crc >> 15 | crc << 17) + np.uint32(0xA282EAD8)
+        kept = np.ascontiguousarray(
+            np.lib.stride_tricks.sliding_window_view(data[8:], 4)[:count]
+        ).view("<u4")[:, 0]
+        for place in np.flatnonzero(masked == kept) + start:
+            length = _length(file, int(place))
+            if length is not None and place + length + FRAME_BYTES <= size:
+                return int(place)
+        start += count
+    return size
+
+
+def _readable(path, offset):
+    """Yields the records from `offset` on, up to the first that is damaged."""
+    # Within `flat_map`, as TensorFlow 2.20 cannot serialise a data set that begins with the op.
+    records = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
+        lambda start: records_from(path, start, buffer_bytes=2**20).ignore_errors()
+    )
+    for some in records.batch(RECORDS_PER_READ).as_numpy_iterator():
+        yield from some
+
+
+def record_offsets(path: str) -> np.ndarray:
+    """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
+
+    Raises:
+        InputError: the file cannot be read, is compressed, or is damaged.
+    """
+    offsets = []
+    try:
+        size = tf.io.gfile.stat(path).length
+        offset = 0
+        with tf.io.gfile.GFile(path, "rb") as file:
+            while offset < size:
+                length = _length(file, offset)
+                if length is None or offset + length + FRAME_BYTES > size:
+                    raise InputError(
+                        f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
+                        "here; the file is compressed, damaged or truncated. Copy it again; "
+                        "compressed files are converted by `python -m inputs.images.prepare`."
+                    )
+                offsets.append(offset)
+                offset += length + FRAME_BYTES
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from None
+    return np.array(offsets, np.int64)
+
+
+def _length(file, offset):
+    """The length of a record's data in bytes, or None if its check sum is wrong."""
+    file.seek(offset)
+    header = file.read(HEADER_BYTES)
+    length = int.from_bytes(header[:8], "little")
+    if len(header) < HEADER_BYTES or _masked_crc(header[:8]) != header[8:]:
+        return None
+    return length
+
+
+def _crc_of_byte(crc: int) -> int:
+    for _ in range(8):
+        crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)  # the polynomial of CRC-32C
+    return crc
+
+
+_CRC_TABLE = np.array([_crc_of_byte(byte) for byte in range(256)], np.uint32)
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """The check sum of TFRecord: CRC-32C, rotated and with a constant added; little-endian."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ int(_CRC_TABLE[(crc ^ byte) & 255])
+    crc ^= 0xFFFFFFFF
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked.to_bytes(4, "little")
+
+
+def records_from(path, offset, buffer_bytes: int = 0) -> tf.data.Dataset:
+    """The records of a TFRecord file from a place on.
+
+    Args:
+        path: string scalar.
+        offset: int64 scalar, where a record begins, in bytes.
+        buffer_bytes: read at a time; 0 for what a record needs.
+    """
+    records = records_op(path, offset, buffer_bytes)
+    return tf.data.experimental.from_variant(records, tf.TensorSpec([], tf.string))
+
+
+def records_op(path, offset, buffer_bytes: int = 0):
+    """The operation of `records_from`."""
+    # `tf.data.TFRecordDataset` has no argument for the offset (TensorFlow 2.20).
+    return tf.raw_ops.TFRecordDatasetV2(
+        filenames=tf.reshape(path, [1]),
+        compression_type="",
+        buffer_size=tf.constant(buffer_bytes, tf.int64),
+        byte_offsets=tf.reshape(offset, [1]),
+    )
+
+
+def damaged(path: str, offset: int, reason: str = "") -> str:
     """Formats the message about a damaged record.
 
     Args:
         path: the shard.
-        index: the record's position in it.
-        reason: a string, or the exception that ArrayRecord raised.
+        offset: where the record begins in it, in bytes.
+        reason: what is wrong, if it is not the check sum.
     """
-    return f"{path}, record {index}: damaged ({str(reason).split(';')[0]})."
+    return f"{path}, byte {offset}: damaged{reason and f' ({reason})'}."

@@ -18,6 +18,7 @@ from preflight import run as preflight
 from preflight.children import check_installed, show_progress
 from preflight.report import LEGEND
 from preflight.topology import parse_topologies
+from recipes import mlperf
 
 PATH = pathlib.Path(__file__).parents[1] / "docs/results/preflight.md"
 # The pod that each recipe was published on or is meant for. The paper's other batch sizes are not
@@ -40,6 +41,7 @@ PODS = {
     "resnet50-adamw-16k": "v3:16x32",
     "resnet50-adagrad-16k": "v3:16x32",
 }
+PODS |= {r.recipe.name: r.topology for r in mlperf.RESULTS if r.topology} | PODS
 # Recipes whose largest batch is searched for. A search takes several compilations per phase.
 SEARCHED = ("bert-mini-demo", "bert-mini", "bert-large-64k-32k")
 # Minutes on 1,024 v3 chips: arXiv:1904.00962v3, Table 1; MLPerf Training v0.6, Google, ResNet.

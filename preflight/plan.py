@@ -1,24 +1,31 @@
-"""Proposes a batch size, learning rates and steps for a TPU.
+"""Proposes a batch size, learning rates and steps for a TPU, and says where each number comes from.
 
     python -m preflight.plan --recipe=NAME --topology=TPU
 
-The batch size is --batch, or else the largest one published for the same model, but at most the
-gradient noise scale if that is given. Learning rates and steps follow the paper's scaling rule
-(`recipes.scaling`). Memory, accumulation and time come from the pre-flight (`preflight.run`).
+Where there are reference runs of the recipe's model, optimizer and target (MLPerf's BERT and
+ResNet-50), numbers are interpolated between them (`recipes.evidence`), and the command draws time
+and examples to the target over the number of chips. Elsewhere, learning rates and steps follow the
+paper's scaling rule (`recipes.scaling`). The batch size is --batch. Without it, it is the critical
+batch size of the evidence, or the largest one published for the same model; but at most the
+gradient noise scale, if that is given. Memory, accumulation and time come from the pre-flight
+(`preflight.run`).
 """
 
 import argparse
 import dataclasses
+import math
 import sys
 
 from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
+from preflight import curve as curves
 from preflight import run as preflight
 from preflight.children import check_installed, show_progress
 from preflight.report import format_minutes
 from preflight.topology import Topology, parse_topologies
+from recipes.evidence import Evidence, Prediction, find_evidence
 from recipes.types import Recipe
 from training.monitor import noise_scale
 
@@ -101,8 +108,8 @@ def parse_noise_scale(text: str) -> float:
     return scale
 
 
-def scale_nearest(members: list[Recipe], batch: int) -> Recipe:
-    """Returns the recipe with the nearest batch size, scaled to `batch` by the square-root rule."""
+def scale_nearest(members: list[Recipe], batch: int, rule: str = "sqrt") -> Recipe:
+    """Returns the recipe with the nearest batch size, scaled to `batch` by a rule."""
 
     def ratio(recipe):
         size = first_batch_size(recipe)
@@ -111,16 +118,124 @@ def scale_nearest(members: list[Recipe], batch: int) -> Recipe:
     nearest = min(members, key=ratio)
     if batch == first_batch_size(nearest):
         return nearest
-    return recipes.scale_recipe(nearest, batch, "sqrt")
+    return recipes.scale_recipe(nearest, batch, rule)
 
 
-def describe(recipe: Recipe, results) -> str:
-    """Returns the proposal as text, one line per phase.
+def propose_batch_by_evidence(evidence: Evidence, topology: Topology, scale: float | None) -> int:
+    """Returns the critical batch size of the evidence, but at most the noise scale.
+
+    At the critical batch size, training needs twice the examples that it needs with a very small
+    batch.
 
     Args:
-        recipe: from `scale_nearest`.
-        results: list with a `preflight.run.PhaseResult` for each phase.
+        evidence: the reference runs.
+        topology: the slice.
+        scale: the gradient noise scale in examples; None if it is not known.
+
+    Returns:
+        Examples per step, a multiple of the replicas within the evidence.
+
+    Raises:
+        InputError: no multiple of the replicas is within the evidence.
     """
+    low, high = evidence.batches
+    _, critical = evidence.fit()
+    largest = high // topology.replicas * topology.replicas
+    if largest < low:
+        raise InputError(
+            f"--topology={topology.name} has {topology.replicas:,} replicas, and the evidence for "
+            f"{evidence.subject} goes from batch {low:,} to {high:,}. Give a slice of which a "
+            "multiple of the replicas is in this range."
+        )
+    wanted = min(critical, scale) if scale is not None else critical
+    smallest = -(-low // topology.replicas) * topology.replicas
+    batch = int(wanted) // topology.replicas * topology.replicas
+    return min(max(batch, smallest), largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A proposal and where it comes from.
+
+    Attributes:
+        recipe: The recipe, for the proposed batch size.
+        batch_source: Where the batch size comes from.
+        source: Where learning rate, warm-up, decay, moments and steps come from.
+        evidence: The evidence, or None if a rule was used.
+        prediction: What the evidence says of the batch size, or None.
+    """
+
+    recipe: Recipe
+    batch_source: str
+    source: str
+    evidence: Evidence | None = None
+    prediction: Prediction | None = None
+
+
+def make_plan(
+    members: list[Recipe],
+    topology: Topology,
+    *,
+    batch: int | None = None,
+    scale: float | None = None,
+    rule: str = "auto",
+    examples: int | None = None,
+) -> Plan:
+    """Proposes batch size, learning rates and steps.
+
+    Args:
+        members: recipes of one model and optimizer, from `family`.
+        topology: the slice.
+        batch: examples per step; None to choose them.
+        scale: the gradient noise scale in examples; None if it is not known.
+        rule: "evidence", "sqrt" or "linear"; or "auto" for the evidence where there is some, else
+            "sqrt".
+        examples: examples to train on in all, instead of those of the recipe; None to keep them.
+            The evidence says itself how many the target needs.
+
+    Raises:
+        InputError: the topology does not suit the evidence.
+        ValueError: the batch is outside the evidence, or there is none, or a rule leaves no steps.
+    """
+    evidence = find_evidence(members[0]) if rule in ("auto", "evidence") else None
+    if rule == "evidence" and evidence is None:
+        recipes.scale_recipe(members[0], batch or first_batch_size(members[0]), rule)  # raises
+    if batch is not None:
+        batch_source = "--batch"
+    elif scale is not None:
+        batch_source = f"at most the noise scale, {scale:,.0f}"
+    elif evidence:
+        batch_source = f"critical batch size of the reference points, {evidence.fit()[1]:,.0f}"
+    else:
+        batch_source = "the largest one published for this model"
+    if evidence:
+        batch = batch or propose_batch_by_evidence(evidence, topology, scale)
+        prediction = evidence.predict(batch)
+        recipe = recipes.scale_recipe(members[0], batch, "evidence")
+        return Plan(recipe, batch_source, prediction.source, evidence, prediction)
+    rule = "sqrt" if rule == "auto" else rule
+    batch = batch or propose_batch(members, topology, scale)
+    recipe = scale_nearest(members, batch, rule)
+    if examples is not None:
+        recipe = recipes.resized(recipe, steps=max(1, round(examples / batch)))
+    source = f"{recipe.name}: {recipe.reference}"
+    if batch != first_batch_size(recipes.find_recipe(recipe.name)):
+        formula = {"sqrt": "paper's rule, the square root", "linear": "linear rule, the ratio"}[
+            rule
+        ]
+        source += f"; scaled by the {formula} of the batch sizes, which no run at this size checks"
+    return Plan(recipe, batch_source, source)
+
+
+def describe(plan: Plan, results, examples: int | None = None) -> str:
+    """Returns the proposal as text: the numbers, and where each comes from.
+
+    Args:
+        plan: from `make_plan`.
+        results: list with a `preflight.run.PhaseResult` for each phase.
+        examples: number of training examples, to say how often they are repeated; None if unknown.
+    """
+    recipe, prediction = plan.recipe, plan.prediction
     lines = [f"Plan from {recipe.name}, {recipe.optimizer}, {recipe.compute_dtype}"]
     for phase, result in zip(recipe.phases, results, strict=True):
         if result.error:
@@ -130,12 +245,65 @@ def describe(recipe: Recipe, results) -> str:
             f"Phase {result.phase}: batch {phase.global_batch_size:,} = "
             f"{result.topology.replicas:,} replicas x {result.replica_batch_size:,}, in "
             f"{result.accumulation} micro-batch(es); {phase.steps:,} steps; learning rate "
-            f"{phase.peak_learning_rate:.4g} after {phase.warmup_steps:,} warm-up steps; "
+            f"{phase.peak_learning_rate:.4g} after {phase.warmup_steps:,} warm-up steps"
+            f"{f' from step {phase.warmup_from}' if phase.warmup_from else ''}; "
             f"{format_minutes(result.minutes)} estimated"
         )
     minutes = [result.minutes for result in results]
-    if None not in minutes:
-        lines.append(f"Total: {format_minutes(sum(minutes))} estimated")
+    lines.append(f"Batch: {plan.batch_source}")
+    lines.append(f"Rate, warm-up, steps: {plan.source}")
+    names = ("beta_1", "beta_2") if recipe.optimizer == "lamb" else ("momentum",)
+    settings = ", ".join(f"{name} {getattr(recipe, name):.5g}" for name in names)
+    lines.append(f"Settings: {settings}, weight_decay {recipe.weight_decay:.5g}; the same source")
+    if prediction:
+        if prediction.rate_error:
+            lines.append(
+                "Learning rate: known to a factor of "
+                f"{1 + prediction.rate_error:.2g} only, the largest error of a point predicted "
+                "from the others; try some around it"
+            )
+        lines.append(
+            f"To the target: {prediction.examples / 1e6:,.2f} million {plan.evidence.unit} "
+            f"({prediction.low / 1e6:,.2f} to {prediction.high / 1e6:,.2f}), {prediction.steps:,} "
+            "steps"
+        )
+        if examples:
+            lines.append(f"Data: {prediction.examples / examples:.3g} times {examples:,} examples")
+    (seconds, *_) = [result.time.step if result.time else None for result in results]
+    if None not in minutes and prediction:
+        batch = first_batch_size(recipe)
+        low, middle, high = (
+            math.ceil(n / batch) * seconds / 60
+            for n in (prediction.low, prediction.examples, prediction.high)
+        )
+        lines.append(
+            f"Time to the target: {middle:,.2f} minutes estimated ({low:,.2f} to {high:,.2f} by "
+            f"the interval of the {plan.evidence.unit}); step {seconds:.3g} s by the pre-flight, a "
+            "lower bound"
+        )
+    elif None not in minutes:
+        lines.append(f"Total: {format_minutes(sum(minutes))} estimated by the pre-flight")
+    return "\n".join(lines)
+
+
+def describe_curve(points) -> str:
+    """Returns a table of `preflight.curve.Point`s, and the point beyond which chips do not pay."""
+    lines = ["chips   batch     million examples        steps   minutes"]
+    for point in points:
+        found = point.prediction
+        span = f"({found.low / 1e6:,.2f} to {found.high / 1e6:,.2f})"
+        lines.append(
+            f"{point.topology.chips:<7,} {point.batch:<9,} {found.examples / 1e6:<6,.2f} "
+            f"{span:<17}{found.steps:<7,} {point.minutes():,.3g}"
+        )
+    end = curves.pays_until(points)
+    if end is points[-1]:
+        lines.append(f"Up to {end.topology.chips:,} chips, twice as many save a tenth or more.")
+    else:
+        lines.append(
+            f"From {end.topology.chips:,} chips on, twice as many save less than a tenth of the "
+            "time."
+        )
     return "\n".join(lines)
 
 
@@ -157,6 +325,20 @@ def main(arguments) -> int:
         "--noise_scale",
         help="upper bound of the batch: examples, or the model_dir of a run that measured it",
     )
+    parser.add_argument(
+        "--rule",
+        choices=("auto", *recipes.scaling.RULES),
+        default="auto",
+        help="where the settings come from; auto: the evidence where there is some, else sqrt",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        help="training examples: the data of runs with evidence, else the length of the run",
+    )
+    parser.add_argument(
+        "--picture", help="a PNG of time and examples to the target over the chips (evidence only)"
+    )
     flags = parser.parse_args(arguments)
     try:
         scale = None if flags.noise_scale is None else parse_noise_scale(flags.noise_scale)
@@ -165,19 +347,42 @@ def main(arguments) -> int:
         if len(topologies) > 1:
             raise InputError(f"--topology={flags.topology}: give exactly one topology.")
         (topology,) = topologies
-        if flags.batch is not None and flags.batch < 1:
-            raise InputError(f"--batch must be at least 1. Received: --batch={flags.batch}.")
-        batch = flags.batch or propose_batch(members, topology, scale)
-        recipe = dataclasses.replace(scale_nearest(members, batch), compute_dtype="bfloat16")
-        for phase in recipe.phases:
-            preflight.replica_batch_size(recipe, phase, topology, "--topology", "--batch")
+        for name in ("batch", "examples"):
+            value = getattr(flags, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+        plan = make_plan(
+            members,
+            topology,
+            batch=flags.batch,
+            scale=scale,
+            rule=flags.rule,
+            examples=flags.examples,
+        )
+        if flags.picture and not plan.evidence:
+            raise InputError(
+                f"--picture: there is no evidence for {members[0].name}, so nothing to draw. Leave "
+                "--picture out, or choose a recipe of the family mlperf-bert or mlperf-resnet50."
+            )
+        plan = dataclasses.replace(
+            plan, recipe=dataclasses.replace(plan.recipe, compute_dtype="bfloat16")
+        )
+        for phase in plan.recipe.phases:
+            preflight.replica_batch_size(plan.recipe, phase, topology, "--topology", "--batch")
         check_installed()
-        with show_progress(_print_line, total=len(recipe.phases)) as progress:
-            results = preflight.examine(recipe, [topology], progress=progress, search=True)
-    except ValueError as error:
+        with show_progress(_print_line, total=len(plan.recipe.phases)) as progress:
+            results = preflight.examine(plan.recipe, [topology], progress=progress, search=True)
+        print(describe(plan, results, flags.examples))
+        if plan.evidence and results[0].time:
+            model = curves.StepModel.from_result(results[0])
+            points = curves.curve(plan.evidence, model, topology)
+            print(describe_curve(points))
+            if flags.picture:
+                curves.draw(plan.evidence, points, flags.picture)
+    except (ValueError, OSError) as error:
         print(f"preflight.plan: {error}", file=sys.stderr)
         return 1
-    print(describe(recipe, results))
+    batch = first_batch_size(plan.recipe)
     if scale:
         print(
             f"Noise scale: {scale:,.0f} examples. Larger batches gain little. A batch of "

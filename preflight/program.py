@@ -21,7 +21,7 @@ from tensorflow.python.ops import gen_stateless_random_ops_v2 as random_ops
 from tasks import TASKS
 from training import optimizers
 from training.checkpoint.state import RunState
-from training.step import ReplicaStep
+from training.step import ReplicaStep, step_settings
 
 DEFAULT_ALGORITHM = tf.random.Algorithm.AUTO_SELECT.value
 
@@ -201,7 +201,7 @@ class Replica:
             seed=0,
             accumulation=accumulation,
             jit_compile=False,
-            measure_noise=self.recipe.measure_noise_scale,
+            **step_settings(self.recipe),
         )
         return step, task.train_batches(self.phase_index, 0)(None).element_spec
 

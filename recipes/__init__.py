@@ -5,15 +5,29 @@ and models are names, which the training program looks up.
 """
 
 from recipes.bert import BERT_RECIPES
+from recipes.growing import grow_batch
+from recipes.mlperf import MLPERF_RECIPES
 from recipes.overrides import nearest_name, override, resized
 from recipes.resnet import RESNET_RECIPES
 from recipes.scaling import scale_recipe
 from recipes.squad import SQUAD_RECIPES
 from recipes.types import Phase, Recipe
 
-__all__ = ["RECIPES", "Phase", "Recipe", "find_recipe", "override", "resized", "scale_recipe"]
+__all__ = [
+    "RECIPES",
+    "Phase",
+    "Recipe",
+    "find_recipe",
+    "grow_batch",
+    "override",
+    "resized",
+    "scale_recipe",
+]
 
-RECIPES = {recipe.name: recipe for recipe in (*BERT_RECIPES, *SQUAD_RECIPES, *RESNET_RECIPES)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (*BERT_RECIPES, *SQUAD_RECIPES, *RESNET_RECIPES, *MLPERF_RECIPES)
+}
 
 
 def find_recipe(name: str) -> Recipe:

@@ -48,6 +48,8 @@ class BertRecipe(Recipe):
     initializer_stddev: float = 0.02  # of matrices and embeddings, truncated at two deviations
     whole_word: bool = False  # mask whole words instead of word pieces
     packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels
+    init_from: str = ""  # weights to start from: a run's folder, or a BERT checkpoint (TF 1 or 2)
+    init_slots: bool = False  # also start with the moments in `init_from`
 
     def check(self):
         """Checks the fields, as `Recipe.check` does."""
@@ -58,6 +60,13 @@ class BertRecipe(Recipe):
         if self.packing not in PACKINGS:
             raise ValueError(
                 f"packing must be one of {', '.join(PACKINGS)}. Received: packing={self.packing}."
+            )
+        if self.init_slots and not self.init_from:
+            raise ValueError("init_slots needs a checkpoint with moments. Set init_from too.")
+        if self.init_slots and self.optimizer != "lamb":
+            raise ValueError(
+                "init_slots reads the two moments of LAMB. Received: optimizer="
+                f"{self.optimizer}. Set init_slots=false, or optimizer=lamb."
             )
 
 
@@ -237,9 +246,8 @@ NVLAMB_64K_32K = dataclasses.replace(
     exclude_from_layer_adaptation=(),
 )
 
-# MLPerf starts from its own checkpoint, trained at length 128, and stops at an accuracy. From
-# initial weights, this recipe is not a complete pre-training. MLPerf's entry clips the gradient of
-# each replica before the sum. This project clips the sum, as the Keras version of the entry does.
+# MLPerf starts from its own checkpoint, trained at length 128 (`init_from`), and stops at an
+# accuracy, which it looks at every 62 steps. The other entries are in recipes/mlperf.py.
 MLPERF_V07 = dataclasses.replace(
     BERT_LARGE_32K,
     name="mlperf-v0.7",
@@ -260,6 +268,10 @@ MLPERF_V07 = dataclasses.replace(
     beta_2=0.88,
     weight_decay=0.0166629,
     global_clipnorm=1.0,
+    clip_each_replica=True,
+    sum_dtype="bfloat16",
+    evaluate_every_examples=62 * 8_192,
+    target=0.712,
 )
 
 BERT_BASE = dataclasses.replace(

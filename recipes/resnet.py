@@ -171,6 +171,7 @@ LARS_32K = _imagenet_recipe(
     weight_decay=1e-4,
     epsilon=1e-5,
     normalization="mlperf",
+    target=0.759,
     space_to_depth=True,
 )
 LARS_65536 = _imagenet_recipe(
@@ -191,6 +192,7 @@ LARS_65536 = _imagenet_recipe(
     weight_decay=1e-4,
     epsilon=0.0,
     normalization="mlperf",
+    target=0.759,
     space_to_depth=True,
 )
 

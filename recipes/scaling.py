@@ -3,13 +3,16 @@
 import dataclasses
 import math
 
+from recipes.evidence import scale_by_evidence
 from recipes.types import Recipe
 
-RULES = ("sqrt", "linear")
+RULES = ("sqrt", "linear", "evidence")
 
 
 def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> Recipe:
-    """Returns the recipe for another batch size and the same number of examples.
+    """Returns the recipe for another batch size.
+
+    The number of examples stays the same, except by the rule "evidence".
 
     With `k = global_batch_size / recipe.phases[0].global_batch_size`:
 
@@ -17,6 +20,8 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
                  (You et al., arXiv:1904.00962, Tables 5 and 6)
         linear   learning rates times k, the same number of warm-up examples
                  (Goyal et al., arXiv:1706.02677, section 2)
+        evidence settings and steps between MLPerf's reference runs, where there are such runs of
+                 the recipe's model, optimizer and target: see `recipes.evidence`
 
     `tf_lamb.scale_batch` applies the same rules to a single schedule.
 
@@ -30,20 +35,23 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
     Args:
         recipe: A `Recipe`.
         global_batch_size: Integer. Examples per step over all replicas, in the first phase.
-        rule: String, `"sqrt"` or `"linear"`.
+        rule: String, `"sqrt"`, `"linear"` or `"evidence"`.
 
     Returns:
         A `Recipe`.
 
     Raises:
         ValueError: If the rule is unknown, if the batch size leaves a phase no steps after its
-            warm-up, or if the batch size of a later phase would not be an integer.
+            warm-up, if the batch size of a later phase would not be an integer, or if there is no
+            evidence for the recipe or the batch size.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}. Received: rule={rule}.")
     first = recipe.phases[0].global_batch_size
     if global_batch_size < 1:
         raise ValueError(f"global_batch_size must be at least 1. Received: {global_batch_size}.")
+    if rule == "evidence":
+        return scale_by_evidence(recipe, global_batch_size)
     k = global_batch_size / first
     # As in tf_lamb/batch_scaling.py. tests/tf_lamb/test_batch_scaling.py compares the results.
     rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
@@ -63,7 +71,7 @@ def scale_recipe(recipe: Recipe, global_batch_size: int, rule: str = "sqrt") -> 
         old_end += examples
         steps = (2 * (old_end - new_end) + size) // (2 * size)
         warmup = round(phase.warmup_steps * warmup_factor)
-        if steps <= warmup:
+        if steps <= warmup + round(phase.warmup_from * warmup_factor):
             raise ValueError(
                 f"global_batch_size={global_batch_size} leaves {steps} steps for phase "
                 f"{phase_index + 1}, and its warm-up takes {warmup}. Use a smaller batch size."

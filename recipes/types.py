@@ -1,6 +1,7 @@
 """The dataclasses `Recipe` and `Phase`, and the checks of their fields."""
 
 import dataclasses
+import itertools
 
 # Normalization and biases, which the published runs neither decay nor adapt. tf_lamb/layers.py has
 # the same lists, with their sources. tests/recipes/test_recipes.py compares them.
@@ -14,6 +15,7 @@ RESNET_EXCLUSIONS = BERT_EXCLUSIONS
 CHOICES = {
     "remat": ("off", "layer"),
     "compute_dtype": ("float32", "bfloat16"),
+    "sum_dtype": ("float32", "bfloat16"),
     "on_divergence": ("stop", "rollback"),
     "on_bad_record": ("skip", "fail"),
 }
@@ -106,8 +108,9 @@ class Phase:
 
     def stretched(self, steps: int, warmup_factor: float) -> "Phase":
         """Returns this phase with `steps` steps, and its warm-up multiplied by `warmup_factor`."""
-        warmup = min(round(self.warmup_steps * warmup_factor), steps - 1)
-        warmup_from = max(round(self.warmup_from * warmup_factor), -warmup)
+        warmup_from = round(self.warmup_from * warmup_factor)
+        warmup = min(round(self.warmup_steps * warmup_factor), steps - 1 - warmup_from)
+        warmup_from = max(warmup_from, -warmup)
         decay_from = self.decay_from and round(self.decay_from * warmup_factor)
         return dataclasses.replace(
             self,
@@ -154,6 +157,7 @@ class Recipe:
     task: str  # a key of tasks.TASKS
     model: str  # a size that the task defines
     compute_dtype: str = "float32"  # or "bfloat16"; weights and slots stay float32
+    sum_dtype: str = "float32"  # or "bfloat16": of gradients while they are summed over replicas
     accumulation: int = 1  # micro-batches per update
     # Whether to compile the forward and backward pass with XLA. None: yes, except on CPUs without
     # accumulation, where TensorFlow's kernels are faster. A TPU always compiles the step.
@@ -168,12 +172,15 @@ class Recipe:
     trust_coefficient: float | None = None  # κ of LARS; None: that of the class or variant
     # Maximum norm of all gradients together; None: that of the class or variant.
     global_clipnorm: float | None = None
+    clip_each_replica: bool = False  # clip each replica's gradient, before the sum over replicas
     # Patterns of variable paths; None: those of the class or variant.
     exclude_from_layer_adaptation: tuple[str, ...] | None = None
     exclude_from_weight_decay: tuple[str, ...] = ()  # patterns of variable paths
     evaluation_examples: int = 10_000  # maximum of held-out examples in an evaluation
     save_every_steps: int = 1_000  # steps between two checkpoints
     evaluate_every_steps: int | None = None  # None: only at the end
+    evaluate_every_examples: int | None = None  # instead: at the first step after each multiple
+    target: float | None = None  # of the task's best metric: the run stops when it is reached
     keep_checkpoints: int = 3  # newest checkpoints to keep; the best is kept as well
     skip_nonfinite: bool = True  # skip the update if a gradient is not finite
     max_skipped_in_row: int = 10  # more skipped updates in a row count as divergence
@@ -181,6 +188,9 @@ class Recipe:
     on_divergence: str = "stop"  # or "rollback": newest checkpoint and a lower rate
     rollback_rate_factor: float = 0.5  # factor of the learning rate after a rollback
     max_rollbacks: int = 3  # the run stops at the next divergence
+    # Parts of the data that hosts can read independently; None: the largest divisor of the batch up
+    # to 256. The order of the examples depends on it, not on the number of hosts.
+    lanes: int | None = None
     max_bad_record_share: float = 0.001  # maximum share of damaged records
     on_bad_record: str = "skip"  # or "fail"
     measure_noise_scale: bool = False  # estimate the critical batch size
@@ -191,6 +201,40 @@ class Recipe:
     def steps(self) -> int:
         """Total number of optimizer steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def examples_at(self, step: int) -> int:
+        """Returns the number of examples of the first `step` steps of the run."""
+        examples = 0
+        for phase in self.phases:
+            steps = min(step, phase.steps)
+            examples += steps * phase.global_batch_size
+            step -= steps
+        return examples
+
+    def evaluation_steps(self, first: int, last: int) -> list[int]:
+        """Returns the steps in (first, last] after which the run is evaluated, in order.
+
+        These are the last step of each phase, and the steps that `evaluate_every_steps` or
+        `evaluate_every_examples` ask for: the latter, each step that reaches or passes a multiple
+        of that many examples, counted from the start of the run.
+        """
+        last = min(last, self.steps)
+        steps = set(itertools.accumulate(phase.steps for phase in self.phases))
+        if self.evaluate_every_steps:
+            every = self.evaluate_every_steps
+            steps.update(range(every, last + 1, every))
+        if self.evaluate_every_examples:
+            every = self.evaluate_every_examples
+            start, before = 0, 0  # the phase's first step, and the examples of earlier phases
+            for phase in self.phases:
+                batch, end = phase.global_batch_size, before + phase.steps * phase.global_batch_size
+                multiples = range(before // every + 1, end // every + 1)
+                if every <= batch:
+                    steps.update(range(start + 1, start + phase.steps + 1))
+                else:  # the quotient is rounded up
+                    steps.update(start - (before - n * every) // batch for n in multiples)
+                start, before = start + phase.steps, end
+        return sorted(step for step in steps if first < step <= last)
 
     def compiles(self, on_cpu: bool) -> bool:
         """Returns whether to compile the forward and backward pass with XLA.
@@ -212,6 +256,23 @@ class Recipe:
         """
         check_minimums(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
         check_minimums(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
+        check_minimums(self, evaluate_every_examples=1)
+        if self.evaluate_every_steps and self.evaluate_every_examples:
+            raise ValueError(
+                "evaluate_every_steps and evaluate_every_examples exclude each other. Received: "
+                f"evaluate_every_steps={self.evaluate_every_steps}, evaluate_every_examples="
+                f"{self.evaluate_every_examples}. Set one of them to none."
+            )
+        if self.clip_each_replica and self.measure_noise_scale:
+            raise ValueError(
+                "measure_noise_scale needs gradients that are not clipped before the sum. Set "
+                "clip_each_replica=false, or measure_noise_scale=false."
+            )
+        if self.clip_each_replica and self.global_clipnorm is None:
+            raise ValueError(
+                "clip_each_replica needs the norm to clip to. Set global_clipnorm=1 too, or "
+                "clip_each_replica=false."
+            )
         for name, choices in CHOICES.items():
             value = getattr(self, name, choices[0])  # a field of some recipes only
             if value not in choices:
@@ -236,8 +297,14 @@ class Recipe:
                 f"profile must end within the {self.steps} steps of the run. "
                 f"Received: profile={self.profile}."
             )
+        check_minimums(self, lanes=1)
         for phase in self.phases:
             phase.check(self)
+            if self.lanes is not None and phase.global_batch_size % self.lanes:
+                raise ValueError(
+                    f"lanes must divide the global batch. Received: lanes={self.lanes}, "
+                    f"global_batch_size={phase.global_batch_size}."
+                )
             if self.accumulation < 1 or phase.global_batch_size % self.accumulation:
                 raise ValueError(
                     "accumulation must divide each replica's batch. Received: accumulation="

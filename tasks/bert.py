@@ -12,16 +12,18 @@ from export.saved_model import run_client, write_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import MANIFEST, is_prepared
-from inputs.text import casing, chunks, corpus, documents, examples, installed_text, vocabulary
-from inputs.text.files import find_files
+from inputs.text import casing, chunks, corpus, examples, vocabulary
+from inputs.text.prepare import prepare_in_cache
 from inputs.text.shards import load_manifest
 from models import bert
+from tasks import initial_pretraining
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
 
 SHOWN_SENTENCES = 4
 SEARCHED_SENTENCES = 20_000
 EVALUATION_SEED = 0  # so that held-out text is masked in the same way in every run
+DAMAGE = "damaged-records"  # folder of the reports of hosts, in `shared_dir`
 USAGE = """\
 import tensorflow_text  # its kernels
 
@@ -42,8 +44,9 @@ class BertPretraining(Task):
         seed: int, seed of the data order, sentence pairs and masks.
         synthetic: whether to use random batches instead of text.
         log: takes lines of progress.
-        cache_dir: where the token ids of a prepared folder are mapped from; see
-            `inputs.text.corpus.load_prepared`.
+        cache_dir: where raw text is prepared, and what a prepared folder lacks is written; "" for
+            ~/.cache/tf_lamb.
+        shared_dir: see `tasks.task.Task`.
     """
 
     example_unit = "sequences"
@@ -55,19 +58,41 @@ class BertPretraining(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+    def __init__(
+        self,
+        recipe,
+        *,
+        data_dir,
+        vocab,
+        resume_dir,
+        seed,
+        synthetic,
+        log,
+        cache_dir="",
+        shared_dir="",
+    ):
         if recipe.model not in bert.SIZES:
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
         self._seed = seed
+        self._log = log
+        self._slots = self._start = None
+        if recipe.init_from and not resume_dir:
+            self._start = initial_pretraining.Start(recipe.init_from, recipe.init_slots)
+            vocab = vocab or initial_pretraining.vocabulary_beside(recipe.init_from)
+        elif recipe.target is not None and not recipe.init_from:
+            log(
+                f"Starting from random weights. The target of {recipe.target:g} was published for "
+                "runs from a checkpoint: --set init_from=FOLDER"
+            )
         if synthetic:
             self._source = _SyntheticText(recipe, vocab, seed)
         else:
             if not vocab and resume_dir:
                 vocab = os.path.join(resume_dir, "vocab.txt")
             known = casing.of_checkpoint(resume_dir) if resume_dir else None
-            self._source = _Text(recipe, data_dir, vocab, known, log, cache_dir)
+            self._source = _Text(recipe, data_dir, vocab, known, log, cache_dir, shared_dir)
         self.recipe = dataclasses.replace(recipe, lower_case=self._source.lower_case)
         self.vocabulary = self._source.vocabulary
         self.data = self._source.description
@@ -83,7 +108,7 @@ class BertPretraining(Task):
 
     def build_model(self):
         """Returns the encoder with the masked-LM and next-sentence heads."""
-        return bert.build_pretrainer(
+        model = bert.build_pretrainer(
             bert.SIZES[self.recipe.model],
             len(self.vocabulary),
             self.recipe.max_sequence_length,
@@ -91,6 +116,22 @@ class BertPretraining(Task):
             initializer_stddev=self.recipe.initializer_stddev,
             remat=self.recipe.remat,
         )
+        if self._start:
+            missing = self._start.assign(model)
+            self._slots = self._start.read_slots(model)
+            moments = f", its moments after {self._slots.step:,} updates" if self._slots else ""
+            random = f"; random in it: {', '.join(missing)}" if missing else ""
+            self._log(f"Starting from {self._start.checkpoint}{moments}{random}")
+            self._start = None
+        return model
+
+    def initial_slots(self, variables):
+        """The moments in `init_from`, if they are wanted."""
+        slots, self._slots = self._slots, None
+        if slots is None:
+            return None
+        names = [initial_pretraining.own_name(variable) for variable in variables]
+        return slots.step, [[moment[name] for name in names] for moment in slots.moments]
 
     def sums(self, model, batch, training):
         """See `models.bert.pretraining_sums`."""
@@ -115,6 +156,16 @@ class BertPretraining(Task):
         return lambda context: held_out.evaluation_batches(
             phase.global_batch_size, self.recipe.evaluation_examples, context
         )
+
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        del context, steps
+        phase = self.recipe.phases[phase_index]
+        return self._source.training_examples(phase, self._seed + phase_index).files
+
+    def check_data(self):
+        """See `tasks.task.Task.check_data`."""
+        self._source.check()
 
     def final_metrics(self, model, strategy, output_dir):
         """Returns `frequent_token`, the accuracy of always predicting the most frequent token."""
@@ -161,61 +212,59 @@ class BertPretraining(Task):
 class _Text:
     """Training and held-out documents as word pieces."""
 
-    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir):
+    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir):
         self._recipe = recipe
+        self._damage_dir = shared_dir and os.path.join(shared_dir, DAMAGE)
         records = BadRecords(
             recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
         )
+        self._log = log
+        self._made: dict = {}
         self.description = data_dir or "Python's help topics and installed packages' docstrings"
         log(f"Reading {self.description}")
-        if data_dir and is_prepared(data_dir):
-            lower_case = load_manifest(data_dir)["lower_case"]
-            known_case = lower_case, f"the text in {data_dir}, according to its {MANIFEST}"
-            self._training, self._held_out, self.vocabulary, self.fingerprint = (
-                corpus.load_prepared(data_dir, vocab, records, cache_dir=cache_dir, log=log)
+        if not (data_dir and is_prepared(data_dir)):
+            if shared_dir:
+                raise InputError(
+                    f"--data_dir: {self.description} would be read by one machine for all hosts of "
+                    "the TPU. Prepare the text once, where all of them can read it: python -m "
+                    f"inputs.text.prepare --input={data_dir or 'TEXT'} --vocab={vocab or 'VOCAB'} "
+                    "--output=gs://BUCKET/FOLDER"
+                )
+            data_dir = prepare_in_cache(
+                data_dir,
+                vocab,
+                recipe,
+                known_case=known_case,
+                records=records,
+                cache_dir=cache_dir,
+                log=log,
             )
-            self.lower_case = casing.choose(recipe.lower_case, self.vocabulary, known_case)
-            log(casing.report(self.lower_case, self.vocabulary))
-        else:
-            self._tokenize(data_dir, vocab, known_case, records, log)
+            vocab = ""
+        lower_case = load_manifest(data_dir)["lower_case"]
+        known_case = lower_case, f"the text in {data_dir}, according to its {MANIFEST}"
+        self._training, self._held_out, self.vocabulary, self.fingerprint = corpus.load_prepared(
+            data_dir, vocab, records, cache_dir=cache_dir, log=log
+        )
+        self.lower_case = casing.choose(recipe.lower_case, self.vocabulary, known_case)
+        log(casing.report(self.lower_case, self.vocabulary))
         training, held_out = self._training.describe(), self._held_out.describe()
         self.amount = f"To train on: {training}; held out: {held_out}"
         log(self.amount)
 
-    def _tokenize(self, data_dir, vocab, known_case, records, log):
-        files = find_files(data_dir, log=log) if data_dir else []
-
-        def read():
-            if files:
-                return documents.read_documents(files, records)
-            return installed_text.read_installed_text()
-
-        asked = self._recipe.lower_case
-        if vocab:
-            texts = read()
-            self.vocabulary = vocabulary.load_vocabulary(vocab)
-            self.lower_case = casing.choose(asked, self.vocabulary, known_case)
-        else:
-            texts = list(read())
-            self.lower_case = True if asked is None else asked
-            self.vocabulary = vocabulary.learn_vocabulary(
-                itertools.chain.from_iterable(texts),
-                self._recipe.vocabulary_size,
-                lower_case=self.lower_case,
-            )
-            log(f"Learned a vocabulary of {len(self.vocabulary):,} word pieces")
-        log(casing.report(self.lower_case, self.vocabulary))
-        tokenized = corpus.tokenize(texts, self.vocabulary, lower_case=self.lower_case, log=log)
-        self._training, self._held_out = corpus.split_held_out(tokenized)
-        self.fingerprint = corpus.fingerprint(tokenized)
-
     def training_examples(self, phase, seed):
-        return self._examples(self._training, phase, seed)
+        return self._examples(self._training, phase, seed, "training")
 
     def held_out_examples(self, phase):
-        return self._examples(self._held_out, phase, EVALUATION_SEED)
+        return self._examples(self._held_out, phase, EVALUATION_SEED, "held_out")
 
-    def _examples(self, tokenized, phase, seed):
+    def _examples(self, tokenized, phase, seed, side):
+        """The examples of one side of the corpus; made once, as they keep account of damage."""
+        key = side, phase.sequence_length, seed
+        if key not in self._made:
+            self._made[key] = self._make(tokenized, phase, seed, "-".join(map(str, key)))
+        return self._made[key]
+
+    def _make(self, tokenized, phase, seed, name):
         return examples.Examples(
             tokenized,
             self.vocabulary,
@@ -224,14 +273,27 @@ class _Text:
             whole_word=self._recipe.whole_word,
             packing=self._recipe.packing,
             seed=seed,
+            lanes=self._recipe.lanes,
+            bad_records=BadRecords(
+                self._recipe.max_bad_record_share,
+                skip=self._recipe.on_bad_record == "skip",
+                log=self._log,
+            ),
+            damage_folder=self._damage_dir and os.path.join(self._damage_dir, name),
         )
+
+    def check(self):
+        """Reports what was found damaged since the last call; see `Damage.collect`."""
+        for made in self._made.values():
+            made.damage.collect()
 
     def masked_sentences(self) -> list[tuple[str, str]]:
         """Returns a few pairs: a held-out sentence with one whole word masked, and that word."""
         found = []
-        bounds = self._held_out.sentences[: SEARCHED_SENTENCES + 1].tolist()
-        for start, end in itertools.pairwise(bounds):
-            pieces = [self.vocabulary[i] for i in self._held_out.tokens[start:end]]
+        bounds = next(self._held_out.sentences.blocks())[: SEARCHED_SENTENCES + 1].tolist()
+        ranges = list(itertools.pairwise(bounds))
+        for tokens in self._held_out.tokens.slices(ranges):
+            pieces = [self.vocabulary[i] for i in tokens]
             pieces = pieces[: len(pieces) - (pieces[-1] == vocabulary.SEP)]
             whole_words = [
                 i
@@ -276,6 +338,9 @@ class _SyntheticText:
             upper_bounds,
             self._seed,
         )
+
+    def check(self):
+        pass
 
     def masked_sentences(self):
         return [("word1 [MASK] word2", "word3")]

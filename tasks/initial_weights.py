@@ -50,14 +50,8 @@ def find_encoder(init_from: str) -> Encoder:
     Raises:
         InputError: there is no checkpoint, it cannot be read, or it has no BERT encoder.
     """
-    checkpoint = _checkpoint(init_from)
-    try:
-        shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--set init_from={init_from}: {checkpoint} cannot be read ({reason})."
-        ) from None
+    checkpoint = find_checkpoint(init_from)
+    shapes = read_shapes(checkpoint)
     query = "/_attention_layer/_query_dense/kernel" + VALUE
     queries = sorted(key for key in shapes if key.endswith(query))
     tables = {
@@ -78,7 +72,25 @@ def find_encoder(init_from: str) -> Encoder:
     return Encoder(checkpoint, path, functional, bert.Size(len(queries), width, heads), **tables)
 
 
-def _checkpoint(init_from: str) -> str:
+def read_shapes(checkpoint: str) -> dict[str, list[int]]:
+    """Returns the shape of each tensor in a checkpoint, by key.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    try:
+        return tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--set init_from: {checkpoint} cannot be read ({reason}).") from None
+
+
+def find_checkpoint(init_from: str) -> str:
+    """Returns the prefix of the checkpoint in a folder, or given as a prefix.
+
+    Raises:
+        InputError: there is none.
+    """
     if os.path.isdir(init_from):
         found = tf.train.latest_checkpoint(init_from)
         # The published archives have no `checkpoint` file, which `latest_checkpoint` reads.

@@ -36,6 +36,7 @@ class ImageClassification(Task):
         synthetic: whether to use random batches instead of images.
         log: takes lines of progress.
         cache_dir: not used.
+        shared_dir: see `tasks.task.Task`.
     """
 
     example_unit = "images"
@@ -46,7 +47,19 @@ class ImageClassification(Task):
     )
     best_metric = metrics[1]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+    def __init__(
+        self,
+        recipe,
+        *,
+        data_dir,
+        vocab,
+        resume_dir,
+        seed,
+        synthetic,
+        log,
+        cache_dir="",
+        shared_dir="",
+    ):
         del resume_dir, cache_dir
         if vocab:
             raise InputError(f"--vocab={vocab}: a vocabulary is for text. Leave --vocab out.")
@@ -56,10 +69,13 @@ class ImageClassification(Task):
             )
         self.recipe = recipe
         self._source = (
-            _SyntheticImages(recipe, seed) if synthetic else _Images(recipe, data_dir, seed, log)
+            _SyntheticImages(recipe, seed)
+            if synthetic
+            else _Images(recipe, data_dir, seed, log, shared_dir)
         )
         self.data = self._source.description
         self.amount = self._source.amount
+        self.training_examples = self._source.training_examples
         self.facts = {"data": self._source.fingerprint}
 
     def build_model(self):
@@ -97,6 +113,15 @@ class ImageClassification(Task):
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
         )
+
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        batch_size = self.recipe.phases[phase_index].global_batch_size
+        return self._source.training.files_read(batch_size, context, steps)
+
+    def check_data(self):
+        """See `tasks.task.Task.check_data`."""
+        self._source.check()
 
     def final_metrics(self, model, strategy, output_dir):
         """Returns {}; reports how many images could not be read.
@@ -140,7 +165,7 @@ class ImageClassification(Task):
 class _Images:
     """Prepared images: the splits train/ and validation/ of a folder."""
 
-    def __init__(self, recipe, data_dir, seed, log):
+    def __init__(self, recipe, data_dir, seed, log, shared_dir):
         if not data_dir:
             raise InputError(
                 "--data_dir: give the folder that `python -m inputs.images.prepare` wrote, or "
@@ -160,6 +185,8 @@ class _Images:
                     # Each process of a cluster reads its own share of the data, so each reports.
                     log=lambda line: print(line, file=sys.stderr),
                 ),
+                lanes=recipe.lanes,
+                damage_folder=shared_dir and os.path.join(shared_dir, "damaged-records", split),
             )
 
         self.description = data_dir
@@ -175,15 +202,20 @@ class _Images:
         self.padding = self.held_out.padding
         hashes = self.training.manifest["hash"] + self.held_out.manifest["hash"]
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        self.training_examples = self.training.num_examples
         self.amount = (
             f"{self.training.num_examples:,} images of {len(self.classes):,} classes to train on, "
             f"{self.held_out.num_examples:,} held out"
         )
         log(self.amount)
 
+    def check(self):
+        for split in (self.training, self.held_out):
+            split.damage.collect()
+
     def report_bad_records(self):
         for split in (self.training, self.held_out):
-            split.bad_records.end()
+            split.damage.end()
 
     def sample_files(self, count):
         """Yields (bytes of an image file, name of its class)."""
@@ -196,6 +228,7 @@ class _SyntheticImages:
 
     description = fingerprint = amount = made_up.DESCRIPTION
     padding = 0
+    training_examples = 1_281_167  # those of ImageNet
 
     def __init__(self, recipe, seed):
         count = CIFAR10_CLASSES if recipe.normalization == "cifar10" else IMAGENET_CLASSES
@@ -205,6 +238,9 @@ class _SyntheticImages:
             {"image": 256, "label": count},
             seed,
         )
+
+    def check(self):
+        pass
 
     def report_bad_records(self):
         pass

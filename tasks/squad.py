@@ -42,6 +42,7 @@ class SquadFineTuning(Task):
         synthetic: whether to use random batches instead of questions.
         log: takes lines of progress.
         cache_dir: not used.
+        shared_dir: see `tasks.task.Task`; the windows are written there.
     """
 
     example_unit = "windows"
@@ -51,7 +52,19 @@ class SquadFineTuning(Task):
     )
     best_metric = metrics[0]
 
-    def __init__(self, recipe, *, data_dir, vocab, resume_dir, seed, synthetic, log, cache_dir=""):
+    def __init__(
+        self,
+        recipe,
+        *,
+        data_dir,
+        vocab,
+        resume_dir,
+        seed,
+        synthetic,
+        log,
+        cache_dir="",
+        shared_dir="",
+    ):
         del cache_dir
         if recipe.model not in bert.SIZES:
             raise InputError(
@@ -66,7 +79,7 @@ class SquadFineTuning(Task):
         if synthetic:
             self._source = _SyntheticQuestions(recipe, len(self.vocabulary), seed)
         else:
-            self._source = _Questions(recipe, data_dir, self.vocabulary, seed, log)
+            self._source = _Questions(recipe, data_dir, self.vocabulary, seed, log, shared_dir)
         self.data = self._source.description
         self.amount = self._source.amount
         self.facts = {
@@ -114,6 +127,11 @@ class SquadFineTuning(Task):
         return lambda context: self._source.training.training_batches(
             batch_size, context, first_step
         )
+
+    def files_read(self, phase_index, context, steps):
+        """See `tasks.task.Task.files_read`."""
+        del phase_index, context, steps
+        return self._source.training.files
 
     def evaluation_batches(self, phase_index):
         """The first `evaluation_examples` windows of the dev file, for the loss."""
@@ -225,7 +243,7 @@ def _known_case(pieces, encoder, resume_dir) -> tuple[bool, str] | None:
 class _Questions:
     """The windows of the training and the dev file."""
 
-    def __init__(self, recipe, data_dir, pieces, seed, log):
+    def __init__(self, recipe, data_dir, pieces, seed, log, shared_dir):
         self._recipe = recipe
         files = squad_files.find_files(data_dir)
         self.description = " and ".join(files)
@@ -244,6 +262,8 @@ class _Questions:
                 max_query_length=recipe.max_query_length,
                 doc_stride=recipe.doc_stride,
                 seed=seed,
+                lanes=recipe.lanes,
+                shared_dir=shared_dir and os.path.join(shared_dir, "squad-windows"),
             )
             for file in read
         )

@@ -52,10 +52,11 @@ class Task(abc.ABC):
     A subclass is constructed as
 
         Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...,
-                 cache_dir=...)
+                 cache_dir=..., shared_dir=...)
 
     with the recipe, the values of the flags with these names, the folder of the run to resume
-    (`resume_dir`; None for a new run), and a function that takes lines of progress (`log`). It
+    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), and a
+    folder that all hosts can read and write (`shared_dir`; "" if the host is this process). It
     raises `inputs.errors.InputError` if the data cannot be used.
 
     recipe: the recipe of the run.
@@ -65,6 +66,7 @@ class Task(abc.ABC):
     data: where the examples come from, for reports.
     amount: how many examples there are, for reports.
     facts: name -> hash of the data that a checkpoint depends on, such as the vocabulary.
+    training_examples: number of training examples, where an epoch has a fixed number of them.
     """
 
     recipe: object
@@ -74,10 +76,24 @@ class Task(abc.ABC):
     data: str
     amount: str
     facts: dict[str, str]
+    training_examples: int | None = None
 
     @abc.abstractmethod
     def build_model(self):
         """Returns a new tf_keras model with initial weights. Called in the strategy's scope."""
+
+    def initial_slots(self, variables):
+        """Returns the state from which the optimizer starts, or None for zeros.
+
+        Args:
+            variables: the model's trainable variables. Called once, after `build_model`.
+
+        Returns:
+            A tuple `(step, slots)`: the number of updates so far, and for each slot of the
+            optimizer a list of arrays, one for each variable. Or None.
+        """
+        del variables
+        return None
 
     @abc.abstractmethod
     def sums(self, model, batch, training: bool) -> dict[str, tf.Tensor]:
@@ -108,6 +124,24 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
+
+    def files_read(self, phase_index: int, context, steps: int) -> set[str]:
+        """The files from which a host reads the examples of the first steps of a phase.
+
+        Args:
+            phase_index: index of the recipe's phase, from 0.
+            context: `tf.distribute.InputContext` of the host.
+            steps: the number of steps.
+        """
+        del phase_index, context, steps
+        return set()
+
+    def check_data(self) -> None:  # noqa: B027
+        """Reports the damaged records that hosts have found since the last call.
+
+        Raises:
+            InputError: they are more than the recipe allows.
+        """
 
     def write_files(self, model_dir: str) -> None:
         """Writes the files that a resumed run needs besides the checkpoints."""

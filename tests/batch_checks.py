@@ -1,9 +1,38 @@
-"""Checks for all pre-training batches."""
+"""Checks for all pre-training batches, and corpora for them."""
 
 import numpy as np
 import pytest
 
+from inputs.bad_records import BadRecords
 from inputs.text import vocabulary
+from inputs.text.corpus import load_prepared
+from inputs.text.prepare import prepare_documents
+
+
+def corpora(documents, pieces, folder, **changes):
+    """(training, held-out) corpus of documents, lists of paragraphs, prepared in a folder."""
+    prepare_documents(
+        lambda advance: iter(documents),
+        inputs=["documents of a test"],
+        size=len(documents),
+        vocabulary=pieces,
+        output=str(folder),
+        **{
+            "records": BadRecords(0.0, skip=False, log=print),
+            "flag": "--output",
+            "workers": 0,
+            "lower_case": True,
+        }
+        | changes,
+    )
+    return load_prepared(str(folder), "", BadRecords(0.0, skip=False, log=print))[:2]
+
+
+def document_tokens(corpus):
+    """The ids of each document, with its [SEP]."""
+    tokens = corpus.tokens.all()
+    bounds = corpus.sentences.all()[corpus.documents.all()]
+    return [tokens[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def joined(batches):

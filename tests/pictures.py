@@ -2,15 +2,15 @@
 
 import io
 import json
+import pathlib
 
 import numpy as np
 import PIL.Image
 import tensorflow as tf
 
-from inputs.bad_records import BadRecords
 from inputs.images import prepare as prepare_images
-from inputs.images.examples import FEATURES
-from inputs.images.shards import ShardReader
+from inputs.images.shards import open_images
+from inputs.shards import read_records
 
 NAMES = ("cat", "dog", "owl")
 
@@ -58,32 +58,35 @@ def prepared(folder, **arguments):
     return folder / "out"
 
 
-def open_shards(folder):
-    """A reader of a prepared folder that allows no damaged record."""
-    return ShardReader(str(folder), "images", BadRecords(0.0, skip=False, log=print))
-
-
 def manifest(folder):
     """The manifest of a prepared folder."""
     return json.loads((folder / "manifest.json").read_text())
 
 
+def records(folder):
+    """[(shard, offset, record)] of all records of a prepared folder."""
+    return [
+        (path, *found) for path in open_images(str(folder)).paths for found in read_records(path)
+    ]
+
+
 def stored(folder):
     """[(bytes, label)] of all records of a prepared folder."""
-    reader = open_shards(folder)
-    records, _ = reader.read(range(reader.count))
-    rows = [tf.io.parse_single_example(record, FEATURES) for record in records]
-    return [(row["image"].numpy(), int(row["label"])) for row in rows]
+    rows = []
+    for *_, record in records(folder):
+        features = tf.train.Example.FromString(record).features.feature
+        rows.append((features["image"].bytes_list.value[0], features["label"].int64_list.value[0]))
+    return rows
 
 
 def damage(folder, number):
-    """Changes a byte in the middle of a record; returns the shard."""
-    (shard,) = folder.glob("*.arrayrecord")
-    (record,), _ = open_shards(folder).read([number])
+    """Changes a byte in the middle of a record; returns the shard and where the record begins."""
+    path, offset, record = records(folder)[number]
+    shard = pathlib.Path(path)
     content = bytearray(shard.read_bytes())
     content[content.index(record) + len(record) // 2] ^= 1
     shard.write_bytes(content)
-    return shard
+    return shard, offset
 
 
 def example(**features):

@@ -51,13 +51,18 @@ MODULES = {
 }
 # Which others each module of recipes may import; apart from them, only the standard library.
 RECIPE_MODULES = {
-    "__init__": {"types", "bert", "resnet", "squad", "overrides", "scaling"},
+    "__init__": {
+        *("types", "bert", "growing", "mlperf", "resnet", "squad", "overrides", "scaling"),
+    },
     "types": set(),
     "bert": {"types"},
+    "evidence": {"types", "mlperf"},
+    "growing": {"types"},
+    "mlperf": {"types", "bert", "resnet"},
     "resnet": {"types"},
     "squad": {"types"},
     "overrides": {"types"},
-    "scaling": {"types"},
+    "scaling": {"types", "evidence"},
 }
 # Only these modules may import TensorFlow or Keras 2: keras3 if TensorFlow is the backend, the last
 # two inside the functions that need it.

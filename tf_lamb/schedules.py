@@ -4,6 +4,8 @@ These classes do not depend on the version of Keras. `tf_lamb.keras3` and `tf_la
 them with the `LearningRateSchedule` of Keras 3 and of tf_keras.
 """
 
+import math
+
 from keras import ops
 
 from tf_lamb.arguments import as_number, check_interval
@@ -32,7 +34,7 @@ class WarmupPolynomialDecayRule:
 
     Args:
         peak_learning_rate: Float > 0. The rate η₀ at the end of warm-up.
-        warmup_steps: Integer in [0, T). The number of warm-up steps W.
+        warmup_steps: Integer in [0, T - S). The number of warm-up steps W.
         total_steps: Integer. The number of steps T, including warm-up.
         end_learning_rate: Float >= 0. The rate η₁ from step T on.
         power: Float > 0. The exponent p of the decay. The LAMB paper uses 1, NVIDIA 0.5, and
@@ -79,10 +81,12 @@ class WarmupPolynomialDecayRule:
             "peak_learning_rate", peak_learning_rate, 0, open_low=True
         )
         total_steps = check_interval("total_steps", total_steps, 0, open_low=True, whole=True)
-        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps, whole=True)
+        ahead = as_number(warmup_from)
+        last = total_steps - ahead if ahead is not None and -math.inf < ahead < 0 else total_steps
+        warmup_steps = check_interval("warmup_steps", warmup_steps, 0, last, whole=True)
+        warmup_from = check_interval("warmup_from", warmup_from, -warmup_steps, 1, whole=True)
         end_learning_rate = check_interval("end_learning_rate", end_learning_rate, 0)
         power = check_interval("power", power, 0, open_low=True)
-        warmup_from = check_interval("warmup_from", warmup_from, -warmup_steps, 1, whole=True)
         if decay_from is not None:
             end = warmup_steps + warmup_from + 1
             decay_from = check_interval("decay_from", decay_from, 0, end, whole=True)

@@ -59,7 +59,9 @@ def check_strategy(strategy) -> None:
 @functools.cache
 def _has_xla(device_type: str) -> bool:
     """Returns whether XLA can compile for a type of device. Compiles one addition to find out."""
-    with tf.init_scope(), tf.device(device_type):
+    # Not on the device of another process, where an eager call of a compiled function fails
+    # (TensorFlow 2.20); inside of another function it works there.
+    with tf.init_scope(), tf.device(None), tf.device(device_type):
         try:
             tf.function(lambda x: x + 1.0, jit_compile=True)(tf.zeros([]))
         except tf.errors.OpError:

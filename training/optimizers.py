@@ -56,7 +56,9 @@ def make_optimizer(recipe: Recipe, learning_rate):
         ValueError: a setting is outside its range, or the variant is unknown.
     """
     settings = {"weight_decay": recipe.weight_decay}
-    if recipe.global_clipnorm is not None:
+    if recipe.clip_each_replica:  # by `ReplicaStep`
+        settings["global_clipnorm"] = None
+    elif recipe.global_clipnorm is not None:
         settings["global_clipnorm"] = recipe.global_clipnorm
     if recipe.optimizer in ("adamw", "adagrad"):
         return _keras_optimizer(recipe, learning_rate, settings)
@@ -108,6 +110,21 @@ def build(optimizer, recipe: Recipe, variables) -> None:
         excluded = [v for v, layer in zip(variables, layers, strict=True) if not layer.decayed]
         optimizer.exclude_from_weight_decay(var_list=excluded)
     optimizer.build(variables)
+
+
+def assign_slots(optimizer, step: int, slots) -> None:
+    """Sets the slots of an optimizer of `tf_lamb`, and the step of its bias correction.
+
+    Args:
+        optimizer: a built optimizer.
+        step: number of updates that led to these slots.
+        slots: for each kind of slot a list of arrays, one for each variable, in their order.
+    """
+    variables = [v for v in optimizer.variables if v is not optimizer.iterations]
+    values = [value for kind in slots for value in kind]
+    for variable, value in zip(variables, values):  # noqa: B905, the slots are the first ones
+        variable.assign(value)
+    optimizer.iterations.assign(step)
 
 
 def reset_slots(optimizer) -> None:

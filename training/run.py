@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 
 import numpy as np
@@ -19,7 +18,7 @@ from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
 from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
-from training.step import ReplicaStep
+from training.step import ReplicaStep, step_settings
 
 # Tensors decide no Python branch or loop in the functions below, so that AutoGraph would change
 # nothing, and its conversion of every layer would take seconds.
@@ -33,7 +32,13 @@ def shorten(recipe):
     phases = tuple(dataclasses.replace(phase, steps=DRY_RUN_STEPS) for phase in recipe.phases)
     batch = max(phase.global_batch_size for phase in phases)
     return dataclasses.replace(
-        recipe, phases=phases, evaluation_examples=batch, evaluate_every_steps=None, profile=None
+        recipe,
+        phases=phases,
+        evaluation_examples=batch,
+        evaluate_every_steps=None,
+        evaluate_every_examples=None,
+        target=None,
+        profile=None,
     )
 
 
@@ -53,6 +58,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop: the `StopRequest` of this process, or None.
         log: takes lines of progress.
         started: see `RunMonitor`.
+        mllog: an `MLPerfLog`, or None.
 
     Raises:
         InputError: `model_dir` holds a run with other settings, or the workers disagree.
@@ -72,6 +78,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop=None,
         log=lambda line: None,
         started=None,
+        mllog=None,
     ):
         super().__init__()
         self.task = task
@@ -82,8 +89,14 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._stop_request = stop or StopRequest()
         self._log = log
         self._started = started
+        self._mllog = mllog
         facts = {"seed": seed} | task.facts
         self._config = compatibility.run_config(recipe, facts)
+        if compatibility.has_earlier_order(model_dir):
+            log(
+                f"{model_dir} was begun by an earlier version, which read the examples in another "
+                "order: in the current epoch some examples come twice and others not at all"
+            )
         if strategy.is_chief(where):
             compatibility.write_run_config(model_dir, recipe, **facts)
             task.write_files(model_dir)
@@ -94,7 +107,11 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 recipe, optimizers.RunSchedule(schedule, self.state)
             )
             self.model = do_not_convert(task.build_model)()
-            optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
+            weights = self.model.trainable_variables
+            optimizers.build(self.optimizer, recipe, weights)
+            slots = task.initial_slots(weights)
+            if slots:
+                optimizers.assign_slots(self.optimizer, *slots)
         strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
         self._replica_step = ReplicaStep(
             task,
@@ -103,7 +120,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             seed=seed,
             accumulation=recipe.accumulation,
             jit_compile=strategy.compiles_step(where, recipe),
-            measure_noise=recipe.measure_noise_scale,
+            **step_settings(recipe),
         )
         self._divergence = DivergenceMonitor(
             self.optimizer,
@@ -158,6 +175,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 model_dir=folder,
                 log=self._log,
                 started=self._started,
+                mllog=self._mllog,
             )
             self._stop = stop_together(self.strategy, self._stop_request, self._save, folder)
             self._controller = orbit.Controller(  # restores the newest checkpoint
@@ -200,6 +218,11 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 missed = False
 
     @property
+    def steps_done(self) -> int:
+        """Steps done so far; fewer than the recipe's after `fit`, if it reached its target."""
+        return self._step
+
+    @property
     def _step(self) -> int:
         return int(self.state.step.numpy())
 
@@ -208,13 +231,23 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     def _missed_evaluation(self) -> bool:
         """Whether an evaluation was due at the restored step and was not recorded."""
-        every, step = self.recipe.evaluate_every_steps, self._step
-        phase_ends = itertools.accumulate(phase.steps for phase in self.recipe.phases)
-        due = step in phase_ends or (every and step % every == 0)
-        if not due or not 0 < step < self.recipe.steps:
+        step = self._step
+        if step == self.recipe.steps or not self.recipe.evaluation_steps(step - 1, step):
             return False
-        rows = read_rows(os.path.join(self._model_dir, EVALUATIONS))
-        return step not in [row["step"] for row in rows]
+        return step not in [row["step"] for row in self._evaluations()]
+
+    def _evaluations(self) -> list[dict]:
+        return read_rows(os.path.join(self._model_dir, EVALUATIONS))
+
+    def _reaches_target(self, results) -> bool:
+        """Whether an evaluation is as good as the recipe's target, or better."""
+        if self.recipe.target is None or not results:
+            return False
+        value, metric = results[self.task.best_metric.name], self.task.best_metric
+        if value is None:  # not finite
+            return False
+        better = value >= self.recipe.target
+        return bool(better if metric.higher_is_better else value <= self.recipe.target)
 
     def _train_phases(self, missed: bool) -> dict[str, float]:
         """Runs a missed evaluation, if any, and trains the remaining phases."""
@@ -224,26 +257,53 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             if resumed < end or end == self.recipe.steps or (missed and resumed == end):
                 results = self._train_phase(index, start, end, missed and resumed > start)
                 missed = False
+                if self._reaches_target(results):
+                    break
             start = end
         return {name: float(value) for name, value in results.items()}
 
     def _train_phase(self, index: int, start: int, end: int, missed: bool):
-        """Trains phase `index`, steps `start` to `end`; returns the last evaluation."""
+        """Trains phase `index`, steps `start` to `end`, or up to the recipe's target.
+
+        Returns:
+            The last evaluation.
+        """
         # A checkpoint of step `start` has the slots of the previous phase.
         if self.recipe.phases[index].reset_slots and self._step == start:
             with self.strategy.scope():
                 optimizers.reset_slots(self.optimizer)
+        # The run may have reached its target before it was started again.
+        reached = any(
+            self._reaches_target(row) for row in self._evaluations() if row["step"] == self._step
+        )
         self._start_data(index, self._step - start)
         self._monitor.begin_phase(index)
         self._controller.step_timer = None
         self._stop()
-        results = self._controller.evaluate() if missed else None
+        results = self._evaluate() if missed else None
         # Orbit's `train_and_evaluate` would count the interval from the step at which it resumes.
-        for target in evaluation_steps(self._step, end, self.recipe.evaluate_every_steps):
-            self._controller.train(target, checkpoint_at_completion=target == end)
-            results = self._controller.evaluate()
+        steps = [] if reached else self.recipe.evaluation_steps(self._step, end)
+        for step in steps:
+            if self._reaches_target(results):
+                break
+            with self._monitor.training(step):
+                self._controller.train(step, checkpoint_at_completion=step == end)
+            results = self._evaluate()
             self._stop()
-        return results or self._controller.evaluate()
+        results = results or self._evaluate()
+        if self._reaches_target(results) and self._step < self.recipe.steps:
+            self._save()
+            metric = self.task.best_metric.name
+            self._log(
+                f"Reached {metric} {results[metric]:.4f}, the target being {self.recipe.target:g}, "
+                f"after {self._step} steps ({self.recipe.examples_at(self._step):,} "
+                f"{self.task.example_unit})"
+            )
+        return results
+
+    def _evaluate(self):
+        with self._monitor.evaluation():
+            return self._controller.evaluate()
 
     def _roll_back(self, error: Diverged) -> None:
         """Restores the newest checkpoint with a lower learning rate, or raises `error`."""
@@ -291,11 +351,13 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
         Raises:
             Diverged: a step diverged.
+            InputError: more records are damaged than the recipe allows.
         """
         if self._train_iterator is None:  # not created if only an evaluation is left
             self._train_iterator = iter(self._train_dataset)
         totals, record, waited = self._train_loop(num_steps)
         self._divergence.check(record)
+        self.task.check_data()
         values = self._means_and_loss(self._train_metrics, totals)
         return (
             values
@@ -317,6 +379,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 self._stop()
             sums = self._eval_step(batch)
             totals = sums if totals is None else tf.nest.map_structure(tf.add, totals, sums)
+        self.task.check_data()
         return self._means_and_loss(self.task.metrics, totals)
 
     @staticmethod
@@ -389,10 +452,3 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         context = tf.distribute.get_replica_context()
         for variable in self._statistics:
             variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
-
-
-def evaluation_steps(step: int, end: int, every: int | None) -> list[int]:
-    """Returns the multiples of `every`, if not None, after `step` and before `end`, then `end`."""
-    if step >= end:
-        return []
-    return [*(range((step // every + 1) * every, end, every) if every else ()), end]

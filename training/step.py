@@ -7,6 +7,15 @@ from training.dropout import StepSeed, replica_seed
 from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
 
 
+def step_settings(recipe) -> dict:
+    """Returns the arguments of `ReplicaStep` that a recipe decides, except `accumulation`."""
+    return {
+        "measure_noise": recipe.measure_noise_scale,
+        "sum_dtype": recipe.sum_dtype,
+        "clipnorm": recipe.global_clipnorm if recipe.clip_each_replica else None,
+    }
+
+
 class ReplicaStep:
     """The training and evaluation step of a replica. Call its methods in replica context.
 
@@ -24,10 +33,23 @@ class ReplicaStep:
             TPU, where `strategy.run` already compiles the whole replica function.
         measure_noise: whether the sums and counts of a training step include those of the
             gradient noise scale.
+        sum_dtype: name of the dtype in which gradients are summed over the replicas.
+        clipnorm: None, or the largest norm of each replica's gradient of the mean loss over its own
+            examples. Larger gradients are scaled to that norm before they are summed.
     """
 
     def __init__(
-        self, task, model, optimizer, *, seed, accumulation=1, jit_compile, measure_noise=False
+        self,
+        task,
+        model,
+        optimizer,
+        *,
+        seed,
+        accumulation=1,
+        jit_compile,
+        measure_noise=False,
+        sum_dtype="float32",
+        clipnorm=None,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -36,6 +58,8 @@ class ReplicaStep:
         self._seed = seed
         self._accumulation = accumulation
         self._measure_noise = measure_noise
+        self._sum_dtype = tf.as_dtype(sum_dtype)
+        self._clipnorm = clipnorm
         self._step_seed = StepSeed(model)
         if accumulation > 1 and not jit_compile:
             # TensorFlow's graph optimizer may put sums into temporary variables. In nested loops,
@@ -65,8 +89,12 @@ class ReplicaStep:
         total_counts = {key: context.all_reduce("SUM", value) for key, value in counts.items()}
         seed = replica_seed(self._seed, step, context.replica_id_in_sync_group)
         sums, gradients = self._gradients(batch, total_counts, seed)
+        if self._clipnorm is not None:
+            gradients = self._clip(gradients, context.num_replicas_in_sync)
+        own_sum = self._measure_noise or self._sum_dtype != tf.float32
+        if own_sum:
+            gradients = self._sum_over_replicas(gradients, context)
         if self._measure_noise:
-            gradients = context.all_reduce("SUM", gradients)
             replica_batch = next(iter(batch.values())).shape[0]
             noise = noise_sums(
                 sums.pop(PARTS),
@@ -78,9 +106,27 @@ class ReplicaStep:
             sums, counts = sums | noise[0], counts | noise[1]
         self.optimizer.apply_gradients(
             zip(gradients, self.model.trainable_variables, strict=True),
-            skip_gradients_aggregation=self._measure_noise,
+            skip_gradients_aggregation=own_sum,
         )
         return sums, counts
+
+    def _clip(self, gradients, replicas):
+        """Clips a replica's gradients, of the mean over the global batch, to `clipnorm`.
+
+        The gradient of the mean over the replica's own examples is `replicas` times as large. (This
+        takes the divisors of the loss, numbers of masked tokens, as equal on all replicas.)
+        """
+        norm = tf.sqrt(squared_norm(gradients)) * replicas
+        factor = self._clipnorm / tf.maximum(norm, self._clipnorm)
+        return [gradient * tf.cast(factor, gradient.dtype) for gradient in gradients]
+
+    def _sum_over_replicas(self, gradients, context):
+        """Sums the gradients over the replicas, in `sum_dtype`."""
+        if context.num_replicas_in_sync == 1:
+            return gradients
+        dtypes = [gradient.dtype for gradient in gradients]
+        sums = context.all_reduce("SUM", [tf.cast(g, self._sum_dtype) for g in gradients])
+        return [tf.cast(g, dtype) for g, dtype in zip(sums, dtypes, strict=True)]
 
     def evaluation(self, batch):
         """Returns (sums, counts) of a batch, in evaluation mode."""

@@ -11,13 +11,18 @@ from inputs.errors import InputError
 from inputs.files import temporary_folder
 from training import cluster
 
+ERROR, FATAL = 2, 3  # of absl::LogSeverityAtLeast
 
-def silence_tensorflow() -> None:
-    """Suppresses TensorFlow's C++ log lines below ERROR, such as "I0000 ... Compiled cluster".
+
+def silence_tensorflow(level: int = ERROR) -> None:
+    """Suppresses TensorFlow's C++ log lines below a level, such as "I0000 ... Compiled cluster".
 
     TF_CPP_MIN_LOG_LEVEL does not affect those that Abseil writes before `absl::InitializeLog`, and
     TensorFlow 2.20 has no Python function for this, so Abseil's C++ function is called by its
     symbol. In a TensorFlow version without that symbol the log lines remain.
+
+    Args:
+        level: `ERROR` or `FATAL`.
     """
     folder = os.path.dirname(tf.__file__)
     with contextlib.suppress(OSError, AttributeError):
@@ -25,7 +30,7 @@ def silence_tensorflow() -> None:
         set_level = library._ZN4absl12lts_2025012714SetMinLogLevelENS0_18LogSeverityAtLeastE
         set_level.argtypes = [ctypes.c_int]
         set_level.restype = None
-        set_level(2)  # absl::LogSeverityAtLeast::kError
+        set_level(level)
 
 
 def connect(tpu: str) -> tf.distribute.Strategy:
@@ -59,6 +64,14 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     """Whether several processes train together, as TF_CONFIG describes."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def drives_other_hosts(strategy: tf.distribute.Strategy) -> bool:
+    """Whether one process, this one, drives devices of other processes, as of a TPU pod slice."""
+    if is_multi_worker(strategy):
+        return False
+    devices = map(tf.DeviceSpec.from_string, strategy.extended.worker_devices)
+    return any(device.job not in (None, "localhost") for device in devices)
 
 
 def compiles_step(strategy: tf.distribute.Strategy, recipe) -> bool:

@@ -15,7 +15,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ("inputs", "training", "preflight", "export", "experiments", "benchmarks")
 # Started by other commands in a process of their own; nobody types their names.
 CHILD_PROCESSES = frozenset(
-    ("preflight.compile", "preflight.probe", "preflight.program", "preflight.strict")
+    (
+        "preflight.compile",
+        "preflight.probe",
+        "preflight.program",
+        "preflight.strict",
+        "training.host",
+    )
 )
 
 

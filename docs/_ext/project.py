@@ -112,8 +112,8 @@ class RecipeTable(FromCode):
         table = ["| recipe | batch | steps | peak rate | warm-up |", "|---|---|---|---|---|"]
         sources = ["", "**Sources**", ""]
         for recipe in recipes.RECIPES.values():
-            if recipe.task != task:
-                continue
+            if recipe.task != task or recipe in recipes.mlperf.MLPERF_RECIPES:
+                continue  # those have a table of their own
             phases = recipe.phases
             columns = (
                 " + ".join(f"{phase.global_batch_size:,}" for phase in phases),
@@ -130,6 +130,76 @@ class RecipeTable(FromCode):
                 "",
             ]
         return table + sources
+
+
+class MLPerfTable(FromCode):
+    """`{mlperf-table} results bert`: MLPerf's results of a task, or its `references`."""
+
+    def markdown(self, what):
+        """Returns a table of the settings, and a list of the sources."""
+        mlperf = importlib.import_module("recipes.mlperf")
+        kind, _, task = what.partition(" ")
+        records = [r for r in getattr(mlperf, kind.upper()) if r.recipe.task == task]
+        lamb = task == "bert"
+        first = ["round", "minutes"] if kind == "results" else ["examples", "runs"]
+        names = ["recipe", *first, "batch", "peak rate", "warm-up", "steps"]
+        names += ["β₁, β₂"] if lamb else ["μ"]
+        names += ["λ", "clipped", "summed in"]
+        table = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        sources = ["", "**Sources**", ""]
+        for record in records:
+            recipe = record.recipe
+            (phase,) = recipe.phases
+            if kind == "results":
+                columns = [record.round, f"{record.minutes:g}"]
+            else:
+                unit = 1e6 if lamb else 1_281_167
+                columns = [
+                    f"{record.examples / unit:.3g} ± {record.deviation / unit:.2g} "
+                    f"{'M' if lamb else 'epochs'}",
+                    str(record.runs),
+                ]
+            warmup = f"{phase.warmup_steps:,}"
+            warmup += f" from {phase.warmup_from}" if phase.warmup_from else ""
+            clipped = "no"
+            if recipe.global_clipnorm:
+                side = "before" if recipe.clip_each_replica else "after"
+                clipped = f"at {recipe.global_clipnorm:g}, {side} the sum"
+            betas = f"{recipe.beta_1:.4g}, {recipe.beta_2:.4g}"
+            columns += [
+                f"{phase.global_batch_size:,}",
+                f"{phase.peak_learning_rate:.4g}",
+                warmup,
+                f"{phase.steps:,}",
+                betas if lamb else f"{recipe.momentum:.4g}",
+                f"{recipe.weight_decay:.4g}",
+                clipped,
+                recipe.sum_dtype,
+            ]
+            table.append(f"| {code(recipe.name)} | {' | '.join(columns)} |")
+            sources += [code(recipe.name), f": {escape(record.source)}.", ""]
+        return table + sources
+
+
+class LeaveOneOut(FromCode):
+    """`{leave-one-out} BERT`: errors of each reference point predicted from the others."""
+
+    def markdown(self, name):
+        """Returns a table of relative errors, in per cent."""
+        evidence = getattr(importlib.import_module("recipes.evidence"), name)
+        rules = ("evidence", "sqrt", "linear")
+        titles = ["between its neighbours", "the paper's rule", "the linear rule"]
+        names = [f"{what}: {t}" for what in ("examples", "rate") for t in titles]
+        lines = [f"| batch | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
+        for row in evidence.leave_one_out():
+            errors = [row.errors(rule) for rule in rules]
+            cells = [
+                "cannot tell" if pair is None else f"{pair[index]:+.1%}"
+                for index in range(2)
+                for pair in errors
+            ]
+            lines.append(f"| {row.reference.batch:,} | {' | '.join(cells)} |")
+        return lines
 
 
 class Variants(FromCode):
@@ -185,6 +255,8 @@ def setup(app):
     app.add_directive("command", Command)
     app.add_directive("recipe-fields", RecipeFields)
     app.add_directive("recipe-table", RecipeTable)
+    app.add_directive("mlperf-table", MLPerfTable)
+    app.add_directive("leave-one-out", LeaveOneOut)
     app.add_directive("variants", Variants)
     app.connect("autodoc-process-docstring", convert_docstring, priority=400)
     app.connect("env-check-consistency", check_complete)

@@ -21,6 +21,21 @@ FLIP_STREAM = 14
 AUGMENT_STREAM = 20
 
 
+def image_size(data):
+    """(height, width) of an image file in pixels, int64 scalars.
+
+    Args:
+        data: scalar string, an image file. A JPEG is not decoded for this.
+    """
+    shape = tf.cond(
+        tf.io.is_jpeg(data),
+        lambda: tf.image.extract_jpeg_shape(data),
+        lambda: tf.shape(_decode_any(data)),
+    )
+    shape = tf.cast(tf.ensure_shape(shape, [3]), tf.int64)
+    return shape[0], shape[1]
+
+
 def random_windows(height, width, *, seed: int, ids):
     """A random crop of each image: 8 to 100 % of its area, with an aspect ratio of 3/4 to 4/3.
 

@@ -1,26 +1,32 @@
 """Batches of labelled images from prepared shards.
 
 A training example (its image, crop and flip) is a function of (seed, example id) alone, so any host
-can compute any step without the steps before it. Only mixup depends on the batch, too.
+can compute any step without the steps before it. Only mixup depends on the batch, too. Each host
+opens the TFRecord files that hold its images by itself.
 """
+
+import functools
 
 import numpy as np
 import tensorflow as tf
 
 from inputs.bad_records import BadRecords
-from inputs.batching import host_batches, shuffled
+from inputs.damage import Damage
 from inputs.errors import InputError
 from inputs.images import decoding
-from inputs.images.shards import ShardReader
-from inputs.shards import IMAGES
+from inputs.images.shards import open_images
+from inputs.order import Order, by_block, number_of_lanes, row_batches
+from inputs.shards import records_from
 
-FEATURES = {
-    "image": tf.io.FixedLenFeature([], tf.string),  # an image file, or raw uint8 pixels
-    "label": tf.io.FixedLenFeature([], tf.int64),  # from 0
-    "height": tf.io.FixedLenFeature([], tf.int64),
-    "width": tf.io.FixedLenFeature([], tf.int64),
-}
+# Records that lie together are read about the same time, so that a file system that reads large
+# parts has what is needed next; and their places are read together.
+BLOCK = 16
+WINDOW_BLOCKS = 64  # whose images are mixed
+FIELDS = 7  # of a row: number, weight, file, and the two halves of the offset and of the id
 CENTRE_PADDING = 32  # of image files, in evaluation; see `decode_centre`
+# The features of a record, and the label of the first class. Records that other programs wrote have
+# their layout in the manifest.
+OWN_LAYOUT = {"image": "image", "label": "label", "label_base": 0}
 AUGMENTATIONS = ("none", "crop", "randaugment")
 
 
@@ -52,11 +58,13 @@ class Images:
             shifted by up to 4 pixels instead of cropped), "randaugment" for two random operations
             in addition, "none" for images as in evaluation.
         mixup_alpha: parameter of the Beta distribution of mixup weights; 0 turns mixup off.
-        bad_records: counts damaged records. A damaged record is replaced by the next one, with
-            weight 0. If None, the first damaged record raises an error.
+        bad_records: counts damaged records. A damaged record is replaced by another image of its
+            batch, with weight 0. If None, the first damaged record raises an error.
+        lanes: see `inputs.text.examples.Examples`.
+        damage_folder: see `inputs.damage.Damage`.
 
     Attributes:
-        bad_records: as given.
+        damage: the `Damage` found so far.
         manifest: the manifest of the folder.
         num_examples: number of images.
         padding: see `decoding.decode_centre`.
@@ -66,12 +74,28 @@ class Images:
     """
 
     def __init__(
-        self, folder, image_size, *, seed, augmentation="crop", mixup_alpha=0.0, bad_records=None
+        self,
+        folder,
+        image_size,
+        *,
+        seed,
+        augmentation="crop",
+        mixup_alpha=0.0,
+        bad_records=None,
+        lanes=None,
+        damage_folder="",
     ):
-        self.bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
-        self._reader = ShardReader(folder, IMAGES[1], self.bad_records)
-        self.manifest = self._reader.manifest
-        self.num_examples = self._reader.count
+        found = open_images(folder)
+        self.manifest = found.manifest
+        self._paths = found.paths
+        self._index = found.index
+        self._lanes = lanes
+        self.num_examples = len(found.index)
+        bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
+        self.damage = Damage(bad_records, self.num_examples, damage_folder)
+        layout = self.manifest.get("layout", OWN_LAYOUT)
+        self._image, self._label = layout["image"], layout["label"]
+        self._label_base = layout["label_base"]
         self._size = image_size
         self._seed = seed
         self._augmentation = augmentation
@@ -93,15 +117,9 @@ class Images:
             context: `tf.distribute.InputContext` of this host; None means a single replica.
             first_step: the step to begin with; the steps before it are not read.
         """
-        local, ids_of = host_batches(global_batch_size, context)
-
-        def selection(k):
-            ids = ids_of(k)
-            return ids, shuffled(ids, self.num_examples, self._seed), tf.ones_like(ids)
-
-        indices = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
+        order = self._order(global_batch_size, self.num_examples, self._seed)
         training = self._augmentation != "none"
-        return self._batches(indices.map(selection), ids_of(0).shape[0], training)
+        return self._batches(order, context, first_step, training)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """The centre of each of the first `limit` images, once.
@@ -113,92 +131,164 @@ class Images:
             limit: maximum number of examples.
             context: as in `training_batches`.
         """
-        local, ids_of = host_batches(global_batch_size, context)
-        total = min(limit, self.num_examples)
+        order = self._order(global_batch_size, min(limit, self.num_examples), None)
+        return self._batches(order, context, 0, training=False)
 
-        def selection(k):
-            ids = ids_of(k)
-            return ids, tf.minimum(ids, total - 1), tf.cast(ids < total, tf.int64)
+    def files_read(self, global_batch_size, context, steps) -> set[str]:
+        """The TFRecord files of the images of a host's first training steps.
 
-        indices = tf.data.Dataset.range(-(-total // global_batch_size) * local)
-        return self._batches(indices.map(selection), ids_of(0).shape[0], training=False)
+        Args:
+            global_batch_size: examples per step over all replicas.
+            context: `tf.distribute.InputContext` of the host.
+            steps: the number of steps.
+        """
+        order = self._order(global_batch_size, self.num_examples, self._seed)
+        rows = row_batches(order, context, 0, functools.partial(self._rows, order))
+        replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        found = rows.take(steps * replicas).as_numpy_iterator()
+        return {self._paths[file] for batch in found for file in np.unique(batch[:, 2])}
+
+    def _order(self, batch, examples, seed):
+        lanes = self._lanes or number_of_lanes(batch, examples)
+        return Order(examples, batch, lanes, BLOCK, WINDOW_BLOCKS, seed)
 
     def files(self, count: int):
-        """Yields (bytes of an image file, label) of at most `count` evenly spaced images."""
-        chosen = range(0, self.num_examples, max(1, self.num_examples // count))
-        for record in self._reader.read(chosen[:count])[0]:
-            features = tf.io.parse_single_example(record, FEATURES)
-            data = features["image"]
-            if self._is_pixels:
-                pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), self.manifest["pixels"])
-                data = tf.io.encode_png(pixels)
-            yield data.numpy(), int(features["label"])
+        """Yields (bytes of an image file, label) of at most `count` evenly spaced images.
 
-    def _batches(self, selections, batch_size, training):
-        """Makes batches of (example ids, record indices, weights), each [B] int64."""
-        read = selections.map(self._read, num_parallel_calls=2)
-        if self._is_pixels:
-            batches = read.map(lambda *columns: self._pixels(training, *columns), tf.data.AUTOTUNE)
-        else:
-            batches = (
-                read.map(lambda *columns: self._windows(training, *columns))
-                .unbatch()
-                .map(lambda row: self._decoded(training, row), tf.data.AUTOTUNE)
-                .batch(batch_size, drop_remainder=True)
-            )
-        return batches.map(lambda batch: self._with_mixup(training, batch)).prefetch(2)
+        A damaged one is left out.
+        """
+        chosen = range(0, self.num_examples, max(1, self.num_examples // count))[:count]
+        for ((file, offset),) in self._index.slices([(i, i + 1) for i in chosen]):
+            place = tf.data.Dataset.from_tensors(tf.constant(offset))
+            path = self._paths[file]
+            read = place.flat_map(lambda at, path=path: records_from(path, at).take(1))
+            for record in read.ignore_errors():
+                features = tf.io.parse_single_example(record, self._features)
+                data = features[self._image]
+                if self._is_pixels:
+                    pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), self.manifest["pixels"])
+                    data = tf.io.encode_png(pixels)
+                yield data.numpy(), int(features[self._label]) - self._label_base
 
-    def _read(self, ids, indices, weight):
-        # ArrayRecord has no TensorFlow op. One Python call per batch is cheap beside decoding.
-        types = [tf.string, tf.bool]
-        records, is_own = tf.numpy_function(self._reader.read, [indices], types, stateful=False)
-        records, is_own = (tf.ensure_shape(part, ids.shape) for part in (records, is_own))
-        weight *= tf.cast(is_own, weight.dtype)
-        return ids, weight, tf.io.parse_example(records, FEATURES)
-
-    def _labels(self, ids, weight, features):
+    @property
+    def _features(self):
         return {
-            "id": ids,
-            "label": tf.cast(features["label"], tf.int32),
-            "example_weights": tf.cast(weight, tf.float32),
+            self._image: tf.io.FixedLenFeature([], tf.string),  # an image file, or raw pixels
+            self._label: tf.io.FixedLenFeature([], tf.int64),
         }
 
-    def _pixels(self, training, ids, weight, features):
-        """A batch of raw pixels."""
-        shape = [ids.shape[0], self._size, self._size, 3]
-        images = tf.reshape(tf.io.decode_raw(features["image"], tf.uint8), shape)
-        if training:
+    def _batches(self, order, context, first_step, training):
+        rows = row_batches(order, context, first_step, functools.partial(self._rows, order))
+        batch_size = rows.element_spec.shape[0]
+        example = tf.autograph.experimental.do_not_convert(
+            functools.partial(self._example, training)
+        )
+        finish = tf.autograph.experimental.do_not_convert(
+            functools.partial(self._finished, training)
+        )
+        images = rows.unbatch().map(example, tf.data.AUTOTUNE)
+        return images.batch(batch_size, drop_remainder=True).map(finish).prefetch(2)
+
+    def _rows(self, order, examples, ids):
+        """Where the record of each example is, see `FIELDS`."""
+        last = order.examples - 1
+
+        def block_rows(block, examples, ids):
+            places, readable = self._index.read_block(BLOCK, block, examples, self.damage)
+            file, offset = tf.unstack(places, axis=1)
+            head = [examples, tf.cast(readable, tf.int64), file]
+            return tf.concat(
+                [
+                    tf.cast(tf.stack(head, 1), tf.int32),
+                    tf.bitcast(offset, tf.int32),
+                    tf.bitcast(ids, tf.int32),
+                ],
+                axis=1,
+            )
+
+        rows = by_block(BLOCK, tf.minimum(examples, last), ids, block_rows, FIELDS)
+        counts = tf.cast(examples <= last, tf.int32)[:, tf.newaxis]
+        return tf.concat([rows[:, :1], rows[:, 1:2] * counts, rows[:, 2:]], 1)
+
+    def _example(self, training, row):
+        """Reads and decodes one image; a damaged one becomes black, with weight 0."""
+        number, weight, file = row[0], row[1], row[2]
+        offset, example_id = tf.bitcast(row[3:5], tf.int64), tf.bitcast(row[5:7], tf.int64)
+        path = tf.gather(tf.constant(self._paths), file)
+        decode = self._pixels if self._is_pixels else self._decoded
+        decode = tf.autograph.experimental.do_not_convert(
+            functools.partial(decode, training, example_id)
+        )
+        good = records_from(path, offset).take(1).map(decode).ignore_errors()
+        shape = [self._size, self._size, 3]
+        none = tf.data.Dataset.from_tensors((tf.zeros(shape, tf.uint8), np.int32(-1)))
+        image, label = good.concatenate(none).take(1).get_single_element()
+
+        def report():
+            lost = tf.cast(number, tf.int64), tf.constant(1, tf.int64)
+            with tf.control_dependencies([self.damage.report(path, offset, *lost)]):
+                return tf.constant(0)
+
+        readable = tf.cond(label < 0, report, lambda: tf.constant(1))
+        return {
+            "id": example_id,
+            "image": image,
+            "label": tf.maximum(label, 0),
+            "example_weights": tf.cast(weight * readable, tf.float32),
+            "readable": readable > 0,
+        }
+
+    def _parsed(self, record):
+        features = tf.io.parse_single_example(record, self._features)
+        label = tf.cast(features[self._label], tf.int32) - self._label_base
+        in_range = (label >= 0) & (label < len(self.manifest["classes"]))
+        with tf.control_dependencies([tf.debugging.Assert(in_range, [label])]):
+            return features[self._image], tf.identity(label)
+
+    def _pixels(self, training, example_id, record):
+        del training, example_id  # raw pixels are augmented by the batch
+        data, label = self._parsed(record)
+        pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), [self._size, self._size, 3])
+        return pixels, label
+
+    def _decoded(self, training, example_id, record):
+        data, label = self._parsed(record)
+        if not training:
+            return decoding.decode_centre(data, self._size, self.padding), label
+        ids = tf.reshape(example_id, [1])
+        height, width = decoding.image_size(data)
+        sizes = tf.reshape(height, [1]), tf.reshape(width, [1])
+        window = decoding.random_windows(*sizes, seed=self._seed, ids=ids)[0]
+        image = decoding.decode_window(data, window, self._size)
+        flip = decoding.random_flips(seed=self._seed, ids=ids)[0]
+        # A slice with a step of -1 takes ten times as long, more than the decoding.
+        image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+        if self._augmentation == "randaugment":
+            image = self._augmented((image, example_id))
+        return image, label
+
+    def _augmented(self, image_and_id):
+        image, example_id = image_and_id
+        return decoding.rand_augment(image, seed=self._seed, example_id=example_id)
+
+    def _finished(self, training, batch):
+        """Augments raw pixels, replaces what could not be read, and adds the mixup weights."""
+        ids = batch["id"]
+        images, readable = batch["image"], batch.pop("readable")
+        if training and self._is_pixels:
             images = decoding.random_shifts(images, seed=self._seed, ids=ids)
             flip = decoding.random_flips(seed=self._seed, ids=ids)
             images = tf.where(flip[:, None, None, None], tf.reverse(images, [2]), images)
             if self._augmentation == "randaugment":
                 images = tf.map_fn(self._augmented, (images, ids), tf.uint8)
-        return self._labels(ids, weight, features) | {"image": images}
-
-    def _windows(self, training, ids, weight, features):
-        """A batch of image files, each with its random window and flip."""
-        rows = self._labels(ids, weight, features) | {"data": features["image"]}
-        if training:
-            size = features["height"], features["width"]
-            rows["window"] = decoding.random_windows(*size, seed=self._seed, ids=ids)
-            rows["flip"] = decoding.random_flips(seed=self._seed, ids=ids)
-        return rows
-
-    def _decoded(self, training, row):
-        """One example of `_windows`, with its image decoded."""
-        data = row.pop("data")
-        if not training:
-            return row | {"image": decoding.decode_centre(data, self._size, self.padding)}
-        image = decoding.decode_window(data, row.pop("window"), self._size)
-        # A slice with a step of -1 takes ten times as long, more than the decoding.
-        image = tf.cond(row.pop("flip"), lambda: tf.reverse(image, [1]), lambda: image)
-        if self._augmentation == "randaugment":
-            image = self._augmented((image, row["id"]))
-        return row | {"image": image}
-
-    def _augmented(self, image_and_id):
-        image, example_id = image_and_id
-        return decoding.rand_augment(image, seed=self._seed, example_id=example_id)
+        # Batch statistics must not see black images.
+        substitute = tf.where(
+            readable, tf.range(tf.size(readable)), tf.argmax(readable, output_type=tf.int32)
+        )
+        images = tf.cond(
+            tf.reduce_all(readable), lambda: images, lambda: tf.gather(images, substitute)
+        )
+        return self._with_mixup(training, batch | {"image": images})
 
     def _with_mixup(self, training, batch):
         ids = batch.pop("id")

@@ -7,7 +7,8 @@ The source may be
   ImageNet as Kaggle has it: the folder with ILSVRC/ and LOC_val_solution.csv;
   ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, or the folder of both;
   a tar of images, with a CSV of the same name (file, index) and classes.csv (index, wnid, name);
-  CIFAR-10: its python or binary archive, unpacked or not, or PNG strips with labels.npz.
+  CIFAR-10: its python or binary archive, unpacked or not, or PNG strips with labels.npz;
+  what this command of version 0.1.0 wrote.
 Writes DIR/train and DIR/validation, as far as the source has these splits, each with a manifest. If
 it is stopped, the same command continues with the next shard. Images that cannot be decoded, and
 files that are not read, are reported and left out.
@@ -15,6 +16,7 @@ files that are not read, are reported and left out.
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import os
@@ -68,6 +70,8 @@ def find_sources(
             f"--source: {path} is neither a .tar nor an archive of CIFAR-10. If it is a compressed "
             "archive, unpack it and give the folder."
         )
+    if old := shards.old_splits(path):
+        return [_converted_source(path, name) for name in old]
     found: list[Source] = []
     for name, tar_split in OFFICIAL.items():
         tar = os.path.join(path, name)
@@ -82,6 +86,27 @@ def find_sources(
     if records:
         return tfrecords.record_sources(path, records, classes_csv, label_base, log)
     return _folder_sources(path, split, classes_csv, log)
+
+
+def _converted_source(path, split) -> Source:
+    """A split that version 0.1.0 prepared."""
+    folder = os.path.join(path, split)
+    manifest = read_json(os.path.join(folder, MANIFEST))
+
+    def items(path):
+        for number, (data, label) in enumerate(shards.old_records(path)):
+            yield Item(f"{path}, record {number}", data, label)
+
+    parts = [
+        sources.Part(
+            os.path.splitext(shard["file"])[0],
+            functools.partial(items, os.path.join(folder, shard["file"])),
+            shard["sha256"],
+        )
+        for shard in manifest["shards"]
+    ]
+    classes = [Class(*one) for one in manifest["classes"]]
+    return Source(split, parts, classes, manifest["pixels"])
 
 
 def _folder_sources(path, split, classes_csv, log) -> list[Source]:
@@ -197,7 +222,7 @@ def _decode(data):
 
 
 def encode(item: Item, height: int, width: int) -> bytes:
-    """Serialises a record: a `tf.train.Example` of `inputs.images.examples.FEATURES`."""
+    """Serialises a record: a `tf.train.Example` with the features below."""
 
     def feature(value):
         if isinstance(value, bytes):

@@ -1,28 +1,28 @@
 """Shards of images, and the manifest of a folder of them.
 
-A record is a `tf.train.Example` with `inputs.images.examples.FEATURES`. While a preparation is in
-progress, the folder also holds plan.json, and SHARD.arrayrecord.json for each finished shard, so
+A record is a `tf.train.Example` with the features `image` (an image file, or raw uint8 pixels),
+`label` (from 0), `height` and `width`. While a preparation is in
+progress, the folder also holds plan.json, and SHARD.tfrecord.json for each finished shard, so
 that a stopped preparation continues with the first missing shard.
 """
 
 import dataclasses
 import glob
 import hashlib
-import itertools
 import json
 import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from array_record.python import array_record_data_source
+import tensorflow as tf
 
-from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import LOCK, NEW, read_json, write_json
-from inputs.shards import MANIFEST, SUFFIX, UNREADABLE, damaged, record_writer
+from inputs.pages import Pages, PagesWriter, open_pages
+from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_offsets, record_writer
 
 PLAN = "plan.json"
+INDEX = "index"  # folder, and name of the array in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,7 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
             ],
         }
     )
+    write_index(folder, [os.path.join(folder, s.file) for s in kept], [s.count for s in kept])
     write_json(os.path.join(folder, MANIFEST), manifest)
     for shard in shards:
         os.remove(os.path.join(folder, f"{shard.file}.json"))
@@ -152,96 +153,133 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
     return manifest
 
 
-class ShardReader:
-    """Random access to the records of a folder, numbered from 0 over all its shards.
+def write_index(
+    folder: str,
+    files: list[str],
+    counts: list[int] | None = None,
+    progress: Callable[[int], object] = lambda files: None,
+) -> list[int]:
+    """Writes where each record of the files begins, into FOLDER/index; reads lengths only.
 
     Args:
-        folder: folder with a manifest.
-        kind: the `kind` that the manifest must have.
-        bad_records: each damaged record is reported to it once.
+        folder: folder of the manifest.
+        files: paths of TFRecord files, which are not compressed.
+        counts: the number of records that each file must have.
+        progress: called with 1 after each file.
+
+    Returns:
+        The number of records of each file.
+
+    Raises:
+        InputError: a file cannot be read, or is damaged.
+    """
+    found = []
+    with PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer:
+        for number, path in enumerate(files):
+            offsets = record_offsets(path)
+            if counts and len(offsets) != counts[number]:
+                raise InputError(
+                    f"{path} has {len(offsets):,} records, not {counts[number]:,}: it was "
+                    "truncated or replaced. Prepare or copy it again."
+                )
+            found.append(len(offsets))
+            progress(1)
+            writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedImages:
+    """The files of one split.
 
     Attributes:
         manifest: content of the manifest, a dictionary.
-        count: number of records.
-
-    Raises:
-        InputError: the manifest is missing or of another kind, or a shard is missing or truncated.
+        paths: the TFRecord files.
+        index: for each record, [N, 2] int64: its file, and where it begins in it, in bytes.
     """
 
-    def __init__(self, folder: str, kind: str, bad_records: BadRecords):
-        path = os.path.join(folder, MANIFEST)
-        if os.path.exists(os.path.join(folder, PLAN)) and not os.path.exists(path):
-            raise InputError(
-                f"--data_dir: {folder} is not finished. Run the command that prepares it again: "
-                "it continues where it stopped."
-            )
-        fix = "Give a folder that `python -m inputs.images.prepare` wrote."
-        self.manifest = read_json(path, flag="--data_dir", fix=fix)
-        try:
-            found = self.manifest["kind"]
-            files = self.manifest["shards"]
-            paths = [os.path.join(folder, file["file"]) for file in files]
-            self.count = self.manifest["count"]
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"--data_dir: {path} is not a manifest of shards ({error!r}). {fix}"
-            ) from None
-        if found != kind:
-            raise InputError(
-                f"--data_dir: {path}, `kind` is {found!r}, but {kind!r} is needed here."
-            )
-        for file, shard in zip(files, paths, strict=True):
-            size = os.path.getsize(shard) if os.path.exists(shard) else "no"
-            if size != file["bytes"]:
-                raise InputError(
-                    f"--data_dir: {shard} has {size} bytes, but the manifest says "
-                    f"{file['bytes']}. Copy or prepare the folder again."
-                )
-        self._source = array_record_data_source.ArrayRecordDataSource(
-            [f"{shard}[0:{file['count']}]" for file, shard in zip(files, paths, strict=True)]
+    manifest: dict
+    paths: list[str]
+    index: Pages
+
+
+def open_images(folder: str) -> PreparedImages:
+    """Opens the folder of a split.
+
+    Raises:
+        InputError: the manifest is missing or of another kind, or a file is missing or truncated.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if tf.io.gfile.exists(os.path.join(folder, PLAN)) and not tf.io.gfile.exists(path):
+        raise InputError(
+            f"--data_dir: {folder} is not finished. Run the command that prepares it again: "
+            "it continues where it stopped."
         )
-        self._paths = paths
-        self._ends = np.cumsum([file["count"] for file in files])
-        self._bad_records = bad_records
-        self._damaged: set[int] = set()
-        bad_records.expect(self.count)
-        self._lock = threading.Lock()  # several threads read batches
-
-    def read(self, indices) -> tuple[np.ndarray, np.ndarray]:
-        """Reads records; a damaged one is replaced by the next readable one.
-
-        Args:
-            indices: [B] integers in [0, `count`).
-
-        Returns:
-            ([B] bytes objects, [B] bool: False where the record was replaced).
-
-        Raises:
-            InputError: too many records are damaged.
-        """
-        indices = [int(index) for index in indices]
+    fix = "Give a folder that `python -m inputs.images.prepare` or `inputs.images.index` wrote."
+    manifest = read_json(path, flag="--data_dir", fix=fix)
+    try:
+        found = manifest["kind"]
+        files = manifest["shards"]
+        paths = [os.path.join(folder, file["file"]) for file in files]
+        sizes = [file["bytes"] for file in files]
+        count = manifest["count"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"--data_dir: {path} is not a manifest of shards ({error!r}). {fix}"
+        ) from None
+    if found != IMAGES[1]:
+        raise InputError(
+            f"--data_dir: {path}, `kind` is {found!r}, but {IMAGES[1]!r} is needed here."
+        )
+    if any(path.endswith(OLD_SUFFIX) for path in paths):
+        parent = os.path.dirname(os.path.normpath(folder))
+        raise InputError(
+            f"--data_dir: {folder} was prepared by version 0.1.0, in a format that hosts cannot "
+            f"read by themselves. Convert it: python -m inputs.images.prepare --source={parent} "
+            "--output=NEW_FOLDER"
+        )
+    for shard, expected in zip(paths, sizes, strict=True):
         try:
-            return np.array(self._source.__getitems__(indices), object), np.ones(len(indices), bool)
-        except UNREADABLE:  # does not tell which record is damaged
-            found = [self._read_from(index) for index in indices]
-        records, positions = zip(*found, strict=True)
-        return np.array(records, object), np.array(positions) == indices
+            size = tf.io.gfile.stat(shard).length
+        except tf.errors.OpError:
+            size = "no"
+        if size != expected:
+            raise InputError(
+                f"--data_dir: {shard} has {size} bytes, but the manifest says {expected}. Copy or "
+                "prepare the folder again."
+            )
+    index = open_pages(os.path.join(folder, INDEX))
+    if index is None or len(index[0][INDEX]) != count:
+        raise InputError(
+            f"--data_dir: {os.path.join(folder, INDEX)} is missing or damaged. Copy the whole "
+            "folder again, or run the command that prepared it again."
+        )
+    return PreparedImages(manifest, paths, index[0][INDEX])
 
-    def _read_from(self, start):
-        """(record, index) of the first readable record at or after `start`, cyclically."""
-        for index in itertools.chain(range(start, self.count), range(start)):
-            try:
-                return self._source[index], index
-            except UNREADABLE as error:
-                self._report(index, error)
-        folder = os.path.dirname(self._paths[0])
-        raise InputError(f"--data_dir: no record of {folder} can be read. Copy it again.")
 
-    def _report(self, index, error):
-        with self._lock:
-            if index in self._damaged:
-                return
-            self._damaged.add(index)
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            in_shard = index - (self._ends[shard - 1] if shard else 0)
-            self._bad_records.add_bad(damaged(self._paths[shard], in_shard, error))
+def old_splits(folder: str) -> list[str]:
+    """The splits in a folder that version 0.1.0 prepared, in ArrayRecord files."""
+    return [
+        split
+        for split in ("train", "validation")
+        if tf.io.gfile.exists(os.path.join(folder, split, MANIFEST))
+        and tf.io.gfile.glob(os.path.join(folder, split, f"*{OLD_SUFFIX}"))
+    ]
+
+
+def old_records(path: str) -> Iterator[tuple[bytes, int]]:
+    """Yields (image, label) of a shard of version 0.1.0.
+
+    Raises:
+        InputError: the shard is damaged.
+    """
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        for index in range(reader.num_records()):
+            (record,) = reader.read([index])
+            features = tf.train.Example.FromString(record).features.feature
+            yield features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"{path} is damaged ({str(error).split(';')[0]}).") from None

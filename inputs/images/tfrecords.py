@@ -96,13 +96,7 @@ def record_sources(
     Raises:
         InputError: the class list cannot be read.
     """
-    listed = os.path.join(path, "label.labels.txt")
-    classes = None
-    if classes_csv:
-        classes = read_classes(classes_csv)
-    elif os.path.exists(listed):
-        with open(listed, encoding="utf-8") as file:
-            classes = [Class(name, name) for name in file.read().splitlines() if name]
+    classes = listed_classes(path, classes_csv)
     if label_base is None:
         files = [file for split in splits.values() for file in split]
         label_base = find_label_base(files, len(classes) if classes else None, log)
@@ -121,6 +115,32 @@ def record_sources(
         )
         for split, files in splits.items()
     ]
+
+
+def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
+    """The classes of a CSV, or else of label.labels.txt in a folder; None if there is neither.
+
+    Raises:
+        InputError: the CSV cannot be read.
+    """
+    if classes_csv:
+        return read_classes(classes_csv)
+    listed = os.path.join(path, "label.labels.txt")
+    if not tf.io.gfile.exists(listed):
+        return None
+    with tf.io.gfile.GFile(listed) as file:
+        return [Class(name, name) for name in file.read().splitlines() if name]
+
+
+def layout_of(path: str) -> Layout:
+    """The layout of the first record of a file.
+
+    Raises:
+        InputError: the file is damaged or has another layout.
+    """
+    for record in _dataset(path).take(1).ignore_errors().as_numpy_iterator():
+        return _layout(_features(record, f"{path}, record 0"), path)
+    raise InputError(f"{path}: its first record cannot be read. Copy it again.")
 
 
 def find_label_base(

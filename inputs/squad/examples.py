@@ -1,20 +1,29 @@
-"""SQuAD batches: texts are tokenised once, windows are cut on the fly.
+"""SQuAD batches: the windows are written to a file once, from which each host reads its share."""
 
-A training example is a function of (seed, example id) alone, as in `inputs.text.examples`.
-"""
+import functools
+import os
 
 import numpy as np
 import tensorflow as tf
 
-from inputs.batching import host_batches, shuffled
+from inputs.bad_records import BadRecords
+from inputs.damage import Damage, scratch_folder
 from inputs.errors import InputError
+from inputs.order import Order, by_block, number_of_lanes, row_batches
+from inputs.pages import PagesWriter, open_pages
 from inputs.squad import windows
 from inputs.squad.files import Squad
 from inputs.squad.offsets import OffsetTokenizer
 from inputs.text import unknown
 from inputs.text.vocabulary import CLS, PAD, SEP, UNK
 
-TEXTS_PER_CALL = 4096  # tokenised at once; limits the memory
+TEXTS_PER_CALL = 4096  # tokenised, or cut into windows, at once; limits the memory
+ROWS = "rows"  # name of the array
+BLOCK = 64  # windows read together
+WINDOW_BLOCKS = 16  # whose windows are mixed
+# A row of the file: the fields of `windows.Windows`; the first and the last piece of the answer;
+# whether it is known; then the ids.
+FIELDS = len(windows.Windows._fields) + 3
 
 
 def element_spec(batch_size: int, sequence_length: int):
@@ -70,8 +79,12 @@ class Features:
         lower_case: see `inputs.squad.offsets.OffsetTokenizer`.
         sequence_length, max_query_length, doc_stride: see `inputs.squad.windows.cut_windows`.
         seed: int, decides the order in training.
+        lanes: see `inputs.text.examples.Examples`.
+        shared_dir: a folder that all hosts can read, for the windows and for reports of damage;
+            "" for a temporary folder of this machine.
 
     Attributes:
+        damage: the `Damage` found so far.
         squad: as given.
         num_examples: number of windows.
         question_of: [num_examples] int32, the question of each window, in ascending order.
@@ -94,7 +107,10 @@ class Features:
         max_query_length: int,
         doc_stride: int,
         seed: int,
+        lanes: int | None = None,
+        shared_dir: str = "",
     ):
+        self._lanes = lanes
         self.squad = squad
         self.sequence_length = sequence_length
         self._seed = seed
@@ -126,15 +142,39 @@ class Features:
         self.num_examples = len(self.question_of)
         self.placed = np.array([question.placed is not None for question in squad.questions])
         self.first_pieces, self.last_pieces = self._answer_pieces()
-        self._tables = {
-            "question": tf.constant(self._questions.ids),
-            "question_begin": tf.constant(self._questions.begins[:-1]),
-            "context": tf.constant(self._contexts.ids),
-            "context_begin": tf.constant(self._contexts.begins[:-1][self._context_of]),
-            "first": tf.constant(self.first_pieces, tf.int32),
-            "last": tf.constant(self.last_pieces, tf.int32),
-            "placed": tf.constant(self.placed),
-        }
+        home = shared_dir or scratch_folder(self, "squad-windows-")
+        folder = os.path.join(home, f"{squad.fingerprint}-{sequence_length}")
+        self._write(folder)
+        self._file = open_pages(folder)[0][ROWS]
+        records = BadRecords(0.0, skip=False, log=print)
+        self.damage = Damage(records, self.num_examples, os.path.join(folder, "damaged"))
+
+    @property
+    def files(self) -> set[str]:
+        """The file of the windows; a host reads pages of it."""
+        return {self._file.path}
+
+    def _write(self, folder):
+        """Writes the row of each window."""
+        with PagesWriter(folder, {ROWS: np.int32}, {ROWS: FIELDS + self.sequence_length}) as writer:
+            for first in range(0, self.num_examples, TEXTS_PER_CALL):
+                cut = windows.Windows(
+                    *(field[first : first + TEXTS_PER_CALL] for field in self._windows)
+                )
+                question = cut.example.numpy()
+                answer = self.first_pieces[question], self.last_pieces[question]
+                ids = windows.rows(
+                    cut,
+                    (self._questions.ids, tf.gather(self._questions.begins[:-1], question)),
+                    (
+                        self._contexts.ids,
+                        tf.gather(self._contexts.begins[:-1][self._context_of], question),
+                    ),
+                    self.sequence_length,
+                    **self._special,
+                )["input_word_ids"]
+                fields = [*(field.numpy() for field in cut), *answer, self.placed[question]]
+                writer.append(**{ROWS: np.concatenate([np.stack(fields, 1), ids], axis=1)})
 
     def _answer_pieces(self):
         """The first and last word piece of each question's answer in its context: [Q] int64."""
@@ -181,17 +221,14 @@ class Features:
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
         """Infinite data set of this host's batches: one per step for each of its replicas.
 
+        Each is a dictionary as described by `element_spec`. Where a window does not contain the
+        whole answer, both positions are 0, that of [CLS]. If the place of the answer is not known,
+        the weight is 0.
+
         See `inputs.text.examples.Examples.training_batches` for the arguments.
         """
-        local, ids_of = host_batches(global_batch_size, context)
-
-        def batch(k):
-            ids = ids_of(k)
-            feature = shuffled(ids, self.num_examples, self._seed)
-            return self.batch(feature, tf.ones_like(ids, tf.float32))
-
-        indices = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
-        return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        order = self._order(global_batch_size, self.num_examples, self._seed)
+        return self._batches(order, context, first_step, self._labelled)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """Each of the first `limit` windows once.
@@ -200,77 +237,75 @@ class Features:
         `inputs.text.examples.Examples.evaluation_batches` for the arguments.
         """
         total = min(limit, self.num_examples)
-        return self._once(self.batch, total, global_batch_size, context)
+        order = self._order(global_batch_size, total, None)
+        return self._batches(order, context, 0, self._labelled)
 
     def prediction_batches(self, global_batch_size, context=None) -> tf.data.Dataset:
-        """Every window once, in batches of `question_batch`.
+        """Every window once, with the positions where an answer may be.
 
-        The last batch is filled up with windows whose `feature` is -1.
+        Each batch is a dictionary of the model's inputs; `may_begin` and `may_end`: [B, L] bool,
+        from `inputs.squad.windows.may_answer`; `feature`: [B] int32, the window, or -1 in the last
+        batch, which is filled up; `offset`: [B] int32, a position in the row minus the word piece
+        in the context.
         """
-        return self._once(self.question_batch, self.num_examples, global_batch_size, context)
+        order = self._order(global_batch_size, self.num_examples, None)
+        return self._batches(order, context, 0, self._unlabelled)
 
-    def _once(self, make, total, global_batch_size, context):
-        local, ids_of = host_batches(global_batch_size, context)
+    def _order(self, batch, examples, seed):
+        lanes = self._lanes or number_of_lanes(batch, examples)
+        return Order(examples, batch, lanes, BLOCK, WINDOW_BLOCKS, seed)
 
-        def batch(k):
-            ids = ids_of(k)
-            return make(tf.minimum(ids, total - 1), tf.cast(ids < total, tf.float32))
+    def _batches(self, order, context, first_step, finish):
+        read = functools.partial(self._read, order)
+        rows = row_batches(order, context, first_step, read)
+        return rows.map(finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
 
-        steps = -(-total // global_batch_size)
-        indices = tf.data.Dataset.range(steps * local)
-        return indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+    def _read(self, order, examples, ids):
+        """The rows of the file, each after its window's number; -1 for no window."""
+        last = order.examples - 1
 
-    def batch(self, feature, weights):
-        """Makes a batch of windows with the positions of their answers.
+        def block_rows(block, examples, ids):
+            del ids
+            rows, _ = self._file.read_block(BLOCK, block, examples, self.damage)
+            return rows
 
-        Args:
-            feature: [B] int64, indices of windows.
-            weights: [B] float32, 0 for an example that does not count.
+        width = FIELDS + self.sequence_length
+        rows = by_block(BLOCK, tf.minimum(examples, last), ids, block_rows, width)
+        numbers = tf.cast(tf.where(examples <= last, examples, -1), tf.int32)
+        return tf.concat([numbers[:, tf.newaxis], rows], 1)
 
-        Returns:
-            A dictionary as described by `element_spec`. Where the window does not contain the whole
-            answer, both positions are 0, that of [CLS]. If the place of the answer is not known,
-            the weight is 0.
-        """
-        cut = self._cut(feature)
-        first = tf.gather(self._tables["first"], cut.example) - cut.start
-        last = tf.gather(self._tables["last"], cut.example) - cut.start
+    @tf.autograph.experimental.do_not_convert
+    def _labelled(self, rows):
+        cut, inputs = self._inputs(rows)
+        first, last, placed = tf.unstack(rows[:, FIELDS - 2 : FIELDS + 1], axis=1)
+        first, last = first - cut.start, last - cut.start
         inside = (first >= 0) & (last < cut.length)
-        return self._rows(cut) | {
+        weights = tf.where(rows[:, 0] >= 0, placed, 0)
+        return inputs | {
             "start_positions": tf.where(inside, first + cut.question + 2, 0),
             "end_positions": tf.where(inside, last + cut.question + 2, 0),
-            "example_weights": tf.where(tf.gather(self._tables["placed"], cut.example), weights, 0),
+            "example_weights": tf.cast(weights, tf.float32),
         }
 
-    def question_batch(self, feature, weights):
-        """Makes a batch of windows with the positions where an answer may be.
-
-        See `batch` for the arguments.
-
-        Returns:
-            The model's inputs; `may_begin` and `may_end`: [B, L] bool, from
-            `inputs.squad.windows.may_answer`; `feature`: [B] int32, -1 where the weight is 0;
-            `offset`: [B] int32, a position in the row minus the word piece in the context.
-        """
-        cut = self._cut(feature)
+    @tf.autograph.experimental.do_not_convert
+    def _unlabelled(self, rows):
+        cut, inputs = self._inputs(rows)
         may_begin, may_end = windows.may_answer(cut, self.sequence_length)
-        return self._rows(cut) | {
+        return inputs | {
             "may_begin": may_begin,
             "may_end": may_end,
-            "feature": tf.where(weights > 0, tf.cast(feature, tf.int32), -1),
+            "feature": rows[:, 0],
             "offset": cut.question + 2 - cut.start,
         }
 
-    def _cut(self, feature):
-        return windows.Windows(*(tf.gather(field, feature) for field in self._windows))
-
-    def _rows(self, cut):
-        tables = self._tables
-        made = windows.rows(
-            cut,
-            (tables["question"], tf.gather(tables["question_begin"], cut.example)),
-            (tables["context"], tf.gather(tables["context_begin"], cut.example)),
-            self.sequence_length,
-            **self._special,
-        )
-        return {key: tf.ensure_shape(x, [None, self.sequence_length]) for key, x in made.items()}
+    def _inputs(self, rows):
+        """The windows of rows of `_read`, and the model's inputs."""
+        cut = windows.Windows(*tf.unstack(rows[:, 1 : FIELDS - 2], axis=1))
+        position = tf.range(self.sequence_length)[tf.newaxis]
+        end_a = cut.question[:, tf.newaxis] + 1
+        end_b = end_a + cut.length[:, tf.newaxis] + 1
+        return cut, {
+            "input_word_ids": rows[:, FIELDS + 1 :],
+            "input_mask": tf.cast(position <= end_b, tf.int32),
+            "input_type_ids": tf.cast((position > end_a) & (position <= end_b), tf.int32),
+        }

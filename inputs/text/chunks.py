@@ -14,19 +14,12 @@ EMPTY_SHARE = 0.05
 # so that many runs can be cut at once. Each run leaves about half a sequence empty.
 RUN_TOKENS = 2**16
 
+# The columns of a table of chunks.
 COLUMNS = {
-    PAIRS: (
-        "start",
-        "end",
-        "first",
-        "sentences",
-        "document_end",
-        "document_chunks",
-        "next_document",
-        "sentence_starts",
-    ),
+    PAIRS: ("start", "end", "first", "sentences", "document_end", "next_document"),
     FULL: ("start", "end"),
 }
+TABLE, SENTENCE_STARTS = "table", "sentence_starts"  # names of the arrays
 
 
 def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[str, np.ndarray]]:
@@ -44,20 +37,28 @@ def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[st
         packing: one of `PACKINGS`.
 
     Yields:
-        Dictionaries of int64 arrays. For each of C chunks, [C]: `start` and `end`, in tokens. With
-        `pairs` also, [C]: `first`, the first sentence, as an index in `sentence_starts`;
-        `sentences`, the number of sentences; `document_end`, the end of the document, in tokens;
-        `document_chunks`, the number of chunks of the document; `next_document`, the index of the
-        first chunk of the next document; and [S]: `sentence_starts`, in tokens.
+        Dictionaries of int64 arrays: `table`, [C, columns], with a row for each of C chunks; and,
+        with `pairs`, `sentence_starts`, [S], where each sentence or part of one starts, in tokens.
+        The columns are, with `full-sentences`, `start` and `end`, in tokens; with `pairs` also
+        `first`, the first sentence, as an index in `sentence_starts`; `sentences`, the number of
+        sentences; `document_end`, the end of the document, in tokens; and `next_document`, the
+        index of the first chunk of the next document.
 
     Raises:
         InputError: fewer than 2 documents have enough text.
     """
     cutter = _Pairs(sequence_length - 3) if packing == PAIRS else _Full(sequence_length)
-    for low, high in _document_blocks(corpus.documents):
-        counts = np.diff(corpus.documents[low : high + 1])
-        bounds = np.array(corpus.sentences[corpus.documents[low] : corpus.documents[high] + 1])
-        yield cutter.block(bounds, counts)
+    documents = corpus.documents.all()
+    blocks = list(_document_blocks(documents))
+    sentences = corpus.sentences.slices(
+        (documents[low], documents[high] + 1) for low, high in blocks
+    )
+    for (low, high), bounds in zip(blocks, sentences, strict=True):
+        block = cutter.block(bounds, np.diff(documents[low : high + 1]))
+        columns = [block[name] for name in COLUMNS[packing]]
+        yield {TABLE: np.stack(columns, 1)} | {
+            name: block[name] for name in block if name == SENTENCE_STARTS
+        }
     if cutter.documents < 2:
         raise InputError(
             "--data_dir: too little text: fewer than 2 training or held-out documents have at "
@@ -117,7 +118,6 @@ class _Pairs:
             "first": firsts + self._sentences,
             "sentences": after - firsts,
             "document_end": ends[last - 1][document],
-            "document_chunks": chunks[document],
             "next_document": self._chunks + np.cumsum(chunks)[document],
             "sentence_starts": piece_starts,
         }
@@ -170,9 +170,3 @@ def _orbits(starts, stops, following):
         left = current < stops
         current, stops = current[left], stops[left]
     return np.sort(np.concatenate(found))
-
-
-def joined(blocks) -> dict[str, np.ndarray]:
-    """Concatenates the blocks of `chunk_blocks`."""
-    blocks = list(blocks)
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}

@@ -1,34 +1,30 @@
 """A corpus: tokenised documents end to end, split into training and held-out documents.
 
-`tokenize` makes a corpus in memory from raw text. `load_prepared` opens the shards that
-`inputs.text.prepare` wrote, and memory-maps their tokens.
+`inputs.text.prepare` writes shards of documents. `load_prepared` opens them as a corpus. Examples
+are made of runs of tokens, not of documents, so the tokens are laid out once more, in arrays that
+graphs read in parts.
 """
 
-import collections
 import dataclasses
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import cache_folder, first_writable, locked
+from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import MANIFEST
-from inputs.text import chunks, mapped_arrays, unknown
+from inputs.text import chunks
 from inputs.text.shards import load_manifest, read_shard
-from inputs.text.tokenizing import tokenize_in_threads
-from inputs.text.vocabulary import SEP, UNK, load_vocabulary, vocabulary_hash
+from inputs.text.vocabulary import SEP, load_vocabulary, vocabulary_hash
 
 HELD_OUT_SHARE = 0.02
 RECENT_KEYS = 2**18  # collected in a set before they are merged into the sorted array
-LAYOUT = "memory_map"  # folder of the mapped files, inside the prepared folder or a cache
-CACHE_FIX = (
-    "The token ids are written there once, to be memory-mapped. Give a folder for them with "
-    "--cache_dir."
-)
+LAYOUT = "pages"  # folder of the arrays, inside the prepared folder or a cache
+CACHE_FIX = "The token ids are laid out there once. Give a folder for them with --cache_dir."
 SIDES = ("training", "held_out")
 DOCUMENTS_PER_BLOCK = 1024
 
@@ -41,25 +37,23 @@ class Corpus:
         tokens: [T] int32 or uint16 ids; after each document there is one [SEP].
         sentences: [S + 1] int64, where each sentence starts in `tokens`; the last entry is T.
         documents: [D + 1] int64, where each document starts in `sentences`; the last entry is S.
-        folder: folder of the arrays' files if they are memory-mapped, else None.
-        spare: folder for the files of chunks if `folder` cannot be written.
+        folder: folder of the arrays' files.
+        spare: folder for the tables of chunks if `folder` cannot be written.
     """
 
-    tokens: np.ndarray
-    sentences: np.ndarray
-    documents: np.ndarray
-    folder: str | None = None
-    spare: str | None = None
+    tokens: Pages
+    sentences: Pages
+    documents: Pages
+    folder: str
+    spare: str
 
     def describe(self) -> str:
         """Formats the number of tokens and documents, for a message."""
         count = len(self.documents) - 1
         return f"{len(self.tokens) - count:,} tokens in {count:,} documents"
 
-    def chunks(self, sequence_length: int, packing: str) -> dict[str, np.ndarray]:
-        """The arrays of `chunks.chunk_blocks`, concatenated.
-
-        If the corpus is memory-mapped, the chunks are written to files once and memory-mapped, too.
+    def chunks(self, sequence_length: int, packing: str) -> dict[str, Pages]:
+        """The arrays of `chunks.chunk_blocks`; they are computed and written once.
 
         Args:
             sequence_length: tokens per example, special ones included.
@@ -68,104 +62,25 @@ class Corpus:
         Raises:
             InputError: the corpus has too little text, or the files cannot be written.
         """
-        blocks = chunks.chunk_blocks(self, sequence_length, packing)
-        if self.folder is None:
-            return chunks.joined(blocks)
         name = f"{packing}-{sequence_length}"
-        places = [place for place in (self.folder, self.spare) if place]
+        places = dict.fromkeys([self.folder, self.spare])
         # Opened before the lock is taken: the disk may be read-only.
         for place in places:
-            if found := mapped_arrays.open_arrays(os.path.join(place, name)):
+            if found := open_pages(os.path.join(place, name)):
                 return found[0]
-        place = first_writable(places, "--data_dir", CACHE_FIX)
+        place = first_writable(list(places), "--data_dir", CACHE_FIX)
         folder = os.path.join(place, name)
         with locked(place, "--data_dir", wait=True):
-            found = mapped_arrays.open_arrays(folder)
+            found = open_pages(folder)
             if found is None:
-                dtypes = dict.fromkeys(chunks.COLUMNS[packing], np.int64)
-                with mapped_arrays.ArraysWriter(folder, dtypes) as writer:
-                    for block in blocks:
+                columns = {chunks.TABLE: len(chunks.COLUMNS[packing])}
+                names = [chunks.TABLE]
+                names += [chunks.SENTENCE_STARTS] if packing == chunks.PAIRS else []
+                with PagesWriter(folder, dict.fromkeys(names, np.int64), columns) as writer:
+                    for block in chunks.chunk_blocks(self, sequence_length, packing):
                         writer.append(**block)
-                found = _written(mapped_arrays.open_arrays(folder), folder)
+                found = _written(open_pages(folder), folder)
         return found[0]
-
-
-def tokenize(
-    documents: Iterable[list[str]],
-    vocabulary: list[str],
-    *,
-    lower_case: bool,
-    log: Callable[[str], object] = lambda line: None,
-) -> Corpus:
-    """Makes a corpus from raw text. Documents with the same tokens as an earlier one are dropped.
-
-    Args:
-        documents: lists of paragraphs.
-        vocabulary: word pieces, ids by position.
-        lower_case: see `inputs.text.tokenizing.WordPieces`.
-        log: receives a line about the share of [UNK].
-
-    Raises:
-        InputError: `documents` raised it.
-    """
-    known = KnownDocuments()
-    kept = []
-    characters: collections.Counter[str] = collections.Counter()
-    for part in tokenize_in_threads(documents, vocabulary, lower_case=lower_case):
-        kept += [found for found in part.documents() if known.add(document_key(found[0]))]
-        characters.update(part.unknown_characters)
-    unk = vocabulary.index(UNK)
-    count = sum(np.count_nonzero(tokens == unk) for tokens, _ in kept)
-    log(unknown.report(count, sum(len(tokens) for tokens, _ in kept), characters))
-    return joined(kept, vocabulary.index(SEP))
-
-
-def joined(documents: list[tuple[np.ndarray, np.ndarray]], separator: int) -> Corpus:
-    """Makes a corpus of documents, each given as (tokens, sentence lengths)."""
-    end = np.array([separator], np.int32)
-    tokens = [part for ids, _ in documents for part in (ids, end)]
-    lengths = [lengths.copy() for _, lengths in documents]
-    for document in lengths:
-        document[-1] += 1  # the last sentence includes the [SEP]
-    return Corpus(
-        np.concatenate([np.zeros(0, np.int32), *tokens]),
-        np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
-        np.cumsum([0, *map(len, lengths)], dtype=np.int64),
-    )
-
-
-def split_held_out(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """Returns (training, held-out) documents: about 2 % are held out, by a hash of their text.
-
-    Raises:
-        InputError: fewer than 4 documents.
-    """
-    documents = list(_documents(corpus))
-    keys = np.array([document_key(tokens) for tokens, _ in documents], np.uint64)
-    below = held_out_below(np.sort(keys))
-    separator = int(corpus.tokens[-1])
-    held_out, training = [], []
-    for document, is_held_out in zip(documents, keys < below, strict=True):
-        (held_out if is_held_out else training).append(document)
-    return joined(training, separator), joined(held_out, separator)
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """A short hash of a corpus; corpora with the same hash make the same examples."""
-    total = Fingerprint()
-    for tokens, lengths in _documents(corpus):
-        total.add(document_key(tokens), lengths)
-    return total.hexdigest()
-
-
-def _documents(corpus: Corpus):
-    """Yields (tokens, sentence lengths) of each document, without the [SEP]."""
-    bounds = corpus.documents.tolist()
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        starts = corpus.sentences[low : high + 1]
-        lengths = np.diff(starts).astype(np.int32)
-        lengths[-1] -= 1
-        yield corpus.tokens[starts[0] : starts[-1] - 1], lengths
 
 
 def document_key(tokens: np.ndarray) -> int:
@@ -261,16 +176,15 @@ def load_prepared(
 ) -> tuple[Corpus, Corpus, list[str], str]:
     """Opens a folder that `inputs.text.prepare` made.
 
-    Examples need random access to tokens, but shards hold documents. So the first call on a host
-    writes the tokens to plain files in FOLDER/memory_map, and memory-maps them. Memory then holds
-    only the parts of the files that the operating system caches. If FOLDER cannot be written, the
-    files are in ~/.cache/tf_lamb/FINGERPRINT/memory_map.
+    The arrays are in FOLDER/pages, which the preparation writes. If an earlier version prepared the
+    folder, or if it was copied without them, they are written by the first call, or, if FOLDER
+    cannot be written, into ~/.cache/tf_lamb/FINGERPRINT/pages.
 
     Args:
         folder: path.
         vocab: path of a vocab.txt, or "" for the folder's own.
         records: counts the documents.
-        cache_dir: if given, the files are in CACHE_DIR/FINGERPRINT/memory_map.
+        cache_dir: if given, arrays that are missing are written to CACHE_DIR/FINGERPRINT/pages.
         log: receives a line if the files are not in FOLDER.
 
     Returns:
@@ -300,20 +214,19 @@ def load_prepared(
     fingerprint = manifest["fingerprint"]
     cache = os.path.expanduser(cache_dir) if cache_dir else cache_folder()
     cache = os.path.join(cache, fingerprint)
-    homes = [cache] if cache_dir else [folder, cache]
-    found = next(filter(None, (_open_layout(home, fingerprint, cache) for home in homes)), None)
+    homes = [folder, cache]
+    found = next(filter(None, (open_layout(home, fingerprint, cache) for home in homes)), None)
     if found is None:
-        home = first_writable(homes, "--data_dir", CACHE_FIX)
-        if home != folder:
-            log(f"{folder}: the token ids are mapped from {home} (--cache_dir)")
+        home = first_writable([cache] if cache_dir else homes, "--data_dir", CACHE_FIX)
+        log(f"Laying out the token ids of {folder} in {home}")
         with locked(home, "--data_dir", wait=True):
             # Another process may have written it in the meantime.
-            found = _open_layout(home, fingerprint, cache)
+            found = open_layout(home, fingerprint, cache)
             if found is None:
                 # If documents were lost the fingerprint differs, and the next start tries again.
                 separator = vocabulary.index(SEP)
-                fingerprint = _write_layout(home, folder, manifest, separator, records)
-                found = _written(_open_layout(home, fingerprint, cache), home)
+                fingerprint = lay_out(home, folder, manifest, separator, records)
+                found = _written(open_layout(home, fingerprint, cache), home)
     return *found, vocabulary, fingerprint
 
 
@@ -331,36 +244,54 @@ def _written(found, folder):
     return found
 
 
-def _open_layout(home, fingerprint, cache):
+def open_layout(home: str, fingerprint: str, cache: str = "") -> list[Corpus] | None:
     """[training, held-out] corpora, or None if there is no layout of this fingerprint."""
     corpora = []
     for side in SIDES:
-        path, spare = (os.path.join(folder, LAYOUT, side) for folder in (home, cache))
-        found = mapped_arrays.open_arrays(path)
+        path, spare = (os.path.join(folder, LAYOUT, side) for folder in (home, cache or home))
+        found = open_pages(path)
         if found is None or found[1] != {"fingerprint": fingerprint}:
             return None
         corpora.append(Corpus(**found[0], folder=path, spare=spare))
     return corpora
 
 
-def _write_layout(home, folder, manifest, separator, records):
-    """Writes the arrays of both corpora of a prepared folder; returns their fingerprint."""
-    dtype = manifest["token_dtype"]
+def lay_out(
+    home: str,
+    folder: str,
+    manifest: dict,
+    separator: int,
+    records: BadRecords,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> str:
+    """Writes the arrays of both corpora of a prepared folder.
+
+    Args:
+        home: the folder to write to.
+        folder: the folder with the shards.
+        manifest: its manifest.
+        separator: id of [SEP].
+        records: counts the documents.
+        advance: called with the number of tokens of each document.
+
+    Returns:
+        The fingerprint of the documents that could be read.
+
+    Raises:
+        InputError: `home` cannot be written; or from `records`.
+    """
     below = int(manifest["held_out_below"], 16)
-    shutil.rmtree(os.path.join(home, LAYOUT), ignore_errors=True)
-    dtypes = {"tokens": dtype, "sentences": np.int64, "documents": np.int64}
+    dtypes = {"tokens": manifest["token_dtype"], "sentences": np.int64, "documents": np.int64}
     total = Fingerprint()
     paths = [os.path.join(home, LAYOUT, side) for side in SIDES]
-    with (
-        mapped_arrays.ArraysWriter(paths[0], dtypes) as training,
-        mapped_arrays.ArraysWriter(paths[1], dtypes) as held_out,
-    ):
+    with PagesWriter(paths[0], dtypes) as training, PagesWriter(paths[1], dtypes) as held_out:
         sides = [_LayoutWriter(training, separator), _LayoutWriter(held_out, separator)]
         for shard in manifest["shards"]:
-            for tokens, lengths in read_shard(folder, shard, dtype, records):
+            for tokens, lengths in read_shard(folder, shard, manifest["token_dtype"], records):
                 key = document_key(tokens)
                 total.add(key, lengths)
                 sides[key < below].add(tokens, lengths)
+                advance(len(tokens))
         records.end()
         for side in sides:
             side.finish(total.hexdigest())
@@ -383,17 +314,24 @@ class _LayoutWriter:
             self._write()
 
     def _write(self):
-        block = joined(self._pending, self._separator)
+        end = np.array([self._separator])
+        tokens = [part for ids, _ in self._pending for part in (ids, end)]
+        lengths = [lengths.copy() for _, lengths in self._pending]
         self._pending = []
+        for document in lengths:
+            document[-1] += 1  # the last sentence includes the [SEP]
+        counts = [len(document) for document in lengths]
+        lengths = np.concatenate([[0], *lengths]).astype(np.int64)
+        sentences = self._tokens + np.cumsum(lengths)
+        documents = self._sentences + np.cumsum([0, *counts], dtype=np.int64)
         self._writer.append(
-            tokens=block.tokens,
-            sentences=self._tokens + block.sentences[:-1],
-            documents=self._sentences + block.documents[:-1],
+            tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
+            sentences=sentences[:-1],
+            documents=documents[:-1],
         )
-        self._tokens += len(block.tokens)
-        self._sentences += len(block.sentences) - 1
+        self._tokens, self._sentences = int(sentences[-1]), int(documents[-1])
 
     def finish(self, fingerprint):
         self._write()
-        self._writer.append(tokens=[], sentences=[self._tokens], documents=[self._sentences])
+        self._writer.append(sentences=[self._tokens], documents=[self._sentences])
         self._writer.facts = {"fingerprint": fingerprint}

@@ -4,21 +4,25 @@ An example is a function of (seed, example id) alone: any host can make any step
 without the steps before it.
 """
 
-import numpy as np
+import functools
+
 import tensorflow as tf
 
-from inputs.batching import (
-    host_batches,
-    integers_below,
-    random_bits,
-    shuffled,
-    uniform,
-    unit_floats,
-)
-from inputs.text.chunks import FULL, PAIRS
-from inputs.text.mapped_arrays import as_tensor, dataset_options
+from inputs.bad_records import BadRecords
+from inputs.batching import integers_below, random_bits, uniform, unit_floats
+from inputs.damage import Damage
+from inputs.order import Order, by_block, number_of_lanes, row_batches
+from inputs.text.chunks import COLUMNS, FULL, PAIRS, SENTENCE_STARTS, TABLE
 from inputs.text.vocabulary import SPECIAL_TOKENS
 
+# Chunks that lie together are read together, about this many tokens. The random second segment of a
+# pair comes from the same block.
+BLOCK_TOKENS = 2**15
+MIN_BLOCK = 32  # chunks, of which one is the random second segment of another
+WINDOW_BLOCKS = 8  # whose examples are mixed
+# The fields of a row before its tokens: lengths of A and B, whether B is random, whether the
+# example could be read, and the two halves of its id.
+FIELDS = 6
 MASKED_SHARE, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # Devlin et al., arXiv:1810.04805, section 3.1
 
 
@@ -57,9 +61,14 @@ class Examples:
         seed: int, decides the order, the pairs and the masks.
         packing: `chunks.PAIRS` for two segments and next-sentence labels, `chunks.FULL` for one
             segment that fills the sequence, and next-sentence weights of 0.
+        lanes: at most so many hosts can each read a part of the corpus of their own; None for
+            `order.number_of_lanes` of the batch.
+        bad_records: counts damaged examples, which get weight 0; None: the first raises an error.
+        damage_folder: see `inputs.damage.Damage`.
 
     Attributes:
         num_examples: examples per epoch.
+        damage: the `Damage` found so far.
     """
 
     def __init__(
@@ -72,6 +81,9 @@ class Examples:
         whole_word,
         seed,
         packing=PAIRS,
+        lanes=None,
+        bad_records=None,
+        damage_folder="",
     ):
         self.sequence_length = sequence_length
         self.predictions = predictions
@@ -80,10 +92,13 @@ class Examples:
         self.packing = packing
         self.vocabulary = vocabulary
         chunks = corpus.chunks(sequence_length, packing)
-        self.num_examples = len(chunks["start"])
-        self._tokens = as_tensor(corpus.tokens)
-        self._chunks = {name: as_tensor(array) for name, array in chunks.items()}
-        self._options = dataset_options(corpus.tokens)
+        self._tokens = corpus.tokens
+        self._table = chunks[TABLE]
+        self._sentence_starts = chunks.get(SENTENCE_STARTS)
+        self.num_examples = len(self._table)
+        self._lanes = lanes
+        bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
+        self.damage = Damage(bad_records, self.num_examples, damage_folder)
         special = set(SPECIAL_TOKENS)
         ordinary = [i for i, piece in enumerate(vocabulary) if piece not in special]
         self._ordinary = tf.constant(ordinary, tf.int32)
@@ -91,6 +106,26 @@ class Examples:
         self._pad, self._unk, self._cls, self._sep, self._mask = map(
             vocabulary.index, SPECIAL_TOKENS
         )
+        # Traced once for all data sets, which would each take a second or two for it.
+        number, numbers = (tf.TensorSpec(shape, tf.int64) for shape in ([], [None]))
+        self._block_rows = tf.function(
+            self._make_block_rows, [number, number, numbers, numbers], autograph=False
+        )
+        self._masked_rows = tf.function(self._make_masked_rows, autograph=False)
+
+    @property
+    def files(self) -> set[str]:
+        """The files of the corpus; a host reads pages of each of them."""
+        parts = self._tokens, self._table, self._sentence_starts
+        return {part.path for part in parts if part is not None}
+
+    def order(self, global_batch_size) -> Order:
+        """The order of the training examples."""
+        lanes = self._lanes or number_of_lanes(global_batch_size, self.num_examples)
+        # Of a small corpus, a lane's share should still consist of several blocks.
+        share = self.num_examples // (lanes * WINDOW_BLOCKS)
+        block = max(MIN_BLOCK, min(BLOCK_TOKENS // self.sequence_length, share))
+        return Order(self.num_examples, global_batch_size, lanes, block, WINDOW_BLOCKS, self.seed)
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
         """Infinite data set of this host's batches: one per step for each of its replicas.
@@ -98,18 +133,11 @@ class Examples:
         Args:
             global_batch_size: examples per step over all replicas.
             context: `tf.distribute.InputContext` of this host; None means a single replica.
-            first_step: the step to begin with; the steps before it are not computed.
+            first_step: the step to begin with; the text of the steps before it is not read.
         """
-        local, ids_of = host_batches(global_batch_size, context)
-
-        def batch(k):
-            ids = ids_of(k)
-            chunk = shuffled(ids, self.num_examples, self.seed)
-            return self.batch(chunk, ids, tf.ones_like(ids, tf.float32))
-
-        indices = tf.data.Dataset.range(first_step * local, np.iinfo(np.int64).max)
-        batches = indices.map(batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
-        return batches.with_options(self._options)
+        order = self.order(global_batch_size)
+        rows = row_batches(order, context, first_step, functools.partial(self._rows, order.block))
+        return self._batches(rows)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """Each of the first `limit` examples once, with the same masks each time.
@@ -121,31 +149,54 @@ class Examples:
             limit: maximum number of examples.
             context: as in `training_batches`.
         """
-        local, ids_of = host_batches(global_batch_size, context)
         total = min(limit, self.num_examples)
+        block = max(MIN_BLOCK, BLOCK_TOKENS // self.sequence_length)  # for any batch size
 
-        def batch(k):
-            ids = ids_of(k)
-            weights = tf.cast(ids < total, tf.float32)
-            return self.batch(tf.minimum(ids, total - 1), ids, weights)
+        def rows(chunks, ids):
+            del ids  # depend on the batch
+            counts = tf.cast(chunks < total, tf.int32)
+            chunks = tf.minimum(chunks, total - 1)
+            made = self._rows(block, chunks, chunks)
+            return tf.concat([made[:, :3], made[:, 3:4] * counts[:, tf.newaxis], made[:, 4:]], 1)
 
-        steps = -(-total // global_batch_size)
-        batches = tf.data.Dataset.range(steps * local).map(batch).prefetch(4)
-        return batches.with_options(self._options)
+        lanes = self._lanes or number_of_lanes(global_batch_size, total)
+        order = Order(total, global_batch_size, lanes, block, 1, None)
+        return self._batches(row_batches(order, context, 0, rows))
 
-    def batch(self, chunk, ids, weights):
-        """Makes examples of the given chunks.
+    def _batches(self, rows):
+        return rows.map(self._masked_rows, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+
+    @tf.autograph.experimental.do_not_convert
+    def _rows(self, size, chunks, ids):
+        """Makes examples, before any piece is masked.
 
         Args:
-            chunk: [B] int64, the chunk that each example is made of.
-            ids: [B] int64, example ids, which select the random numbers.
-            weights: [B] float32, 0 for an example that does not count.
+            size: the number of chunks of a block.
+            chunks: [n] int64, the chunk that each example is made of; those of one block lie
+                together.
+            ids: [n] int64, example ids, which select the random numbers.
 
         Returns:
-            A dictionary as described by `element_spec`.
+            [n, FIELDS + L] int32, see `FIELDS`; then the tokens with [CLS], [SEP] and [PAD].
         """
-        segments = self._full if self.packing == FULL else self._pairs
-        a_start, a_length, b_start, b_length, is_random = segments(chunk, ids)
+        make_rows = functools.partial(self._block_rows, tf.constant(size, tf.int64))
+        return by_block(size, chunks, ids, make_rows, FIELDS + self.sequence_length)
+
+    def _make_block_rows(self, size, block, chunks, ids):
+        """`_rows` of chunks of one block."""
+        first = block * size
+        table, tokens, base, starts, readable = self._read(size, first)
+        chunks -= first
+        if self.packing == FULL:
+            start, end = (tf.gather(column, chunks) for column in tf.unstack(table, axis=1))
+            a_start, a_length, b_start = start, end - start, tf.zeros_like(start)
+            b_length, is_random = b_start - 1, b_start > 0  # length -1: no [SEP] of B either
+            a_start -= base
+        else:
+            (a_start, a_length, b_start, b_length, is_random), tokens, others_readable = (
+                self._pairs(size, table, starts, tokens, base, chunks, ids)
+            )
+            readable &= others_readable
         place = tf.range(self.sequence_length, dtype=tf.int64)[tf.newaxis]
         a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
         in_a = (place >= 1) & (place < a_end)
@@ -153,12 +204,113 @@ class Examples:
         source = tf.where(
             in_a, a_start[:, tf.newaxis] + place - 1, b_start[:, tf.newaxis] + place - a_end - 1
         )
-        is_text = in_a | in_b
-        tokens = tf.cast(tf.gather(self._tokens, tf.where(is_text, source, 0)), tf.int32)
+        is_text = (in_a | in_b) & readable
+        pieces = tf.cast(tf.gather(tokens, tf.where(is_text, source, 0)), tf.int32)
         separator = tf.where((place == a_end) | (place == b_end), self._sep, self._pad)
-        tokens = tf.where(is_text, tokens, tf.where(place == 0, self._cls, separator))
+        pieces = tf.where(is_text, pieces, tf.where(place == 0, self._cls, separator))
+        fields = [a_length, b_length, is_random, tf.fill(tf.shape(ids), readable)]
+        fields = tf.stack([tf.cast(field, tf.int32) for field in fields], 1)
+        return tf.concat([fields, tf.bitcast(ids, tf.int32), pieces], 1)
+
+    def _read(self, size, first):
+        """Reads what the examples of a block need.
+
+        Args:
+            size: the number of chunks of a block.
+            first: int64 scalar, the first chunk of the block.
+
+        Returns:
+            A tuple of the block's rows of the table of chunks; its tokens, and what comes after
+            them up to a sequence's length; the place of the first of these tokens in the corpus;
+            with pairs, the starts of its sentences, else None; and whether all could be read.
+        """
+        stop = tf.minimum(first + size, self.num_examples)
+        lost = self.damage, first, stop - first
+        table, readable = self._table.read(first, stop, *lost)
+        base = table[0, 0]
+        end = tf.minimum(table[-1, 1] + self.sequence_length, len(self._tokens))
+        tokens, tokens_readable = self._tokens.read(base, end, *lost)
+        # So that there is a token to gather where none could be read.
+        tokens = tf.concat([tokens, tf.zeros([1], tokens.dtype)], 0)
+        readable &= tokens_readable
+        if self.packing == FULL:
+            return table, tokens, base, None, readable
+        first_sentence, sentences = COLUMNS[PAIRS].index("first"), COLUMNS[PAIRS].index("sentences")
+        starts, starts_readable = self._sentence_starts.read(
+            table[0, first_sentence], table[-1, first_sentence] + table[-1, sentences], *lost
+        )
+        starts = tf.concat([starts, [0]], 0)
+        return table, tokens, base, starts, readable & starts_readable
+
+    def _pairs(self, size, table, starts, tokens, base, chunks, ids):
+        """Segments A and B. B continues A or, with probability 1/2, is from another document.
+
+        Args:
+            size, table, starts, tokens, base: of the block, from `_read`.
+            chunks: [B] int64, rows of `table`.
+            ids: [B] int64.
+
+        Returns:
+            A tuple of (start of A, length of A, start of B, length of B: [B] int64, in tokens;
+            whether B is from another document: [B] bool); the tokens that the starts refer to; and
+            whether they could be read.
+        """
+        # The other documents are those of the block. If it has only one, as in a long text, they
+        # are those of the block in which the next document begins.
+        next_document = table[0, -1]
+        is_one = next_document == table[-1, -1]
+        next_first = next_document % self.num_examples // size * size
+        others, other_tokens, other_base, other_starts, readable = tf.cond(
+            is_one,
+            lambda: self._read(size, next_first),
+            lambda: (table, tokens[:0], base, starts, tf.constant(True)),
+        )
+        other_base -= tf.where(is_one, tf.size(tokens, tf.int64), 0)  # they lie behind the tokens
+
+        def columns(rows):
+            return dict(zip(COLUMNS[PAIRS], tf.unstack(rows, axis=1), strict=True))
+
+        own, other_columns = columns(tf.gather(table, chunks)), columns(others)
+        draws = random_bits(self.seed, 0, ids, 4)
+        start, end, sentences = own["start"], own["end"], own["sentences"]
+        # A ends after any sentence but the last, or inside it if there is only one.
+        cut_sentence = own["first"] + 1 + integers_below(draws[:, 0], sentences - 1)
+        at_sentence = tf.gather(
+            starts,
+            tf.minimum(cut_sentence - table[0, 2], tf.size(starts, tf.int64) - 1),
+        )
+        inside = start + 1 + integers_below(draws[:, 0], end - start - 1)
+        a_end = tf.where(sentences > 1, at_sentence, inside)
+        # The chunks of a document lie together, so the others are those after it, cyclically.
+        count = tf.size(other_columns["next_document"], tf.int64)
+        low, high = (
+            tf.searchsorted(other_columns["next_document"], own["next_document"], side, tf.int64)
+            for side in ("left", "right")
+        )
+        others_of_each = count - (high - low)
+        other = (high + integers_below(draws[:, 2], others_of_each)) % count
+        is_random = (unit_floats(draws[:, 1]) < 0.5) & (others_of_each > 0)
+        other_sentence = tf.gather(other_columns["first"], other) + integers_below(
+            draws[:, 3], tf.gather(other_columns["sentences"], other)
+        )
+        random_start = tf.gather(other_starts, other_sentence - others[0, 2])
+        room = self.sequence_length - 3 - (a_end - start)
+        random_length = tf.gather(other_columns["document_end"], other) - random_start
+        b_start = tf.where(is_random, random_start - other_base, a_end - base)
+        b_length = tf.where(is_random, tf.minimum(room, random_length), end - a_end)
+        segments = start - base, a_end - start, b_start, b_length, is_random
+        return segments, tf.concat([tokens, other_tokens], 0), readable
+
+    def _make_masked_rows(self, rows):
+        """Makes a batch, as described by `element_spec`, of rows of `_rows`."""
+        place = tf.range(self.sequence_length)[tf.newaxis]
+        a_length, b_length, is_random, counts = tf.unstack(rows[:, :4], axis=1)
+        ids, tokens = tf.bitcast(rows[:, 4:FIELDS], tf.int64), rows[:, FIELDS:]
+        weights = tf.cast(counts, tf.float32)
+        a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
+        is_text = ((place >= 1) & (place < a_end)) | ((place > a_end) & (place < b_end))
         # A full sequence also has a [SEP] between documents.
-        is_text &= (tokens != self._sep) & (tokens != self._unk)
+        is_text &= (tokens != self._sep) & (tokens != self._unk) & (tokens != self._pad)
         masked, positions, labels, label_weights = self._masked(tokens, is_text, ids)
         return {
             "input_word_ids": masked,
@@ -167,52 +319,10 @@ class Examples:
             "masked_lm_positions": positions,
             "masked_lm_ids": labels,
             "masked_lm_weights": label_weights * weights[:, tf.newaxis],
-            "next_sentence_labels": tf.cast(is_random, tf.int32),
+            "next_sentence_labels": is_random,
             "next_sentence_weights": weights * float(self.packing == PAIRS),
             "example_weights": weights,
         }
-
-    def _full(self, chunk, ids):
-        """A single segment, the whole chunk. Returns the same as `_pairs`."""
-        del ids
-        start, end = (tf.gather(self._chunks[name], chunk) for name in ("start", "end"))
-        none = tf.zeros_like(start)
-        return start, end - start, none, none - 1, none > 0  # length -1: no [SEP] of B either
-
-    def _pairs(self, chunk, ids):
-        """Segments A and B. B continues A or, with probability 1/2, is from another document.
-
-        Returns:
-            (start of A, length of A, start of B, length of B: [B] int64, in tokens; whether B is
-            from another document: [B] bool).
-        """
-        column = {
-            name: tf.gather(values, chunk)
-            for name, values in self._chunks.items()
-            if name != "sentence_starts"
-        }
-        draws = random_bits(self.seed, 0, ids, 4)
-        start, end, sentences = column["start"], column["end"], column["sentences"]
-        # A ends after any sentence but the last, or inside it if there is only one.
-        cut_sentence = column["first"] + 1 + integers_below(draws[:, 0], sentences - 1)
-        sentence_starts = self._chunks["sentence_starts"]
-        at_sentence = tf.gather(
-            sentence_starts, tf.minimum(cut_sentence, tf.size(sentence_starts, tf.int64) - 1)
-        )
-        inside = start + 1 + integers_below(draws[:, 0], end - start - 1)
-        a_end = tf.where(sentences > 1, at_sentence, inside)
-        is_random = unit_floats(draws[:, 1]) < 0.5
-        others = self.num_examples - column["document_chunks"]
-        other = (column["next_document"] + integers_below(draws[:, 2], others)) % self.num_examples
-        other_sentence = tf.gather(self._chunks["first"], other) + integers_below(
-            draws[:, 3], tf.gather(self._chunks["sentences"], other)
-        )
-        random_start = tf.gather(sentence_starts, other_sentence)
-        room = self.sequence_length - 3 - (a_end - start)
-        random_length = tf.gather(self._chunks["document_end"], other) - random_start
-        b_start = tf.where(is_random, random_start, a_end)
-        b_length = tf.where(is_random, tf.minimum(room, random_length), end - a_end)
-        return start, a_end - start, b_start, b_length, is_random
 
     def _masked(self, tokens, is_text, ids):
         """Selects 15 % of the pieces: 80 % become [MASK], 10 % a random piece, 10 % stay.

@@ -8,29 +8,44 @@ import argparse
 import collections
 import hashlib
 import itertools
+import json
 import os
+import sys
+from collections.abc import Callable, Sequence
 
 from inputs import process  # isort: split
 
 import numpy as np
+import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
-from inputs.files import LOCK, NEW, locked
+from inputs.files import LOCK, NEW, cache_folder, first_writable, locked
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
-from inputs.text import casing, documents, unknown
+from inputs.text import casing, corpus, documents, unknown
+from inputs.text.chunks import PACKINGS, PAIRS, TABLE
 from inputs.text.corpus import Fingerprint, KnownDocuments, document_key, held_out_below
 from inputs.text.files import READ, find_files
+from inputs.text.installed_text import read_installed_text
 from inputs.text.shards import ShardWriter, load_manifest, read_shard, save_manifest, token_dtype
-from inputs.text.tokenizing import tokenize_in_processes
-from inputs.text.vocabulary import UNK, load_vocabulary, save_vocabulary, vocabulary_hash
+from inputs.text.tokenizing import tokenize_in_order
+from inputs.text.vocabulary import (
+    SEP,
+    UNK,
+    learn_vocabulary,
+    load_vocabulary,
+    save_vocabulary,
+    vocabulary_hash,
+)
 
 NAME = "inputs.text.prepare"
 SHARD_TOKENS = 2**24
 COMPARED_BYTES = 2**20  # at each end of an input file, to recognise the same file again
 LISTED_CHARACTERS = 100  # of a shard's unknown characters, in the manifest
 CASES = {"auto": None, "true": True, "false": False}
+LARGE = 2**27  # bytes of raw text from which processes pay
+MIN_LENGTH = 8  # [CLS] A [SEP] B [SEP] with some text
 STOPPED = 130  # exit status of a shell after Ctrl-C
 
 
@@ -42,21 +57,26 @@ def prepare(
     workers: int,
     lower_case: bool | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    packing: str = PAIRS,
+    sequence_lengths: Sequence[int] = (),
     max_bad_record_share: float = 0.001,
     log=lambda line: None,
     show_progress: bool = False,
 ) -> dict:
-    """Tokenises text into shards.
+    """Tokenises text into shards, and lays its tokens out for training.
 
     Args:
         text: files, globs or folders, comma-separated.
         vocab: path of a vocab.txt.
         output: folder for the shards. It may be missing, empty, or from an earlier call with the
             same arguments, stopped or finished.
-        workers: number of processes that tokenise; 0 to tokenise in this process.
+        workers: number of processes that tokenise; 0 to tokenise in threads of this process.
         lower_case: whether to lower-case the text; None to lower-case unless the vocabulary has
             capitals or accents.
         shard_tokens: number of tokens after which a shard ends.
+        packing: how sequences are cut, one of `chunks.PACKINGS`.
+        sequence_lengths: lengths, in tokens, for which sequences are cut already. For others, the
+            training does it at its start.
         max_bad_record_share: the share of lines that may be damaged, in [0, 1].
         log: receives lines about files that are read or passed over, damaged records, existing
             shards, capitals, and words that the vocabulary cannot spell.
@@ -69,37 +89,194 @@ def prepare(
         InputError: the text, the vocabulary or the folder cannot be used.
     """
     files = find_files(text, "--input", log)
-    vocabulary = load_vocabulary(vocab)
+    records = BadRecords(
+        max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
+    )
+    return prepare_documents(
+        lambda advance: documents.read_documents(files, records, advance),
+        [identity(file) for file in files],
+        sum(tf.io.gfile.stat(file).length for file in files),
+        load_vocabulary(vocab),
+        output,
+        records=records,
+        flag="--output",
+        workers=workers,
+        lower_case=lower_case,
+        shard_tokens=shard_tokens,
+        packing=packing,
+        sequence_lengths=sequence_lengths,
+        log=log,
+        show_progress=show_progress,
+    )
+
+
+def prepare_documents(
+    read: Callable,
+    inputs: list,
+    size: int,
+    vocabulary: list[str],
+    output: str,
+    *,
+    records: BadRecords,
+    flag: str,
+    workers: int,
+    lower_case: bool | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    packing: str = PAIRS,
+    sequence_lengths: Sequence[int] = (),
+    log=lambda line: None,
+    show_progress: bool = False,
+    wait: bool = False,
+) -> dict:
+    """Tokenises documents into shards, and lays their tokens out for training.
+
+    Args:
+        read: takes a function to call with amounts of work; returns an iterator of documents, lists
+            of paragraphs. The same in each call.
+        inputs: JSON values that identify what `read` returns.
+        size: the work in all.
+        vocabulary: word pieces.
+        output: as for `prepare`.
+        records: counts the documents.
+        flag: what named the folder, for error messages.
+        wait: whether to wait until another process that prepares the folder has ended.
+
+    The other arguments, the return value and the errors are those of `prepare`.
+    """
     try:
-        os.makedirs(output, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: {output} cannot be created: {error.strerror}.") from None
-    with locked(output, "--output"):
-        manifest = _begin(output, files, vocabulary, lower_case, shard_tokens)
+        tf.io.gfile.makedirs(output)
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{flag}: {output} cannot be created: {reason}.") from None
+    with locked(output, flag, wait=wait):
+        manifest = _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens)
         preparation = _Preparation(output, manifest, vocabulary.index(UNK), log)
         save_vocabulary(vocabulary, os.path.join(output, "vocab.txt"))
         if manifest["finished"]:
             log(f"{output} is finished already")
-            return manifest
-        lower_case = manifest["lower_case"]
-        log(casing.report(lower_case, vocabulary))
-        records = BadRecords(
-            max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
-        )
-        size = sum(os.path.getsize(file) for file in files)
-        with Progress(size, "B", enabled=show_progress) as progress:
-            read = documents.read_documents(files, records, progress.advance)
-            done = manifest["shards"][-1]["batches"] if manifest["shards"] else 0
-            batches = tokenize_in_processes(
-                read, vocabulary, lower_case=lower_case, workers=workers, skip=done
-            )
-            preparation.write(batches, progress)
-        preparation.finish(records)
-        log(preparation.describe_unknown())
-    return preparation.manifest
+        else:
+            lower_case = manifest["lower_case"]
+            log(casing.report(lower_case, vocabulary))
+            with Progress(size, "B", enabled=show_progress) as progress:
+                done = manifest["shards"][-1]["batches"] if manifest["shards"] else 0
+                batches = tokenize_in_order(
+                    read(progress.advance),
+                    vocabulary,
+                    lower_case=lower_case,
+                    workers=workers,
+                    skip=done,
+                )
+                preparation.write(batches, progress)
+            preparation.finish(records)
+            log(preparation.describe_unknown())
+        manifest = preparation.manifest
+        corpora = corpus.open_layout(output, manifest["fingerprint"])
+        if corpora is None:
+            with Progress(manifest["tokens"], " tokens", enabled=show_progress) as progress:
+                corpus.lay_out(
+                    output,
+                    output,
+                    manifest,
+                    vocabulary.index(SEP),
+                    BadRecords(0.0, skip=False, log=log),
+                    progress.advance,
+                )
+            corpora = corpus.open_layout(output, manifest["fingerprint"])
+    for length in sequence_lengths:
+        for side in corpora:
+            count = len(side.chunks(length, packing)[TABLE])
+            log(f"Sequences of {length} tokens: {count:,} in {side.describe()}")
+    return manifest
 
 
-def _begin(output, files, vocabulary, lower_case, shard_tokens):
+def prepare_in_cache(
+    text: str,
+    vocab: str,
+    recipe,
+    *,
+    known_case: tuple[bool, str] | None,
+    records: BadRecords,
+    cache_dir: str,
+    log: Callable[[str], object],
+) -> str:
+    """Prepares raw text in a cache, unless an earlier call prepared the same text.
+
+    Args:
+        text: files, globs or folders, comma-separated; "" for the text of the installed packages.
+        vocab: path of a vocab.txt; "" to learn one from the text.
+        recipe: a `recipes.bert.BertRecipe`.
+        known_case: see `casing.choose`.
+        records: counts damaged lines.
+        cache_dir: the cache; "" for that of `inputs.files.cache_folder`.
+        log: receives lines.
+
+    Returns:
+        The folder with the shards and their vocabulary.
+
+    Raises:
+        InputError: the text, the vocabulary or the cache cannot be used.
+    """
+    if text:
+        files = find_files(text, log=log)
+        inputs = [identity(file) for file in files]
+        size = sum(tf.io.gfile.stat(file).length for file in files)
+
+        def read(advance):
+            return documents.read_documents(files, records, advance)
+    else:
+        found = list(read_installed_text())
+        content = hashlib.sha256(repr(found).encode()).hexdigest()
+        inputs, size = [{"file": "installed text", "sha256": content}], len(found)
+
+        def read(advance):
+            for document in found:
+                advance(1)
+                yield document
+
+    if vocab:
+        vocabulary = load_vocabulary(vocab)
+        lower_case = casing.choose(recipe.lower_case, vocabulary, known_case)
+        origin = vocabulary_hash(vocabulary)
+    else:
+        vocabulary = None
+        lower_case = recipe.lower_case is not False
+        origin = f"learned, {recipe.vocabulary_size}"
+    limit = recipe.max_bad_record_share, recipe.on_bad_record
+    key = hashlib.sha256(json.dumps([inputs, origin, lower_case, limit]).encode()).hexdigest()[:16]
+    cache = os.path.expanduser(cache_dir) if cache_dir else cache_folder()
+    home = first_writable(
+        [cache], "--cache_dir", "The text is prepared there once. Give a folder with --cache_dir."
+    )
+    folder = os.path.join(home, f"text-{key}")
+    if is_prepared(folder) and load_manifest(folder)["finished"]:
+        log(f"It was prepared before, in {folder}")
+        lost = load_manifest(folder)["damaged_records"]
+        if lost:
+            log(f"{lost:,} damaged records were skipped then")
+        return folder
+    log(f"Preparing it once, in {folder}")
+    if vocabulary is None:
+        paragraphs = itertools.chain.from_iterable(read(lambda amount: None))
+        vocabulary = learn_vocabulary(paragraphs, recipe.vocabulary_size, lower_case=lower_case)
+        log(f"Learned a vocabulary of {len(vocabulary):,} word pieces")
+    prepare_documents(
+        read,
+        inputs,
+        size,
+        vocabulary,
+        folder,
+        records=records,
+        flag="--cache_dir",
+        workers=0 if size < LARGE else os.cpu_count() or 1,
+        lower_case=lower_case,
+        log=log,
+        show_progress=sys.stderr.isatty(),
+        wait=True,
+    )
+    return folder
+
+
+def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
     """The manifest of the preparation that was stopped in this folder, or a new one."""
     known = None
     if is_prepared(output):
@@ -110,13 +287,13 @@ def _begin(output, files, vocabulary, lower_case, shard_tokens):
         "lower_case": casing.choose(lower_case, vocabulary, known),
         "token_dtype": token_dtype(len(vocabulary)),
         "shard_tokens": shard_tokens,
-        "inputs": [_identity(file) for file in files],
+        "inputs": inputs,
     }
     if known is None:
-        others = sorted(set(os.listdir(output)) - {LOCK, MANIFEST + NEW})
+        others = sorted(set(tf.io.gfile.listdir(output)) - {LOCK, MANIFEST + NEW})
         if others:
             raise InputError(
-                f"--output: {output} has other content ({others[0]}). Choose an empty folder."
+                f"{flag}: {output} has other content ({others[0]}). Choose an empty folder."
             )
         manifest = {"finished": False} | facts | {"shards": []}
         save_manifest(output, manifest)
@@ -125,17 +302,17 @@ def _begin(output, files, vocabulary, lower_case, shard_tokens):
     for field, value in facts.items():
         if manifest[field] != value:
             raise InputError(
-                f"--output: {output} was begun with another `{field}`, according to its "
+                f"{flag}: {output} was begun with another `{field}`, according to its "
                 f"{MANIFEST}. Give the same command as then, or choose an empty folder."
             )
     return manifest
 
 
-def _identity(path):
+def identity(path: str) -> dict:
     """Identifies an input file by its name, its size, and the hash of both ends."""
-    size = os.path.getsize(path)
+    size = tf.io.gfile.stat(path).length
     ends = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
+    with tf.io.gfile.GFile(path, "rb") as file:
         ends.update(file.read(COMPARED_BYTES))
         file.seek(max(0, size - COMPARED_BYTES))
         ends.update(file.read())
@@ -255,6 +432,17 @@ class _Preparation:
         save_manifest(self._folder, self.manifest)
 
 
+def _lengths(flag: str) -> list[int]:
+    lengths = [length.strip() for length in flag.split(",") if length.strip()]
+    wrong = [length for length in lengths if not length.isdecimal() or int(length) < MIN_LENGTH]
+    if wrong:
+        raise InputError(
+            f"--sequence_lengths: lengths are whole numbers from {MIN_LENGTH}. Received: "
+            f"{wrong[0]}."
+        )
+    return [int(length) for length in lengths]
+
+
 def main(arguments=None) -> int:
     """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -289,6 +477,19 @@ def main(arguments=None) -> int:
         help="tokens after which a shard ends (default: %(default)s)",
     )
     parser.add_argument(
+        "--sequence_lengths",
+        default="",
+        metavar="LENGTHS",
+        help="lengths in tokens, comma-separated, for which sequences are cut already, such as "
+        "128,512; training does it at its start for others",
+    )
+    parser.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        default=PAIRS,
+        help="how these sequences are cut (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max_bad_record_share",
         type=float,
         default=0.001,
@@ -298,6 +499,7 @@ def main(arguments=None) -> int:
     flags["lower_case"] = CASES[flags["lower_case"]]
     try:
         refuse_empty(**{name: flags[name] for name in ("input", "vocab", "output")})
+        flags["sequence_lengths"] = _lengths(flags["sequence_lengths"])
         for name in ("workers", "shard_tokens"):
             if flags[name] < 1:
                 raise InputError(f"--{name} must be at least 1. Received: --{name}={flags[name]}.")

@@ -4,20 +4,28 @@ A record is one document, little-endian: the number S of its sentences (uint32),
 tokens (S uint32), and its ids (uint16, or int32 if the vocabulary is larger).
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
 
 import numpy as np
-from array_record.python import array_record_module
+import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import read_json, write_json
-from inputs.shards import MANIFEST, SUFFIX, TEXT, UNREADABLE, damaged, record_writer
+from inputs.shards import (
+    MANIFEST,
+    OLD_SUFFIX,
+    SUFFIX,
+    TEXT,
+    damaged,
+    read_records,
+    record_writer,
+)
 
-FORMAT, VERSION = TEXT[1], 2
-RECORDS_PER_READ = 256
+FORMAT = TEXT[1]
+VERSION = 3
+ARRAY_RECORD_VERSION = 2  # the same documents, in ArrayRecord files; still read
 FIELDS = {
     "finished": bool,
     "vocabulary_hash": str,
@@ -52,7 +60,7 @@ def load_manifest(folder: str) -> dict:
             f"{path} is not a manifest of tokenised text: its `format` is not {FORMAT!r}. Give a "
             "folder that `python -m inputs.text.prepare` made."
         )
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (ARRAY_RECORD_VERSION, VERSION):
         raise InputError(
             f"{path}: `version` is {manifest.get('version')!r}, but this program reads {VERSION}. "
             f"{PREPARE_AGAIN}"
@@ -126,9 +134,7 @@ def read_shard(
         folder: folder of the shards.
         shard: the manifest's entry for the shard.
         dtype: NumPy dtype of the ids.
-        records: counts the documents. If the shard is missing, or the manifest gives another number
-            of records, all records of the manifest count as damaged, which is an error unless
-            `records` allows it.
+        records: counts the documents, also those that are missing according to the manifest.
 
     Raises:
         InputError: from `records`.
@@ -139,53 +145,44 @@ def read_shard(
 
 
 def _read_documents(path, shard, dtype, records):
-    if not os.path.isfile(path):
+    if not tf.io.gfile.exists(path):
         records.add_bad(f"{path} is missing, but the manifest lists it.", shard["documents"])
         return
-    reader = array_record_module.ArrayRecordReader(path)
-    try:
-        yield from _documents(reader, path, shard["documents"], dtype, records)
-    finally:
-        with contextlib.suppress(RuntimeError):  # repeats the error of a damaged file
-            reader.close()
-
-
-def _documents(reader, path, expected, dtype, records):
-    count = reader.num_records()
-    if count != expected:
+    seen = 0
+    read = _read_array_record if path.endswith(OLD_SUFFIX) else read_records
+    for place, record in read(path):
+        seen += 1
+        document = None if record is None else _decode(record, dtype)
+        if document is None:
+            sizes = "" if record is None else "its sentence lengths do not add up to its size"
+            records.add_bad(damaged(path, place, sizes))
+        else:
+            records.add_good()
+            yield document
+    expected = shard["documents"]
+    if seen != expected:
         records.add_bad(
-            f"{path} holds {count:,} records, but the manifest says {expected:,}: the file was "
-            "truncated, damaged or replaced.",
-            expected,
+            f"{path} holds {seen:,} records, but the manifest says {expected:,}: the "
+            "file was truncated, damaged or replaced.",
+            max(expected - seen, 1),
         )
-        return
-    for start in range(0, count, RECORDS_PER_READ):
-        for index, record, error in _read(reader, start, min(start + RECORDS_PER_READ, count)):
-            document = None if error else _decode(record, dtype)
-            if document is None:
-                reason = error or "its sentence lengths do not add up to its size"
-                records.add_bad(damaged(path, index, reason))
-            else:
-                records.add_good()
-                yield document
 
 
-def _read(reader, start, stop):
-    """Yields (index, bytes, None), or (index, None, error) for a damaged record."""
+def _read_array_record(path):
+    """`inputs.shards.read_records` for a file of version 0.1.0; places are numbers of records."""
+    from array_record.python import array_record_module
+
     try:
-        batch = reader.read(start, stop)
-    except UNREADABLE:  # does not tell which record is damaged
-        batch = None
-    if batch is not None:
-        yield from ((start + i, record, None) for i, record in enumerate(batch))
+        reader = array_record_module.ArrayRecordReader(path)
+        count = reader.num_records()
+    except RuntimeError:
         return
-    for index in range(start, stop):
+    for index in range(count):
         try:
             (record,) = reader.read([index])
-        except UNREADABLE as error:
-            yield index, None, error
-        else:
-            yield index, record, None
+        except (RuntimeError, IndexError):
+            record = None
+        yield index, record
 
 
 def _decode(record, dtype):

@@ -25,6 +25,7 @@ from inputs.text.vocabulary import UNK
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
 DOCUMENT_CHARACTERS = 100  # added per document, as even a short one takes memory
+THREADS = 2  # if a process tokenises by itself
 QUEUED_BATCHES = 3  # per worker
 
 # The rules of StateBasedSentenceBreaker (tensorflow-text 2.20) depend only on punctuation,
@@ -215,23 +216,7 @@ def batch_documents(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]
         yield batch
 
 
-def tokenize_in_threads(
-    documents: Iterable[list[str]], vocabulary: list[str], *, lower_case: bool, threads: int = 2
-) -> Iterator[Tokenized]:
-    """Tokenises batches of documents, in order, in threads of this process.
-
-    Args:
-        documents: lists of paragraphs.
-        vocabulary: word pieces, ids by position.
-        lower_case: see `WordPieces`.
-        threads: number of threads.
-    """
-    tokenizer = Tokenizer(vocabulary, lower_case=lower_case)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        yield from _in_order(pool, tokenizer, batch_documents(documents), threads)
-
-
-def tokenize_in_processes(
+def tokenize_in_order(
     documents: Iterable[list[str]],
     vocabulary: list[str],
     *,
@@ -239,13 +224,13 @@ def tokenize_in_processes(
     workers: int,
     skip: int = 0,
 ) -> Iterator[Tokenized]:
-    """Tokenises batches of documents, in order, in worker processes.
+    """Tokenises batches of documents, in order, in worker processes or threads.
 
     Args:
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
         lower_case: see `WordPieces`.
-        workers: number of processes; 0 to tokenise in this process.
+        workers: number of processes; 0 to tokenise in threads of this process.
         skip: number of batches to read without tokenising them.
 
     Raises:
@@ -253,7 +238,9 @@ def tokenize_in_processes(
     """
     batches = itertools.islice(batch_documents(documents), skip, None)
     if workers == 0:
-        yield from map(Tokenizer(vocabulary, lower_case=lower_case), batches)
+        tokenizer = Tokenizer(vocabulary, lower_case=lower_case)
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            yield from _in_order(pool, tokenizer, batches, THREADS)
         return
     # Workers are forked from a server process that has imported TensorFlow but never run it. This
     # is safe, unlike forking this process, and the workers share the memory of the import.

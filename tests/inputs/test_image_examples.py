@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from pictures import damage, encoded, open_shards, prepare, prepared, smooth
+from pictures import damage, encoded, prepare, prepared, smooth, stored
 from read_only import read_only
 
 from inputs.bad_records import BadRecords
@@ -252,7 +252,7 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content):
 def test_a_damaged_record_is_named_once_and_has_weight_0(tmp_path):
     out, said = prepared(tmp_path) / "train", []
     whole = joined(examples.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))
-    shard = damage(out, 7)
+    shard, offset = damage(out, 7)
     records = BadRecords(0.1, skip=True, log=said.append)
     data = examples.Images(str(out), SIZE, seed=1, bad_records=records)
     for _ in range(2):
@@ -261,26 +261,43 @@ def test_a_damaged_record_is_named_once_and_has_weight_0(tmp_path):
     counted = found["example_weights"] > 0
     for key, values in found.items():
         np.testing.assert_array_equal(values[counted], whole[key][counted])
+    # Batch statistics see another image of the batch in its place.
+    np.testing.assert_array_equal(found["image"][7], found["image"][5])
     epoch = joined(data.training_batches(4).take(3))
     assert sorted(epoch["example_weights"]) == [0] + [1] * 11
-    assert len(said) == 1 and said[0].startswith(f"Skipped: {shard}, record 7: damaged (")
-    assert len(list(data.files(12))) == 12
+    data.damage.collect()
+    assert said == [f"Skipped: {shard}, byte {offset}: damaged or missing."]
+    assert len(list(data.files(12))) == 11
     damage(out, 2)
-    with pytest.raises(tf.errors.OpError, match="2 of 12 records are damaged, more than the share"):
-        joined(data.evaluation_batches(5, 100))
+    joined(data.evaluation_batches(5, 100))
+    with pytest.raises(InputError, match="2 of 12 records are damaged, more than the share"):
+        data.damage.collect()
+
+
+def test_without_leave_a_damaged_record_ends_the_run_with_its_place(tmp_path):
+    out = prepared(tmp_path) / "train"
+    shard, offset = damage(out, 3)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=f"InputError: --data_dir: {shard}, byte {offset}: damaged",
+    ):
+        joined(examples.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))
 
 
 def test_a_folder_without_readable_records_is_an_error(tmp_path):
     out = prepared(tmp_path) / "train"
-    (shard,) = out.glob("*.arrayrecord")
+    (shard,) = out.glob("*.tfrecord")
     shard.write_bytes(bytes(shard.stat().st_size))
-    records = BadRecords(1.0, skip=True, log=lambda line: None)
+    records = BadRecords(0.5, skip=True, log=lambda line: None)
     data = examples.Images(str(out), SIZE, seed=1, bad_records=records)
-    with pytest.raises(InputError, match=f"no record of {out} can be read. Copy it again"):
-        list(data.files(1))
+    assert list(data.files(1)) == []
+    assert not joined(data.training_batches(4).take(3))["example_weights"].any()
+    with pytest.raises(InputError, match="of 12 records are damaged, more than the share"):
+        data.damage.collect()
 
 
 def test_shards_that_cannot_be_written_are_read(tmp_path):
     folder = prepared(tmp_path) / "train"
     with read_only(folder):
-        assert len(open_shards(folder).read(range(12))[0]) == 12
+        assert len(joined(make(tmp_path / "out").training_batches(4).take(3))["label"]) == 12
+        assert len(stored(folder)) == 12

@@ -13,7 +13,6 @@ from pictures import (
     encoded,
     example,
     manifest,
-    open_shards,
     prepare,
     smooth,
     stored,
@@ -21,6 +20,7 @@ from pictures import (
 
 from inputs.errors import InputError
 from inputs.images import shards
+from inputs.images.shards import open_images
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 CLASSES = "index,wnid,name\n" + "".join(f"{i},n{i},{name}\n" for i, name in enumerate(NAMES))
@@ -51,7 +51,7 @@ def test_class_folders_with_both_splits(tmp_path, capsys):
     shown = capsys.readouterr()
     assert f"hash {train['hash']}" in shown.out
     assert shown.err.splitlines() == [
-        f"{tmp_path}/out/{split}/{split}-00000.arrayrecord: {count} images (100%)"
+        f"{tmp_path}/out/{split}/{split}-00000.tfrecord: {count} images (100%)"
         for split, count in (("train", 9), ("validation", 6))
     ]
     first = (tmp_path / "source/train/cat/0.jpg").read_bytes()
@@ -147,16 +147,16 @@ def test_a_stopped_preparation_continues(tmp_path, monkeypatch):
 
     def stops(folder, name, records, facts):
         if name.endswith("2"):
-            (pathlib.Path(folder) / f"{name}.arrayrecord.new").write_bytes(b"half")
+            (pathlib.Path(folder) / f"{name}.tfrecord.new").write_bytes(b"half")
             raise KeyboardInterrupt
         return write(folder, name, records, facts)
 
     monkeypatch.setattr(shards, "write_shard", stops)
     assert prepare("--source", source, "--output", part) == 130
     with pytest.raises(InputError, match="is not finished"):
-        open_shards(part / "train")
+        open_images(str(part / "train"))
     monkeypatch.undo()
-    finished = part / "train/train-00000.arrayrecord"
+    finished = part / "train/train-00000.tfrecord"
     before = finished.stat().st_mtime_ns
     assert prepare("--source", source, "--output", part) == 0
     assert finished.stat().st_mtime_ns == before
@@ -374,10 +374,10 @@ def test_an_output_with_other_content_is_not_changed(tmp_path, capsys):
 def test_a_truncated_shard_is_refused(tmp_path):
     class_folders(tmp_path / "source")
     prepare("--source", tmp_path / "source", "--output", tmp_path / "out")
-    shard = tmp_path / "out/train/train-00000.arrayrecord"
+    shard = tmp_path / "out/train/train-00000.tfrecord"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(InputError, match=r"train-00000.arrayrecord has \d+ bytes"):
-        open_shards(tmp_path / "out/train")
+    with pytest.raises(InputError, match=r"train-00000.tfrecord has \d+ bytes"):
+        open_images(str(tmp_path / "out/train"))
 
 
 def test_the_real_imagenet_samples(tmp_path):

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_text as tf_text
-from batch_checks import joined
+from batch_checks import corpora, document_tokens, joined
 from read_only import read_only
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import locked
+from inputs.shards import read_records
 from inputs.text import corpus, documents, examples, tokenizing, vocabulary
 from inputs.text import files as text_files
 from inputs.text import prepare as prepare_text
@@ -102,38 +103,76 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("packing", ["pairs", "full-sentences"])
-def test_shards_and_raw_text_give_the_same_batches(source, folder, packing):
+def test_the_documents_are_those_of_the_text(source, folder):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
-    read = documents.read_documents(text_files.find_files(str(source / "text")), records())
-    in_memory = corpus.tokenize(read, pieces, lower_case=True)
     training, held_out, kept_pieces, fingerprint = load(folder)
-    assert fingerprint == corpus.fingerprint(in_memory) and kept_pieces == pieces
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["documents"] == len(in_memory.documents) - 1 == 150
+    assert fingerprint == manifest["fingerprint"] and kept_pieces == pieces
+    assert manifest["documents"] == 150
     assert manifest["repeated_documents"] == 2 and len(manifest["shards"]) > 3
-    assert isinstance(training.tokens, np.memmap) and training.tokens.dtype == np.uint16
-    from_raw_text = corpus.split_held_out(in_memory)
-    for ours, theirs in zip((training, held_out), from_raw_text, strict=True):
-        for name in ("tokens", "sentences", "documents"):
-            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-    first, second = (
-        joined(
-            examples.Examples(
-                documents_in,
-                pieces,
-                sequence_length=32,
-                predictions=5,
-                whole_word=True,
-                seed=2,
-                packing=packing,
-            )
-            .training_batches(8, first_step=3)
-            .take(4)
+    read = documents.read_documents(text_files.find_files(str(source / "text")), records())
+    tokenizer = tokenizing.Tokenizer(pieces, lower_case=True)
+    expected = {
+        tokens.tobytes(): lengths.tolist()
+        for document in read
+        for tokens, lengths in tokenizer([document]).documents()
+    }
+    found = {}
+    for side in (training, held_out):
+        assert side.tokens.all().dtype == np.uint16
+        sentences, bounds = side.sentences.all(), side.documents.all()
+        for number, tokens in enumerate(document_tokens(side)):
+            assert tokens[-1] == pieces.index("[SEP]")
+            lengths = np.diff(sentences[bounds[number] : bounds[number + 1] + 1])
+            lengths[-1] -= 1
+            found[tokens[:-1].astype(np.int32).tobytes()] = lengths.tolist()
+    assert found == expected and len(held_out.documents) - 1 == 3
+
+
+def test_raw_text_is_prepared_in_the_cache_once(source, folder, tmp_path):
+    """Its batches are those of the prepared folder, and the second start reads no text."""
+    recipe = resized(find_recipe("bert-mini-demo"), global_batch_size=8)
+
+    def make(data_dir, log=print):
+        return TASKS[recipe.task](
+            recipe,
+            data_dir=str(data_dir),
+            vocab=str(source / "vocab.txt"),
+            resume_dir=None,
+            seed=1,
+            synthetic=False,
+            log=log,
+            cache_dir=str(tmp_path / "cache"),
         )
-        for documents_in in (training, from_raw_text[0])
-    )
-    tf.nest.map_structure(np.testing.assert_array_equal, first, second)
+
+    said = []
+    tasks = [make(source / "text"), make(source / "text", said.append), make(folder)]
+    assert any(line.startswith("It was prepared before, in ") for line in said)
+    first, *others = (joined(task.train_batches(0, 3)(None).take(2)) for task in tasks)
+    for other in others:
+        tf.nest.map_structure(np.testing.assert_array_equal, first, other)
+    assert len({task.facts["data"] for task in tasks}) == 1
+    text = (source / "text/a.jsonl").read_text()
+    try:
+        (source / "text/a.jsonl").write_text(text.replace("cat", "dog"))
+        assert make(source / "text").facts["data"] != tasks[0].facts["data"]
+    finally:
+        (source / "text/a.jsonl").write_text(text)
+
+
+def test_sequences_are_cut_by_the_command(source, folder):
+    said = []
+    prepare(source, folder, log=said.append, sequence_lengths=[32, 64])
+    assert [line.split(" tokens")[0] for line in said[-4:]] == [
+        *["Sequences of 32"] * 2,
+        *["Sequences of 64"] * 2,
+    ]
+    assert (folder / "pages/training/pairs-64/table").exists()
+    before = made(folder)
+    first_batch(load(folder)[0], vocabulary.load_vocabulary(folder / "vocab.txt"))
+    assert made(folder) == before
+    flags = [f"--input={source}/text", f"--vocab={source}/vocab.txt", f"--output={folder}"]
+    assert prepare_text.main([*flags, "--sequence_lengths=32,x"]) == 1
 
 
 def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
@@ -147,8 +186,8 @@ def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
             given.append(batch)
             yield batch
 
-    tokenize = prepare_text.tokenize_in_processes
-    monkeypatch.setattr(prepare_text, "tokenize_in_processes", stopping)
+    tokenize = prepare_text.tokenize_in_order
+    monkeypatch.setattr(prepare_text, "tokenize_in_order", stopping)
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.new"))
@@ -157,7 +196,7 @@ def test_a_stopped_preparation_continues(source, whole, tmp_path, monkeypatch):
     times = [path.stat().st_mtime_ns for path in kept]
     with pytest.raises(InputError, match="is not finished"):
         load(tmp_path / "run")
-    monkeypatch.setattr(prepare_text, "tokenize_in_processes", tokenize)
+    monkeypatch.setattr(prepare_text, "tokenize_in_order", tokenize)
     said = []
     prepare(source, tmp_path / "run", log=said.append)
     assert said[1] == f"{len(kept)} finished shards were verified and kept"
@@ -189,26 +228,27 @@ def test_the_command_with_worker_processes(source, whole, tmp_path):
     assert lines.pop(0) == "Text: lower-cased, accents dropped (uncased vocabulary)"
     assert re.fullmatch(r"0 of [\d,]+ tokens are \[UNK\] \(0.00%\)", lines.pop())
     for index, line in enumerate(lines):
-        assert re.fullmatch(rf"shard-{index:05d}\.arrayrecord: [\d,]+ tokens \(\d+%\)", line)
+        assert re.fullmatch(rf"shard-{index:05d}\.tfrecord: [\d,]+ tokens \(\d+%\)", line)
     assert "tokens in 150 documents, 3 of them held out" in done.stdout
     assert done.stdout.count("\n") == 1
 
 
 def test_a_damaged_shard_is_written_again(source, whole, folder):
-    flip_a_byte(folder / "shard-00002.arrayrecord")
+    flip_a_byte(folder / "shard-00002.tfrecord")
     said = []
     prepare(source, folder, log=said.append)
-    assert any("shard-00002.arrayrecord, record" in line for line in said)
-    assert "shard-00002.arrayrecord and the shards after it are written again" in said
+    assert any("shard-00002.tfrecord, byte" in line for line in said)
+    assert "shard-00002.tfrecord and the shards after it are written again" in said
     assert content(folder) == content(whole)
 
 
 def test_a_flipped_byte_loses_one_document_or_stops(folder):
-    before = load(shutil.copytree(folder, f"{folder}-2"))[3]
-    flip_a_byte(folder / "shard-00001.arrayrecord")
-    with pytest.raises(InputError, match=r"shard-00001.arrayrecord, record \d+: damaged"):
+    before = load(folder)[3]
+    shutil.rmtree(folder / "pages")
+    flip_a_byte(folder / "shard-00001.tfrecord")
+    with pytest.raises(InputError, match=r"shard-00001.tfrecord, byte \d+: damaged"):
         load(folder, skip=False)
-    assert not (folder / "memory_map").exists() or not list((folder / "memory_map").iterdir())
+    assert not (folder / "pages").exists() or not list((folder / "pages").iterdir())
     said = []
     training, held_out, _, fingerprint = load(folder, log=said.append)
     assert len(training.documents) + len(held_out.documents) - 2 == 149
@@ -216,27 +256,52 @@ def test_a_flipped_byte_loses_one_document_or_stops(folder):
     assert "1 of 150 records were damaged" in said[-1]
 
 
-@pytest.mark.parametrize("size", [None, 0, 100, 70_000])
+@pytest.mark.parametrize("size", [None, 0, 100])
 def test_a_missing_or_truncated_shard_is_named(folder, size):
-    path = folder / "shard-00001.arrayrecord"
-    path.unlink() if size is None else path.write_bytes(path.read_bytes()[: min(size, 2000)])
+    shutil.rmtree(folder / "pages")
+    path = folder / "shard-00001.tfrecord"
+    path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
     said = "is missing" if size is None else "records, but the manifest says"
     lost = "of the file are damaged, so that it is a wrong file"
-    with pytest.raises(InputError, match=f"shard-00001.arrayrecord.*{said}.*{lost}"):
-        load(folder, share=0.9)
+    with pytest.raises(InputError, match=f"shard-00001.tfrecord.*{said}.*{lost}"):
+        load(folder, share=0.4)
 
 
-def test_a_damaged_memory_map_is_written_again(folder):
-    expected = load(folder)[0].tokens.tobytes()
-    flip_a_byte(folder / "memory_map/training/tokens")
-    assert load(folder)[0].tokens.tobytes() == expected
+def test_the_end_of_a_shard_that_was_cut_is_missing(folder):
+    shutil.rmtree(folder / "pages")
+    path = folder / "shard-00001.tfrecord"
+    path.write_bytes(path.read_bytes()[:-10])
+    said = []
+    training, held_out, *_ = load(folder, log=said.append)
+    assert len(training.documents) + len(held_out.documents) - 2 == 149
+    assert re.search(r"shard-00001.tfrecord holds \d+ records, but the manifest says \d+", said[0])
+
+
+def test_a_record_whose_length_is_damaged_hides_no_other(folder):
+    shutil.rmtree(folder / "pages")
+    path = folder / "shard-00001.tfrecord"
+    places = [offset for offset, _ in read_records(str(path))]
+    for changed in range(12):  # the length, and its check sum
+        content = bytearray(path.read_bytes())
+        content[places[3] + changed] ^= 4
+        (folder / "changed").write_bytes(content)
+        found = list(read_records(str(folder / "changed")))
+        assert [offset for offset, _ in found] == places
+        assert [record is None for _, record in found] == [i == 3 for i in range(len(places))]
+
+
+def test_a_truncated_array_is_written_again(folder):
+    expected = load(folder)[0].tokens.all().tobytes()
+    path = folder / "pages/training/tokens"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert load(folder)[0].tokens.all().tobytes() == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"format": "other"}, "is not a manifest of tokenised text"),
-        ({"version": 1}, "`version` is 1, but this program reads 2"),
+        ({"version": 1}, "`version` is 1, but this program reads 3"),
         ({"shards": None}, "`shards` is missing or not of type list"),
         ({"fingerprint": 3}, "`fingerprint` is missing or not of type str"),
         ({"shards": [{}]}, "`file` is missing or not of type str"),
@@ -330,8 +395,8 @@ def test_shards_that_cannot_be_written(folder, tmp_path, used):
     cache = pathlib.Path.home() / ".cache/tf_lamb" / fingerprint
     shutil.rmtree(cache, ignore_errors=True)
     training, held_out, pieces, _ = load(folder)
-    expected = first_batch(training, pieces)
-    layout = folder / "memory_map"
+    expected, held_out_tokens = first_batch(training, pieces), held_out.tokens.all()
+    layout = folder / "pages"
     if used == "never":
         shutil.rmtree(layout)
     if used == "with other packing":
@@ -346,18 +411,17 @@ def test_shards_that_cannot_be_written(folder, tmp_path, used):
             )
             batch = first_batch(training, pieces)
     tf.nest.map_structure(np.testing.assert_array_equal, batch, expected)
-    np.testing.assert_array_equal(again.tokens, held_out.tokens)
+    np.testing.assert_array_equal(again.tokens.all(), held_out_tokens)
     assert made(folder) == before
     cached = cache.exists()
     shutil.rmtree(cache, ignore_errors=True)  # other tests expect the files in the folder
     assert cached == (used != "before")
-    assert said == [f"{folder}: the token ids are mapped from {cache} (--cache_dir)"] * (
-        used == "never"
-    )
+    assert said == [f"Laying out the token ids of {folder} in {cache}"] * (used == "never")
 
 
 def test_the_cache_is_where_the_flag_says(folder, tmp_path, monkeypatch):
     """Also if the shards can be written, as on a slow disk; and the error names the flag."""
+    shutil.rmtree(folder / "pages")
     before = made(folder)
     training, *_ = corpus.load_prepared(str(folder), "", records(), cache_dir=str(tmp_path / "c"))
     assert training.folder.startswith(f"{tmp_path}/c/") and made(folder) == before
@@ -372,6 +436,7 @@ def test_the_cache_is_where_the_flag_says(folder, tmp_path, monkeypatch):
 
 
 def test_the_task_passes_the_folder_of_the_cache(folder, tmp_path):
+    shutil.rmtree(folder / "pages")
     recipe = resized(find_recipe("bert-mini-demo"), steps=10, global_batch_size=8)
     TASKS[recipe.task](
         recipe,
@@ -383,7 +448,7 @@ def test_the_task_passes_the_folder_of_the_cache(folder, tmp_path):
         log=print,
         cache_dir=str(tmp_path / "cache"),
     )
-    assert list((tmp_path / "cache").glob("*/memory_map/training/arrays.json"))
+    assert list((tmp_path / "cache").glob("*/pages/training/arrays.json"))
 
 
 def test_two_at_once_are_refused(source, tmp_path):
@@ -488,10 +553,10 @@ def test_the_share_of_unknown_words_is_told(source, tmp_path, workers):
     assert "'ż'" not in said[-1]
 
 
-def test_words_that_are_too_long_are_told(source):
+def test_words_that_are_too_long_are_told(source, tmp_path):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
     said = []
-    documents_in = [["0" * 101], ["0 1"]]
-    corpus.tokenize(documents_in, pieces, lower_case=True, log=said.append)
-    assert said[-1].startswith("Warning: 1 of 3 tokens are [UNK] (33.33%)")
+    texts = [["0" * 101], ["0 1"], ["0 2"], ["0 3"]]
+    corpora(texts, pieces, tmp_path, log=said.append)
+    assert said[-1].startswith("Warning: 1 of 7 tokens are [UNK] (14.29%)")
     assert "words of more than 100 bytes" in said[-1]

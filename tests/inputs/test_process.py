@@ -12,9 +12,9 @@ import pytest
 from inputs import process
 
 ROOT = pathlib.Path(__file__).parents[2]
-# `preflight.doctor` and `preflight.children` start these in their own environment. The client is a
+# `preflight` and `training.rehearsal` start these in their own environment. The client is a
 # file that people copy, so it does the same without `inputs.process`.
-CHILDREN = {"probe.py", "program.py", "compile.py", "strict.py"}
+CHILDREN = {"probe.py", "program.py", "compile.py", "strict.py", "host.py"}
 COMMANDS = [
     path
     for path in sorted([*ROOT.glob("train.py"), *ROOT.glob("[ipt][nr]*/**/*.py")])
@@ -24,8 +24,9 @@ COMMANDS = [
 
 def test_all_commands_are_found():
     assert [str(path.relative_to(ROOT)) for path in COMMANDS] == [
-        *("inputs/images/prepare.py", "inputs/text/prepare.py", "preflight/doctor.py"),
-        *("preflight/document.py", "preflight/plan.py", "train.py", "training/monitor/plot.py"),
+        *("inputs/images/index.py", "inputs/images/prepare.py", "inputs/text/prepare.py"),
+        *("preflight/doctor.py", "preflight/document.py", "preflight/generations.py"),
+        *("preflight/plan.py", "train.py", "training/branch.py", "training/monitor/plot.py"),
     ]
 
 

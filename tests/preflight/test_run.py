@@ -228,7 +228,7 @@ def write(value, file, **options):
     file.write("{")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 json.dump = write
-assert tpu._compile_cached(b"program", "v3:2x2", sys.argv[1]) == {"flops": 1}
+assert tpu._compile_cached(b"program", "v3:2x2", sys.argv[1], False) == {"flops": 1}
 assert os.listdir(sys.argv[1]) == [], os.listdir(sys.argv[1])
 """
 

@@ -134,7 +134,7 @@ def test_the_linear_rule_keeps_the_epochs_of_warmup():
 @pytest.mark.parametrize(
     ("batch", "rule", "said"),
     [
-        (1_024, "cubic", "rule must be one of sqrt, linear. Received: rule=cubic"),
+        (1_024, "cubic", "rule must be one of sqrt, linear, evidence. Received: rule=cubic"),
         (0, "sqrt", "global_batch_size must be at least 1. Received: 0"),
         (2**18, "sqrt", "leaves 1758 steps for phase 1, and its warm-up takes 3125"),
     ],

@@ -128,14 +128,15 @@ def test_train_py_learns_three_classes_and_reports_it(tmp_path):
 
 def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capfd, tmp_path):
     data = prepared(tmp_path, size=(40, 40))
-    shard = damage(data / "train", 5)
+    shard, offset = damage(data / "train", 5)
     arguments = [
         "--recipe=cifar10-momentum-128", f"--data_dir={data}", f"--model_dir={tmp_path}/run",
         "--global_batch_size=12", "--steps=2", "--set=image_size=32", "--set=model=cifar-resnet-10",
     ]  # fmt: skip
     assert in_process([*arguments, "--set=on_bad_record=fail"]) == 1
     said = capfd.readouterr().err.splitlines()
-    assert f"train.py: {shard}, record 5: damaged" in said[-1] and "on_bad_record=skip" in said[-1]
+    assert f"train.py: --data_dir: {shard}, byte {offset}: damaged" in said[-1]
+    assert "on_bad_record=skip" in said[-1]
     assert in_process(arguments) == 1
     assert "1 of 12 records are damaged, more than the share of 0.001" in capfd.readouterr().err
 

@@ -17,6 +17,11 @@ KINDS = {
     "MLPerf's": {"power": 2, "end_learning_rate": 1e-4},
     "MLPerf's, which starts within the warm-up": {"warmup_from": -40, "decay_from": 0},
     "the same, linear from the peak": {"warmup_from": -40},
+    "a warm-up that is longer than training": {
+        "warmup_steps": 200_100,
+        "warmup_from": -200_000,
+        "decay_from": 0,
+    },
     "no warm-up": {"warmup_steps": 0, "end_learning_rate": 0.005},
 }
 PHASES = [

@@ -108,20 +108,28 @@ def weights(prefix):
     return {name: reader.get_tensor(name) for name in names}
 
 
-def test_a_run_of_0_1_0_goes_on_to_the_same_weights(first_version, in_process, monkeypatch, capfd):
+def test_a_run_of_0_1_0_goes_on(first_version, in_process, monkeypatch, capfd):
+    """With its weights and slots, and a word about the order of the examples, which is another."""
     monkeypatch.setitem(bert.SIZES, "tiny", bert.Size(*first_version.made.SIZE))
     text, model_dir = first_version.text, first_version.model_dir
     before = weights(model_dir / "ckpt-4")
     flags = [f"--data_dir={text}", f"--model_dir={model_dir}", *first_version.made.ARGUMENTS]
     assert in_process(flags) == 0
-    assert "Going on from step 4 of 8" in capfd.readouterr().err
-    expected = weights(first_version.folder / "finished/ckpt-8")
+    said = capfd.readouterr().err
+    assert "Going on from step 4 of 8" in said
+    assert (
+        f"{model_dir} was begun by an earlier version, which read the examples in another" in said
+    )
+    finished = weights(first_version.folder / "finished/ckpt-8")
     found = weights(model_dir / "ckpt-8")
-    assert found.keys() == expected.keys() and len(found) > 25
-    # The loss does not depend on the key biases of attention: their gradients are rounding errors.
-    for name in [name for name in expected if "_key_dense/bias" not in name]:
-        error = np.linalg.norm(found[name] - expected[name])
-        assert error <= 1e-5 * np.linalg.norm(expected[name] - before[name]), name
+    assert found.keys() == finished.keys() and len(found) > 25
+    # Its own four steps with other examples lead about as far from where it was.
+    moved = [
+        np.linalg.norm(found[name] - before[name]) / np.linalg.norm(finished[name] - before[name])
+        for name in found
+        if "word_embeddings" in name or "_kernel" in name or "/kernel" in name
+    ]
+    assert moved and 0.2 < np.median(moved) < 5
 
 
 def change(model_dir, **changes):

@@ -32,8 +32,11 @@ def test_lamb_has_the_recipes_constants():
     _, optimizer = made(mlperf)
     assert type(optimizer) is ours.LAMB and optimizer.based_on is None
     config = optimizer.get_config()
-    names = ("beta_1", "beta_2", "epsilon", "weight_decay", "global_clipnorm")
+    names = ("beta_1", "beta_2", "epsilon", "weight_decay")
     assert {name: config[name] for name in names} == {name: getattr(mlperf, name) for name in names}
+    # Each replica's gradients are clipped before the sum, in the step.
+    assert config["global_clipnorm"] is None
+    assert mlperf.clip_each_replica and mlperf.global_clipnorm == 1.0
     assert config["exclude_from_weight_decay"] == list(mlperf.exclude_from_weight_decay)
     _, optimizer = made(recipes.find_recipe("nvlamb-64k-32k"))
     assert (optimizer.based_on, optimizer.global_clipnorm) == ("nvlamb", 1.0)

@@ -244,6 +244,7 @@ def test_a_finished_run_without_its_examples_is_reported(error, in_process, tmp_
         progress=progress,
         model=types.SimpleNamespace(trainable_variables=[]),
         strategy=types.SimpleNamespace(num_replicas_in_sync=1),
+        steps_done=1,
     )
     program.report(run, {"loss": 1.0}, str(tmp_path), "exported")
     said = capfd.readouterr()

@@ -14,7 +14,8 @@ from training.checkpoint.manager import saved_steps
 RUN_CONFIG = "recipe.json"
 # Of recipe.json. Increase it when a field gets another name or meaning. A new field does not need
 # that: runs without it had the field's default (see `recipes.types.Recipe`). 1 was not written.
-FORMAT = 2
+FORMAT = 3
+ORDER_OF_LANES = 3  # from this format on, examples have the order of `inputs.order`
 
 # Fields that may differ when a run is resumed, such as its length, its logging, its evaluation and
 # its handling of errors. With any other field changed, the saved weights and slots belong to a
@@ -29,6 +30,8 @@ MAY_CHANGE = (
     "examples",
     "save_every_steps",
     "evaluate_every_steps",
+    "evaluate_every_examples",
+    "target",
     "evaluation_examples",
     "n_best",
     "max_answer_length",
@@ -92,6 +95,17 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
             f"{' and '.join(map(str, then))} steps; with the {' and '.join(map(str, now))} asked "
             "for now it would be in another phase. Give the same --steps, or choose another folder."
         )
+
+
+def has_earlier_order(model_dir: str) -> bool:
+    """Whether the run in `model_dir` was begun with the order of examples of version 0.1.0."""
+    if not saved_steps(model_dir):
+        return False
+    try:
+        with open(os.path.join(model_dir, RUN_CONFIG), encoding="utf-8") as file:
+            return json.load(file).get("format", 1) < ORDER_OF_LANES
+    except (OSError, ValueError, AttributeError):  # `check_compatible` reports it
+        return False
 
 
 def _phases_at(step: int, lengths: list[int]) -> set[int]:

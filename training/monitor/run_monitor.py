@@ -31,10 +31,25 @@ class RunMonitor:
         log: takes lines of progress.
         started: `time.perf_counter()` at the start of the program, or None. The time from there to
             the end of the first loop of steps is logged.
+        mllog: an `MLPerfLog`, or None.
     """
 
-    def __init__(self, task, recipe, replica_step, step, strategy, *, model_dir, log, started=None):
+    def __init__(
+        self,
+        task,
+        recipe,
+        replica_step,
+        step,
+        strategy,
+        *,
+        model_dir,
+        log,
+        started=None,
+        mllog=None,
+    ):
+        self._task = task
         self._recipe = recipe
+        self._mllog = mllog
         self._replica_step = replica_step
         self._step = step
         self._model_dir = model_dir
@@ -82,6 +97,9 @@ class RunMonitor:
                 machine=self._machine,
                 flops_per_step=self._flops_per_step,
             )
+            if self._mllog:
+                self._mllog.run_start(recipe.evaluation_examples, self._task.training_examples)
+                stack.callback(self._mllog.close)
             self._stack = stack.pop_all()
         return self
 
@@ -105,7 +123,19 @@ class RunMonitor:
 
     def evaluated(self, output):
         """The Orbit action after each evaluation."""
+        if self._mllog:
+            self._mllog.accuracy(float(output[self._task.best_metric.name]))
         self.progress.evaluated(output)
+
+    def training(self, last: int):
+        """Returns a context manager for the training up to step `last`."""
+        if not self._mllog:
+            return contextlib.nullcontext()
+        return self._mllog.block(int(self._step.numpy()), last)
+
+    def evaluation(self):
+        """Returns a context manager for an evaluation."""
+        return self._mllog.evaluation() if self._mllog else contextlib.nullcontext()
 
     def steps_per_loop(self, steps: int):
         """Returns `steps_per_loop` for Orbit: `steps`, or a function if the run is profiled."""

@@ -1,0 +1,98 @@
+"""Times BERT's loss and gradients on padded, bucketed and packed sequences, on the CPU.
+
+    python -m benchmarks.packing [--size=tiny] [--length=128] [--sequences=64]
+
+The sequences have random tokens and uniformly distributed lengths. All three forms of a batch have
+the same loss and gradients (tests/models/test_packing.py). They take turns, so that other load on
+the machine affects all.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+import numpy as np
+import tensorflow as tf
+
+from inputs.text import packing
+from models import bert
+from models import packing as packed_bert
+
+WORDS = 1_000
+
+
+def made_up_batch(sequences: int, length: int, predictions: int) -> dict:
+    """Returns a padded batch, in the layout of `inputs.text.examples.element_spec`."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(predictions + 1, length + 1, sequences)
+    ones = np.ones([sequences], np.float32)
+    return {
+        "input_word_ids": rng.integers(1, WORDS, [sequences, length], np.int32),
+        "input_mask": (np.arange(length) < lengths[:, None]).astype(np.int32),
+        "input_type_ids": np.zeros([sequences, length], np.int32),
+        "masked_lm_positions": np.tile(
+            np.arange(1, predictions + 1, dtype=np.int32), (sequences, 1)
+        ),
+        "masked_lm_ids": rng.integers(1, WORDS, [sequences, predictions], np.int32),
+        "masked_lm_weights": np.ones([sequences, predictions], np.float32),
+        "next_sentence_labels": rng.integers(0, 2, [sequences], np.int32),
+        "next_sentence_weights": ones,
+        "example_weights": ones,
+    }
+
+
+def compiled(model, sums):
+    """Returns a compiled function `batch -> gradients` of the summed losses."""
+
+    @tf.function(jit_compile=True)
+    def gradients(batch):
+        with tf.GradientTape() as tape:
+            values = sums(model, batch, True)
+            loss = values["masked_loss"] + values["sentence_loss"]
+        found = tape.gradient(loss, model.trainable_variables)
+        return [tf.convert_to_tensor(g) for g in found]
+
+    return gradients
+
+
+def main() -> None:
+    """Prints sequences per second and tokens computed of the three forms."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="tiny", choices=sorted(bert.SIZES), help="of the BERT")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--sequences", type=int, default=64, help="sequences of a batch")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each form")
+    flags = parser.parse_args()
+    batch = made_up_batch(flags.sequences, flags.length, max(1, flags.length // 7))
+    bounds = [flags.length // 4, flags.length // 2, 3 * flags.length // 4, flags.length]
+    forms = {
+        "padded": (bert.pretraining_sums, [batch]),
+        "buckets": (bert.pretraining_sums, list(packing.bucket(batch, bounds).values())),
+        "packed": (packed_bert.pretraining_sums, [packing.pack(batch, per_row=4)]),
+    }
+    model = bert.build_pretrainer(
+        bert.SIZES[flags.size], WORDS, flags.length, dropout=0.0, initializer_stddev=0.02
+    )
+    functions = {name: compiled(model, sums) for name, (sums, _) in forms.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for number in range(flags.rounds + 1):
+        for name, (_, batches) in forms.items():
+            start = time.perf_counter()
+            for part in batches:
+                functions[name]({key: tf.constant(value) for key, value in part.items()})[
+                    -1
+                ].numpy()
+            if number:  # the first call compiles
+                seconds[name].append(time.perf_counter() - start)
+    for name, (_, batches) in forms.items():
+        tokens = sum(part["input_word_ids"].size for part in batches)
+        speed = flags.sequences / statistics.median(seconds[name])
+        print(f"{name:8}  {tokens:8,} tokens computed  {speed:8,.1f} sequences/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""How well the order of examples shuffles: python -m benchmarks.shuffling
+
+Compares one epoch in the order of `inputs.order` with true random permutations, in two figures:
+
+- neighbours: the mean number of pairs in a batch that lie at most `--distance` examples from each
+  other in the data set, which are likely to be of one document or class;
+- drift: the correlation between the time at which an example comes and its place in the data set.
+
+As each part of a batch comes from a lane of its own, a batch has fewer neighbours than chance
+gives, unless lanes are few.
+"""
+
+import argparse
+
+import numpy as np
+import tensorflow as tf
+
+from inputs.order import Order, number_of_lanes, row_batches
+
+PERMUTATIONS = 5
+
+
+def epoch(order: Order) -> np.ndarray:
+    """[steps, batch] numbers of the examples of the first epoch, without the last partial batch."""
+    rows = row_batches(order, None, 0, lambda examples, ids: examples[:, tf.newaxis])
+    steps = order.examples // order.batch
+    return np.stack([batch[:, 0] for batch in rows.take(steps).as_numpy_iterator()])
+
+
+def neighbours(batches: np.ndarray, distance: int) -> float:
+    """The mean number of pairs in a batch that are at most `distance` apart."""
+    total = 0
+    for batch in batches:
+        places = np.sort(batch)
+        total += (np.searchsorted(places, places + distance, "right") - 1).sum()
+        total -= np.arange(len(places)).sum()
+    return total / len(batches)
+
+
+def drift(batches: np.ndarray) -> float:
+    """The correlation between an example's step and its place."""
+    steps = np.repeat(np.arange(len(batches)), batches.shape[1])
+    return float(np.corrcoef(steps, batches.ravel())[0, 1])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--examples", type=int, default=500_000)
+    parser.add_argument("--batches", default="64,4096,32768", help="comma-separated")
+    parser.add_argument("--block", type=int, default=256, help="of text at a length of 128")
+    parser.add_argument("--window", type=int, default=8, help="blocks whose examples are mixed")
+    parser.add_argument("--distance", type=int, default=256)
+    flags = parser.parse_args()
+    print(f"{'batch':>8}{'lanes':>7}  neighbours: order, permutation   drift: order, permutation")
+    rng = np.random.default_rng(0)
+    for batch in map(int, flags.batches.split(",")):
+        lanes = number_of_lanes(batch, flags.examples)
+        order = Order(flags.examples, batch, lanes, flags.block, flags.window, seed=1)
+        ours = epoch(order)
+        shuffled = [
+            rng.permutation(flags.examples)[: ours.size].reshape(ours.shape)
+            for _ in range(PERMUTATIONS)
+        ]
+        chance = np.mean([neighbours(one, flags.distance) for one in shuffled])
+        most = max(abs(drift(one)) for one in shuffled)
+        print(
+            f"{batch:8,}{lanes:7}  {neighbours(ours, flags.distance):17.2f}, {chance:11.2f}   "
+            f"{drift(ours):12.4f}, up to {most:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Damaged records that input graphs find while they are read.
+
+A graph runs on the host that reads the data, which may be another machine, and without Python. So
+it writes a small file for each damaged record into a folder that all hosts share, and the program
+collects these files.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+
+import tensorflow as tf
+
+from inputs.bad_records import REPAIR, BadRecords
+
+SCRATCH: set[str] = set()  # all folders of `scratch_folder`, which other hosts cannot open
+
+
+def scratch_folder(owner: object, prefix: str) -> str:
+    """A new temporary folder, which is removed together with its owner."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    SCRATCH.add(folder)
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class Damage:
+    """The damaged records of one data set.
+
+    Args:
+        records: counts them, and decides whether reading may go on.
+        examples: the number of all examples, of which those lost are a share.
+        folder: where hosts report them, on a file system that all of them share; "" for a temporary
+            folder of this machine.
+    """
+
+    def __init__(self, records: BadRecords, examples: int, folder: str = ""):
+        self._records = records
+        self._folder = folder or scratch_folder(self, "damaged-records-")
+        self._seen: set[str] = set()
+        records.expect(examples)
+
+    def report(self, path, offset, example, lost):
+        """Reports a record, in a graph.
+
+        Args:
+            path: string scalar, the file.
+            offset: int64 scalar, where the record begins, in bytes.
+            example: int64 scalar, the number of the first example that is lost with it.
+            lost: int64 scalar, how many examples are lost.
+
+        Returns:
+            An operation. It fails if damaged records may not be skipped; the error then ends in an
+            `inputs.errors.InputError` as text.
+        """
+        message = tf.strings.format("{}, byte {}: damaged or missing.", (path, offset))
+        message = tf.strings.regex_replace(message, '"', "")
+        if not self._records.skip:
+            message = tf.strings.join(["InputError: --data_dir: ", message, " ", REPAIR, "\n"])
+            return tf.debugging.Assert(False, [message])
+        key = tf.strings.to_hash_bucket_strong(
+            tf.strings.format("{} {} {}", (path, offset, example)), 2**62, [1, 2]
+        )
+        content = tf.strings.join([tf.strings.as_string(lost), "\n", message])
+        return tf.io.write_file(
+            tf.strings.join([self._folder + "/", tf.strings.as_string(key)]), content
+        )
+
+    def collect(self) -> None:
+        """Counts what the hosts have reported since the last call.
+
+        Raises:
+            InputError: more records are damaged than may be skipped.
+        """
+        try:
+            names = tf.io.gfile.listdir(self._folder)
+        except tf.errors.OpError:  # nothing was reported yet
+            return
+        for name in sorted(set(names) - self._seen):
+            with tf.io.gfile.GFile(os.path.join(self._folder, name)) as file:
+                lost, _, message = file.read().partition("\n")
+            if not message:  # it is being written
+                continue
+            self._seen.add(name)
+            self._records.add_bad(message, int(lost))
+
+    def end(self) -> None:
+        """Collects, and logs the total. Call it when nothing is read any more.
+
+        Raises:
+            InputError: more records are damaged than may be skipped.
+        """
+        self.collect()
+        self._records.end()

@@ -1,0 +1,138 @@
+"""Makes TFRecords of ImageNet usable where they lie: python -m inputs.images.index --source=DIR ...
+
+Writes, for each split, a manifest and where each record begins, into a small folder that train.py
+takes as --data_dir. The command reads the lengths of the records only. The records are those of the
+TPU demos (train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they
+are, and must not be changed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+
+from inputs import process  # isort: split
+
+import tensorflow as tf
+
+from inputs.errors import InputError, refuse_empty
+from inputs.files import check_writable, locked, write_json
+from inputs.images import shards, tfrecords
+from inputs.progress import Progress, log
+from inputs.shards import IMAGES, MANIFEST
+
+NAME = "inputs.images.index"
+STOPPED = 130  # exit status of a shell after Ctrl-C
+
+
+def index(source: str, output: str, classes_csv: str, label_base: int | None, log=log) -> dict:
+    """Writes the manifests and the places of the records.
+
+    Args:
+        source: the folder of the TFRecords.
+        output: the folder to write to, in which each split has a folder.
+        classes_csv: CSV with the columns index, wnid, name; "" for label.labels.txt of TensorFlow
+            Datasets in `source`.
+        label_base: label of the first class; None for the layout's own, or that of the records.
+        log: receives lines.
+
+    Returns:
+        The manifest of each split.
+
+    Raises:
+        InputError: the records, the class list or the folder cannot be used.
+    """
+    splits = tfrecords.record_files(source)
+    if "validation" in splits:
+        splits.pop("test", None)  # that of ImageNet has no labels
+    elif "test" in splits:
+        splits["validation"] = splits.pop("test")
+    if not splits:
+        raise InputError(
+            f"--source: {source} has no TFRecords of a split, such as train-00000-of-01024."
+        )
+    classes = tfrecords.listed_classes(source, classes_csv)
+    if classes is None:
+        raise InputError(
+            "--classes is needed, as only the lengths of the records are read: give a CSV with the "
+            "columns index (from 0), wnid, name. In the layout of TensorFlow Datasets, "
+            f"label.labels.txt in {source} serves, too."
+        )
+    manifests = {}
+    for split, files in splits.items():
+        layout = tfrecords.layout_of(files[0])
+        base = label_base
+        if base is None and layout == tfrecords.TFDS:
+            base = tfrecords.find_label_base(files, len(classes), log)
+        base = layout.base if base is None else base
+        folder = os.path.join(output, split)
+        check_writable(folder, "--output")
+        with locked(folder, "--output"), Progress(len(files), " files") as progress:
+            counts = shards.write_index(folder, files, progress=progress.advance)
+            sizes = [tf.io.gfile.stat(file).length for file in files]
+            names = [os.path.basename(file) for file in files]
+            facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
+            manifests[split] = {
+                "kind": IMAGES[1],
+                "pixels": None,
+                "classes": classes,
+                "layout": {"image": layout.image, "label": layout.label, "label_base": base},
+                "count": sum(counts),
+                "hash": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
+                "shards": [
+                    {"file": _absolute(file), "count": count, "bytes": size}
+                    for file, count, size in zip(files, counts, sizes, strict=True)
+                ],
+            }
+            write_json(os.path.join(folder, MANIFEST), manifests[split])
+    return manifests
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def main(arguments=None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", required=True, help="folder of the TFRecords")
+    parser.add_argument("--output", required=True, help="folder for train/ and validation/")
+    parser.add_argument(
+        "--classes", default="", help="CSV of the classes with the columns index, wnid, name"
+    )
+    parser.add_argument(
+        "--label_base",
+        type=int,
+        choices=(0, 1),
+        help="label of the first class (default: 1 in the layout of the TPU demos; in that of "
+        "TensorFlow Datasets it is found out from the labels)",
+    )
+    flags = parser.parse_args(arguments)
+    try:
+        refuse_empty(source=flags.source, output=flags.output)
+        made = index(flags.source, flags.output, flags.classes, flags.label_base)
+    except InputError as error:
+        log(f"{NAME}: {error}")
+        return 1
+    except (OSError, tf.errors.OpError) as error:
+        log(f"{NAME}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}.")
+        return 1
+    except KeyboardInterrupt:
+        log(f"{NAME}: stopped. The same command begins again.")
+        return STOPPED
+    for split, manifest in made.items():
+        print(
+            f"{flags.output}/{split}: {manifest['count']:,} images of "
+            f"{len(manifest['classes']):,} classes in {len(manifest['shards']):,} files, hash "
+            f"{manifest['hash']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    process.run(main)

@@ -1,0 +1,300 @@
+"""Which example stands at which place of which step: the order of a run's training data.
+
+The examples of a run are numbered from 0: step s of a phase with a global batch of G has the ids
+s G to (s + 1) G - 1, and the ids e N to (e + 1) N - 1 are epoch e of a data set of N examples. The
+example of an id is a function of (seed, id) alone, so that any host can make any step without the
+steps before it.
+
+A batch consists of `lanes` equal parts, of consecutive ids. In each epoch, a lane has a contiguous
+range of the data set of its own, 1/lanes of it, so that a host reads only the ranges of its lanes.
+Within its range, a lane reads blocks of `block` consecutive examples, as they lie in the files, in
+random order, and mixes the examples of `window` blocks at random. So the order neither depends on
+the number of hosts and replicas, nor does it need more memory than one window for each lane.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from inputs.batching import mix
+from inputs.errors import InputError
+
+LANES = 256  # the most hosts that can each read a part of the data of their own
+EXAMPLES_PER_LANE = 512  # at least, so that a lane reads more than it mixes
+# Streams of random numbers, see `inputs.batching.random_bits`.
+_WINDOWS, _BLOCKS = 62, 63
+
+
+def number_of_lanes(global_batch_size: int, examples: int) -> int:
+    """The largest divisor of the batch up to `LANES`, fewer for a small data set."""
+    most = max(1, min(LANES, examples // EXAMPLES_PER_LANE))
+    return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order of a phase's examples.
+
+    Methods take and return int64 tensors of one shape.
+
+    Attributes:
+        examples: N, the number of examples of the data set.
+        batch: G, the number of examples per step over all replicas.
+        lanes: the number of lanes, a divisor of `batch`.
+        block: the number of examples that lie together and are read together.
+        window: the number of blocks whose examples are mixed.
+        seed: an integer; None for the order of the data set, in which ids from N on have no
+            example (of an evaluation, whose last batch is not full).
+    """
+
+    examples: int
+    batch: int
+    lanes: int
+    block: int
+    window: int
+    seed: int | None
+
+    @property
+    def per_lane(self) -> int:
+        """The number of examples of a lane per step."""
+        return self.batch // self.lanes
+
+    @property
+    def window_size(self) -> int:
+        """The number of examples of a window."""
+        return self.block * self.window
+
+    @property
+    def _epoch(self) -> int:
+        """The number of ids of an epoch."""
+        if self.seed is None:  # whole batches
+            return -(-self.examples // self.batch) * self.batch
+        return self.examples
+
+    def place(self, step, lane):
+        """(epoch, place in the lane's epoch) of a lane's first example of a step."""
+        ids = step * self.batch + lane * self.per_lane
+        epoch = ids // self._epoch
+        return epoch, self._before(ids, lane) - self._before_epoch(epoch, lane)
+
+    def count(self, epoch, lane):
+        """The number of a lane's examples in an epoch."""
+        return self._before_epoch(epoch + 1, lane) - self._before_epoch(epoch, lane)
+
+    def windows(self, epoch, lane):
+        """The number of a lane's windows in an epoch."""
+        return (self.count(epoch, lane) + self.window_size - 1) // self.window_size
+
+    def blocks(self, epoch, lane):
+        """The order in which a lane reads the whole blocks of its range in an epoch, [blocks]."""
+        start = self._start(epoch, lane)
+        first = (start + self.block - 1) // self.block
+        count = tf.maximum((start + self.count(epoch, lane)) // self.block - first, 0)
+        return first + self._permutation(count, _BLOCKS, epoch, lane)
+
+    def read_window(self, epoch, lane, window, blocks):
+        """What a lane reads and uses in a window.
+
+        Args:
+            epoch, lane, window: scalars.
+            blocks: from `blocks`.
+
+        Returns:
+            A tuple of the examples in the order in which they are read, [n]: runs of consecutive
+            numbers, each within one block; the id of each of them, [n]; and the order in which they
+            are used, [n] positions in the former.
+        """
+        first = window * self.window_size
+        stop = tf.minimum(first + self.window_size, self.count(epoch, lane))
+        used = self._permutation(stop - first, _WINDOWS, epoch, lane, window)
+        ids = self._ids(epoch, lane, tf.range(first, stop))
+        ids = tf.scatter_nd(used[:, tf.newaxis], ids, tf.shape(used, tf.int64))
+        return self._range(epoch, lane, tf.range(first, stop), blocks), ids, used
+
+    def _range(self, epoch, lane, place, blocks):
+        """The example that is read at a place: whole blocks in random order, then the rest.
+
+        Blocks begin at multiples of `block` of the whole data set, and the ends of the lane's range
+        lie within blocks. Their parts in the range are read last.
+        """
+        start, block = self._start(epoch, lane), self.block
+        if self.seed is None:
+            return start + place
+        number = tf.size(blocks, tf.int64)
+        with_one = tf.concat([blocks, [0]], 0)  # if the range has no whole block
+        whole = tf.gather(with_one, tf.minimum(place // block, number)) * block + place % block
+        rest = start + place - number * block  # as if the range had no whole block
+        before = (start + block - 1) // block * block
+        rest = tf.where(rest < before, rest, rest + number * block)
+        return tf.where(place < number * block, whole, rest)
+
+    def _permutation(self, count, stream, *parts):
+        """A random order of 0 to `count` - 1 that depends on the seed and the `parts`."""
+        places = tf.range(count)
+        if self.seed is None:
+            return places
+        key = mix(tf.constant(self.seed * 64 + stream, tf.uint64))
+        for part in parts:
+            key = mix(key + tf.cast(part, tf.uint64))
+        bits = mix(key + tf.cast(places, tf.uint64))
+        return tf.cast(tf.argsort(tf.bitcast(bits, tf.int64)), tf.int64)
+
+    def _before(self, ids, lane):
+        """The number of a lane's ids below `ids`."""
+        rest = ids % self.batch - lane * self.per_lane
+        return ids // self.batch * self.per_lane + tf.clip_by_value(rest, 0, self.per_lane)
+
+    def _before_epoch(self, epoch, lane):
+        return self._before(epoch * self._epoch, lane)
+
+    def _ids(self, epoch, lane, place):
+        """The ids at places of a lane's epoch."""
+        place += self._before_epoch(epoch, lane)
+        step, rest = place // self.per_lane, place % self.per_lane
+        return step * self.batch + lane * self.per_lane + rest
+
+    def _start(self, epoch, lane):
+        """Where the lane's range begins: the number of ids of the lanes before it in the epoch."""
+        width = lane * self.per_lane
+
+        def before(ids):
+            return ids // self.batch * width + tf.minimum(ids % self.batch, width)
+
+        return before((epoch + 1) * self._epoch) - before(epoch * self._epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a host contributes to each global batch.
+
+    Attributes:
+        lanes: the numbers of its lanes, a range.
+        part, parts: of several hosts with the same lane, this one has part `part` of `parts`.
+        replica_batch: the number of examples of each of its replicas.
+    """
+
+    lanes: range
+    part: int
+    parts: int
+    replica_batch: int
+
+
+def share_of(order: Order, context: tf.distribute.InputContext | None) -> Share:
+    """Splits the global batch among hosts and replicas.
+
+    Args:
+        order: an `Order`.
+        context: `tf.distribute.InputContext` of this host; None means a single replica.
+
+    Raises:
+        InputError: the hosts cannot share the lanes equally.
+    """
+    if context is None:
+        return Share(range(order.lanes), 0, 1, order.batch)
+    hosts, host = context.num_input_pipelines, context.input_pipeline_id
+    replica_batch = order.batch // context.num_replicas_in_sync
+    if order.lanes % hosts == 0:
+        lanes = order.lanes // hosts
+        return Share(range(host * lanes, (host + 1) * lanes), 0, 1, replica_batch)
+    if hosts % order.lanes == 0:
+        parts = hosts // order.lanes
+        lane = host // parts
+        return Share(range(lane, lane + 1), host % parts, parts, replica_batch)
+    raise InputError(
+        f"--set lanes={order.lanes}: {hosts} hosts cannot share {order.lanes} lanes of the data "
+        f"equally. Set lanes to a multiple of {hosts} that divides the batch, {order.batch:,}."
+    )
+
+
+def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Dataset:
+    """This host's batches: one per step for each of its replicas.
+
+    Args:
+        order: an `Order`. Without a seed the data set ends after one epoch.
+        context: `tf.distribute.InputContext` of this host; None means a single replica.
+        first_step: the step to begin with; what steps before it use is not read.
+        make_rows: takes the examples to read, [n] int64, as described at `Order.read_window`, and
+            their ids, [n] int64; returns the rows [n, C] of one dtype that they are made of.
+
+    Returns:
+        A data set of [B, C] rows.
+
+    Raises:
+        InputError: the hosts cannot share the lanes equally.
+    """
+    share = share_of(order, context)
+    per_host = order.per_lane // share.parts
+    unit = math.gcd(per_host, share.replica_batch)
+
+    def lane_rows(lane):
+        first_epoch, first_place = order.place(tf.constant(first_step, tf.int64), lane)
+        stop = 1 if order.seed is None else np.iinfo(np.int64).max
+        epochs = tf.data.Dataset.range(first_epoch, stop)
+        rows = epochs.flat_map(
+            _graph(
+                lambda epoch: epoch_rows(
+                    lane, epoch, tf.where(epoch == first_epoch, first_place, 0)
+                )
+            )
+        )
+        if share.parts > 1:
+            begin = share.part * per_host
+            rows = rows.rebatch(order.per_lane, drop_remainder=True)
+            # A copy, unlike a slice, for the same reason as below.
+            rows = rows.map(lambda step: tf.gather(step, tf.range(begin, begin + per_host)))
+        return rows.rebatch(unit, drop_remainder=True)
+
+    def epoch_rows(lane, epoch, skipped):
+        blocks = order.blocks(epoch, lane)
+        first = skipped // order.window_size
+        windows = tf.data.Dataset.range(first, order.windows(epoch, lane))
+
+        def window_rows(window):
+            read, ids, used = order.read_window(epoch, lane, window, blocks)
+            used = used[tf.where(window == first, skipped % order.window_size, 0) :]
+            return tf.gather(make_rows(read, ids), used)
+
+        return windows.map(_graph(window_rows))
+
+    rows = tf.data.Dataset.range(share.lanes.start, share.lanes.stop).interleave(
+        _graph(lane_rows),
+        cycle_length=len(share.lanes),
+        block_length=per_host // unit,
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    # Not another `rebatch`: of its own results, TensorFlow 2.20 logs an error for each element.
+    rows = rows.batch(share.replica_batch // unit, drop_remainder=True)
+    return rows.map(lambda parts: tf.reshape(parts, [share.replica_batch, parts.shape[-1]]))
+
+
+def by_block(size: int, examples, ids, make_rows, width: int):
+    """Makes rows block by block.
+
+    Args:
+        size: the number of examples of a block; block b has the examples b `size` to (b + 1) `size`
+            - 1.
+        examples, ids: [n] int64; the examples of a block lie together.
+        make_rows: takes a block, a scalar, and its part of `examples` and `ids`; returns [m, width]
+            int32.
+        width: as above.
+
+    Returns:
+        [n, width] int32.
+    """
+    blocks, _, counts = tf.unique_with_counts(examples // size, tf.int64)
+    ends = tf.cumsum(counts)
+    rows = tf.TensorArray(tf.int32, tf.size(blocks), infer_shape=False, element_shape=[None, width])
+
+    def block_rows(i, rows):
+        some = slice(ends[i] - counts[i], ends[i])
+        return i + 1, rows.write(i, make_rows(blocks[i], examples[some], ids[some]))
+
+    _, rows = tf.while_loop(lambda i, rows: i < tf.size(blocks), block_rows, (0, rows))
+    return tf.ensure_shape(rows.concat(), [None, width])
+
+
+# AutoGraph would convert the functions of each data set for seconds, and change nothing.
+_graph = tf.autograph.experimental.do_not_convert

@@ -1,0 +1,114 @@
+"""Critical batch size by branching: settings of the branches, the report, and a small run."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs.errors import InputError
+from training import branch
+from training.checkpoint import manager
+from training.monitor.progress import read_rows
+
+SETTINGS = ("vocabulary_size=200", "sequence_length=16", "predictions=2", "max_sequence_length=16")
+SETTINGS += ("evaluation_examples=32", "telemetry=false", "save_every_steps=5", "dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def trunk(in_process, text, tmp_path_factory):
+    """A run of 10 steps of 8, with checkpoints at 5 and 10; its rate is 0 at the end."""
+    folder = str(tmp_path_factory.mktemp("trunk") / "run")
+    command = ["--global_batch_size=8", "--steps=10", f"--data_dir={text}", "--steps_per_loop=5"]
+    command += [f"--set={setting}" for setting in SETTINGS]
+    assert in_process([*command, f"--model_dir={folder}"]) == 0
+    return folder
+
+
+def test_a_branch_has_the_runs_settings_and_its_own_batch(trunk):
+    read = branch.read_trunk(trunk, 5, None)
+    assert read.batch == 8 and read.step == 5
+    # Its schedule: 10 steps, one of them warm-up; the last update of the loop had step 4 or 5.
+    assert read.rate == pytest.approx(0.01 * 5 / 9, rel=0.3)
+    command = branch.branch_command(read, 32, 320, "text.txt", "out")
+    given = dict(
+        part.split("=", 1) for part in command if part.startswith("--") and "set=" not in part
+    )
+    assert given["--steps"] == "10" and given["--vocab"] == f"{trunk}/vocab.txt"
+    fields = dict(part.removeprefix("--set=").split("=", 1) for part in command if "--set=" in part)
+    assert fields["init_from"] == f"{trunk}/ckpt-5" and fields["init_slots"] == "true"
+    assert float(fields["peak_learning_rate"]) == pytest.approx(2 * read.rate)
+    assert fields["end_learning_rate"] == fields["peak_learning_rate"]
+    assert (fields["dropout"], fields["sequence_length"]) == ("0.1", "16")
+    assert fields["global_batch_size"] == "32" and "measure_noise_scale" not in fields
+    own = branch.branch_command(read, 8, 320, "", "out")
+    assert "--set=measure_noise_scale=true" in own and "--set=accumulation=2" in own
+    assert not any(part.startswith("--data_dir") for part in own)
+
+
+def rows(*losses):
+    return [
+        {"batch": 8 * 2**k, "steps": 1, "learning_rate": 0.1, "loss": loss}
+        for k, loss in enumerate(losses)
+    ]
+
+
+def test_the_largest_batch_that_loses_nothing():
+    assert branch.critical_batch(rows(5.0, 4.99, 5.005, 5.2, 5.0), 0.01) == 32
+    assert branch.critical_batch(rows(5.0, 5.011), 0.01) == 8
+    assert branch.critical_batch(rows(5.0, 5.1, 4.9), 0.2) == 32
+
+
+def test_the_report(trunk):
+    read = branch.read_trunk(trunk, 5, 0.1)
+    text = branch.report(read, rows(5.0, 5.0, 6.0), 320, 0.01)
+    assert "within 0.01 nats: 16\n" in text + "\n" and "+1.0000" in text
+    assert "16 or more: no branch lost" in branch.report(read, rows(5.0, 5.0), 320, 0.01)
+
+
+def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, tmp_path):
+    """Branches run in this process; each starts with the weights and moments of step 5."""
+
+    def run(command, **unused):
+        return type("Done", (), {"returncode": in_process(command[2:])})
+
+    monkeypatch.setattr(branch.subprocess, "run", run)
+    arguments = [f"--model_dir={trunk}", "--step=5", "--batches=8,16", "--examples=64"]
+    arguments += [f"--data_dir={text}", f"--output={tmp_path}/out"]
+    assert branch.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"Critical batch size by branching, within 0.01 nats: (8|16)", out)
+    written = json.loads((tmp_path / "out" / "branches.json").read_text())
+    assert [row["steps"] for row in written["branches"]] == [8, 4]
+    folder = tmp_path / "out" / "step-5-64" / "batch-16"
+    (step,) = manager.saved_steps(str(folder))
+    key = "optimizer/_iterations/.ATTRIBUTES/VARIABLE_VALUE"
+    assert tf.train.load_variable(str(folder / f"ckpt-{step}"), key) == 5 + 4
+    rates = [row["learning_rate"] for row in read_rows(folder / "history.jsonl")]
+    assert np.ptp(rates) == 0
+    monkeypatch.setattr(branch.subprocess, "run", None)  # finished branches are not run again
+    assert branch.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches=8"], "give at least two batch sizes"),
+        (["--batches=8,x"], "give at least two batch sizes"),
+        (["--batches=16,32"], "add the run's own batch size, 8"),
+        (["--batches=8,16", "--examples=20"], "the largest batch, 16, needs two steps"),
+        (["--batches=8,16", "--step=7"], "no such checkpoint. There are: 5, 10"),
+        (["--batches=8,16"], "the learning rate is .*Choose an earlier checkpoint, or give --rate"),
+    ],
+)
+def test_what_cannot_be_branched_is_said_in_one_sentence(trunk, arguments, message, capsys):
+    assert branch.main([f"--model_dir={trunk}", "--examples=64", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.startswith("training.branch: --")
+    assert error.count("\n") == 1
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        branch.read_trunk(str(tmp_path), None, None)
