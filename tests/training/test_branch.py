@@ -1,6 +1,7 @@
 """Critical batch size by branching: settings of the branches, the report, and a small run."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -23,6 +24,11 @@ def trunk(in_process, text, tmp_path_factory):
     command = ["--global_batch_size=8", "--steps=10", f"--data_dir={text}", "--steps_per_loop=5"]
     command += [f"--set={setting}" for setting in SETTINGS]
     assert in_process([*command, f"--model_dir={folder}"]) == 0
+    # The rate that is recorded is that of the last update, step 9 of 10, or that of the next one.
+    history = pathlib.Path(folder, "history.jsonl")
+    *before, last = history.read_text().splitlines()
+    last = json.dumps(json.loads(last) | {"learning_rate": 0.0})
+    history.write_text("\n".join([*before, last]) + "\n")
     return folder
 
 
