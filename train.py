@@ -375,6 +375,9 @@ def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
     return "\n".join([*lines, f"SavedModel {size / 1e6:.1f} MB"])
 
 
+# Tensors decide no Python branch or loop in the program, so AutoGraph would change nothing, and
+# its conversion of every layer would take a quarter of the time until the first step.
+@tf.autograph.experimental.do_not_convert
 def main(arguments) -> int:
     """Checks the flags, then trains or runs the pre-flight; returns the exit status."""
     if arguments[1:]:

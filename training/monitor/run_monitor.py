@@ -1,6 +1,7 @@
 """The monitoring of a run: progress, trust ratios, weight histograms and profiler traces."""
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -176,7 +177,7 @@ class TelemetryRecorder:
     def begin_phase(self):
         """Does nothing: of a step that is recorded twice, the heat map uses the later record."""
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def _write_histograms(self, step):
         with self._events.as_default(step=step):
             for variable in self._variables:
