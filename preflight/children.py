@@ -206,7 +206,7 @@ class Children:
         ]
         job = [(*program, path) for program, path in zip(missing, paths, strict=True)]
         self.facts = self._run(
-            "preflight.program",
+            "preflight.program.lower",
             f"phase {phase_index + 1}: tracing {len(job)} program(s)",
             {"recipe": recipe, "phase_index": phase_index, "programs": job},
         )
@@ -247,7 +247,7 @@ class Children:
         }
         try:
             task = f"phase {phase_index + 1}: compiling {program} for {topology}"
-            return self._run("preflight.compile", task, job)
+            return self._run("preflight.compile.compile_file", task, job)
         except ChildFailed as error:
             return {"error": str(error)}
 
@@ -258,19 +258,19 @@ class Children:
             ChildFailed: its process failed.
         """
         return self._run(
-            "preflight.strict",
+            "preflight.strict.check_kernels",
             f"phase {phase_index + 1}: checking TensorFlow's TPU kernels",
             {"recipe": recipe, "phase_index": phase_index},
             python=str(TPU_PYTHON),
         )
 
-    def _run(self, module: str, task: str, job: dict, python: str = sys.executable) -> dict:
-        """Runs `python -m module JOB ANSWER` and returns the answer.
+    def _run(self, function: str, task: str, job: dict, python: str = sys.executable) -> dict:
+        """Runs a function with `preflight.child` and returns what it returns.
 
         Args:
-            module: the module to run. It reads the job with pickle and writes the answer as JSON.
+            function: with its module, such as "preflight.compile.compile_file".
             task: what the process does, for the progress and for error messages.
-            job: the module's input.
+            job: its keyword arguments.
             python: the Python interpreter.
 
         Raises:
@@ -290,8 +290,9 @@ class Children:
             environment.pop("TPU_LIBRARY_PATH", None)
             with open(os.path.join(folder, "output"), "w+b") as output:
                 child = subprocess.Popen(
-                    [python, "-m", module, job_path, answer_path],
+                    [python, "-m", "preflight.child", function, job_path, answer_path],
                     env=environment,
+                    stdin=subprocess.PIPE,  # whose end ends the child
                     stdout=output,
                     stderr=output,
                 )
@@ -300,6 +301,7 @@ class Children:
                 finally:
                     child.kill()
                     child.wait()
+                    child.stdin.close()
                 output.seek(0)
                 printed = output.read().decode(errors="replace").strip()
             if ran_out_of_memory(printed, child.returncode):

@@ -11,9 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import pickle
 import re
-import sys
 
 # Without these, libtpu would ask the metadata server of a TPU VM for them before it compiles.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -305,10 +303,3 @@ def _describe_error(message: str) -> dict:
     if sizes and "RESOURCE_EXHAUSTED" in first:
         result["hbm_bytes"] = int(float(sizes[1]) * 2 ** (10 * (1 + "KMGT".index(sizes[2]))))
     return result
-
-
-if __name__ == "__main__":
-    with open(sys.argv[1], "rb") as job:
-        answer = compile_file(**pickle.load(job))
-    with open(sys.argv[2], "w", encoding="utf-8") as out:
-        json.dump(answer, out)

@@ -7,9 +7,6 @@ are replaced: the strategy and the all-reduce by `PodStrategy`, the random bits 
 
 import contextlib
 import dataclasses
-import json
-import pickle
-import sys
 from unittest import mock
 
 import tensorflow as tf
@@ -255,31 +252,26 @@ def _bytes(variables):
 
 
 @tf.autograph.experimental.do_not_convert  # see `train.main`
-def main(job_path: str, answer_path: str) -> None:
-    """Lowers the programs of a job, and writes facts about the model as JSON.
+def lower(recipe, phase_index: int, programs: list[tuple]) -> dict:
+    """Lowers programs into files, for two replicas.
 
-    Programs are lowered for two replicas. `preflight.compile` sets the replicas of the all-reduces.
+    `preflight.compile` sets the replicas of the all-reduces.
 
     Args:
-        job_path: file with a pickled dict of `recipe`, `phase_index` (from 0) and `programs`, a
-            list of tuples (examples per replica, or None for the update alone; number of
+        recipe: a checked recipe.
+        phase_index: from 0.
+        programs: list of tuples (examples per replica, or None for the update alone; number of
             micro-batches; path for the HLO).
-        answer_path: file to write, with `parameters`, `weight_bytes` and `slot_bytes`.
+
+    Returns:
+        `parameters`, `weight_bytes` and `slot_bytes`, see `Replica`.
     """
-    with open(job_path, "rb") as file:
-        job = pickle.load(file)
-    replica = Replica(job["recipe"], job["phase_index"], replicas=2)
-    for batch, accumulation, path in job["programs"]:
+    replica = Replica(recipe, phase_index, replicas=2)
+    for batch, accumulation, path in programs:
         if batch is None:
             program = replica.update_program()
         else:
             program = replica.step_program(batch, accumulation)
         with open(path, "wb") as file:
             file.write(program)
-    facts = {name: getattr(replica, name) for name in ("parameters", "weight_bytes", "slot_bytes")}
-    with open(answer_path, "w", encoding="utf-8") as file:
-        json.dump(facts, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {name: getattr(replica, name) for name in ("parameters", "weight_bytes", "slot_bytes")}

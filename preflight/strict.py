@@ -10,10 +10,7 @@ cannot lower a function that writes variables unless they are on a TPU, so there
 """
 
 import dataclasses
-import json
 import os
-import pickle
-import sys
 
 # Without a TPU, libtpu would query a metadata server for minutes.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -180,10 +177,3 @@ def check_kernels(recipe, phase_index: int) -> dict:
     except (tf.errors.OpError, ValueError) as reason:
         error = error or str(reason).strip().splitlines()[0]
     return {"operations": len(kinds - STRUCTURE), "error": error}
-
-
-if __name__ == "__main__":
-    with open(sys.argv[1], "rb") as job:
-        answer = check_kernels(**pickle.load(job))
-    with open(sys.argv[2], "w", encoding="utf-8") as out:
-        json.dump(answer, out)

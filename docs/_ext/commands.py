@@ -16,10 +16,8 @@ PACKAGES = ("inputs", "training", "preflight", "export", "experiments", "benchma
 # Started by other commands in a process of their own; nobody types their names.
 CHILD_PROCESSES = frozenset(
     (
-        "preflight.compile",
+        "preflight.child",
         "preflight.probe",
-        "preflight.program",
-        "preflight.strict",
         "training.host",
     )
 )

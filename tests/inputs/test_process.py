@@ -14,7 +14,7 @@ from inputs import process
 ROOT = pathlib.Path(__file__).parents[2]
 # `preflight` and `training.rehearsal` start these in their own environment. The client is a
 # file that people copy, so it does the same without `inputs.process`.
-CHILDREN = {"probe.py", "program.py", "compile.py", "strict.py", "host.py"}
+CHILDREN = {"probe.py", "child.py", "host.py"}
 COMMANDS = [
     path
     for path in sorted([*ROOT.glob("train.py"), *ROOT.glob("[ipt][nr]*/**/*.py")])

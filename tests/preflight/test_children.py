@@ -1,13 +1,22 @@
-"""Child processes: each error is one sentence; their progress is a bar or lines."""
+"""Child processes: each error is one sentence; their progress is a bar or lines; none is left."""
 
 import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
+import psutil
 import pytest
 
 import recipes
 from inputs.errors import InputError
 from preflight import children as children_module
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -22,26 +31,29 @@ def test_a_missing_compiler_is_reported_with_its_size(monkeypatch):
 
 
 def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypatch, tmp_path):
-    (tmp_path / "crashing_child.py").write_text("raise SystemExit('the compiler gave up')")
-    (tmp_path / "waiting_child.py").write_text("import time; time.sleep(100)")
+    (tmp_path / "crashing_child.py").write_text(
+        "def run():\n raise SystemExit('the compiler gave up')"
+    )
+    (tmp_path / "waiting_child.py").write_text("import time\ndef run(): time.sleep(100)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(InputError, match="^the task failed: the compiler gave up$"):
-        children._run("crashing_child", "the task", {})
+        children._run("crashing_child.run", "the task", {})
     (tmp_path / "polite_child.py").write_text(
-        "import sys, time\n"
-        "print('a warning')\n"
-        f"print('{children_module.WAITING} process 7 on here', flush=True)\n"
-        "time.sleep(1.2); print(flush=True); time.sleep(1.2)\n"
-        "open(sys.argv[2], 'w').write('{}')"
+        "import time\n"
+        "def run():\n"
+        " print('a warning')\n"
+        f" print('{children_module.WAITING} process 7 on here', flush=True)\n"
+        " time.sleep(1.2); print(flush=True); time.sleep(1.2)\n"
+        " return {'seven': 7}"
     )
     shown = []
     monkeypatch.setattr(children._progress, "update", lambda task, seconds: shown.append(task))
-    children._run("polite_child", "the task", {})
+    assert children._run("polite_child.run", "the task", {}) == {"seven": 7}
     assert shown[0] == shown[-1] == "the task"
     assert "the task (waiting for the pre-flight of process 7 on here)" in shown
     monkeypatch.setattr(children_module, "RESERVED_BYTES", 2**60)
     with pytest.raises(InputError, match="host's memory is not sufficient.*GiB are free"):
-        children._run("waiting_child", "the task", {})
+        children._run("waiting_child.run", "the task", {})
 
 
 @pytest.mark.parametrize(
@@ -55,12 +67,39 @@ def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypat
 def test_a_host_without_memory_is_not_a_program_that_does_not_compile(
     children, monkeypatch, tmp_path, code
 ):
-    (tmp_path / "large_child.py").write_text(code)
+    (tmp_path / "large_child.py").write_text(f"def run():\n {code}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(InputError, match="this host's memory is not sufficient") as error:
-        children._run("large_child", "the task", {})
+        children._run("large_child.run", "the task", {})
     assert not isinstance(error.value, children_module.ChildFailed)
     assert "says nothing about the memory of the TPU" in str(error.value)
+
+
+PARENT = """
+import sys, tempfile
+from preflight.children import Children, ProgressLines
+with tempfile.TemporaryDirectory() as folder:
+    Children(ProgressLines(print), folder)._run("sleeping_child.run", "the task", {})
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_ends_with_the_process_that_started_it(tmp_path, how):
+    (tmp_path / "sleeping_child.py").write_text(
+        "import os, time\n"
+        "def run():\n"
+        f" open({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))\n"
+        f" os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})\n"
+        " time.sleep(100)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment) as parent:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+        child = psutil.Process(int((tmp_path / "pid").read_text()))
+        parent.send_signal(how)
+    child.wait(timeout=30)  # raises an exception if it goes on
 
 
 def test_the_reason_is_the_exception_and_not_the_last_line():
