@@ -280,8 +280,13 @@ def atomic_file(path: str) -> Iterator[str]:
         with temporary_folder("upload-") as folder:
             new = os.path.join(folder, "new")
             yield new
-            with open(new, "rb") as file:
-                remote.upload(path, file)
+            try:
+                with open(new, "rb") as file:
+                    remote.upload(path, file)
+            except OSError:
+                with contextlib.suppress(OSError):  # a part of it
+                    remote.remove(path)
+                raise
         return
     try:
         yield path + NEW
@@ -544,7 +549,7 @@ def read_bytes(path: str, *, flag: str = "", fix: str = "") -> bytes:
         InputError: the file cannot be read.
     """
     try:
-        return _read(path)
+        return read_file(path)
     except OSError as error:
         raise _unreadable(path, f"cannot be read ({error.strerror})", flag, fix) from None
 
@@ -558,12 +563,17 @@ def read_json(path: str, *, flag: str = "", fix: str = "") -> Any:
         InputError: the file cannot be read, or is not JSON in UTF-8.
     """
     try:
-        return json.loads(_read(path).decode())
+        return json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, f"cannot be read as JSON ({error})", flag, fix) from None
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """The content of a file that `atomic_write` or another program wrote.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     if is_remote(path):
         return remote.read(path)
     with open(path, "rb") as file:

@@ -76,7 +76,7 @@ class Lease:
             raise LeaseLost(
                 f"{self._flag}: {os.path.dirname(self._path)} was taken over by "
                 f"{_describe(content)}, because this process did not renew its lease for "
-                f"{STALE_SECONDS:g} s. It stops, and has written nothing since."
+                f"{STALE_SECONDS:g} s. It stops."
             )
 
     def keep(self) -> None:

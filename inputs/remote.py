@@ -85,7 +85,10 @@ def exists(path: str) -> bool:
 def is_folder(path: str) -> bool:
     """Whether there are objects below this name."""
     with os_errors(path):
-        return gfile().isdir(path) and not _is_only_a_prefix(path)
+        if not gfile().isdir(path):
+            gfile().exists(path)  # unlike `isdir`, it raises if the storage cannot be asked
+            return False
+        return not _is_only_a_prefix(path)
 
 
 def _is_only_a_prefix(path: str) -> bool:
@@ -148,8 +151,22 @@ def remove_tree(path: str) -> None:
         gfile().rmtree(path)
 
 
+def copy(source: str, target: str) -> None:
+    """Copies an object on the same storage.
+
+    Raises:
+        OSError: it could not be copied, or not completely.
+    """
+    if target.startswith(RAM):
+        remove(target)  # it would append
+    with os_errors(source):
+        gfile().copy(source, target, overwrite=True)
+    if stat(source).length != stat(target).length:
+        raise OSError(errno.EIO, f"{source} was not copied completely", target)
+
+
 def move(source: str, target: str) -> None:
-    """Copies an object and deletes it, in the order of these words, which is not atomic."""
+    """Copies an object and deletes it, in that order, which is not atomic."""
     with os_errors(source):
         gfile().rename(source, target, overwrite=True)
 

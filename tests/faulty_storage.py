@@ -132,8 +132,25 @@ class _Writer:
 
 @contextlib.contextmanager
 def faulty_storage(monkeypatch, **arguments):
-    """Puts a `FaultyStorage` under `inputs.remote` and yields it."""
+    """Puts a `FaultyStorage` under `inputs.remote` and TensorFlow's checkpoints, and yields it."""
     storage = FaultyStorage(**arguments)
+    write = tf.train.Checkpoint.write
+
+    def write_checkpoint(checkpoint, prefix, options=None):
+        if not remote.is_remote(prefix):
+            return write(checkpoint, prefix, options)
+        killed, index = storage.step(), random.Random(storage.operations).random() < 0.5
+        written = write(checkpoint, prefix, options)
+        if killed:  # while TensorFlow wrote: there is a half, with or without an index
+            remove = [f"{prefix}.data-00000-of-00001", *([] if index else [f"{prefix}.index"])]
+            for path in remove:
+                tf.io.gfile.remove(path)
+            with tf.io.gfile.GFile(remove[0], "wb") as file:
+                file.write(b"half")
+            raise Killed
+        return written
+
     with monkeypatch.context() as patch:
         patch.setattr(remote, "gfile", lambda: storage)
+        patch.setattr(tf.train.Checkpoint, "write", write_checkpoint)
         yield storage

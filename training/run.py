@@ -13,7 +13,7 @@ from tasks.task import loss_terms, means
 from training import optimizers, strategy
 from training.checkpoint import compatibility
 from training.checkpoint.interruption import Interrupted, StopRequest, stop_together
-from training.checkpoint.manager import BestCheckpoint, CheckpointManager, saved_step
+from training.checkpoint.manager import BestCheckpoint, CheckpointManager
 from training.checkpoint.state import RunState, make_checkpoint
 from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
@@ -53,6 +53,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop: the `StopRequest` of this process, or None.
         log: takes lines of progress.
         started: see `RunMonitor`.
+        check_lock: raises if this process must not write to `model_dir` any more; see
+            `inputs.files.locked`.
 
     Raises:
         InputError: `model_dir` holds a run with other settings, or the workers disagree.
@@ -72,6 +74,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         stop=None,
         log=lambda line: None,
         started=None,
+        check_lock=lambda: None,
     ):
         super().__init__()
         self.task = task
@@ -82,6 +85,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._stop_request = stop or StopRequest()
         self._log = log
         self._started = started
+        self._check_lock = check_lock
         facts = {"seed": seed} | task.facts
         self._config = compatibility.run_config(recipe, facts)
         if strategy.is_chief(where):
@@ -95,7 +99,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             )
             self.model = do_not_convert(task.build_model)()
             optimizers.build(self.optimizer, recipe, self.model.trainable_variables)
-        strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
+        strategy.check_workers_agree(where, **task.facts)
         self._replica_step = ReplicaStep(
             task,
             self.model,
@@ -148,6 +152,12 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 save_every_steps=self.recipe.save_every_steps,
                 keep=self.recipe.keep_checkpoints,
                 scratch=None if chief else os.path.join(folder, "scratch"),
+                check=self._check_lock,
+                before_write=lambda: self._monitor.flush(),
+                agree=self._max_over_workers,
+                check_agreement=lambda step: strategy.check_workers_agree(
+                    self.strategy, checkpoint=step
+                ),
             )
             self._monitor = RunMonitor(
                 self.task,
@@ -158,6 +168,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 model_dir=folder,
                 log=self._log,
                 started=self._started,
+                check_lock=self._check_lock,
             )
             self._stop = stop_together(self.strategy, self._stop_request, self._save, folder)
             self._controller = orbit.Controller(  # restores the newest checkpoint
@@ -167,7 +178,9 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 strategy=self.strategy,
                 train_actions=[self._monitor, self._stop],
                 eval_actions=[
-                    BestCheckpoint(self._manager, self.task.best_metric, chief),
+                    BestCheckpoint(
+                        self._manager, self.task.best_metric, chief, self._max_over_workers
+                    ),
                     self._monitor.evaluated,
                 ],
                 steps_per_loop=self._monitor.steps_per_loop(self._steps_per_loop),
@@ -175,7 +188,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 summary_dir=os.path.join(folder, "train"),
                 eval_summary_dir=os.path.join(folder, "eval"),
             )
-            if self._manager.latest_checkpoint:
+            if self._manager.saved is not None:
                 self._log(
                     f"Going on from step {self._step} of {self.recipe.steps} in {self._model_dir}"
                 )
@@ -206,6 +219,9 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
     def _save(self):
         self._manager.save(check_interval=False)
 
+    def _max_over_workers(self, value):
+        return strategy.max_over_workers(self.strategy, value)
+
     def _missed_evaluation(self) -> bool:
         """Whether an evaluation was due at the restored step and was not recorded."""
         every, step = self.recipe.evaluate_every_steps, self._step
@@ -214,7 +230,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         if not due or not 0 < step < self.recipe.steps:
             return False
         rows = read_rows(os.path.join(self._model_dir, EVALUATIONS))
-        return step not in [row["step"] for row in rows]
+        return self._max_over_workers(step not in [row["step"] for row in rows])
 
     def _train_phases(self, missed: bool) -> dict[str, float]:
         """Runs a missed evaluation, if any, and trains the remaining phases."""
@@ -253,7 +269,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             raise error
         factor = state.rate_factor.numpy() * np.float32(recipe.rollback_rate_factor)
         with self.strategy.scope():
-            self._manager.restore(self._manager.latest_checkpoint)
+            self._manager.restore_or_initialize()
         state.rate_factor.assign(factor)
         state.rollbacks.assign(rollbacks)
         self._log(
