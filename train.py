@@ -21,9 +21,9 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
-from export.saved_model import ClientFailed, check_export_dir
-from inputs import memory
-from inputs.errors import InputError, refuse_empty
+from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir
+from inputs import files, memory
+from inputs.errors import InputError, first_line, refuse_empty
 from inputs.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
@@ -91,6 +91,7 @@ LESS_MEMORY = (
     "Add --set accumulation=2 or more, with which the same run goes on, or use a smaller "
     "--global_batch_size in another --model_dir."
 )
+NOT_LOST = "Checkpoints that were saved are complete; the same command goes on from the newest."
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
@@ -118,6 +119,11 @@ def choose_recipe() -> Recipe:
         for value in flag.value if isinstance(flag.value, list) else [flag.value]:
             if flag.present:
                 refuse_empty(**{flag.name: value})
+    if files.is_remote(FLAGS.cache_dir):
+        raise InputError(
+            f"--cache_dir={FLAGS.cache_dir}: files there are mapped into memory. Give a folder on "
+            "a local disk."
+        )
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
@@ -173,7 +179,9 @@ def choose_folders(recipe: Recipe):
             yield folder, os.path.join(folder, "export")
         return
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
-    yield model_dir, os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
+    export_dir = FLAGS.export_dir or os.path.join(model_dir, "export")
+    normalize = files.absolute if files.is_remote(export_dir) else os.path.normpath
+    yield model_dir, normalize(export_dir)
 
 
 def connect() -> tf.distribute.Strategy:
@@ -226,7 +234,7 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
     return MLPerfLog(FLAGS.mllog, recipe, platform=platform, seed=FLAGS.seed, started=STARTED)
 
 
-def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> None:
+def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog=None) -> None:
     """Loads the data, builds the model, trains, exports and prints the report."""
     chief = strategy.is_chief(where)
     tf_keras.utils.set_random_seed(FLAGS.seed)
@@ -240,7 +248,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
         recipe,
         data_dir=FLAGS.data_dir,
         vocab=FLAGS.vocab,
-        resume_dir=model_dir if manager.saved_step(model_dir) else None,
+        resume_dir=model_dir if resumes(where, model_dir) else None,
         seed=FLAGS.seed,
         synthetic=FLAGS.synthetic,
         log=log_line,
@@ -260,6 +268,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
             log=log_line,
             started=STARTED,
             mllog=mllog,
+            check_lock=check_lock,
         )
     if "CPU" in where.extended.worker_devices[0]:
         weights = run.model.trainable_variables
@@ -269,6 +278,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
     if chief:
+        check_lock()
         task.export(run.model, export_dir, results)
         if FLAGS.dry_run:
             print(describe_dry_run(recipe, model_dir, export_dir), flush=True)
@@ -322,6 +332,11 @@ def rehearse(recipe) -> int:
     )
 
 
+def resumes(where, model_dir: str) -> bool:
+    """Whether the run goes on from a checkpoint, of which each worker may see another one."""
+    return bool(strategy.max_over_workers(where, manager.saved_step(model_dir)))
+
+
 def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
     from training.monitor import plot  # matplotlib takes a second to import
@@ -370,8 +385,8 @@ def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
             f"Phase {index}    first step {first:.1f} s, with compilation; second {second:.3f} s; "
             f"loss {', '.join(format_loss(row['loss']) for row in rows)}"
         )
-    files = (path for path in pathlib.Path(export_dir).rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
+    exported = (path for path in pathlib.Path(export_dir).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in exported)
     return "\n".join([*lines, f"SavedModel {size / 1e6:.1f} MB"])
 
 
@@ -415,9 +430,13 @@ def main(arguments) -> int:
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
         if chief:
-            stack.enter_context(locked(model_dir, "--model_dir", log=log))
+            lock = locked(model_dir, "--model_dir", log=log)
+        else:  # the chief checks for all
+            lock = contextlib.nullcontext(lambda: None)
+        check_lock = stack.enter_context(lock)
+        if chief:
             manager.recover(model_dir, log)
-            if recover_folder(export_dir):
+            if recover_folder(export_dir, last=SAVED_MODEL):
                 log(f"{export_dir}: restored, because the process that replaced it was killed")
         # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
@@ -427,7 +446,7 @@ def main(arguments) -> int:
         if mllog:
             stack.callback(mllog.close)
         try:
-            train(where, recipe, model_dir, export_dir, stop, log_line, mllog)
+            train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog)
         except Interrupted as signal:
             log_line(
                 f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "
@@ -470,11 +489,18 @@ def describe_error(error: Exception) -> str:
     if disk_error:
         return (
             f"{disk_error}, while logs or the export were written "
-            f"({str(error).splitlines()[0]}). The checkpoints are complete. Free some space or "
+            f"({first_line(error)}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
+    if isinstance(error, OSError) and files.is_remote(error.filename or ""):
+        return f"{error.filename}: {error.strerror}. {NOT_LOST}"
+    schemes = [
+        path.split("://")[0] for path in (FLAGS.model_dir, FLAGS.export_dir) if "://" in path
+    ]
+    if any(f"{scheme}://" in str(error) for scheme in schemes):
+        return f"{first_line(error)}. {NOT_LOST}"
     if isinstance(error, tf.errors.ResourceExhaustedError):
-        return f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}"
+        return f"out of memory ({first_line(error)}). {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "

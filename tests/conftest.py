@@ -156,25 +156,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def in_process():
-    """Runs `train.run` in this process, which saves the imports of a new one."""
-    import tf_keras
-    from absl import flags, logging
-
-    import train as program
-
-    def run(arguments):
-        verbosity = logging.get_verbosity()
-        try:
-            flags.FLAGS.unparse_flags()
-            return program.run(flags.FLAGS(["train.py", *arguments]))
-        finally:
-            for name in flags.FLAGS.get_key_flags_for_module(program):
-                name.unparse()
-            flags.FLAGS["set"].value = []
-            tf_keras.mixed_precision.set_global_policy("float32")
-            flags.FLAGS(["train.py"])
-            logging.set_verbosity(verbosity)
-
+    """`program.run_train`, which runs train.py in this process."""
     sys.path.insert(0, str(ROOT))
-    yield run
+    import program
+
+    yield program.run_train
     sys.path.remove(str(ROOT))
