@@ -242,7 +242,8 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
         if share.parts > 1:
             begin = share.part * per_host
             rows = rows.rebatch(order.per_lane, drop_remainder=True)
-            rows = rows.map(lambda step: step[begin : begin + per_host])
+            # A copy, unlike a slice, for the same reason as below.
+            rows = rows.map(lambda step: tf.gather(step, tf.range(begin, begin + per_host)))
         return rows.rebatch(unit, drop_remainder=True)
 
     def epoch_rows(lane, epoch, skipped):
@@ -264,8 +265,9 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    rows = rows.rebatch(share.replica_batch, drop_remainder=True)
-    return rows.map(lambda batch: tf.ensure_shape(batch, [share.replica_batch, None]))
+    # Not another `rebatch`: of its own results, TensorFlow 2.20 logs an error for each element.
+    rows = rows.batch(share.replica_batch // unit, drop_remainder=True)
+    return rows.map(lambda parts: tf.reshape(parts, [share.replica_batch, parts.shape[-1]]))
 
 
 def by_block(size: int, examples, ids, make_rows, width: int):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 from inputs.errors import InputError
 from preflight.topology import Topology, parse_topologies, slices_of
 from training.chips import TPU_CHIPS
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -114,8 +117,12 @@ def test_the_compiler_opens_the_same_slices():
     environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0"}
     command = [sys.executable, "-c", HOSTS, *slices]
     with (
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as second,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as first,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as second,
     ):
         printed, again = first.communicate()[0], second.communicate()[0]
     assert printed == again

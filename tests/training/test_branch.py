@@ -99,7 +99,6 @@ def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, t
         (["--batches=16,32"], "add the run's own batch size, 8"),
         (["--batches=8,16", "--examples=20"], "the largest batch, 16, needs two steps"),
         (["--batches=8,16", "--step=7"], "no such checkpoint. There are: 5, 10"),
-        (["--batches=8,16"], "the learning rate is .*Choose an earlier checkpoint, or give --rate"),
     ],
 )
 def test_what_cannot_be_branched_is_said_in_one_sentence(trunk, arguments, message, capsys):
@@ -107,6 +106,12 @@ def test_what_cannot_be_branched_is_said_in_one_sentence(trunk, arguments, messa
     error = capsys.readouterr().err
     assert re.search(message, error) and error.startswith("training.branch: --")
     assert error.count("\n") == 1
+
+
+def test_where_the_rate_has_fallen_there_is_no_branch(trunk, monkeypatch):
+    monkeypatch.setattr(branch, "read_rows", lambda path: [{"step": 10, "learning_rate": 0.0}])
+    with pytest.raises(InputError, match="the learning rate is 0 there.*Choose an earlier"):
+        branch.read_trunk(trunk, 10, None)
 
 
 def test_a_folder_without_a_run(tmp_path):

@@ -167,7 +167,7 @@ def test_only_what_changes_the_training_is_compared(first_version):
     assert json.loads((folder / "recipe.json").read_text())["format"] == compatibility.FORMAT
     check()
     change(folder, format=compatibility.FORMAT + 1)
-    with pytest.raises(InputError, match="a later version of this program wrote .* format 3"):
+    with pytest.raises(InputError, match="a later version of this program wrote .* has format 4"):
         check()
 
 
