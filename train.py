@@ -48,8 +48,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "cache_dir",
     "",
-    "Folder for the memory-mapped token ids of prepared text. Default: inside --data_dir, or "
-    "~/.cache/tf_lamb if that cannot be written.",
+    "Folder in which raw text is prepared, and what a prepared folder lacks is written. Default: "
+    "inside --data_dir if that is prepared and can be written, otherwise ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
@@ -119,11 +119,6 @@ def choose_recipe() -> Recipe:
         for value in flag.value if isinstance(flag.value, list) else [flag.value]:
             if flag.present:
                 refuse_empty(**{flag.name: value})
-    if files.is_remote(FLAGS.cache_dir):
-        raise InputError(
-            f"--cache_dir={FLAGS.cache_dir}: files there are mapped into memory. Give a folder on "
-            "a local disk."
-        )
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):

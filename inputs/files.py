@@ -226,12 +226,19 @@ def remove_folder(folder: str) -> None:
 def absolute(path: str) -> str:
     """The path independent of the current folder, without a slash at its end."""
     path = os.fspath(path)
-    return path.rstrip("/") if is_remote(path) else os.path.abspath(path)
+    if not is_remote(path):
+        return os.path.abspath(path)
+    scheme, name = path.split("://", 1)
+    return f"{scheme}://{name.rstrip('/')}"
 
 
 def parent(path: str) -> str:
     """The folder that contains a file or folder."""
-    return os.path.dirname(absolute(path))
+    path = absolute(path)
+    if not is_remote(path):
+        return os.path.dirname(path)
+    scheme, name = path.split("://", 1)
+    return f"{scheme}://{os.path.dirname(name)}"
 
 
 def file_size(path: str) -> int:
@@ -263,6 +270,25 @@ def open_bytes(path: str) -> IO[bytes]:
         OSError: the file does not exist or cannot be read.
     """
     return remote.open_reader(path) if is_remote(path) else open(path, "rb")
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Yields a path that programs without TensorFlow's file systems can read during the block.
+
+    It is the file itself, or, of one on object storage, a copy in a temporary folder.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with temporary_folder("copy-") as folder:
+        copy = os.path.join(folder, os.path.basename(path))
+        with open_bytes(path) as file, open(copy, "wb") as new:
+            shutil.copyfileobj(file, new)
+        yield copy
 
 
 @contextlib.contextmanager

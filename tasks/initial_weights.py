@@ -79,10 +79,21 @@ def read_shapes(checkpoint: str) -> dict[str, list[int]]:
         InputError: the checkpoint cannot be read.
     """
     try:
-        return tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+        return open_checkpoint(checkpoint).get_variable_to_shape_map()
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise InputError(f"--set init_from: {checkpoint} cannot be read ({reason}).") from None
+
+
+def open_checkpoint(prefix: str):
+    """Opens a checkpoint by its prefix, and returns what `tf.train.load_checkpoint` does.
+
+    On ram:// that function takes the prefix for a folder.
+
+    Raises:
+        tf.errors.OpError, RuntimeError: it cannot be read.
+    """
+    return tf.compat.v1.train.NewCheckpointReader(prefix)
 
 
 def find_checkpoint(init_from: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import types
+import uuid
 
 import pytest
 
@@ -152,6 +153,17 @@ def text(tmp_path_factory):
                 )
             file.write("\n")
     return path
+
+
+@pytest.fixture
+def ram():
+    """A folder in TensorFlow's file system in memory, which no other test uses."""
+    from inputs import files
+
+    folder = f"ram://{uuid.uuid4().hex}"
+    files.make_folder(folder)
+    yield folder
+    files.remove_folder(folder)
 
 
 @pytest.fixture(scope="session")

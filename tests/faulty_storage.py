@@ -14,7 +14,7 @@ import time
 
 import tensorflow as tf
 
-from inputs import remote
+from inputs import lease, remote
 
 
 class Killed(BaseException):
@@ -128,6 +128,13 @@ class _Writer:
             raise Killed
         if failed:
             raise tf.errors.UnavailableError(None, None, "the storage does not answer")
+
+
+def lease_times(monkeypatch, heartbeat=600.0, stale=0.05, settle=0.0, poll=0.01):
+    """Sets the times of leases, in seconds; by default they are short and not renewed."""
+    times = {"HEARTBEAT": heartbeat, "STALE": stale, "SETTLE": settle, "POLL": poll}
+    for name, seconds in times.items():
+        monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
 
 
 @contextlib.contextmanager

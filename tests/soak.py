@@ -113,12 +113,13 @@ def losses(folder):
 def stop_often(flags, folder, kills, rng) -> None:
     """Runs train.py in this process, stopped `kills` times in an operation of its storage."""
     import pytest
-    from faulty_storage import Killed, faulty_storage
+    from faulty_storage import Killed, faulty_storage, lease_times
     from program import run_train
 
     arguments = [*flags, f"--model_dir={folder}"]
     patch = pytest.MonkeyPatch()
-    lease_times(patch)
+    # The lease of a run that was stopped in this process, which goes on, is soon stale.
+    lease_times(patch, stale=0.2, poll=0.05)
     with faulty_storage(patch, seed=rng.random(), stale=0.3) as storage:
         for number in range(1, kills + 1):
             before = storage.operations
@@ -135,14 +136,6 @@ def stop_often(flags, folder, kills, rng) -> None:
             )
         if run_train(arguments):
             raise SystemExit("the last run failed")
-
-
-def lease_times(patch) -> None:
-    """A lease of a run that was stopped in this process, which goes on, is soon stale."""
-    from inputs import lease
-
-    patch.setattr(lease, "STALE_SECONDS", 0.2)
-    patch.setattr(lease, "POLL_SECONDS", 0.05)
 
 
 def main() -> int:

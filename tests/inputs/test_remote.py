@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 import tensorflow as tf
-from faulty_storage import Killed, faulty_storage
+from faulty_storage import Killed, faulty_storage, lease_times
 
 from inputs import files, lease, remote
 from inputs.errors import InputError
@@ -22,11 +22,6 @@ from inputs.errors import InputError
 def folder(request, tmp_path):
     """A folder that no other test uses."""
     return f"ram://{uuid.uuid4().hex}" if request.param == "ram" else f"file://{tmp_path}/folder"
-
-
-@pytest.fixture
-def ram():
-    return f"ram://{uuid.uuid4().hex}"
 
 
 def contents(folder):
@@ -226,9 +221,7 @@ def test_missing_credentials_are_explained(error, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Short times for leases."""
-    times = {"HEARTBEAT": 0.05, "STALE": 0.5, "SETTLE": 0.02, "POLL": 0.01}
-    for name, seconds in times.items():
-        monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
+    lease_times(monkeypatch, heartbeat=0.05, stale=0.5, settle=0.02)
 
 
 def test_a_lease_excludes_others_while_it_is_renewed(folder, quick):

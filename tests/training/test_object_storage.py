@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from faulty_storage import Killed, faulty_storage
+from faulty_storage import Killed, faulty_storage, lease_times
 from small_runs import SmallTask, small_recipe, small_run
 
 from inputs import files, lease, remote
@@ -41,21 +41,10 @@ from training.run import Run
 ACCURACY = Metric("accuracy", "count", higher_is_better=True)
 
 
-@pytest.fixture
-def ram():
-    """A folder in memory that no other test uses."""
-    folder = f"ram://{uuid.uuid4().hex}"
-    files.make_folder(folder)
-    yield folder
-    files.remove_folder(folder)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short times for leases; they are not renewed."""
-    times = {"HEARTBEAT": 600, "STALE": 0.05, "SETTLE": 0, "POLL": 0.01}
-    for name, seconds in times.items():
-        monkeypatch.setattr(lease, f"{name}_SECONDS", seconds)
+    lease_times(monkeypatch)
 
 
 class Small:
@@ -440,13 +429,11 @@ def test_a_run_on_object_storage_is_interrupted_resumed_and_exported(
 
 
 def test_flags_that_name_no_storage_are_one_sentence(in_process, capfd, text):
-    for flag in ("--model_dir", "--export_dir", "--data_dir", "--vocab"):
+    for flag in ("--model_dir", "--export_dir", "--data_dir", "--vocab", "--cache_dir"):
         given = {"--data_dir": str(text), "--model_dir": "run"} | {flag: "foo://bucket/a"}
         assert in_process(FLAGS + [f"{name}={value}" for name, value in given.items()]) == 1
         (said,) = (line for line in capfd.readouterr().err.splitlines() if "train.py:" in line)
         assert "foo://bucket" in said and "has no file system for foo://, only for file://" in said
-    assert in_process([*FLAGS, "--synthetic", "--cache_dir=ram://cache"]) == 1
-    assert "--cache_dir=ram://cache: files there are mapped into memory" in capfd.readouterr().err
     assert not pathlib.Path("foo:").exists() and not pathlib.Path("ram:").exists()
 
 
