@@ -487,13 +487,10 @@ def describe_error(error: Exception) -> str:
             f"({first_line(error)}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
+    written = [path for path in (FLAGS.model_dir, FLAGS.export_dir) if files.is_remote(path)]
     if isinstance(error, OSError) and files.is_remote(error.filename or ""):
-        return f"{error.filename}: {error.strerror}. {NOT_LOST}"
-    schemes = [
-        path.split("://")[0] for path in (FLAGS.model_dir, FLAGS.export_dir) if "://" in path
-    ]
-    if any(f"{scheme}://" in str(error) for scheme in schemes):
-        return f"{first_line(error)}. {NOT_LOST}"
+        said = f"{error.filename}: {error.strerror}."
+        return f"{said} {NOT_LOST}" if error.filename.startswith(tuple(written)) else said
     if isinstance(error, tf.errors.ResourceExhaustedError):
         return f"out of memory ({first_line(error)}). {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
@@ -505,6 +502,8 @@ def describe_error(error: Exception) -> str:
     message = re.search(r"InputError: (.+)", str(error))
     if message:
         return message[1]
+    if any(path in str(error) for path in written):  # such as of TensorBoard's files
+        return f"{first_line(error)}. {NOT_LOST}"
     raise error
 
 

@@ -26,16 +26,22 @@ RECORDS_PER_READ = 256
 SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
 
-def is_prepared(folder: str) -> bool:
+def is_prepared(folder: str, flag: str = "--data_dir") -> bool:
     """Whether the folder holds shards: a manifest of this program, or a damaged one beside shards.
 
     The file name alone does not decide, because other programs also write a manifest.json.
+
+    Raises:
+        InputError: the folder is on object storage that cannot be read.
     """
     path = os.path.join(folder, MANIFEST)
-    if not is_file(path):
-        return False
-    if any(name.endswith((SUFFIX, OLD_SUFFIX)) for name in list_names(folder)):
-        return True
+    try:
+        if not is_file(path):
+            return False
+        if any(name.endswith((SUFFIX, OLD_SUFFIX)) for name in list_names(folder)):
+            return True
+    except OSError as error:
+        raise InputError(f"{flag}: {folder} cannot be read ({error.strerror}).") from None
     try:
         manifest = read_json(path)
     except InputError:

@@ -131,7 +131,7 @@ def find_files(
 
 
 def _check_not_prepared(path, flag):
-    if is_prepared(path):
+    if is_prepared(path, flag):
         raise InputError(
             f"{flag}: {path} holds prepared shards (manifest.json), not text. Give such a "
             "folder as the only entry of --data_dir."
@@ -142,7 +142,7 @@ def _files_below(top, flag, passed_over, wanted=lambda folder: True):
     def enter(folder):
         if not wanted(folder):
             return False
-        if is_prepared(folder):
+        if is_prepared(folder, flag):
             passed_over["folder of prepared shards"] += 1
             return False
         return True
