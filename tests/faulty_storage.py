@@ -3,8 +3,8 @@
     with faulty_storage(monkeypatch) as storage:
         storage.kill_at(17)  # the 17th operation from now on does a half of its work, and no more
 
-A write shows its first half before it is complete. A listing may be an earlier one of the folder. A
-rename is a copy and a delete. Reads are slow. After a kill every operation raises `Killed`, as a
+A write shows its first half before it is complete. A listing may be an earlier one of the folder, as
+it was when the storage was put in place or since then. A rename is a copy and a delete. Reads are slow. After a kill every operation raises `Killed`, as a
 process that has been killed does nothing more; `restart` ends that.
 """
 
@@ -78,12 +78,19 @@ class FaultyStorage:
     def listdir(self, path):
         if self.step():
             raise Killed
-        seen = self._listings.setdefault(path, [[]])
         names = tf.io.gfile.listdir(path)
+        seen = self._listings.setdefault(path.rstrip("/"), [names])
         if seen[-1] != names:
             seen.append(names)
         stale = self._rng.random() < self._stale
         return seen[-2] if stale and len(seen) > 1 else names
+
+    def begin_change(self, path):
+        """Keeps what the folder of `path` holds now, which a later listing may show."""
+        folder = path.rstrip("/").rpartition("/")[0]
+        if folder not in self._listings:
+            there = tf.io.gfile.isdir(folder)
+            self._listings[folder] = [tf.io.gfile.listdir(folder) if there else []]
 
     def rename(self, source, target, overwrite=False):
         with tf.io.gfile.GFile(source, "rb") as file:
@@ -94,6 +101,7 @@ class FaultyStorage:
 
     def GFile(self, path, mode):
         if "w" in mode:
+            self.begin_change(path)
             return _Writer(self, path)
         if self.step():
             raise Killed
@@ -146,6 +154,7 @@ def faulty_storage(monkeypatch, **arguments):
     def write_checkpoint(checkpoint, prefix, options=None):
         if not remote.is_remote(prefix):
             return write(checkpoint, prefix, options)
+        storage.begin_change(prefix)
         killed, index = storage.step(), random.Random(storage.operations).random() < 0.5
         written = write(checkpoint, prefix, options)
         if killed:  # while TensorFlow wrote: there is a half, with or without an index

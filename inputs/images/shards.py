@@ -22,6 +22,7 @@ from inputs.files import (
     exists,
     file_size,
     is_left_over,
+    is_remote,
     list_names,
     local_copy,
     read_json,
@@ -225,7 +226,8 @@ def open_images(folder: str) -> PreparedImages:
     try:
         found = manifest["kind"]
         files = manifest["shards"]
-        paths = [os.path.join(folder, file["file"]) for file in files]
+        names = [file["file"] for file in files]  # with their folder, if they lie elsewhere
+        paths = [name if is_remote(name) else os.path.join(folder, name) for name in names]
         sizes = [file["bytes"] for file in files]
         count = manifest["count"]
     except (KeyError, TypeError) as error:
