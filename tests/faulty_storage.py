@@ -4,9 +4,9 @@
         storage.kill_at(17)  # the 17th operation from now on does a half of its work, and no more
 
 A write shows its first half before it is complete. A listing may be an earlier one of the folder,
-as it was when the storage was put in place or since then. A rename is a copy and a delete. Reads are
-slow. After a kill every operation raises `Killed`, as a process that has been killed does nothing
-more; `restart` ends that.
+as it was when the storage was put in place or since then. A rename is a copy and a delete. Reads
+are slow. After a kill every operation raises `Killed`, as a process that has been killed does
+nothing more; `restart` ends that.
 """
 
 import contextlib

@@ -29,6 +29,7 @@ from inputs import files  # noqa: E402
 from training.checkpoint.manager import saved_step, saved_steps  # noqa: E402
 from training.monitor.progress import read_rows  # noqa: E402  the path comes first
 
+STARTING = 100  # operations of the storage before the first step of a run, about
 ROOT = pathlib.Path(__file__).parents[1]
 DEFAULT = "--synthetic --steps=3000 --steps_per_loop=20 --global_batch_size=8"
 SETTINGS = (
@@ -110,21 +111,28 @@ def losses(folder):
     return rows + list(evaluations.values())
 
 
-def stop_often(flags, folder, kills, rng) -> None:
-    """Runs train.py in this process, stopped `kills` times in an operation of its storage."""
+def stop_often(flags, one, other, kills, rng) -> None:
+    """Runs train.py in this process twice: in `one`, and in `other` with `kills` stops.
+
+    A stop is in an operation of the storage.
+    """
     import pytest
     from faulty_storage import Killed, faulty_storage, lease_times
     from program import run_train
 
-    arguments = [*flags, f"--model_dir={folder}"]
     patch = pytest.MonkeyPatch()
     # The lease of a run that was stopped in this process, which goes on, is soon stale.
     lease_times(patch, stale=0.2, poll=0.05)
+    with faulty_storage(patch, stale=0, slow=0) as storage:
+        if run_train([*flags, f"--model_dir={one}"]):
+            raise SystemExit("the run without a stop failed")
+        total = storage.operations
+    print(f"{total} operations of the storage in a run without a stop", flush=True)
+    folder, arguments = other, [*flags, f"--model_dir={other}"]
     with faulty_storage(patch, seed=rng.random(), stale=0.3) as storage:
         for number in range(1, kills + 1):
             before = storage.operations
-            # A whole run of the default length has about 3,000 operations.
-            storage.kill_at(rng.randrange(1, 300))
+            storage.kill_at(rng.randrange(1, STARTING + 3 * total // (2 * kills)))
             with contextlib.suppress(Killed):
                 if run_train(arguments) == 0:
                     raise SystemExit(f"the run ended before stop {number}: fewer --kills, please")
@@ -156,11 +164,7 @@ def main() -> int:
     print("train.py", *flags)
     rng = random.Random(arguments.seed)
     if arguments.storage == "ram":
-        from program import run_train
-
-        if run_train([*flags, f"--model_dir={one}"]):
-            return 1
-        stop_often(flags, other, arguments.kills, rng)
+        stop_often(flags, one, other, arguments.kills, rng)
     else:
         seconds = whole(flags, one, log)
         print(f"{seconds:.0f} s to the first loop of steps", flush=True)
