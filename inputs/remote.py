@@ -94,7 +94,7 @@ def is_folder(path: str) -> bool:
 def _is_only_a_prefix(path: str) -> bool:
     """Whether `path` only begins the name of another object, which ram:// takes for a folder."""
     folder, _, name = path.rstrip("/").rpartition("/")
-    if not path.startswith(RAM) or folder == RAM.rstrip("/") or not gfile().isdir(path):
+    if not path.startswith(RAM) or f"{folder}/" == RAM or not gfile().isdir(path):
         return False
     return not gfile().isdir(folder) or name not in gfile().listdir(folder)
 

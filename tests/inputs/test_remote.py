@@ -47,6 +47,8 @@ def test_files_are_written_read_listed_and_deleted(folder):
         pathlib.Path(new).touch()
     assert files.file_size(f"{folder}/a/empty") == 0 and files.is_file(f"{folder}/a/empty")
     assert not files.is_file(f"{folder}/a/b") and not files.exists(f"{folder}/c")
+    assert files.is_folder(folder) and files.exists(folder)
+    assert not files.is_folder(f"{folder}/a/em") and not files.exists(f"{folder}/a/em")
     passed_over = files.PassedOver()
     assert [entry.path for entry in files.walk(folder, "--flag", passed_over)] == [
         f"{folder}/a/empty",
