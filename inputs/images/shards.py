@@ -25,6 +25,7 @@ from inputs.files import (
     is_remote,
     list_names,
     local_copy,
+    parent,
     read_json,
     remove,
     write_json,
@@ -239,11 +240,10 @@ def open_images(folder: str) -> PreparedImages:
             f"--data_dir: {path}, `kind` is {found!r}, but {IMAGES[1]!r} is needed here."
         )
     if any(path.endswith(OLD_SUFFIX) for path in paths):
-        parent = os.path.dirname(os.path.normpath(folder))
         raise InputError(
             f"--data_dir: {folder} was prepared by version 0.1.0, in a format that hosts cannot "
-            f"read by themselves. Convert it: python -m inputs.images.prepare --source={parent} "
-            "--output=NEW_FOLDER"
+            "read by themselves. Convert it: python -m inputs.images.prepare "
+            f"--source={parent(folder)} --output=NEW_FOLDER"
         )
     for shard, expected in zip(paths, sizes, strict=True):
         try:

@@ -7,7 +7,7 @@ import json
 import os
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, check_writable, read_file
+from inputs.files import atomic_write, check_writable, read_file, read_json
 from recipes.types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from training.checkpoint.manager import saved_steps
 
@@ -102,9 +102,8 @@ def has_earlier_order(model_dir: str) -> bool:
     if not saved_steps(model_dir):
         return False
     try:
-        with open(os.path.join(model_dir, RUN_CONFIG), encoding="utf-8") as file:
-            return json.load(file).get("format", 1) < ORDER_OF_LANES
-    except (OSError, ValueError, AttributeError):  # `check_compatible` reports it
+        return read_json(os.path.join(model_dir, RUN_CONFIG)).get("format", 1) < ORDER_OF_LANES
+    except (InputError, TypeError, AttributeError):  # `check_compatible` reports it
         return False
 
 

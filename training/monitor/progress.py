@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import time
 
 import numpy as np
@@ -15,8 +14,7 @@ import rich.console
 import rich.progress
 import rich.text
 
-from inputs import remote
-from inputs.files import atomic_write, is_remote
+from inputs.files import atomic_write, is_remote, read_file
 from training.monitor.terminal import STDERR, capture_stderr
 
 HISTORY = "history.jsonl"  # one object per loop of steps
@@ -33,9 +31,8 @@ def read_rows(path) -> list[dict]:
         OSError: it cannot be read.
     """
     rows = []
-    path = os.fspath(path)
     try:
-        content = remote.read(path) if is_remote(path) else pathlib.Path(path).read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         return []
     for line in content.splitlines():
