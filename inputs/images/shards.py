@@ -94,8 +94,13 @@ def check_content(folder: str, plan: dict) -> None:
         InputError: the folder cannot be created, or has other content.
     """
     finished, begun = (os.path.join(folder, name) for name in (MANIFEST, PLAN))
-    check_writable(folder, "--output")
-    if exists(finished):
+    try:
+        is_finished = exists(finished)  # perhaps on a disk that is read-only by now
+    except OSError:  # `check_writable` reports it
+        is_finished = False
+    if not is_finished:
+        check_writable(folder, "--output")
+    if is_finished:
         check_plan(folder, read_json(finished).get("plan", plan), plan)
     elif exists(begun):
         if any(name.endswith(f"{SUFFIX}.json") for name in list_names(folder)):
