@@ -236,7 +236,20 @@ def test_workers_agree_on_the_newest_checkpoint_before_each_restore(ram):
     assert manager_seconds > 0
     with pytest.raises(InputError, match="ckpt-30 is damaged, or of another model"):
         other.manager.restore_or_initialize()
-    assert agreed == [20, 20, 0]
+    assert agreed == [20, 20, -1]
+
+
+@pytest.mark.parametrize("place", ["ram", "tmp_path"])
+def test_a_checkpoint_of_step_0_is_one(place, request):
+    """A run that may roll back saves one before its first step."""
+    folder = str(request.getfixturevalue(place))
+    assert Small(folder).manager.restore_or_initialize() is None
+    small = Small(folder)
+    small.values.assign(tf.fill([1_000], 7.0))
+    small.manager.save(check_interval=False)
+    small.values.assign(tf.zeros([1_000]))
+    assert small.manager.restore_or_initialize() == f"{folder}/ckpt-0"
+    assert small.values.numpy()[0] == 7
 
 
 def test_the_best_checkpoint_is_kept(ram):

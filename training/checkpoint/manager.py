@@ -198,10 +198,10 @@ class CheckpointManager(tf.train.CheckpointManager):
         """
         newest = self._agree(self.store.newest())
         end = time.monotonic() + (APPEAR_SECONDS if self._saved is not None else 0)
-        while newest and not self.store.has(newest) and time.monotonic() < end:
+        while newest >= 0 and not self.store.has(newest) and time.monotonic() < end:
             time.sleep(0.1)
-        self._check_agreement(newest if newest and self.store.has(newest) else 0)
-        return self.restore(self.store.prefix(newest)) if newest else None
+        self._check_agreement(newest if newest >= 0 and self.store.has(newest) else -1)
+        return self.restore(self.store.prefix(newest)) if newest >= 0 else None
 
     def restore(self, prefix: str) -> str:
         """Reads the checkpoint with this prefix; see `restore_or_initialize`."""

@@ -59,8 +59,8 @@ class Store:
         return os.path.join(self.folder, f"ckpt-{step}")
 
     def newest(self) -> int:
-        """The step of the newest visible checkpoint; 0 if there is none."""
-        return max(self.steps(), default=0)
+        """The step of the newest visible checkpoint; -1 if there is none."""
+        return max(self.steps(), default=-1)
 
     def steps(self) -> list[int]:
         """The steps of the visible checkpoints, in ascending order."""
