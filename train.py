@@ -6,6 +6,7 @@ evaluates it on held-out text and exports a SavedModel. The same command resumes
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -229,26 +230,36 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
     return MLPerfLog(FLAGS.mllog, recipe, platform=platform, seed=FLAGS.seed, started=STARTED)
 
 
+def make_task(recipe: Recipe, shared_dir: str, resume_dir: str | None = None, log=log):
+    """Returns the task of the recipe with the data of the flags; see `tasks.task.Task`."""
+    if recipe.compute_dtype != "float32":
+        tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
+    return TASKS[recipe.task](
+        recipe,
+        data_dir=FLAGS.data_dir,
+        vocab=FLAGS.vocab,
+        resume_dir=resume_dir,
+        seed=FLAGS.seed,
+        synthetic=FLAGS.synthetic,
+        log=log,
+        cache_dir=FLAGS.cache_dir,
+        shared_dir=shared_dir,
+    )
+
+
 def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog=None) -> None:
     """Loads the data, builds the model, trains, exports and prints the report."""
     chief = strategy.is_chief(where)
     tf_keras.utils.set_random_seed(FLAGS.seed)
-    if recipe.compute_dtype != "float32":
-        tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
     with blame("--set"):
         schedule = optimizers.make_schedule(recipe)
     if FLAGS.dry_run:
         recipe = shorten(recipe)
-    task = TASKS[recipe.task](
+    task = make_task(
         recipe,
-        data_dir=FLAGS.data_dir,
-        vocab=FLAGS.vocab,
-        resume_dir=model_dir if resumes(where, model_dir) else None,
-        seed=FLAGS.seed,
-        synthetic=FLAGS.synthetic,
-        log=log_line,
-        cache_dir=FLAGS.cache_dir,
         shared_dir=model_dir if strategy.drives_other_hosts(where) else "",
+        resume_dir=model_dir if resumes(where, model_dir) else None,
+        log=log_line,
     )
     with blame("--set"):
         run = Run(
@@ -302,23 +313,8 @@ def rehearse(recipe) -> int:
             f"it does not go together with {' and '.join(given)}. Leave out one of them."
         )
 
-    def make_task(shared_dir):
-        if recipe.compute_dtype != "float32":
-            tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
-        return TASKS[recipe.task](
-            recipe,
-            data_dir=FLAGS.data_dir,
-            vocab=FLAGS.vocab,
-            resume_dir=None,
-            seed=FLAGS.seed,
-            synthetic=False,
-            log=log,
-            cache_dir=FLAGS.cache_dir,
-            shared_dir=shared_dir,
-        )
-
     return rehearsal.run(
-        make_task,
+        functools.partial(make_task, recipe),
         recipe,
         FLAGS.rehearse,
         seed=FLAGS.seed,
@@ -385,6 +381,9 @@ def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
     return "\n".join([*lines, f"SavedModel {size / 1e6:.1f} MB"])
 
 
+# Tensors decide no Python branch or loop in the program, so AutoGraph would change nothing, and
+# its conversion of every layer would take a quarter of the time until the first step.
+@tf.autograph.experimental.do_not_convert
 def main(arguments) -> int:
     """Checks the flags, then trains or runs the pre-flight; returns the exit status."""
     if arguments[1:]:
@@ -405,12 +404,14 @@ def main(arguments) -> int:
     if FLAGS.preflight:
         from preflight import run as preflight  # training does not need its dependencies
 
+        has_data = FLAGS.data_dir and not FLAGS.synthetic
         return preflight.run(
             recipe,
             FLAGS.preflight,
             json_path=FLAGS.preflight_json,
             log=log,
             strict=FLAGS.preflight_strict,
+            make_task=functools.partial(make_task, recipe) if has_data else None,
         )
     if FLAGS.preflight_strict or FLAGS.preflight_json:
         raise InputError("--preflight_strict and --preflight_json need --preflight=TPU.")

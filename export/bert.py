@@ -46,7 +46,7 @@ class PretrainedBert(tf.Module):
         self._sep = vocabulary.index(SEP)
         self._mask = vocabulary.index(MASK)
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
     def fill(self, text):
         """Returns the most likely word pieces for every `[MASK]`.
 
@@ -80,7 +80,7 @@ class PretrainedBert(tf.Module):
             "masks": masks,
         }
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")], autograph=False)
     def encode(self, text):
         """Returns vectors for strings and for their word pieces.
 

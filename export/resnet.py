@@ -34,10 +34,14 @@ class ImageClassifier(tf.Module):
         self.wnids = tf.Variable(wnids, trainable=False, name="wnids")
         self.names = tf.Variable(names, trainable=False, name="names")
         self.classify_files = tf.function(
-            self._classify_files, input_signature=[tf.TensorSpec([None], tf.string, name="image")]
+            self._classify_files,
+            input_signature=[tf.TensorSpec([None], tf.string, name="image")],
+            autograph=False,
         )
         pixels = tf.TensorSpec([None, image_size, image_size, 3], tf.float32, name="pixels")
-        self.classify_pixels = tf.function(self._classify_pixels, input_signature=[pixels])
+        self.classify_pixels = tf.function(
+            self._classify_pixels, input_signature=[pixels], autograph=False
+        )
 
     def _classify_files(self, image):
         """Returns the most likely classes of each image file.

@@ -42,7 +42,8 @@ class QuestionAnswerer(tf.Module):
         input_signature=[
             tf.TensorSpec([None], tf.string, name="question"),
             tf.TensorSpec([None], tf.string, name="context"),
-        ]
+        ],
+        autograph=False,
     )
     def answer(self, question, context):
         """Returns the most likely answer to each question in its context.
@@ -119,11 +120,14 @@ class QuestionAnswerer(tf.Module):
             tf.TensorArray(kind, calls, element_shape=[None], infer_shape=False)
             for kind in (tf.float32, tf.int32, tf.int32)
         ]
-        for call in tf.range(calls):
+
+        def some_windows(call, columns):
             low = call * WINDOWS_PER_CALL
             batch = windows.Windows(*(field[low : low + WINDOWS_PER_CALL] for field in cut))
             best = self._best_spans(batch, tables, length)
-            columns = [c.write(call, x) for c, x in zip(columns, best, strict=True)]
+            return call + 1, [c.write(call, x) for c, x in zip(columns, best, strict=True)]
+
+        _, columns = tf.while_loop(lambda call, _: call < calls, some_windows, (0, columns))
         return [column.concat() for column in columns]
 
     def _best_spans(self, cut, tables, length):

@@ -254,6 +254,7 @@ def _bytes(variables):
     return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
 
+@tf.autograph.experimental.do_not_convert  # see `train.main`
 def main(job_path: str, answer_path: str) -> None:
     """Lowers the programs of a job, and writes facts about the model as JSON.
 

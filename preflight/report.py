@@ -83,6 +83,7 @@ def _describe_figures(recipe, result):
         f"backward pass, {format_seconds(time.hidden)} does",
     )
     yield _line("input", _describe_input(recipe, result))
+    yield from _describe_data(result)
     yield _line("phase", format_minutes(result.minutes))
 
 
@@ -111,14 +112,38 @@ def _describe_step(result) -> str:
 
 def _describe_input(recipe, result) -> str:
     topology = result.topology
-    per_host = result.replica_batch_size * topology.replicas_per_host / result.time.step
+    per_host = result.examples_per_host
     text = f"{per_host:,.0f} examples/s from each host of {topology.replicas_per_host} replicas"
     phase = recipe.phases[result.phase - 1]
+    if result.data and result.data.examples_per_core:
+        per_core = result.data.examples_per_core
+        return text + (
+            f": {per_host / per_core:.2g} CPU cores, at {per_core:,.0f} examples/s per core, which "
+            "this machine made of the data at the least"
+        )
     length = getattr(phase, "sequence_length", getattr(recipe, "image_size", None))
     for task, size, per_core, command in EXAMPLES_PER_CORE:
         if (recipe.task, length) == (task, size):
             text += f": {per_host / per_core:.2g} CPU cores, at the rate that {command} measured"
     return text
+
+
+def _describe_data(result):
+    """Yields the lines about a host's data set."""
+    if not result.data:
+        yield _line("data", "not checked; give --data_dir")
+        return
+    graph = result.data.graph
+    if graph:
+        yield _line(
+            "data",
+            f"read by {result.data.hosts:,} host(s); {len(graph.operations)} kinds of operation, "
+            f"largest tensor {graph.largest_constant:,} bytes",
+        )
+    if graph and graph.mounted and result.data.hosts > 1:
+        yield _line("mounts", f"every host must have {', '.join(graph.mounted)}")
+    for problem in result.data.problems:
+        yield _line("data", f"NO: {problem}")
 
 
 def _describe_batch(result) -> str:

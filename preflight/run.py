@@ -10,6 +10,7 @@ import fractions
 import json
 import math
 import os
+from collections.abc import Callable
 
 from inputs.errors import InputError
 from inputs.files import (
@@ -30,6 +31,7 @@ from preflight.children import (
     check_strict_installed,
     show_progress,
 )
+from preflight.data import DataResult, examine_data
 from preflight.topology import Topology, parse_topologies
 
 GIB = 2**30
@@ -59,6 +61,7 @@ class PhaseResult:
         time: estimates for a step; None if it does not compile.
         num_operations: number of kinds of operations checked for TPU kernels; None if there was no
             check.
+        data: what is known of the hosts' data; None if none was given.
     """
 
     phase: int
@@ -75,6 +78,14 @@ class PhaseResult:
     memory: dict = dataclasses.field(default_factory=dict)
     time: estimate.StepTime | None = None
     num_operations: int | None = None
+    data: DataResult | None = None
+
+    @property
+    def examples_per_host(self) -> float | None:
+        """Examples per second that each host must make; None if the step does not compile."""
+        return self.time and (
+            self.replica_batch_size * self.topology.replicas_per_host / self.time.step
+        )
 
     @property
     def minutes(self) -> float | None:
@@ -126,6 +137,9 @@ class PhaseResult:
             "all_reduce_seconds": time and time.all_reduce,
             "step_seconds": time and time.step,
             "phase_minutes": self.minutes,
+            "examples_per_host": self.examples_per_host,
+            "examples_per_core": self.data and self.data.examples_per_core,
+            "data_problems": self.data and list(self.data.problems),
         }
 
 
@@ -310,7 +324,14 @@ def _memory_by_purpose(facts, program, update):
 
 
 def run(
-    recipe, names: str, *, json_path: str, log, search: bool = True, strict: bool = False
+    recipe,
+    names: str,
+    *,
+    json_path: str,
+    log,
+    search: bool = True,
+    strict: bool = False,
+    make_task: Callable | None = None,
 ) -> int:
     """Runs the command `train.py --preflight`.
 
@@ -321,14 +342,16 @@ def run(
         log: function that takes a line of progress.
         search: as for `PhaseExaminer`.
         strict: whether to check TensorFlow's TPU kernels, too.
+        make_task: `(shared_dir) -> tasks.task.Task` with the data to check; None checks none.
 
     Returns:
-        The exit status: 1 if a phase does not compile or has no kernels on a topology, 130 after
-        Ctrl-C, else 0.
+        The exit status: 1 if a phase does not compile, has no kernels on a topology, or has data
+        that the hosts could not read; 130 after Ctrl-C; else 0.
 
     Raises:
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
-            is not installed, a file cannot be written, or the host's memory is not sufficient.
+            is not installed, a file cannot be written, the host's memory is not sufficient, or the
+            data cannot be read.
     """
     topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
     check_installed()
@@ -340,8 +363,14 @@ def run(
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
     try:
+        checked = _check_data(make_task, recipe, topologies, log) if make_task else None
         with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
             results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
+        if checked:
+            results = [
+                dataclasses.replace(result, data=one)
+                for result, one in zip(results, checked, strict=True)
+            ]
     except KeyboardInterrupt:
         log(
             f"--preflight: stopped. Nothing is written except what has been compiled, in {CACHE}; "
@@ -359,7 +388,21 @@ def run(
         except OSError as error:
             raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
         print(f"\nWritten    {json_path}, {picture_path}")
-    return int(any(result.error for result in results))
+    return int(any(result.error or (result.data and result.data.problems) for result in results))
+
+
+def _check_data(make_task, recipe, topologies, log) -> list[DataResult]:
+    """For each phase, one result for each topology."""
+    log("Checking the data of a host")
+    several = any(t.replicas > t.replicas_per_host for t in topologies)
+    with temporary_folder("preflight-data-") as folder:
+        shared_dir = folder if several else ""
+        task = make_task(shared_dir)
+        return [
+            examine_data(task, phase_index, topology, shared_dir)
+            for phase_index in range(len(recipe.phases))
+            for topology in topologies
+        ]
 
 
 def examine(recipe, topologies, *, progress, search, strict=False) -> list[PhaseResult]:

@@ -1,5 +1,6 @@
 """A model's answers to all questions of a SQuAD file, and the official metrics of them."""
 
+import functools
 import itertools
 import json
 import os
@@ -22,9 +23,11 @@ def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> 
     """
     # On a TPU `strategy.run` already compiles the whole replica function.
     on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-    compiled = _best_of_rows if on_tpu else tf.function(_best_of_rows, jit_compile=True)
+    compiled = (
+        _best_of_rows if on_tpu else tf.function(_best_of_rows, jit_compile=True, autograph=False)
+    )
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def step(batch):
         # The lambda is needed: `strategy.run` traces a `tf.function` for the first replica only.
         spans = strategy.run(lambda batch: compiled(model, recipe, batch), args=(batch,))

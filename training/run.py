@@ -20,10 +20,6 @@ from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
 from training.step import ReplicaStep, step_settings
 
-# Tensors decide no Python branch or loop in the functions below, so that AutoGraph would change
-# nothing, and its conversion of every layer would take seconds.
-do_not_convert = tf.autograph.experimental.do_not_convert
-
 DRY_RUN_STEPS = 2  # of each phase: the first one includes compilation
 
 
@@ -110,7 +106,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             self.optimizer = optimizers.make_optimizer(
                 recipe, optimizers.RunSchedule(schedule, self.state)
             )
-            self.model = do_not_convert(task.build_model)()
+            self.model = task.build_model()
             weights = self.model.trainable_variables
             optimizers.build(self.optimizer, recipe, weights)
             slots = task.initial_slots(weights)
@@ -340,7 +336,6 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     # The interface of Orbit's controller: `train` and `evaluate`.
 
-    @do_not_convert
     def _start_data(self, phase_index: int, first_step: int):
         """Creates the datasets of a phase, from its step `first_step` on, and the functions."""
         distribute = self.strategy.distribute_datasets_from_function
@@ -351,7 +346,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._eval_dataset = distribute(self.task.evaluation_batches(phase_index))
         self._train_iterator = None
         # New functions, because each phase has its own shapes.
-        self._train_loop = tf.function(self._run_steps)
+        self._train_loop = tf.function(self._run_steps, autograph=False)
         self._train_step = tf.function(self._run_step, autograph=False)
         self._eval_step = tf.function(self._evaluate_batch, autograph=False)
 
@@ -409,13 +404,15 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         totals, *_ = self._train_step.get_concrete_function().structured_outputs
         totals = tf.nest.map_structure(lambda total: tf.zeros(total.shape, total.dtype), totals)
         record = self._divergence.initial()
-        waited, ended = tf.zeros([], tf.float64), tf.timestamp()
-        for _ in tf.range(num_steps):
+
+        def step(i, totals, record, waited, ended):
             step_totals, news, arrived, now = self._train_step()
             record = self._divergence.update(record, *news)
             totals = tf.nest.map_structure(tf.add, totals, step_totals)
-            waited += tf.maximum(arrived - ended, 0.0)
-            ended = now
+            return i + 1, totals, record, waited + tf.maximum(arrived - ended, 0.0), now
+
+        start = tf.constant(0), totals, record, tf.zeros([], tf.float64), tf.timestamp()
+        _, totals, record, waited, _ = tf.while_loop(lambda i, *_: i < num_steps, step, start)
         if self._statistics and self.strategy.num_replicas_in_sync > 1:
             self.strategy.run(self._average_statistics)
         return totals, record, waited

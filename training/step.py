@@ -66,7 +66,11 @@ class ReplicaStep:
             # as here, the second step then fails with AlreadyExistsError for one of them (seen
             # with BERT-tiny, 4 x 64 sequences of 128; not with the graph optimizer disabled).
             tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-        compiled = tf.function(jit_compile=True) if jit_compile else lambda function: function
+        compiled = (
+            tf.function(jit_compile=True, autograph=False)
+            if jit_compile
+            else lambda function: function
+        )
         self._gradients = compiled(self.sums_and_gradients)
         self._evaluation = compiled(
             lambda batch: (task.sums(model, batch, training=False), task.counts(batch))

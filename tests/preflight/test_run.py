@@ -28,7 +28,8 @@ FIELDS = (
     "phase topology cores compiles error replica_batch_size accumulation hbm_bytes "
     "hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
     "compiler_update_bytes_per_parameter seconds_by work_seconds compiler_seconds all_reduce_bytes "
-    "all_reduce_seconds step_seconds phase_minutes"
+    "all_reduce_seconds step_seconds phase_minutes examples_per_host examples_per_core "
+    "data_problems"
 ).split()
 
 

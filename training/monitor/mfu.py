@@ -52,7 +52,7 @@ def training_flops(forward, batch_spec) -> float:
         The FLOPs of matrix products, einsums and convolutions, about 99 % of those of a
         Transformer or a ResNet. The bodies of loops and of nested functions are not counted.
     """
-    graph = tf.function(forward).get_concrete_function(batch_spec).graph
+    graph = tf.function(forward, autograph=False).get_concrete_function(batch_spec).graph
     counted = [op for op in graph.get_operations() if op.type in _FLOPS]
     return float((1 + BACKWARD) * sum(_FLOPS[op.type](op) for op in counted))
 

@@ -1,6 +1,7 @@
 """The monitoring of a run: progress, trust ratios, weight histograms and profiler traces."""
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -200,7 +201,7 @@ class TelemetryRecorder:
         """Writes the records that are kept in memory."""
         self._writer.flush()
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def _write_histograms(self, step):
         with self._events.as_default(step=step):
             for variable in self._variables:

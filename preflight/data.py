@@ -1,0 +1,66 @@
+"""Checks the data of a recipe for a pod: whether each host could read its share, and how fast."""
+
+import dataclasses
+import time
+
+import tensorflow as tf
+
+from inputs.errors import InputError
+from preflight.topology import Topology
+from training import input_graph
+from training.strategy import with_infinite_cardinality
+
+MEASURED_SECONDS = 10.0  # of wall time, for each data set
+
+
+@dataclasses.dataclass(frozen=True)
+class DataResult:
+    """The data set of one host.
+
+    Attributes:
+        hosts: the number of hosts of the slice.
+        graph: the `input_graph.InputGraph`; None if the hosts cannot share the data.
+        problems: a sentence for each reason why a host could not make its batches.
+        examples_per_core: that this machine makes per second of processor time, at the least,
+            because the first batches take longer; None if there are problems.
+    """
+
+    hosts: int
+    graph: input_graph.InputGraph | None
+    problems: tuple[str, ...]
+    examples_per_core: float | None
+
+
+def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) -> DataResult:
+    """Examines the data set of the first host of a slice, and makes some of its batches.
+
+    Args:
+        task: a `tasks.task.Task` with real data.
+        phase_index: from 0.
+        topology: the slice.
+        shared_dir: the `shared_dir` of the task.
+    """
+    hosts = topology.replicas // topology.replicas_per_host
+    context = tf.distribute.InputContext(hosts, 0, topology.replicas)
+    input_fn = task.train_batches(phase_index, 0)
+    try:
+        graph = input_graph.examine(input_fn, context, shared_dir if hosts > 1 else "")
+    except InputError as error:
+        return DataResult(hosts, None, (str(error),), None)
+    # A single host is the machine that training runs on.
+    problems = graph.problems if hosts > 1 else ()
+    rate = None if problems else _examples_per_core(input_fn, context)
+    return DataResult(hosts, graph, problems, rate)
+
+
+def _examples_per_core(input_fn, context) -> float:
+    """Examples per second of processor time.
+
+    The first batch is part of it: the data set mixes the examples of a window, and with the first
+    batch makes all of a window.
+    """
+    batches = iter(with_infinite_cardinality(input_fn)(context))
+    examples, begin, spent = 0, time.perf_counter(), time.process_time()
+    while not examples or time.perf_counter() - begin < MEASURED_SECONDS:
+        examples += int(tf.nest.flatten(next(batches))[0].shape[0])
+    return examples / (time.process_time() - spent)

@@ -1,0 +1,159 @@
+"""TFRecords of ImageNet that are read where they lie, and the command that indexes them."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from pictures import encoded, example, manifest, prepare, smooth
+
+from inputs.bad_records import BadRecords
+from inputs.errors import InputError
+from inputs.images import index
+from inputs.images.examples import Images
+from inputs.shards import record_offsets
+
+PICTURES = [encoded(smooth(16, 20, seed=i)) for i in range(7)]
+CLASSES = "index,wnid,name\n0,a,A\n1,b,B\n2,c,C\n"
+LABELS = [0, 2, 1, 1, 0, 2, 1]
+
+
+def demo_record(i):
+    """A record of the TPU demos, whose labels count from 1."""
+    return example(
+        image__encoded=PICTURES[i], image__class__label=LABELS[i] + 1, image__filename=b"x.JPEG"
+    )
+
+
+def tfds_record(i):
+    return example(image=PICTURES[i], label=LABELS[i], file_name=b"x.JPEG")
+
+
+def write(path, records, options=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tf.io.TFRecordWriter(str(path), options) as writer:
+        for record in records:
+            writer.write(record)
+    return path
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Two files of four and three images, one of validation, and the list of classes."""
+    source = tmp_path / "source"
+    write(source / "train-00000-of-00002", map(demo_record, range(4)))
+    write(source / "train-00001-of-00002", map(demo_record, range(4, 7)))
+    write(source / "validation-00000-of-00001", map(demo_record, range(3)))
+    (tmp_path / "classes.csv").write_text(CLASSES)
+    return source
+
+
+def run(source, *flags, classes="classes.csv"):
+    """Runs the command in this process; returns its exit status."""
+    given = ["--classes", classes] if classes else []
+    return index.main([f"--source={source}", "--output=out", *given, *map(str, flags)])
+
+
+def evaluated(folder, count, **arguments):
+    """(images, labels, weights) of an evaluation."""
+    images = Images(str(folder), 16, seed=1, augmentation="none", **arguments)
+    batches = [*images.evaluation_batches(4, count).as_numpy_iterator()]
+    return [np.concatenate([batch[key] for batch in batches]) for key in sorted(batches[0])]
+
+
+def test_the_images_are_those_of_a_converted_copy(demo, capsys):
+    before = {path: path.stat().st_mtime_ns for path in demo.iterdir()}
+    assert run(demo) == 0
+    printed = capsys.readouterr().out
+    assert "out/train: 7 images of 3 classes in 2 files" in printed
+    assert "out/validation: 3 images of 3 classes in 1 files" in printed
+    assert prepare("--source", demo, "--output", "copy", "--classes", "classes.csv") == 0
+    for split, count in (("train", 7), ("validation", 3)):
+        for ours, copied in zip(
+            evaluated(f"out/{split}", count), evaluated(f"copy/{split}", count), strict=True
+        ):
+            np.testing.assert_array_equal(ours, copied)
+    assert {path: path.stat().st_mtime_ns for path in demo.iterdir()} == before
+    # The index and the manifest alone.
+    assert sum(path.stat().st_size for path in demo.parent.glob("out/**/*") if path.is_file()) < 5e4
+
+
+def test_training_has_each_image_once_per_epoch(demo):
+    assert run(demo) == 0
+    images = Images("out/train", 16, seed=3, augmentation="none")
+    batches = images.training_batches(7).take(2).as_numpy_iterator()
+    labels = [sorted(batch["label"].tolist()) for batch in batches]
+    assert labels == [sorted(LABELS)] * 2
+
+
+def test_the_layout_of_tensorflow_datasets(tmp_path):
+    """Its own list of classes serves; nobody says which label is the first."""
+    source = tmp_path / "tfds"
+    write(source / "imagenet2012-train.tfrecord-00000-of-00001", map(tfds_record, range(7)))
+    write(source / "imagenet2012-validation.tfrecord-00000-of-00001", map(tfds_record, range(2)))
+    (source / "label.labels.txt").write_text("a\nb\nc\n")
+    assert run(source, classes=None) == 0
+    assert manifest(tmp_path / "out/train")["layout"] == {
+        "image": "image", "label": "label", "label_base": 0,
+    }  # fmt: skip
+    (labels,) = (part for part in evaluated("out/train", 7) if part.dtype == np.int32)
+    assert labels[:7].tolist() == LABELS
+
+
+def test_only_lengths_are_read(demo):
+    """A damaged image does not stop the command; its example has no weight."""
+    path = demo / "train-00001-of-00002"
+    second = int(record_offsets(str(path))[1])
+    data = bytearray(path.read_bytes())
+    data[second + 40] ^= 1
+    path.write_bytes(data)
+    assert run(demo) == 0
+    records = BadRecords(0.5, skip=True, log=print)
+    parts = evaluated("out/train", 7, bad_records=records)
+    weights = next(part for part in parts if part.dtype == np.float32 and part.ndim == 1)
+    assert weights.tolist() == [1, 1, 1, 1, 1, 0, 1, 0]  # the last one fills the batch
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda source: (source / "train-00001-of-00002").unlink(), "1 of the 2 train files"),
+        (
+            lambda source: (source / "train-00001-of-00002").write_bytes(
+                (source / "train-00001-of-00002").read_bytes()[:-5]
+            ),
+            "train-00001-of-00002",
+        ),
+        (
+            lambda source: write(source / "train-00001-of-00002", [demo_record(0)], "GZIP"),
+            "train-00001-of-00002",
+        ),
+        (lambda source: (source.parent / "classes.csv").unlink(), "classes.csv"),
+    ],
+)
+def test_what_cannot_be_indexed_is_named(demo, capsys, change, said):
+    change(demo)
+    assert run(demo) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "Traceback" not in shown
+    assert shown.strip().splitlines()[-1].startswith("inputs.images.index: ")
+
+
+def test_without_a_list_of_classes_the_message_says_what_serves(demo, capsys):
+    assert run(demo, classes=None) == 1
+    assert "--classes is needed" in capsys.readouterr().err
+    assert index.main(["--source=", "--output=out"]) == 1
+    assert index.main(["--source=nowhere", "--output=out"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["moved", "longer", "index"])
+def test_files_that_changed_after_the_index_are_refused(demo, tmp_path, change):
+    assert run(demo) == 0
+    path = demo / "train-00000-of-00002"
+    if change == "moved":
+        path.rename(path.with_name("elsewhere"))
+    elif change == "longer":
+        path.write_bytes(path.read_bytes() + b"more")
+    else:
+        next((tmp_path / "out/train/index").glob("index*")).unlink()
+    with pytest.raises(InputError, match="index" if change == "index" else "train-00000-of-00002"):
+        Images("out/train", 16, seed=1)

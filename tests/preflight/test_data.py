@@ -1,0 +1,119 @@
+"""The check of a pod's data: what its hosts could read, and what they could not."""
+
+import dataclasses
+import json
+
+import pytest
+import test_run
+from pictures import prepared
+
+import recipes
+from inputs.bad_records import BadRecords
+from inputs.errors import InputError
+from inputs.text.prepare import prepare_in_cache
+from preflight import data
+from preflight import run as preflight
+from tasks import TASKS
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path, capsys):
+    """Runs the pre-flight without a compiler; returns (status, rows, what it prints)."""
+    monkeypatch.setattr(preflight, "Children", test_run.Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    monkeypatch.setattr(data, "MEASURED_SECONDS", 0.1)
+
+    def run(recipe, folder, topologies):
+        def make_task(shared_dir):
+            return TASKS[recipe.task](
+                recipe, data_dir=folder, vocab="", resume_dir=None, seed=1, synthetic=False,
+                log=print, shared_dir=shared_dir,
+            )  # fmt: skip
+
+        path = tmp_path / "rows.json"
+        status = preflight.run(
+            recipe, topologies, json_path=str(path), log=print, search=False, make_task=make_task
+        )
+        return status, json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def text_of(text, tmp_path):
+    """A recipe -> the folder of the text, prepared for it."""
+
+    def prepare(recipe):
+        records = BadRecords(0.0, skip=False, log=print)
+        return prepare_in_cache(
+            str(text), "", recipe, known_case=None, records=records,
+            cache_dir=str(tmp_path / "cache"), log=print,
+        )  # fmt: skip
+
+    return prepare
+
+
+@pytest.fixture
+def recipe():
+    demo = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
+    return recipes.override(demo, ["vocabulary_size=300"])
+
+
+def test_the_data_of_each_slice_is_examined_and_measured(check, text_of, recipe):
+    folder = text_of(recipe)
+    status, rows, printed = check(recipe, folder, "v3:2x2,v3:4x4")
+    assert status == 0
+    for row, hosts in zip(rows, (1, 4), strict=True):
+        assert row["data_problems"] == [] and row["examples_per_core"] > 0
+        # 8 replicas of a host, at the step's 0.1 s.
+        assert row["examples_per_host"] == pytest.approx(64 / hosts / row["step_seconds"])
+        assert f"read by {hosts} host(s)" in printed
+    assert printed.count(f"every host must have {folder}/pages/training") == 1  # of several hosts
+    assert "which this machine made of the data" in printed and "not checked" not in printed
+
+
+def test_a_folder_of_this_machine_is_a_problem_of_several_hosts_only(
+    check, text_of, recipe, monkeypatch
+):
+    folder = text_of(recipe)
+    monkeypatch.setattr(data.input_graph, "SCRATCH", {folder})
+    status, (one, four), printed = check(recipe, folder, "v3:2x2,v3:4x4")
+    assert status == 1 and one["data_problems"] == []
+    assert four["data_problems"] and four["examples_per_core"] is None
+    assert all("in a temporary folder of this machine" in said for said in four["data_problems"])
+    assert "NO: " in printed and four["compiles"]  # the program does
+
+
+def test_hosts_that_cannot_share_the_lanes(check, text_of, recipe):
+    recipe = dataclasses.replace(recipe, lanes=3)
+    batch = recipes.resized(recipe, global_batch_size=96)
+    status, (row,), _ = check(batch, text_of(recipe), "v3:4x4")
+    assert status == 1
+    (problem,) = row["data_problems"]
+    assert "--set lanes=3: 4 hosts cannot share 3 lanes" in problem
+
+
+def test_raw_text_is_refused_for_several_hosts_with_the_command_that_prepares_it(
+    check, text, recipe
+):
+    with pytest.raises(InputError, match="python -m inputs.text.prepare --input=.*animals.txt"):
+        check(recipe, str(text), "v3:4x4")
+
+
+def test_images(check, tmp_path):
+    folder = prepared(tmp_path, size=(40, 40))
+    recipe = recipes.resized(recipes.find_recipe("cifar10-momentum-128"), global_batch_size=8)
+    recipe = recipes.override(recipe, ["image_size=32", "augmentation=crop"])
+    status, (row,), printed = check(recipe, str(folder), "v4:2x2x1")
+    assert status == 0 and row["examples_per_core"] > 0, printed
+
+
+def test_without_data_the_report_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(preflight, "Children", test_run.Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
+    path = tmp_path / "rows.json"
+    assert preflight.run(recipe, "v3:2x2", json_path=str(path), log=print, search=False) == 0
+    assert "not checked; give --data_dir" in capsys.readouterr().out
+    (row,) = json.loads(path.read_text())
+    assert row["data_problems"] is row["examples_per_core"] is None
