@@ -99,6 +99,13 @@ def _is_only_a_prefix(path: str) -> bool:
     return not gfile().isdir(folder) or name not in gfile().listdir(folder)
 
 
+def _is_end_of_another(folder: str, name: str) -> bool:
+    """Whether ram:// takes the end of a name for one in `folder`: "b" in a folder "a" for "ab"."""
+    if not folder.startswith(RAM) or not gfile().exists(folder.rstrip("/") + name):
+        return False
+    return not gfile().exists(os.path.join(folder, name))
+
+
 def stat(path: str):
     """Has the attributes `length`, in bytes, and `mtime_nsec`."""
     with os_errors(path):
@@ -118,7 +125,7 @@ def list_folder(path: str) -> list[tuple[str, bool]]:
         FileNotFoundError: there is no such folder.
     """
     with os_errors(path):
-        names = gfile().listdir(path)
+        names = [name for name in gfile().listdir(path) if not _is_end_of_another(path, name)]
         # gs:// marks folders, so that they need no request each.
         marked = path.startswith("gs://")
         entries = {

