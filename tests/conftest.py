@@ -33,6 +33,7 @@ REPLICAS = ["CPU:0", "CPU:1"]
 LONG_FILES = (
     "training/test_distribution.py",
     "training/test_train.py",
+    "training/test_object_storage.py",
     "preflight/test_run.py",
     "tf_lamb/test_golden.py",
     "tf_lamb/test_corners.py",
