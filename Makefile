@@ -3,7 +3,8 @@
 # make test   installs what tests need, lints, builds the documentation, runs all tests
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
-# make soak   kills a run twenty times, and compares it with one that nothing stopped
+# make soak   kills a run twenty times, and compares it with one that nothing stopped;
+#             ARGS=--storage=ram or file: on object storage
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
 # make preflight  compiles the recipes for TPU pods and generations, no TPU needed, and writes
 #             docs/results/preflight.md and generations.md

@@ -22,9 +22,9 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
-from export.saved_model import ClientFailed, check_export_dir
-from inputs import memory
-from inputs.errors import InputError, refuse_empty
+from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir
+from inputs import files, memory
+from inputs.errors import InputError, first_line, refuse_empty
 from inputs.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
@@ -49,8 +49,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "cache_dir",
     "",
-    "Folder for the memory-mapped token ids of prepared text. Default: inside --data_dir, or "
-    "~/.cache/tf_lamb if that cannot be written.",
+    "Folder in which raw text is prepared, and what a prepared folder lacks is written. Default: "
+    "inside --data_dir if that is prepared and can be written, otherwise ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
@@ -92,6 +92,7 @@ LESS_MEMORY = (
     "Add --set accumulation=2 or more, with which the same run goes on, or use a smaller "
     "--global_batch_size in another --model_dir."
 )
+NOT_LOST = "Checkpoints that were saved are complete; the same command goes on from the newest."
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
@@ -174,7 +175,9 @@ def choose_folders(recipe: Recipe):
             yield folder, os.path.join(folder, "export")
         return
     model_dir = FLAGS.model_dir or os.path.join("runs", recipe.name)
-    yield model_dir, os.path.normpath(FLAGS.export_dir or os.path.join(model_dir, "export"))
+    export_dir = FLAGS.export_dir or os.path.join(model_dir, "export")
+    normalize = files.absolute if files.is_remote(export_dir) else os.path.normpath
+    yield model_dir, normalize(export_dir)
 
 
 def connect() -> tf.distribute.Strategy:
@@ -244,7 +247,7 @@ def make_task(recipe: Recipe, shared_dir: str, resume_dir: str | None = None, lo
     )
 
 
-def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> None:
+def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog=None) -> None:
     """Loads the data, builds the model, trains, exports and prints the report."""
     chief = strategy.is_chief(where)
     tf_keras.utils.set_random_seed(FLAGS.seed)
@@ -255,7 +258,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
     task = make_task(
         recipe,
         shared_dir=model_dir if strategy.drives_other_hosts(where) else "",
-        resume_dir=model_dir if manager.saved_step(model_dir) else None,
+        resume_dir=model_dir if resumes(where, model_dir) else None,
         log=log_line,
     )
     with blame("--set"):
@@ -271,6 +274,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
             log=log_line,
             started=STARTED,
             mllog=mllog,
+            check_lock=check_lock,
         )
     if "CPU" in where.extended.worker_devices[0]:
         weights = run.model.trainable_variables
@@ -280,6 +284,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, mllog=None) -> N
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
     if chief:
+        check_lock()
         task.export(run.model, export_dir, results)
         if FLAGS.dry_run:
             print(describe_dry_run(recipe, model_dir, export_dir), flush=True)
@@ -316,6 +321,11 @@ def rehearse(recipe) -> int:
         json_path=FLAGS.rehearse_json,
         log=log,
     )
+
+
+def resumes(where, model_dir: str) -> bool:
+    """Whether the run goes on from a checkpoint, of which each worker may see another one."""
+    return bool(strategy.max_over_workers(where, manager.saved_step(model_dir)))
 
 
 def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
@@ -366,8 +376,8 @@ def describe_dry_run(recipe: Recipe, model_dir: str, export_dir: str) -> str:
             f"Phase {index}    first step {first:.1f} s, with compilation; second {second:.3f} s; "
             f"loss {', '.join(format_loss(row['loss']) for row in rows)}"
         )
-    files = (path for path in pathlib.Path(export_dir).rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
+    exported = (path for path in pathlib.Path(export_dir).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in exported)
     return "\n".join([*lines, f"SavedModel {size / 1e6:.1f} MB"])
 
 
@@ -416,9 +426,13 @@ def main(arguments) -> int:
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
         if chief:
-            stack.enter_context(locked(model_dir, "--model_dir", log=log))
+            lock = locked(model_dir, "--model_dir", log=log)
+        else:  # the chief checks for all
+            lock = contextlib.nullcontext(lambda: None)
+        check_lock = stack.enter_context(lock)
+        if chief:
             manager.recover(model_dir, log)
-            if recover_folder(export_dir):
+            if recover_folder(export_dir, last=SAVED_MODEL):
                 log(f"{export_dir}: restored, because the process that replaced it was killed")
         # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
@@ -428,7 +442,7 @@ def main(arguments) -> int:
         if mllog:
             stack.callback(mllog.close)
         try:
-            train(where, recipe, model_dir, export_dir, stop, log_line, mllog)
+            train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog)
         except Interrupted as signal:
             log_line(
                 f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "
@@ -471,11 +485,15 @@ def describe_error(error: Exception) -> str:
     if disk_error:
         return (
             f"{disk_error}, while logs or the export were written "
-            f"({str(error).splitlines()[0]}). The checkpoints are complete. Free some space or "
+            f"({first_line(error)}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
+    written = [path for path in (FLAGS.model_dir, FLAGS.export_dir) if files.is_remote(path)]
+    if isinstance(error, OSError) and files.is_remote(error.filename or ""):
+        said = f"{error.filename}: {error.strerror}."
+        return f"{said} {NOT_LOST}" if error.filename.startswith(tuple(written)) else said
     if isinstance(error, tf.errors.ResourceExhaustedError):
-        return f"out of memory ({str(error).strip().splitlines()[0]}). {LESS_MEMORY}"
+        return f"out of memory ({first_line(error)}). {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
@@ -485,6 +503,8 @@ def describe_error(error: Exception) -> str:
     message = re.search(r"InputError: (.+)", str(error))
     if message:
         return message[1]
+    if any(path in str(error) for path in written):  # such as of TensorBoard's files
+        return f"{first_line(error)}. {NOT_LOST}"
     raise error
 
 

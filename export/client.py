@@ -40,11 +40,12 @@ def load_signature(export_dir: str):
         ClientError: the folder does not exist, is not a SavedModel that can be loaded, or has no
             default signature.
     """
-    if not tf.io.gfile.isdir(export_dir):
-        raise ClientError(f"{export_dir} is not a folder.")
-    if not tf.saved_model.contains_saved_model(export_dir):
-        raise ClientError(f"{export_dir} is not a SavedModel: it has no saved_model.pb.")
     try:
+        # `isdir` is False, too, if the storage cannot be asked; `exists` raises.
+        if not tf.io.gfile.exists(export_dir) or not tf.io.gfile.isdir(export_dir):
+            raise ClientError(f"{export_dir} is not a folder.")
+        if not tf.saved_model.contains_saved_model(export_dir):
+            raise ClientError(f"{export_dir} is not a SavedModel: it has no saved_model.pb.")
         signatures = tf.saved_model.load(export_dir).signatures
     except (OSError, ValueError, tf.errors.OpError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -92,12 +93,23 @@ def answer_questions(signature, context: str, *questions: str) -> None:
         print(f"     {answer.decode()!r}, characters {start} to {end}, score {score:.2f}")
 
 
+def read_file(path: str) -> bytes:
+    """The content of a file on a disk or of another file system of TensorFlow."""
+    try:
+        if "://" in path:
+            with tf.io.gfile.GFile(path, "rb") as file:
+                return file.read()
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise ClientError(f"{path} cannot be read: {error.strerror}.") from None
+    except tf.errors.OpError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ClientError(f"{path} cannot be read: {reason}.") from None
+
+
 def classify_images(signature, *paths: str) -> None:
     """Prints the most likely classes of each image file."""
-    try:
-        files = [pathlib.Path(path).read_bytes() for path in paths]
-    except OSError as error:
-        raise ClientError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    files = [read_file(path) for path in paths]
     outputs = signature(image=tf.constant(files))
     columns = (outputs[key].numpy() for key in ("names", "probabilities", "error"))
     for path, names, probabilities, error in zip(paths, *columns, strict=True):

@@ -8,11 +8,13 @@ import sys
 import tensorflow as tf
 
 from export import weights as tf_models_weights
+from inputs import files
 from inputs.errors import InputError
 from inputs.files import atomic_folder, check_writable, write_json
 from inputs.text.casing import TOKENIZER
 from inputs.text.vocabulary import save_vocabulary
 
+SAVED_MODEL = "saved_model.pb"  # without this file, a folder is not a SavedModel
 CARD = "model_card.md"
 WEIGHTS = "tf_models"
 CLIENT_SECONDS = 600  # the client starts in seconds; a busy machine takes a minute
@@ -52,22 +54,25 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
     Raises:
         InputError: the folder contains something else, or cannot be written.
     """
-    inner, outer = os.path.realpath(model_dir), os.path.realpath(export_dir)
-    if os.path.commonpath([inner, outer]) == outer:
+    inner, outer = (
+        files.absolute(path) if files.is_remote(path) else os.path.realpath(path)
+        for path in (model_dir, export_dir)
+    )
+    if f"{inner}/".startswith(f"{outer.rstrip('/')}/"):
         raise InputError(
             f"--export_dir: {export_dir} contains --model_dir, and an export replaces the folder. "
             "Choose a separate folder."
         )
-    occupied = os.path.isfile(export_dir) or (
-        os.path.isdir(export_dir)
-        and os.listdir(export_dir)
-        and not os.path.exists(os.path.join(export_dir, "saved_model.pb"))
+    check_writable(files.parent(export_dir), "--export_dir")
+    occupied = files.is_file(export_dir) or (
+        files.is_folder(export_dir)
+        and files.list_names(export_dir)
+        and not files.exists(os.path.join(export_dir, SAVED_MODEL))
     )
     if occupied:
         raise InputError(
             f"--export_dir: {export_dir} exists and is not a SavedModel. Choose another folder."
         )
-    check_writable(os.path.dirname(os.path.abspath(export_dir)), "--export_dir")
 
 
 def write_export(export: Export, card: str, export_dir: str) -> None:
@@ -78,7 +83,7 @@ def write_export(export: Export, card: str, export_dir: str) -> None:
         card: text of the model card, written as model_card.md.
         export_dir: the folder, checked by `check_export_dir`.
     """
-    with atomic_folder(export_dir) as fresh:
+    with atomic_folder(export_dir, last=SAVED_MODEL) as fresh:
         tf.saved_model.save(export.module, fresh, signatures=export.signatures)
         if export.encoder is not None:
             weights = os.path.join(fresh, WEIGHTS)
@@ -101,7 +106,7 @@ def run_client(export_dir: str, *inputs: str) -> None:
         ClientFailed: the client could not be started, failed, or did not end.
     """
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    arguments = [os.path.abspath(export_dir), *inputs]
+    arguments = [files.absolute(export_dir), *inputs]
     # The training process may hold all memory of the GPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
     try:

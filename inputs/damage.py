@@ -13,6 +13,7 @@ import weakref
 import tensorflow as tf
 
 from inputs.bad_records import REPAIR, BadRecords
+from inputs.files import list_names, open_bytes
 
 SCRATCH: set[str] = set()  # all folders of `scratch_folder`, which other hosts cannot open
 
@@ -74,12 +75,12 @@ class Damage:
             InputError: more records are damaged than may be skipped.
         """
         try:
-            names = tf.io.gfile.listdir(self._folder)
-        except tf.errors.OpError:  # nothing was reported yet
+            names = list_names(self._folder)
+        except FileNotFoundError:  # nothing was reported yet
             return
         for name in sorted(set(names) - self._seen):
-            with tf.io.gfile.GFile(os.path.join(self._folder, name)) as file:
-                lost, _, message = file.read().partition("\n")
+            with open_bytes(os.path.join(self._folder, name)) as file:
+                lost, _, message = file.read().decode(errors="replace").partition("\n")
             if not message:  # it is being written
                 continue
             self._seen.add(name)

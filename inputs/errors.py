@@ -20,3 +20,12 @@ def refuse_empty(**flags: object) -> None:
                 f"--{name} is empty, perhaps because a shell variable is not set. Give a value, or "
                 f"leave out --{name}."
             )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a sentence; its type if it has no message.
+
+    TensorFlow's messages have many lines, and that of a file which is cut off may be empty.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,11 +1,19 @@
-"""Operations on files and folders: walks, atomic writes, locks, and reads with clear errors."""
+"""Operations on files and folders: walks, atomic writes, locks, and reads with clear errors.
+
+A path with a scheme, such as gs://bucket/folder, is on object storage: see `inputs.remote` for what
+is relied on there, and `inputs.lease` for locks. `os.path.join` and `os.path.basename` take such
+paths, too; for the others there are functions here.
+"""
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
+import io
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -13,11 +21,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from inputs import lease, remote
 from inputs.errors import InputError
+from inputs.remote import is_remote
 
 LOCK = ".lock"
 NEW = ".new"  # suffix of a file that is not complete yet
 OLD = "old"  # the folder that is being replaced
+ONE_SLASH = re.compile(r"(gs|s3|hdfs|ram|file):/(?!/)")
 LOGGER = logging.getLogger(__name__)
 # What operating systems and archivers leave among other files. Names that begin with a dot are
 # left-overs, too: .ipynb_checkpoints, ._a.txt (macOS), .nfs0001, our own .lock.
@@ -47,9 +58,24 @@ def is_left_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFT_OVERS
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file or folder in a folder.
+
+    Attributes:
+        name: without the folder.
+        path: with the folder.
+        is_link: whether it is a symbolic link.
+    """
+
+    name: str
+    path: str
+    is_link: bool = False
+
+
 def list_folder(
     folder: str, flag: str, passed_over: PassedOver | None = None
-) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+) -> tuple[list[Entry], list[Entry]]:
     """The (folders, files) in a folder, by name; links are followed, left-overs are skipped.
 
     Args:
@@ -62,25 +88,36 @@ def list_folder(
     """
     folders, files = [], []
     try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if is_left_over(entry.name):
-                    if passed_over is not None:
-                        passed_over["hidden"] += 1
-                    continue
-                try:
-                    is_folder, is_file = entry.is_dir(), entry.is_file()
-                except OSError:  # a link that leads to itself
-                    is_folder = is_file = False
-                if is_folder:
-                    folders.append(entry)
-                elif is_file or not os.path.exists(entry.path):  # reading a broken link fails later
-                    files.append(entry)
-                elif passed_over is not None:
-                    passed_over["device or pipe"] += 1
+        for entry, is_folder, is_file in _scan(folder):
+            if is_left_over(entry.name):
+                if passed_over is not None:
+                    passed_over["hidden"] += 1
+            elif is_folder:
+                folders.append(entry)
+            elif is_file:
+                files.append(entry)
+            elif passed_over is not None:
+                passed_over["device or pipe"] += 1
     except OSError as error:
         raise _unreadable(folder, f"cannot be read ({error.strerror})", flag, "") from None
     return folders, files
+
+
+def _scan(folder: str) -> Iterator[tuple[Entry, bool, bool]]:
+    """Yields (entry, whether it is a folder, whether it is a file) of a folder, by name."""
+    if is_remote(folder):
+        for name, below in remote.list_folder(folder):
+            yield Entry(name, os.path.join(folder, name)), below, not below
+        return
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name):
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link that leads to itself
+                is_folder = is_file = False
+            # Reading a broken link fails later.
+            is_file = is_file or not (is_folder or os.path.exists(entry.path))
+            yield Entry(entry.name, entry.path, entry.is_symlink()), is_folder, is_file
 
 
 def walk(
@@ -89,7 +126,7 @@ def walk(
     passed_over: PassedOver | None = None,
     *,
     enter: Callable[[str], bool] = lambda folder: True,
-) -> Iterator[os.DirEntry]:
+) -> Iterator[Entry]:
     """Yields the files in a folder and in the folders below it.
 
     Links are followed. A folder that several paths lead to is read once, by its real path if that
@@ -108,15 +145,109 @@ def walk(
     folders, links = [top], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
+        if not is_remote(folder):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
         below, files = list_folder(folder, flag, passed_over)
         yield from files
         for entry in below:
             if enter(entry.path):
-                (links if entry.is_symlink() else folders).append(entry.path)
+                (links if entry.is_link else folders).append(entry.path)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of this name.
+
+    Raises:
+        OSError: the storage cannot be asked. (For a local path the answer is False.)
+    """
+    return remote.exists(path) if is_remote(path) else os.path.exists(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder; see `exists`."""
+    return remote.is_folder(path) if is_remote(path) else os.path.isdir(path)
+
+
+def is_file(path: str) -> bool:
+    """Whether `path` is a file; see `exists`."""
+    if is_remote(path):
+        return remote.exists(path) and not remote.is_folder(path)
+    return os.path.isfile(path)
+
+
+def list_names(folder: str) -> list[str]:
+    """The names of all entries of a folder, sorted; on object storage it may be out of date.
+
+    Raises:
+        OSError: the folder does not exist or cannot be read.
+    """
+    if is_remote(folder):
+        return [name for name, _ in remote.list_folder(folder)]
+    return sorted(os.listdir(folder))
+
+
+def make_folder(folder: str) -> None:
+    """Creates a folder, and those above it, unless they exist.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    if is_remote(folder):
+        remote.make_folder(folder)
+    else:
+        os.makedirs(folder, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Deletes a file; does nothing if there is none.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if is_remote(path):
+        remote.remove(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def remove_folder(folder: str) -> None:
+    """Deletes a folder with all that is in it, as far as that is possible."""
+    if is_remote(folder):
+        with contextlib.suppress(OSError):
+            remote.remove_tree(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def absolute(path: str) -> str:
+    """The path independent of the current folder, without a slash at its end."""
+    path = os.fspath(path)
+    if not is_remote(path):
+        return os.path.abspath(path)
+    scheme, name = path.split("://", 1)
+    return f"{scheme}://{name.rstrip('/')}"
+
+
+def parent(path: str) -> str:
+    """The folder that contains a file or folder."""
+    path = absolute(path)
+    if not is_remote(path):
+        return os.path.dirname(path)
+    scheme, name = path.split("://", 1)
+    return f"{scheme}://{os.path.dirname(name)}"
+
+
+def file_size(path: str) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+    """
+    return remote.stat(path).length if is_remote(path) else os.path.getsize(path)
 
 
 def file_state(path: str) -> tuple[int, int]:
@@ -125,8 +256,39 @@ def file_state(path: str) -> tuple[int, int]:
     Raises:
         OSError: the file does not exist or cannot be read.
     """
+    if is_remote(path):
+        found = remote.stat(path)
+        return found.length, found.mtime_nsec
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """Opens a file for reading bytes, at any place.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+    """
+    return remote.open_reader(path) if is_remote(path) else open(path, "rb")
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Yields a path that programs without TensorFlow's file systems can read during the block.
+
+    It is the file itself, or, of one on object storage, a copy in a temporary folder.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with temporary_folder("copy-") as folder:
+        copy = os.path.join(folder, os.path.basename(path))
+        with open_bytes(path) as file, open(copy, "wb") as new:
+            shutil.copyfileobj(file, new)
+        yield copy
 
 
 @contextlib.contextmanager
@@ -135,8 +297,23 @@ def atomic_file(path: str) -> Iterator[str]:
 
     If the block raises, the temporary file is removed and `path` is not changed. The temporary path
     is always PATH.new, so that the next writer replaces what a killed process left there.
+
+    On object storage the temporary file is a local one, which is uploaded. See `inputs.remote` for
+    what a kill during the upload may leave.
     """
     path = os.fspath(path)
+    if is_remote(path):
+        with temporary_folder("upload-") as folder:
+            new = os.path.join(folder, "new")
+            yield new
+            try:
+                with open(new, "rb") as file:
+                    remote.upload(path, file)
+            except OSError:
+                with contextlib.suppress(OSError):  # a part of it
+                    remote.remove(path)
+                raise
+        return
     try:
         yield path + NEW
         os.replace(path + NEW, path)
@@ -149,10 +326,23 @@ def atomic_file(path: str) -> Iterator[str]:
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file for writing, and renames it to `path` if the block does not raise.
 
+    On object storage it is written in memory, and read with `read_bytes` or `read_json`, which give
+    the old content or the new one at every time.
+
     Args:
         path: the file; an existing one is replaced.
         mode: "w" for UTF-8 text, "wb" for bytes.
     """
+    path = os.fspath(path)
+    if is_remote(path):
+        content = io.BytesIO()
+        if "b" in mode:
+            yield content
+        else:
+            text = io.TextIOWrapper(content, encoding="utf-8", newline="\n", write_through=True)
+            yield text
+        remote.replace(path, content.getvalue())
+        return
     with atomic_file(path) as new:
         with open(new, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -166,15 +356,28 @@ def write_json(path: str, value, *, indent: int | None = 1) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str) -> Iterator[str]:
+def atomic_folder(path: str, *, last: str = "") -> Iterator[str]:
     """Yields an empty temporary folder; it is renamed to `path` if the block does not raise.
 
     An existing folder `path` is replaced, with two renames. The temporary folder is always
     .NAME.new in the same parent, so that the next writer finds what a killed process left there.
     If it was killed between the renames, `recover_folder` gives the earlier folder its name back.
+
+    On object storage the temporary folder is a local one. It is uploaded to .NAME.new and then
+    moved, file by file. If that is interrupted, `recover_folder` completes it.
+
+    Args:
+        path: the folder.
+        last: name of the file that tells the folder's readers that it is complete; it is written
+            last where there is no rename.
     """
     temporary = _temporary_folder(path)
-    recover_folder(path)
+    recover_folder(path, last=last)
+    if is_remote(path):
+        with temporary_folder("upload-") as new:
+            yield new
+            remote.replace_folder(new, absolute(path), temporary, last)
+        return
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         new = os.path.join(temporary, "new")
@@ -188,14 +391,16 @@ def atomic_folder(path: str) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover_folder(path: str) -> bool:
-    """Restores the folder `path` if `atomic_folder` was interrupted between its two renames.
+def recover_folder(path: str, *, last: str = "") -> bool:
+    """Repairs the folder `path` if `atomic_folder` was interrupted; see there for `last`.
 
     Call it only where no other process writes the folder.
 
     Returns:
-        Whether there was something to restore.
+        Whether there was something to repair.
     """
+    if is_remote(path):
+        return remote.finish_folder(absolute(path), _temporary_folder(path), last)
     old = os.path.join(_temporary_folder(path), OLD)
     if os.path.exists(path) or not os.path.exists(old):
         return False
@@ -204,8 +409,7 @@ def recover_folder(path: str) -> bool:
 
 
 def _temporary_folder(path: str) -> str:
-    parent, name = os.path.split(os.path.abspath(path))
-    return os.path.join(parent, f".{name}{NEW}")
+    return os.path.join(parent(path), f".{os.path.basename(absolute(path))}{NEW}")
 
 
 @contextlib.contextmanager
@@ -216,12 +420,16 @@ def locked(
     wait: bool = False,
     waiting: Callable[[str], object] = lambda holder: None,
     log: Callable[[str], object] = LOGGER.warning,
-) -> Iterator[None]:
-    """Holds the folder's lock during the block.
+) -> Iterator[Callable[[], None]]:
+    """Holds the folder's lock during the block; yields a function that checks that it is held.
 
     The lock is `flock` on FOLDER/.lock. The kernel releases it when the process ends, also after
     `kill -9`, so a leftover file has no effect. On NFS, Linux asks the server, so the lock holds
     between machines; mounts with `nolock` or `local_lock` restrict it to one machine.
+
+    On object storage the lock is a lease, which other processes may take over from one that was
+    suspended: see `inputs.lease`. The function that is yielded raises `LeaseLost` then. Call it
+    before a write. For a local folder it does nothing.
 
     Args:
         folder: an existing folder.
@@ -234,6 +442,11 @@ def locked(
         InputError: the folder is not writable; or another process holds the lock and `wait` is
             False. The message names that process and its machine.
     """
+    if is_remote(folder):
+        path = os.path.join(absolute(folder), LOCK)
+        with lease.held(path, flag, wait=wait, log=log) as check:
+            yield check
+        return
     try:
         file = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")
     except OSError as error:
@@ -259,7 +472,7 @@ def locked(
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield lambda: None
 
 
 def cache_folder() -> str:
@@ -284,6 +497,9 @@ def first_writable(folders: list[str], flag: str, fix: str) -> str:
     reasons = []
     for folder in folders:
         try:
+            if is_remote(folder):
+                _try_to_write(folder)
+                return folder
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder), open(os.path.join(folder, LOCK), "a"):
                 return folder
@@ -314,9 +530,12 @@ def check_writable(folder: str, flag: str) -> None:
     """Checks that a folder can be written; it is created if it is missing.
 
     Raises:
-        InputError: the folder cannot be created or written, or its name is not UTF-8. The message
-            starts with `flag`.
+        InputError: the folder cannot be created or written, its name is not UTF-8, or it is like a
+            path with a scheme, but with one slash. The message starts with `flag`.
     """
+    if ONE_SLASH.match(os.fspath(folder)):
+        right = os.fspath(folder).replace(":/", "://", 1)
+        raise InputError(f"{flag}: {folder} has one slash after its scheme. Write {right}.")
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError:
@@ -326,13 +545,22 @@ def check_writable(folder: str, flag: str) -> None:
             "another folder."
         ) from None
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try_to_write(folder)
     except OSError as error:
         raise InputError(
             f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
         ) from None
+
+
+def _try_to_write(folder: str) -> None:
+    """Creates a folder if it is missing, and writes and deletes a file in it."""
+    make_folder(folder)
+    if not is_remote(folder):
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    probe = os.path.join(folder, f".probe-{socket.gethostname()}-{os.getpid()}")
+    remote.upload(probe, b"")
+    remote.remove(probe)
 
 
 def read_bytes(path: str, *, flag: str = "", fix: str = "") -> bytes:
@@ -347,8 +575,7 @@ def read_bytes(path: str, *, flag: str = "", fix: str = "") -> bytes:
         InputError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(path)
     except OSError as error:
         raise _unreadable(path, f"cannot be read ({error.strerror})", flag, fix) from None
 
@@ -362,10 +589,21 @@ def read_json(path: str, *, flag: str = "", fix: str = "") -> Any:
         InputError: the file cannot be read, or is not JSON in UTF-8.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, f"cannot be read as JSON ({error})", flag, fix) from None
+
+
+def read_file(path: str) -> bytes:
+    """The content of a file that `atomic_write` or another program wrote.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if is_remote(path):
+        return remote.read(path)
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _unreadable(path, problem, flag, fix):

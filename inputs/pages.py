@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.damage import Damage
-from inputs.errors import InputError
-from inputs.files import atomic_folder, read_json, write_json
+from inputs.errors import InputError, first_line
+from inputs.files import atomic_folder, file_size, read_json, write_json
 from inputs.shards import FRAME_BYTES, records_op
 
 INDEX = "arrays.json"
@@ -52,7 +52,7 @@ class PagesWriter:
 
     def __enter__(self):
         try:
-            self._atomic = atomic_folder(self._folder)
+            self._atomic = atomic_folder(self._folder, last=INDEX)
             self._new = self._atomic.__enter__()
             self._files = {
                 name: tf.io.TFRecordWriter(os.path.join(self._new, name)) for name in self._arrays
@@ -106,7 +106,7 @@ class PagesWriter:
         return self._atomic.__exit__(kind, error, trace)
 
     def _unwritable(self, error):
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         return InputError(
             f"{self._folder} cannot be written: {reason}. The tokens are written there once, to be "
             "read in any order. Free some space, or give another folder with --cache_dir."
@@ -257,10 +257,10 @@ def open_pages(folder: str) -> tuple[dict[str, Pages], dict] | None:
             for name, array in index["arrays"].items()
         }
         for array in arrays.values():
-            if array.bytes != tf.io.gfile.stat(array.path).length:
+            if array.bytes != file_size(array.path):
                 return None
         return arrays, index["facts"]
-    except (InputError, tf.errors.OpError, KeyError, TypeError, AttributeError):
+    except (InputError, OSError, KeyError, TypeError, AttributeError):
         return None
 
 

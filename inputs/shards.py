@@ -5,15 +5,14 @@ keeps a check sum of each record, so damage is found when the record is read.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from inputs.errors import InputError
-from inputs.files import atomic_file
+from inputs.errors import InputError, first_line
+from inputs.files import atomic_file, file_size, is_file, list_names, open_bytes, read_json
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tfrecord"
@@ -27,20 +26,25 @@ RECORDS_PER_READ = 256
 SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
 
-def is_prepared(folder: str) -> bool:
+def is_prepared(folder: str, flag: str = "--data_dir") -> bool:
     """Whether the folder holds shards: a manifest of this program, or a damaged one beside shards.
 
     The file name alone does not decide, because other programs also write a manifest.json.
+
+    Raises:
+        InputError: the folder is on object storage that cannot be read.
     """
     path = os.path.join(folder, MANIFEST)
-    if not tf.io.gfile.exists(path) or tf.io.gfile.isdir(path):
-        return False
-    if any(name.endswith((SUFFIX, OLD_SUFFIX)) for name in tf.io.gfile.listdir(folder)):
-        return True
     try:
-        with tf.io.gfile.GFile(path) as file:
-            manifest = json.loads(file.read())
-    except (OSError, tf.errors.OpError, ValueError, RecursionError):
+        if not is_file(path):
+            return False
+        if any(name.endswith((SUFFIX, OLD_SUFFIX)) for name in list_names(folder)):
+            return True
+    except OSError as error:
+        raise InputError(f"{flag}: {folder} cannot be read ({error.strerror}).") from None
+    try:
+        manifest = read_json(path)
+    except InputError:
         return False
     return isinstance(manifest, dict) and any(manifest.get(k) == v for k, v in (TEXT, IMAGES))
 
@@ -74,7 +78,7 @@ def _write_errors(path):
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
             f"--output: {path} cannot be written ({reason}). Free some space and run the same "
             "command again: it continues after the last finished shard."
@@ -86,14 +90,14 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
 
     The record is None if it is damaged. A record that the end of the file cuts is left out.
     """
-    size = tf.io.gfile.stat(path).length
+    size = file_size(path)
     offset = 0
     while offset < size:
         for record in _readable(path, offset):
             yield offset, record
             offset += len(record) + FRAME_BYTES
         if offset < size:
-            with tf.io.gfile.GFile(path, "rb") as file:
+            with open_bytes(path) as file:
                 length = _length(file, offset)
                 following = _next_record(file, offset, size)
             if length is not None:
@@ -147,9 +151,9 @@ def record_offsets(path: str) -> np.ndarray:
     """
     offsets = []
     try:
-        size = tf.io.gfile.stat(path).length
+        size = file_size(path)
         offset = 0
-        with tf.io.gfile.GFile(path, "rb") as file:
+        with open_bytes(path) as file:
             while offset < size:
                 length = _length(file, offset)
                 if length is None or offset + length + FRAME_BYTES > size:
@@ -160,8 +164,8 @@ def record_offsets(path: str) -> np.ndarray:
                     )
                 offsets.append(offset)
                 offset += length + FRAME_BYTES
-    except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}).") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     return np.array(offsets, np.int64)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from inputs.errors import InputError
+from inputs.files import atomic_write
 from preflight import estimate
 from preflight.topology import Topology, parse_topologies
 from recipes.evidence import Evidence, Prediction
@@ -168,5 +169,6 @@ def draw(evidence: Evidence, points: list[Point], path: str) -> None:
     )
     examples.set_xticks(chips, [f"{number:,}" for number in chips], minor=False)
     examples.minorticks_off()
-    figure.savefig(path, dpi=110)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 from inputs import process  # isort: split
 
@@ -35,6 +36,8 @@ except ImportError:
         return name.lower().replace("_", "-")
 
 
+from inputs.errors import InputError
+from inputs.files import check_writable, is_remote
 from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out_of_memory
 from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
@@ -392,13 +395,21 @@ def check_tpu_vm(model_dir: str) -> list[Finding]:
 
 
 def check_machine(model_dir: str) -> list[Finding]:
-    """Checks free memory, and free disk space for `model_dir`, which need not exist."""
+    """Checks free memory, and free disk space for `model_dir`, which need not exist.
+
+    Of a `model_dir` on object storage it checks whether it can be written, and the space in the
+    system's temporary folder, where an export is written first.
+    """
+    findings = []
+    if is_remote(model_dir):
+        findings.append(_check_storage(model_dir))
+        model_dir = tempfile.gettempdir()
     folder = pathlib.Path(model_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     fix = "remove old runs, or use a --model_dir on another disk"
-    findings = [_check_amount("Disk", free, MIN_DISK, f"free at {folder}", fix)]
+    findings.append(_check_amount("Disk", free, MIN_DISK, f"free at {folder}", fix))
     if not os.access(folder, os.W_OK):
         message = f"{folder} is not writable"
         findings.append(Finding(ERROR, "Disk", message, "use another --model_dir"))
@@ -413,6 +424,16 @@ def check_machine(model_dir: str) -> list[Finding]:
             _check_amount("Memory", space, MIN_ADDRESS_SPACE, text, "ulimit -v unlimited")
         )
     return findings
+
+
+def _check_storage(model_dir: str) -> Finding:
+    try:
+        check_writable(model_dir, "model_dir")
+    except ImportError:
+        return Finding(ERROR, "Storage", f"{model_dir} needs TensorFlow", "install TensorFlow")
+    except InputError as error:
+        return Finding(ERROR, "Storage", str(error), "use another --model_dir")
+    return Finding(OK, "Storage", f"{model_dir} can be written")
 
 
 def _check_amount(check, amount, limits, text, fix) -> Finding:

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from inputs.files import atomic_write
 from preflight.report import efficiencies, format_bytes, format_minutes, format_seconds
 
 # Each colour has one meaning in all panels.
@@ -60,7 +61,8 @@ def draw(recipe, results, path: str) -> None:
     figure.suptitle(
         f"Pre-flight {recipe.name}: estimates, at the least", x=0.01, ha="left", fontsize=12
     )
-    figure.savefig(path, dpi=120)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

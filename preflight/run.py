@@ -10,11 +10,17 @@ import fractions
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, temporary_folder
+from inputs.files import (
+    atomic_write,
+    check_writable,
+    is_folder,
+    is_remote,
+    parent,
+    temporary_folder,
+)
 from inputs.process import INTERRUPTED
 from preflight import estimate, report
 from preflight.children import (
@@ -451,15 +457,16 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
+    folder = parent(path)
+    if not is_remote(path) and not is_folder(folder):
+        raise InputError(f"--preflight_json={path}: there is no folder {folder}. Create it first.")
+    check_writable(folder, f"--preflight_json={path}")
     for written in (path, os.path.splitext(path)[0] + PICTURE_SUFFIX):
-        if os.path.isdir(written):
+        if is_folder(written):
             raise InputError(
                 f"--preflight_json={path}: {written} is a folder. Give the name of a file, such as "
                 f"{os.path.join(path, 'preflight.json')}."
             )
-    folder = os.path.dirname(os.path.abspath(path))
-    with _report_write_errors(path), tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _write(path: str, text: str) -> None:

@@ -10,14 +10,13 @@ Three layouts are read:
 """
 
 import dataclasses
-import json
 import os
 import re
 
 import numpy as np
-import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.files import exists, read_json
 from tasks import initial_weights
 from tasks.initial_weights import VALUE
 
@@ -77,7 +76,7 @@ def vocabulary_beside(init_from: str) -> str:
     """Returns the path of vocab.txt in the checkpoint's folder, or "" if there is none."""
     folder = os.path.dirname(initial_weights.find_checkpoint(init_from))
     path = os.path.join(folder, "vocab.txt")
-    return path if os.path.exists(path) else ""
+    return path if exists(path) else ""
 
 
 class Start:
@@ -95,7 +94,7 @@ class Start:
     def __init__(self, init_from: str, slots: bool):
         self.checkpoint = initial_weights.find_checkpoint(init_from)
         self._shapes = initial_weights.read_shapes(self.checkpoint)
-        self._reader = tf.train.load_checkpoint(self.checkpoint)
+        self._reader = initial_weights.open_checkpoint(self.checkpoint)
         self._wants_slots = slots
         self._encoder = None
         if TF1_WORDS not in self._shapes:
@@ -176,9 +175,8 @@ class Start:
             # Adam of tf_keras has its moments in another order.
             path = os.path.join(os.path.dirname(self.checkpoint), "recipe.json")
             try:
-                with open(path, encoding="utf-8") as file:
-                    lamb = json.load(file).get("optimizer") == "lamb"
-            except (OSError, ValueError, AttributeError):
+                lamb = read_json(path).get("optimizer") == "lamb"
+            except (InputError, AttributeError):
                 lamb = False
             return ("optimizer/_variables",) if lamb else ()
         found = (

@@ -5,7 +5,6 @@ those written by tf-models' `tf2_bert_encoder_checkpoint_converter` have tf-mode
 """
 
 import dataclasses
-import glob
 import os
 
 import numpy as np
@@ -13,7 +12,8 @@ import tensorflow as tf
 import tf_keras
 from official.nlp.modeling import networks
 
-from inputs.errors import InputError
+from inputs.errors import InputError, first_line
+from inputs.files import exists, is_folder, list_names
 from models import bert
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -79,10 +79,21 @@ def read_shapes(checkpoint: str) -> dict[str, list[int]]:
         InputError: the checkpoint cannot be read.
     """
     try:
-        return tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+        return open_checkpoint(checkpoint).get_variable_to_shape_map()
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--set init_from: {checkpoint} cannot be read ({reason}).") from None
+
+
+def open_checkpoint(prefix: str):
+    """Opens a checkpoint by its prefix, and returns what `tf.train.load_checkpoint` does.
+
+    On ram:// that function takes the prefix for a folder.
+
+    Raises:
+        tf.errors.OpError, RuntimeError: it cannot be read.
+    """
+    return tf.compat.v1.train.NewCheckpointReader(prefix)
 
 
 def find_checkpoint(init_from: str) -> str:
@@ -91,15 +102,15 @@ def find_checkpoint(init_from: str) -> str:
     Raises:
         InputError: there is none.
     """
-    if os.path.isdir(init_from):
+    if is_folder(init_from):
         found = tf.train.latest_checkpoint(init_from)
         # The published archives have no `checkpoint` file, which `latest_checkpoint` reads.
-        files = sorted(glob.glob(os.path.join(glob.escape(init_from), "*.index")))
-        if not found and len(files) == 1:
-            found = files[0].removesuffix(".index")
+        indices = [name for name in list_names(init_from) if name.endswith(".index")]
+        if not found and len(indices) == 1:
+            found = os.path.join(init_from, indices[0].removesuffix(".index"))
         if found:
             return found
-    elif os.path.exists(f"{init_from}.index"):
+    elif exists(f"{init_from}.index"):
         return init_from
     raise InputError(
         f"--set init_from={init_from}: there is no checkpoint. Give a pre-training run's "
@@ -135,7 +146,7 @@ def read_encoder(saved: Encoder) -> dict[str, np.ndarray]:
         status.assert_existing_objects_matched()
     # TensorFlow's reader raises IndexError for a truncated file.
     except (AssertionError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"--set init_from: {saved.checkpoint} is not a complete BERT ({reason})."
         ) from None

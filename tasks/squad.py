@@ -8,6 +8,7 @@ from export.saved_model import run_client, write_export
 from export.squad import answering_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
+from inputs.files import exists
 from inputs.squad import examples
 from inputs.squad import files as squad_files
 from inputs.text import casing, vocabulary
@@ -195,7 +196,8 @@ def _find_encoder(recipe, synthetic):
 
 def _find_vocabulary(vocab, encoder, synthetic, log) -> list[str]:
     beside = encoder.vocabulary_file if encoder else ""
-    if not vocab and not os.path.exists(beside):
+    known = bool(beside) and exists(beside)
+    if not vocab and not known:
         if synthetic and not encoder:
             return made_up.synthetic_vocabulary(PUBLISHED_VOCABULARY_SIZE)
         raise InputError(
@@ -204,7 +206,7 @@ def _find_vocabulary(vocab, encoder, synthetic, log) -> list[str]:
             else "--vocab is needed with --set init_from=random."
         )
     pieces = vocabulary.load_vocabulary(vocab or beside)
-    if vocab and os.path.exists(beside) and pieces != vocabulary.load_vocabulary(beside):
+    if vocab and known and pieces != vocabulary.load_vocabulary(beside):
         raise InputError(
             f"--vocab: {vocab} differs from {beside}, the vocabulary that the checkpoint was "
             "trained with. Leave --vocab out."

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import types
+import uuid
 
 import pytest
 
@@ -32,6 +33,7 @@ REPLICAS = ["CPU:0", "CPU:1"]
 LONG_FILES = (
     "training/test_distribution.py",
     "training/test_train.py",
+    "training/test_object_storage.py",
     "preflight/test_run.py",
     "tf_lamb/test_golden.py",
     "tf_lamb/test_corners.py",
@@ -154,27 +156,22 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def ram():
+    """A folder in TensorFlow's file system in memory, which no other test uses."""
+    from inputs import files
+
+    folder = f"ram://{uuid.uuid4().hex}"
+    files.make_folder(folder)
+    yield folder
+    files.remove_folder(folder)
+
+
 @pytest.fixture(scope="session")
 def in_process():
-    """Runs `train.run` in this process, which saves the imports of a new one."""
-    import tf_keras
-    from absl import flags, logging
-
-    import train as program
-
-    def run(arguments):
-        verbosity = logging.get_verbosity()
-        try:
-            flags.FLAGS.unparse_flags()
-            return program.run(flags.FLAGS(["train.py", *arguments]))
-        finally:
-            for name in flags.FLAGS.get_key_flags_for_module(program):
-                name.unparse()
-            flags.FLAGS["set"].value = []
-            tf_keras.mixed_precision.set_global_policy("float32")
-            flags.FLAGS(["train.py"])
-            logging.set_verbosity(verbosity)
-
+    """`program.run_train`, which runs train.py in this process."""
     sys.path.insert(0, str(ROOT))
-    yield run
+    import program
+
+    yield program.run_train
     sys.path.remove(str(ROOT))

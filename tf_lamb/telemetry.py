@@ -6,12 +6,17 @@ are used, because the library does not depend on them.
 """
 
 import collections
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import math
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -24,6 +29,7 @@ LOG = logging.getLogger("tf_lamb")
 RECORDS = "trust_ratios.jsonl"
 PICTURE = "trust_ratios.png"
 COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a record.
+SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 NOT_FINITE, NO_UPDATE = "black", "darkgrey"  # Colors of the heat map.
@@ -114,8 +120,12 @@ class TelemetryWriter:
     three scalars for each layer and a histogram of the ratios. If a variable stacks layers, their
     means are recorded. For LARS, `update_norm` is the denominator of the ratio.
 
+    On object storage, where appending writes a file again, records are kept in memory until
+    `flush`, which writes them to a new file, `trust_ratios-TIME.jsonl`.
+
     Args:
-        log_dir: String or path. Local folder, which is created if needed. With several workers,
+        log_dir: String or path. A folder, which is created if needed. A string with a scheme, such
+            as "gs://bucket/logs", is a folder of TensorFlow's file systems. With several workers,
             create one writer, on the chief.
         optimizer: A `LAMB` or `LARS` with `telemetry=True`, of `tf_lamb` or `tf_lamb.tf_keras`. It
             may be wrapped in a `LossScaleOptimizer`, and must be built before the first record.
@@ -134,7 +144,8 @@ class TelemetryWriter:
 
     Raises:
         ValueError: If an argument is out of range, or the optimizer has no telemetry.
-        RuntimeError: If `tensorboard=True` and TensorFlow is not installed.
+        RuntimeError: If `tensorboard=True`, or `log_dir` has a scheme, and TensorFlow is not
+            installed.
     """
 
     def __init__(
@@ -158,8 +169,12 @@ class TelemetryWriter:
             check_interval("max_ratio", max_ratio, 0, open_low=True)
         if tensorboard is None:
             tensorboard = keras.backend.backend() == "tensorflow"
-        self.log_dir = pathlib.Path(log_dir)
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_dir = log_dir if _is_remote(log_dir) else pathlib.Path(log_dir)
+        if _is_remote(log_dir):
+            _import_tensorflow().io.gfile.makedirs(log_dir)
+        else:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._lines: list[str] = []  # Not written yet.
         self._optimizer = optimizer
         self._every_steps = every_steps
         self._max_ratio = max_ratio
@@ -208,11 +223,25 @@ class TelemetryWriter:
                 for label, row in zip(labels, rows, strict=True)
             },
         }
-        with open(self.log_dir / RECORDS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        if not _is_remote(self.log_dir) or sum(map(len, self._lines)) > SEGMENT_BYTES:
+            self.flush()
         if self._events is not None:
             self._write_tensorboard(step, labels, rows)
         self._raise_alarms(step, labels, rows)
+
+    def flush(self) -> None:
+        """Writes the records that are still in memory, if there are any."""
+        lines, self._lines = self._lines, []
+        if not lines:
+            return
+        if not _is_remote(self.log_dir):
+            with open(self.log_dir / RECORDS, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+            return
+        name = f"{RECORDS.removesuffix('.jsonl')}-{time.time_ns():020d}.jsonl"
+        with _import_tensorflow().io.gfile.GFile(os.path.join(self.log_dir, name), "w") as file:
+            file.write("".join(lines))
 
     def _write_tensorboard(self, step, labels, rows):
         tf = _import_tensorflow()
@@ -256,10 +285,13 @@ class TelemetryWriter:
             ValueError: If there are no records.
             RuntimeError: If matplotlib is not installed.
         """
-        draw_heat_map(self.log_dir / RECORDS, path or self.log_dir / PICTURE)
+        self.flush()
+        records, picture = (os.path.join(self.log_dir, name) for name in (RECORDS, PICTURE))
+        draw_heat_map(records, path or picture)
 
     def close(self) -> None:
-        """Closes the file for TensorBoard."""
+        """Writes the last records, and closes the file for TensorBoard."""
+        self.flush()
         if self._events is not None:
             self._events.close()
 
@@ -329,7 +361,8 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     was resumed, the later record is drawn.
 
     Args:
-        records_path: Path of the JSON lines, `trust_ratios.jsonl`.
+        records_path: Path of the JSON lines, `trust_ratios.jsonl`. Beside it there may be files
+            with further records, `trust_ratios-TIME.jsonl`, or only these.
         picture_path: Path of the PNG file to write, or `None`. Each layer is a row of 0.15 inches.
         figure: matplotlib `Figure` or `SubFigure` to draw on. `None` creates a figure.
 
@@ -353,7 +386,18 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
         title += f"; names without {', '.join(prefixes)}"
     figure.suptitle(title, fontsize=11)
     if picture_path is not None:
-        figure.savefig(picture_path, dpi=120)
+        save_figure(figure, picture_path)
+
+
+def save_figure(figure, path) -> None:
+    """Writes a figure as a PNG file, also to a path with a scheme."""
+    if not _is_remote(path):
+        figure.savefig(path, dpi=120)
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    with _import_tensorflow().io.gfile.GFile(path, "wb") as file:
+        file.write(picture.getvalue())
 
 
 def _check_matplotlib():
@@ -365,23 +409,53 @@ def _check_matplotlib():
         )
 
 
-def _read_records(records_path):
-    """Reads the last record of each step.
+def _is_remote(path) -> bool:
+    """Whether a path has a scheme, such as gs://."""
+    return "://" in os.fspath(path)
+
+
+def read_records(records_path) -> Iterator[dict]:
+    """Yields the records of `TelemetryWriter`, in the order in which they were written.
 
     A line that is not valid JSON is skipped, because a killed run may leave an incomplete line.
+
+    Args:
+        records_path: As in `draw_heat_map`.
+
+    Raises:
+        FileNotFoundError: If there are no records.
+    """
+    folder, name = os.path.split(os.fspath(records_path))
+    stem, suffix = os.path.splitext(name)
+    segment = re.compile(rf"{re.escape(stem)}(-\d+)?{re.escape(suffix)}")
+    remote = _is_remote(records_path)
+    if remote:
+        gfile = _import_tensorflow().io.gfile
+        names = gfile.listdir(folder) if gfile.isdir(folder) else []
+    else:
+        names = os.listdir(folder or os.curdir) if os.path.isdir(folder or os.curdir) else []
+    names = [name for name in names if segment.fullmatch(name)]
+    if not names:
+        raise FileNotFoundError(2, "There are no records", os.fspath(records_path))
+    # The name without a number sorts first: a run on a disk was moved to object storage.
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        path = os.path.join(folder, name)
+        with gfile.GFile(path, "rb") if remote else open(path, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+
+def _read_records(records_path):
+    """Reads the last record of each step.
 
     Returns:
         A tuple `(labels, steps, values)`: list of strings, list of integers, and float array
         [layers, steps, 3], with zeros for a layer that a record does not have.
     """
     by_step = {}
-    with open(records_path, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            by_step[record["step"]] = record["layers"]
+    for record in read_records(records_path):
+        by_step[record["step"]] = record["layers"]
     steps = sorted(by_step)
     labels = list(dict.fromkeys(label for step in steps for label in by_step[step]))
     empty = dict.fromkeys(COLUMNS, 0.0)

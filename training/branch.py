@@ -19,7 +19,7 @@ from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
-from inputs.files import read_json, write_json
+from inputs.files import absolute, is_remote, read_json, write_json
 from recipes.overrides import NOT_SETTABLE
 from training.checkpoint.compatibility import RUN_CONFIG
 from training.checkpoint.manager import saved_steps
@@ -266,8 +266,13 @@ def main(arguments) -> int:
     )
     parser.add_argument("--output", help="folder of the branches; default: MODEL_DIR-branches")
     flags = parser.parse_args(arguments)
-    output = flags.output or f"{os.path.normpath(flags.model_dir)}-branches"
+    output = flags.output or f"{absolute(flags.model_dir)}-branches"
     try:
+        if is_remote(output):
+            raise InputError(
+                f"--output={output}: the output of each branch is appended to a file there. Give a "
+                "folder on a local disk."
+            )
         batches = parse_batches(flags.batches)
         if flags.examples < 2 * batches[-1]:
             raise InputError(

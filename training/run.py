@@ -12,7 +12,7 @@ from tasks.task import loss_terms, means
 from training import optimizers, strategy
 from training.checkpoint import compatibility
 from training.checkpoint.interruption import Interrupted, StopRequest, stop_together
-from training.checkpoint.manager import BestCheckpoint, CheckpointManager, saved_step
+from training.checkpoint.manager import BestCheckpoint, CheckpointManager
 from training.checkpoint.state import RunState, make_checkpoint
 from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
@@ -55,6 +55,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         log: takes lines of progress.
         started: see `RunMonitor`.
         mllog: an `MLPerfLog`, or None.
+        check_lock: raises if this process must not write to `model_dir` any more; see
+            `inputs.files.locked`.
 
     Raises:
         InputError: `model_dir` holds a run with other settings, or the workers disagree.
@@ -75,6 +77,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         log=lambda line: None,
         started=None,
         mllog=None,
+        check_lock=lambda: None,
     ):
         super().__init__()
         self.task = task
@@ -86,6 +89,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         self._log = log
         self._started = started
         self._mllog = mllog
+        self._check_lock = check_lock
         facts = {"seed": seed} | task.facts
         self._config = compatibility.run_config(recipe, facts)
         if compatibility.has_earlier_order(model_dir):
@@ -108,7 +112,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             slots = task.initial_slots(weights)
             if slots:
                 optimizers.assign_slots(self.optimizer, *slots)
-        strategy.check_workers_agree(where, **task.facts, checkpoint=saved_step(model_dir))
+        strategy.check_workers_agree(where, **task.facts)
         self._replica_step = ReplicaStep(
             task,
             self.model,
@@ -161,6 +165,12 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 save_every_steps=self.recipe.save_every_steps,
                 keep=self.recipe.keep_checkpoints,
                 scratch=None if chief else os.path.join(folder, "scratch"),
+                check=self._check_lock,
+                before_write=lambda: self._monitor.flush(),
+                agree=self._max_over_workers,
+                check_agreement=lambda step: strategy.check_workers_agree(
+                    self.strategy, checkpoint=step
+                ),
             )
             self._monitor = RunMonitor(
                 self.task,
@@ -172,6 +182,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 log=self._log,
                 started=self._started,
                 mllog=self._mllog,
+                check_lock=self._check_lock,
             )
             self._stop = stop_together(self.strategy, self._stop_request, self._save, folder)
             self._controller = orbit.Controller(  # restores the newest checkpoint
@@ -181,7 +192,9 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 strategy=self.strategy,
                 train_actions=[self._monitor, self._stop],
                 eval_actions=[
-                    BestCheckpoint(self._manager, self.task.best_metric, chief),
+                    BestCheckpoint(
+                        self._manager, self.task.best_metric, chief, self._max_over_workers
+                    ),
                     self._monitor.evaluated,
                 ],
                 steps_per_loop=self._monitor.steps_per_loop(self._steps_per_loop),
@@ -189,7 +202,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 summary_dir=os.path.join(folder, "train"),
                 eval_summary_dir=os.path.join(folder, "eval"),
             )
-            if self._manager.latest_checkpoint:
+            if self._manager.saved is not None:
                 self._log(
                     f"Going on from step {self._step} of {self.recipe.steps} in {self._model_dir}"
                 )
@@ -225,12 +238,16 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
     def _save(self):
         self._manager.save(check_interval=False)
 
+    def _max_over_workers(self, value):
+        return strategy.max_over_workers(self.strategy, value)
+
     def _missed_evaluation(self) -> bool:
         """Whether an evaluation was due at the restored step and was not recorded."""
         step = self._step
         if step == self.recipe.steps or not self.recipe.evaluation_steps(step - 1, step):
             return False
-        return step not in [row["step"] for row in self._evaluations()]
+        missed = step not in [row["step"] for row in self._evaluations()]
+        return self._max_over_workers(missed)
 
     def _evaluations(self) -> list[dict]:
         return read_rows(os.path.join(self._model_dir, EVALUATIONS))
@@ -309,7 +326,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             raise error
         factor = state.rate_factor.numpy() * np.float32(recipe.rollback_rate_factor)
         with self.strategy.scope():
-            self._manager.restore(self._manager.latest_checkpoint)
+            self._manager.restore_or_initialize()
         state.rate_factor.assign(factor)
         state.rollbacks.assign(rollbacks)
         self._log(

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from inputs.errors import InputError
+from inputs.errors import InputError, first_line
 from inputs.files import temporary_folder
 from training import cluster
 
@@ -123,6 +123,27 @@ def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
         )
 
 
+def max_over_workers(strategy: tf.distribute.Strategy, value):
+    """The largest of the values of all workers, each of which must call this at the same point.
+
+    Workers see the files of a run at different times, where listings are out of date or a shared
+    disk has a cache. What they decide by files, they decide together.
+
+    Args:
+        strategy: a `tf.distribute.Strategy`.
+        value: int, bool or float.
+
+    Returns:
+        The value with the type of `value`.
+    """
+    if not is_multi_worker(strategy):
+        return value
+    dtype = tf.float64 if isinstance(value, float) else tf.int64
+    own = tf.constant([value], dtype)
+    run = tf.function(lambda: strategy.run(lambda: tf.identity(own)))
+    return type(value)(strategy.gather(run(), axis=0).numpy().max())
+
+
 def is_lost_worker(error: tf.errors.OpError) -> bool:
     """Whether `error` is of a collective operation that failed because another worker ended."""
     if not isinstance(error, tf.errors.UnavailableError) and "Collective ops" not in str(error):
@@ -136,7 +157,7 @@ def _connect_workers(workers: int) -> tf.distribute.Strategy:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (tf.errors.OpError, RuntimeError) as error:
         raise InputError(
-            f"TF_CONFIG: the {workers} workers could not connect ({_first_line(error)}). Start "
+            f"TF_CONFIG: the {workers} workers could not connect ({first_line(error)}). Start "
             "the same command on all of them, and check that each one's address is reachable and "
             "its port free."
         ) from None
@@ -151,7 +172,7 @@ def _connect_tpu(tpu: str) -> tf.distribute.Strategy:
         )
     except Exception as error:  # of the look-up in Google Cloud: network, credentials, HTTP, JSON
         raise InputError(
-            f"--tpu={tpu}: this name cannot be looked up ({_first_line(error)}). A TPU's name is "
+            f"--tpu={tpu}: this name cannot be looked up ({first_line(error)}). A TPU's name is "
             "known in its own Google Cloud project only; elsewhere give its address, "
             "grpc://HOST:PORT, or leave --tpu out to train on GPU or CPU."
         ) from None
@@ -183,13 +204,9 @@ def _tpu_message(tpu: str, error: Exception) -> str:
             "install tensorflow-tpu; elsewhere leave --tpu out to train on GPU or CPU."
         )
     return (
-        f"--tpu={tpu}: no TPU answered ({_first_line(error)}). Check its name with "
+        f"--tpu={tpu}: no TPU answered ({first_line(error)}). Check its name with "
         "`gcloud compute tpus tpu-vm list`, or leave --tpu out to train on GPU or CPU."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def check_batch(strategy: tf.distribute.Strategy, global_batch_size: int, accumulation: int):

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import file_state
+from inputs.files import file_state, is_file, is_folder, list_names, open_bytes, read_file
 from inputs.images.sources import Class, Item, Part, Source
 
 SHAPE = (32, 32, 3)
@@ -47,7 +47,7 @@ def is_cifar(path: str) -> bool:
     if os.path.basename(path) in ARCHIVES:
         return True
     names = [names["validation"][0] for names in (PYTHON, BINARY, STRIPS)]
-    return any(os.path.isfile(os.path.join(path, name)) for name in names)
+    return any(is_file(os.path.join(path, name)) for name in names)
 
 
 def cifar_source(path: str, split: str) -> Source:
@@ -74,7 +74,7 @@ def cifar_source(path: str, split: str) -> Source:
         raise InputError(f"--source: {path} lacks the file {missing[0]} of CIFAR-10.")
 
     def items(name, index):
-        where = f"{path}:{name}" if os.path.isfile(path) else os.path.join(path, name)
+        where = f"{path}:{name}" if is_file(path) else os.path.join(path, name)
         try:
             pixels, labels = read(path, members[name], index)
             images = np.asarray(pixels, np.uint8).reshape(-1, *SHAPE)
@@ -94,7 +94,7 @@ def cifar_source(path: str, split: str) -> Source:
             yield Item(f"{where}[{i}]", image.tobytes(), int(label))
 
     def state(name):
-        used = [path] if os.path.isfile(path) else [os.path.join(path, name)]
+        used = [path] if is_file(path) else [os.path.join(path, name)]
         if read is _read_strip:
             used.append(os.path.join(path, LABELS))
         return repr((name, [file_state(file) for file in used]))
@@ -108,20 +108,19 @@ def cifar_source(path: str, split: str) -> Source:
 
 def _members(path) -> dict[str, str]:
     """Base name -> name in the archive or folder."""
-    if os.path.isdir(path):
-        return {name: name for name in os.listdir(path)}
+    if is_folder(path):
+        return {name: name for name in list_names(path)}
     try:
-        with tarfile.open(path) as archive:
+        with open_bytes(path) as file, tarfile.open(fileobj=file) as archive:
             return {os.path.basename(name): name for name in archive.getnames()}
     except DAMAGE as error:
         raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
 
 
 def _content(path, name) -> bytes:
-    if os.path.isdir(path):
-        with open(os.path.join(path, name), "rb") as file:
-            return file.read()
-    with tarfile.open(path) as archive:
+    if is_folder(path):
+        return read_file(os.path.join(path, name))
+    with open_bytes(path) as file, tarfile.open(fileobj=file) as archive:
         return archive.extractfile(name).read()
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 
 from inputs.errors import InputError
+from inputs.files import absolute, is_file, read_file
 from inputs.images.sources import Class, read_csv
 
 # Kaggle's list has the columns ImageId and PredictionString ("n03995372 85 1 499 272 ...": for each
@@ -56,12 +57,12 @@ def sorted_classes(wnids: Iterable[str]) -> list[Class]:
 
 
 def _search(folder, name, parents) -> str:
-    folder = os.path.abspath(folder)
+    folder = absolute(folder)
     if CLS_LOC in folder.split(os.sep):
         parents = CLS_LOC_PARENTS
     for _ in range(parents + 1):
         path = os.path.join(folder, name)
-        if os.path.isfile(path):
+        if is_file(path):
             return path
         folder = os.path.dirname(folder)
     return ""
@@ -69,7 +70,7 @@ def _search(folder, name, parents) -> str:
 
 def _lines(path) -> list[str]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line.strip() for line in file if line.strip()]
+        lines = read_file(path).decode("utf-8-sig").split("\n")
+        return [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--source: {path} cannot be read as UTF-8 ({error}).") from None

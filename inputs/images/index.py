@@ -14,10 +14,8 @@ import os
 
 from inputs import process  # isort: split
 
-import tensorflow as tf
-
 from inputs.errors import InputError, refuse_empty
-from inputs.files import check_writable, locked, write_json
+from inputs.files import absolute, check_writable, file_size, locked, write_json
 from inputs.images import shards, tfrecords
 from inputs.progress import Progress, log
 from inputs.shards import IMAGES, MANIFEST
@@ -70,7 +68,7 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         check_writable(folder, "--output")
         with locked(folder, "--output"), Progress(len(files), " files") as progress:
             counts = shards.write_index(folder, files, progress=progress.advance)
-            sizes = [tf.io.gfile.stat(file).length for file in files]
+            sizes = [file_size(file) for file in files]
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
             manifests[split] = {
@@ -81,16 +79,12 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
                 "count": sum(counts),
                 "hash": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
                 "shards": [
-                    {"file": _absolute(file), "count": count, "bytes": size}
+                    {"file": absolute(file), "count": count, "bytes": size}
                     for file, count, size in zip(files, counts, sizes, strict=True)
                 ],
             }
             write_json(os.path.join(folder, MANIFEST), manifests[split])
     return manifests
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
 
 
 def main(arguments=None) -> int:
@@ -119,8 +113,8 @@ def main(arguments=None) -> int:
     except InputError as error:
         log(f"{NAME}: {error}")
         return 1
-    except (OSError, tf.errors.OpError) as error:
-        log(f"{NAME}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}.")
+    except OSError as error:
+        log(f"{NAME}: {error.filename or flags.output}: {error.strerror or error}.")
         return 1
     except KeyboardInterrupt:
         log(f"{NAME}: stopped. The same command begins again.")

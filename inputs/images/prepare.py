@@ -28,7 +28,7 @@ from inputs import process  # isort: split
 import tensorflow as tf
 
 from inputs.errors import InputError, refuse_empty
-from inputs.files import list_folder, locked, read_json
+from inputs.files import absolute, exists, is_file, is_folder, list_folder, locked, read_json
 from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
 from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
@@ -58,11 +58,11 @@ def find_sources(
     Raises:
         InputError: no layout is recognised, or a file, label or class is missing.
     """
-    if not os.path.exists(path):
+    if not exists(path):
         raise InputError(f"--source: {path} does not exist.")
     if cifar.is_cifar(path):
         return [cifar.cifar_source(path, name) for name in ("train", "validation")]
-    if os.path.isfile(path):
+    if is_file(path):
         if path.lower().endswith(".tar"):
             split = OFFICIAL.get(os.path.basename(path), split)
             return [tars.tar_source(path, split, classes_csv)]
@@ -75,7 +75,7 @@ def find_sources(
     found: list[Source] = []
     for name, tar_split in OFFICIAL.items():
         tar = os.path.join(path, name)
-        if os.path.isfile(tar):
+        if is_file(tar):
             classes = found[0].classes if found else None
             found.append(tars.tar_source(tar, tar_split, classes_csv, classes))
     if found:
@@ -112,7 +112,7 @@ def _converted_source(path, split) -> Source:
 def _folder_sources(path, split, classes_csv, log) -> list[Source]:
     """The splits in a folder of image files, or the whole folder as one split."""
     for below in imagenet.KAGGLE_FOLDERS:
-        if os.path.isdir(os.path.join(path, below)):
+        if is_folder(os.path.join(path, below)):
             path = os.path.join(path, below)
             break
     folders = [entry.path for entry in list_folder(path, "--source")[0]]
@@ -285,10 +285,10 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
     if source.passed_over:
         log(f"--source, {source.split} split: {source.passed_over.describe()}")
     shards.check_content(folder, plan)
-    if not os.path.exists(os.path.join(folder, MANIFEST)):
+    if not exists(os.path.join(folder, MANIFEST)):
         with locked(folder, "--output"):
             # Another process may have finished it in the meantime.
-            if not os.path.exists(os.path.join(folder, MANIFEST)):
+            if not exists(os.path.join(folder, MANIFEST)):
                 return _write(source, folder, output, plan, pool)
         shards.check_content(folder, plan)
     log(f"{folder} is finished already")
@@ -366,7 +366,7 @@ def _classes_of_records(written, folder) -> list[Class]:
 def _check_other_split(output, split, classes):
     other = {"train": "validation", "validation": "train"}[split]
     path = os.path.join(output, other, MANIFEST)
-    if os.path.exists(path):
+    if exists(path):
         sources.check_same_classes(read_json(path)["classes"], classes, path, f"{output}/{split}")
 
 
@@ -396,7 +396,7 @@ def main(arguments=None) -> int:
         "that of TensorFlow Datasets it is found out from the labels)",
     )
     flags = parser.parse_args(arguments)
-    request = {"source": os.path.abspath(flags.source), "label_base": flags.label_base}
+    request = {"source": absolute(flags.source), "label_base": flags.label_base}
     try:
         refuse_empty(source=flags.source, output=flags.output)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -7,7 +7,6 @@ that a stopped preparation continues with the first missing shard.
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -17,7 +16,20 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import LOCK, NEW, read_json, write_json
+from inputs.files import (
+    NEW,
+    check_writable,
+    exists,
+    file_size,
+    is_left_over,
+    is_remote,
+    list_names,
+    local_copy,
+    parent,
+    read_json,
+    remove,
+    write_json,
+)
 from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_offsets, record_writer
 
@@ -57,7 +69,7 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
         InputError: the shard cannot be written.
     """
     path = os.path.join(folder, f"{name}{SUFFIX}")
-    if os.path.exists(f"{path}.json"):
+    if exists(f"{path}.json"):
         return Shard(**read_json(f"{path}.json"))
     digest = hashlib.sha256()
     count = 0
@@ -66,7 +78,7 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
             write(record)
             digest.update(len(record).to_bytes(8, "little") + record)
             count += 1
-    size = os.path.getsize(path)
+    size = file_size(path)
     shard = Shard(os.path.basename(path), count, size, digest.hexdigest(), facts)
     write_json(f"{path}.json", dataclasses.asdict(shard))
     return shard
@@ -83,18 +95,18 @@ def check_content(folder: str, plan: dict) -> None:
     """
     finished, begun = (os.path.join(folder, name) for name in (MANIFEST, PLAN))
     try:
-        os.makedirs(folder, exist_ok=True)
-        if os.path.exists(finished):
-            check_plan(folder, read_json(finished).get("plan", plan), plan)
-        elif os.path.exists(begun):
-            if glob.glob(os.path.join(glob.escape(folder), f"*{SUFFIX}.json")):
-                check_plan(folder, read_json(begun), plan)
-        elif set(os.listdir(folder)) - {LOCK, PLAN + NEW}:
-            raise InputError(f"--output: {folder} is not empty. Give another folder.")
-    except OSError as error:
-        raise InputError(
-            f"--output: {folder} cannot be written ({error.strerror}). Give another folder."
-        ) from None
+        is_finished = exists(finished)  # perhaps on a disk that is read-only by now
+    except OSError:  # `check_writable` reports it
+        is_finished = False
+    if not is_finished:
+        check_writable(folder, "--output")
+    if is_finished:
+        check_plan(folder, read_json(finished).get("plan", plan), plan)
+    elif exists(begun):
+        if any(name.endswith(f"{SUFFIX}.json") for name in list_names(folder)):
+            check_plan(folder, read_json(begun), plan)
+    elif any(not is_left_over(name) and name != PLAN + NEW for name in list_names(folder)):
+        raise InputError(f"--output: {folder} is not empty. Give another folder.")
 
 
 def begin(folder: str, plan: dict) -> None:
@@ -146,10 +158,10 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
     write_index(folder, [os.path.join(folder, s.file) for s in kept], [s.count for s in kept])
     write_json(os.path.join(folder, MANIFEST), manifest)
     for shard in shards:
-        os.remove(os.path.join(folder, f"{shard.file}.json"))
+        remove(os.path.join(folder, f"{shard.file}.json"))
         if not shard.count:
-            os.remove(os.path.join(folder, shard.file))
-    os.remove(os.path.join(folder, PLAN))
+            remove(os.path.join(folder, shard.file))
+    remove(os.path.join(folder, PLAN))
     return manifest
 
 
@@ -210,7 +222,7 @@ def open_images(folder: str) -> PreparedImages:
         InputError: the manifest is missing or of another kind, or a file is missing or truncated.
     """
     path = os.path.join(folder, MANIFEST)
-    if tf.io.gfile.exists(os.path.join(folder, PLAN)) and not tf.io.gfile.exists(path):
+    if exists(os.path.join(folder, PLAN)) and not exists(path):
         raise InputError(
             f"--data_dir: {folder} is not finished. Run the command that prepares it again: "
             "it continues where it stopped."
@@ -220,7 +232,8 @@ def open_images(folder: str) -> PreparedImages:
     try:
         found = manifest["kind"]
         files = manifest["shards"]
-        paths = [os.path.join(folder, file["file"]) for file in files]
+        names = [file["file"] for file in files]  # with their folder, if they lie elsewhere
+        paths = [name if is_remote(name) else os.path.join(folder, name) for name in names]
         sizes = [file["bytes"] for file in files]
         count = manifest["count"]
     except (KeyError, TypeError) as error:
@@ -232,16 +245,15 @@ def open_images(folder: str) -> PreparedImages:
             f"--data_dir: {path}, `kind` is {found!r}, but {IMAGES[1]!r} is needed here."
         )
     if any(path.endswith(OLD_SUFFIX) for path in paths):
-        parent = os.path.dirname(os.path.normpath(folder))
         raise InputError(
             f"--data_dir: {folder} was prepared by version 0.1.0, in a format that hosts cannot "
-            f"read by themselves. Convert it: python -m inputs.images.prepare --source={parent} "
-            "--output=NEW_FOLDER"
+            "read by themselves. Convert it: python -m inputs.images.prepare "
+            f"--source={parent(folder)} --output=NEW_FOLDER"
         )
     for shard, expected in zip(paths, sizes, strict=True):
         try:
-            size = tf.io.gfile.stat(shard).length
-        except tf.errors.OpError:
+            size = file_size(shard)
+        except OSError:
             size = "no"
         if size != expected:
             raise InputError(
@@ -262,8 +274,8 @@ def old_splits(folder: str) -> list[str]:
     return [
         split
         for split in ("train", "validation")
-        if tf.io.gfile.exists(os.path.join(folder, split, MANIFEST))
-        and tf.io.gfile.glob(os.path.join(folder, split, f"*{OLD_SUFFIX}"))
+        if exists(os.path.join(folder, split, MANIFEST))
+        and any(name.endswith(OLD_SUFFIX) for name in list_names(os.path.join(folder, split)))
     ]
 
 
@@ -275,11 +287,12 @@ def old_records(path: str) -> Iterator[tuple[bytes, int]]:
     """
     from array_record.python import array_record_module
 
-    try:
-        reader = array_record_module.ArrayRecordReader(path)
-        for index in range(reader.num_records()):
-            (record,) = reader.read([index])
-            features = tf.train.Example.FromString(record).features.feature
-            yield features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
-    except (RuntimeError, IndexError) as error:
-        raise InputError(f"{path} is damaged ({str(error).split(';')[0]}).") from None
+    with local_copy(path) as local:
+        try:
+            reader = array_record_module.ArrayRecordReader(local)
+            for index in range(reader.num_records()):
+                (record,) = reader.read([index])
+                features = tf.train.Example.FromString(record).features.feature
+                yield features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+        except (RuntimeError, IndexError) as error:
+            raise InputError(f"{path} is damaged ({str(error).split(';')[0]}).") from None

@@ -6,6 +6,7 @@ make sources from tars, TFRecords and CIFAR-10.
 
 import csv
 import dataclasses
+import io
 import itertools
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import PassedOver, file_state, list_folder, read_bytes, walk
+from inputs.files import PassedOver, file_state, list_folder, open_bytes, read_bytes, walk
 
 # Suffixes of image files, in lower case. TensorFlow decodes the formats of the first line, and
 # `conversion.py` converts the others. The format itself is detected from the content.
@@ -116,7 +117,7 @@ def read_csv(path: str, columns) -> Iterator[tuple[int, dict[str, str]]]:
         InputError: the file cannot be read, or a column or value is missing.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             missing = [name for name in columns if name not in (rows.fieldnames or ())]
             if missing:

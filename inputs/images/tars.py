@@ -6,7 +6,7 @@ import tarfile
 from typing import IO, NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import PassedOver, file_state
+from inputs.files import PassedOver, exists, file_state, open_bytes, parent
 from inputs.images import imagenet
 from inputs.images.sources import (
     Class,
@@ -51,8 +51,8 @@ def tar_source(
     """
     members = _read_members(path)
     table = f"{os.path.splitext(path)[0]}.csv"
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.exists(table):
+    folder = parent(path)
+    if exists(table):
         listed = read_classes(classes_csv or os.path.join(folder, "classes.csv"))
         return _source(path, split, _listed(path, table, listed, members), listed, PassedOver())
     classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(folder)
@@ -102,7 +102,7 @@ def _tar_of_tars(path, split, classes, members) -> Source:
     labels = labels_of(classes)
     passed_over = PassedOver()
     rows = []
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         for name, wnid in zip(names, wnids, strict=True):
             if wnid not in labels:
                 raise InputError(f"--source: {path}:{name} is not a class of the class list.")
@@ -121,7 +121,7 @@ def _tar_of_tars(path, split, classes, members) -> Source:
 def _source(path, split, rows, classes, passed_over) -> Source:
     def read(chosen):
         # Seeks to each file, because `tarfile` would read all headers again for each shard.
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             for name, label, place, _ in chosen:
                 file.seek(place.offset)
                 yield Item(f"{path}:{name}", file.read(place.size), label)
@@ -133,7 +133,7 @@ def _source(path, split, rows, classes, passed_over) -> Source:
 
 def _read_members(path) -> dict[str, Member]:
     try:
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             return _members_of(file, path)
     except OSError as error:
         raise InputError(f"--source: {path} cannot be read ({error.strerror}).") from None

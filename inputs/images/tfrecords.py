@@ -12,7 +12,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from inputs.errors import InputError
-from inputs.files import file_state, list_folder
+from inputs.files import exists, file_state, list_folder, read_bytes
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
 
 FILE_NAME = re.compile(
@@ -126,10 +126,10 @@ def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
     if classes_csv:
         return read_classes(classes_csv)
     listed = os.path.join(path, "label.labels.txt")
-    if not tf.io.gfile.exists(listed):
+    if not exists(listed):
         return None
-    with tf.io.gfile.GFile(listed) as file:
-        return [Class(name, name) for name in file.read().splitlines() if name]
+    names = read_bytes(listed, flag="--source").decode(errors="replace").splitlines()
+    return [Class(name, name) for name in names if name]
 
 
 def layout_of(path: str) -> Layout:

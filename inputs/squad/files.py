@@ -10,7 +10,7 @@ import zlib
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import read_bytes
+from inputs.files import is_folder, list_names, read_bytes
 
 SHOWN_CHARACTERS = 60  # of an answer, in a message
 
@@ -75,8 +75,11 @@ def find_files(data_dir: str) -> tuple[str, str]:
     if len(given) == 2:
         return given[0], given[1]
     found = []
-    if len(given) == 1 and os.path.isdir(given[0]):
-        names = sorted(os.listdir(given[0]))
+    try:
+        names = list_names(given[0]) if len(given) == 1 and is_folder(given[0]) else None
+    except OSError as error:
+        raise InputError(f"--data_dir: {given[0]} cannot be read ({error.strerror}).") from None
+    if names is not None:
         for split in ("train", "dev"):
             of_split = [name for name in names if name.startswith(split)]
             found.append([name for name in of_split if name.endswith((".json", ".json.gz"))])

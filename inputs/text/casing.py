@@ -12,7 +12,7 @@ import os
 import unicodedata
 
 from inputs.errors import InputError
-from inputs.files import read_json
+from inputs.files import exists, read_json
 
 # A vocabulary is cased if lower-casing changes more than this share of its pieces: it changes none
 # of bert-base-uncased, 30 % of bert-base-cased, and 0.1 % of Chinese vocabularies to which 26
@@ -47,13 +47,13 @@ def of_checkpoint(folder: str) -> tuple[bool, str] | None:
         InputError: the file cannot be read.
     """
     path = os.path.join(folder, RECIPE)
-    if os.path.exists(path):
+    if exists(path):
         recipe = read_json(path)
         # Runs of earlier versions do not have the field; all of them were lower-cased.
         value = recipe.get("lower_case", True) if isinstance(recipe, dict) else None
     else:
         path = os.path.join(folder, TOKENIZER)
-        if not os.path.exists(path):
+        if not exists(path):
             return None
         settings = read_json(path)
         value = settings.get("do_lower_case") if isinstance(settings, dict) else None

@@ -5,6 +5,7 @@ are made of runs of tokens, not of documents, so the tokens are laid out once mo
 graphs read in parts.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -256,6 +257,10 @@ def open_layout(home: str, fingerprint: str, cache: str = "") -> list[Corpus] | 
     return corpora
 
 
+class _Unchanged(Exception):
+    """The same documents are laid out already. Other processes may be reading the files."""
+
+
 def lay_out(
     home: str,
     folder: str,
@@ -264,7 +269,7 @@ def lay_out(
     records: BadRecords,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> str:
-    """Writes the arrays of both corpora of a prepared folder.
+    """Writes the arrays of both corpora of a prepared folder, unless the same are there.
 
     Args:
         home: the folder to write to.
@@ -284,7 +289,11 @@ def lay_out(
     dtypes = {"tokens": manifest["token_dtype"], "sentences": np.int64, "documents": np.int64}
     total = Fingerprint()
     paths = [os.path.join(home, LAYOUT, side) for side in SIDES]
-    with PagesWriter(paths[0], dtypes) as training, PagesWriter(paths[1], dtypes) as held_out:
+    with (
+        contextlib.suppress(_Unchanged),
+        PagesWriter(paths[0], dtypes) as training,
+        PagesWriter(paths[1], dtypes) as held_out,
+    ):
         sides = [_LayoutWriter(training, separator), _LayoutWriter(held_out, separator)]
         for shard in manifest["shards"]:
             for tokens, lengths in read_shard(folder, shard, manifest["token_dtype"], records):
@@ -293,6 +302,8 @@ def lay_out(
                 sides[key < below].add(tokens, lengths)
                 advance(len(tokens))
         records.end()
+        if open_layout(home, total.hexdigest()):
+            raise _Unchanged
         for side in sides:
             side.finish(total.hexdigest())
     return total.hexdigest()

@@ -2,14 +2,13 @@
 
 import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from xml.sax.saxutils import unescape
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import COMPRESSIONS
+from inputs.files import COMPRESSIONS, file_size, open_bytes
 from inputs.text.encoding import check_beginning
 from inputs.text.files import DAMAGE, JSON, WIKI, WIKI_JSON, compression_of, format_of, opened
 
@@ -78,7 +77,7 @@ def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]
     """Yields ("FILE, line N", line without its line end) of each line that is UTF-8."""
     offset, read = 0, 0
     try:
-        with open(path, "rb") as raw, opened(raw, path) as file:
+        with open_bytes(path) as raw, opened(raw, path) as file:
             for number, line in enumerate(_raw_lines(file, raw, path, records), start=1):
                 place = f"{path}, line {number}"
                 if number == 1:
@@ -125,7 +124,7 @@ def _raw_lines(file, raw, path: str, records: BadRecords) -> Iterator[bytes]:
             )
             return
         # Estimates the lines after the damage. What was cut off at the end is not known.
-        used, size = raw.tell(), os.path.getsize(path)
+        used, size = raw.tell(), file_size(path)
         lost = max(1, round(number * (size - used) / used))
         records.add_bad(
             f"{path}, up to line {number}: the {COMPRESSIONS[kind]} file is damaged ({error}).",

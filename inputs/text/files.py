@@ -15,7 +15,15 @@ from fnmatch import fnmatchcase
 from typing import IO
 
 from inputs.errors import InputError
-from inputs.files import COMPRESSIONS, PassedOver, walk
+from inputs.files import (
+    COMPRESSIONS,
+    PassedOver,
+    exists,
+    is_folder,
+    is_remote,
+    open_bytes,
+    walk,
+)
 from inputs.shards import is_prepared
 
 VOCABULARY = "vocab.txt"
@@ -92,7 +100,7 @@ def find_files(
         found: list[str] = []
         others: list[str] = []
         for path in _matches(entry, flag, passed_over):
-            if os.path.isdir(path):
+            if is_folder(path):
                 _check_not_prepared(path, flag)
                 candidates = _files_below(path, flag, passed_over)
             else:
@@ -123,16 +131,18 @@ def find_files(
 
 
 def _check_not_prepared(path, flag):
-    if is_prepared(path):
+    if is_prepared(path, flag):
         raise InputError(
             f"{flag}: {path} holds prepared shards (manifest.json), not text. Give such a "
             "folder as the only entry of --data_dir."
         )
 
 
-def _files_below(top, flag, passed_over):
+def _files_below(top, flag, passed_over, wanted=lambda folder: True):
     def enter(folder):
-        if is_prepared(folder):
+        if not wanted(folder):
+            return False
+        if is_prepared(folder, flag):
             passed_over["folder of prepared shards"] += 1
             return False
         return True
@@ -142,17 +152,26 @@ def _files_below(top, flag, passed_over):
 
 def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     """The files and folders that an entry names; in a glob, `**` matches any folders."""
-    if os.path.exists(entry):  # its name may contain brackets
-        return [entry]
+    try:
+        if exists(entry):  # its name may contain brackets
+            return [entry]
+    except OSError as error:
+        raise InputError(f"{flag}: {entry} cannot be read ({error.strerror}).") from None
     parts = entry.rstrip(os.sep).split(os.sep)
-    if "**" not in parts:
+    if "**" not in parts and not is_remote(entry):
         return sorted(glob.glob(entry))
     # `glob` itself would follow a link to a parent folder again and again.
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    top = os.sep.join(parts[:first]) or (os.sep if first else os.curdir)
-    if not os.path.isdir(top):
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), None)
+    if first is None:
         return []
-    found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over)]
+    top = os.sep.join(parts[:first]) or (os.sep if first else os.curdir)
+    if not is_folder(top):
+        return []
+
+    def enter(folder):
+        return _may_hold(os.path.relpath(folder, top).split(os.sep), parts[first:])
+
+    found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over, enter)]
     base = os.sep.join(parts[:first] + [""]) if first else ""
     # As in other globs, a folder that matches stands for all its files.
     return [
@@ -160,6 +179,12 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
         for path, names in ((path, path.split(os.sep)) for path in found)
         if any(_fits(names[: i + 1], parts[first:]) for i in range(len(names)))
     ]
+
+
+def _may_hold(folder: list[str], pattern: list[str]) -> bool:
+    """Whether a path in or below a folder may match a glob, or the folder itself does."""
+    size = len(folder)
+    return "**" in pattern or _fits(folder[: len(pattern)], pattern[:size])
 
 
 def _fits(path: list[str], pattern: list[str]) -> bool:
@@ -209,7 +234,7 @@ def format_of(path: str, by_name: bool = True) -> str:
 def _start(path: str) -> bytes:
     """The first line that is not blank; b"" if the file cannot be read."""
     try:
-        with open(path, "rb") as raw, opened(raw, path) as file:
+        with open_bytes(path) as raw, opened(raw, path) as file:
             lines = iter(lambda: file.readline(SNIFFED_BYTES), b"")
             return next((line for line in map(_stripped, lines) if line), b"")
     except (OSError, InputError, *DAMAGE):

@@ -16,11 +16,20 @@ from collections.abc import Callable, Sequence
 from inputs import process  # isort: split
 
 import numpy as np
-import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
-from inputs.files import LOCK, NEW, cache_folder, first_writable, locked
+from inputs.files import (
+    NEW,
+    cache_folder,
+    check_writable,
+    file_size,
+    first_writable,
+    is_left_over,
+    list_names,
+    locked,
+    open_bytes,
+)
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
 from inputs.text import casing, corpus, documents, unknown
@@ -95,7 +104,7 @@ def prepare(
     return prepare_documents(
         lambda advance: documents.read_documents(files, records, advance),
         [identity(file) for file in files],
-        sum(tf.io.gfile.stat(file).length for file in files),
+        sum(map(file_size, files)),
         load_vocabulary(vocab),
         output,
         records=records,
@@ -143,11 +152,7 @@ def prepare_documents(
 
     The other arguments, the return value and the errors are those of `prepare`.
     """
-    try:
-        tf.io.gfile.makedirs(output)
-    except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{flag}: {output} cannot be created: {reason}.") from None
+    check_writable(output, flag)
     with locked(output, flag, wait=wait):
         manifest = _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens)
         preparation = _Preparation(output, manifest, vocabulary.index(UNK), log)
@@ -219,7 +224,7 @@ def prepare_in_cache(
     if text:
         files = find_files(text, log=log)
         inputs = [identity(file) for file in files]
-        size = sum(tf.io.gfile.stat(file).length for file in files)
+        size = sum(map(file_size, files))
 
         def read(advance):
             return documents.read_documents(files, records, advance)
@@ -290,7 +295,9 @@ def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
         "inputs": inputs,
     }
     if known is None:
-        others = sorted(set(tf.io.gfile.listdir(output)) - {LOCK, MANIFEST + NEW})
+        others = [
+            name for name in list_names(output) if not is_left_over(name) and name != MANIFEST + NEW
+        ]
         if others:
             raise InputError(
                 f"{flag}: {output} has other content ({others[0]}). Choose an empty folder."
@@ -310,9 +317,9 @@ def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
 
 def identity(path: str) -> dict:
     """Identifies an input file by its name, its size, and the hash of both ends."""
-    size = tf.io.gfile.stat(path).length
+    size = file_size(path)
     ends = hashlib.blake2b(digest_size=8)
-    with tf.io.gfile.GFile(path, "rb") as file:
+    with open_bytes(path) as file:
         ends.update(file.read(COMPARED_BYTES))
         file.seek(max(0, size - COMPARED_BYTES))
         ends.update(file.read())

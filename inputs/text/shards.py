@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import read_json, write_json
+from inputs.files import exists, local_copy, read_json, write_json
 from inputs.shards import (
     MANIFEST,
     OLD_SUFFIX,
@@ -145,7 +144,7 @@ def read_shard(
 
 
 def _read_documents(path, shard, dtype, records):
-    if not tf.io.gfile.exists(path):
+    if not exists(path):
         records.add_bad(f"{path} is missing, but the manifest lists it.", shard["documents"])
         return
     seen = 0
@@ -172,17 +171,18 @@ def _read_array_record(path):
     """`inputs.shards.read_records` for a file of version 0.1.0; places are numbers of records."""
     from array_record.python import array_record_module
 
-    try:
-        reader = array_record_module.ArrayRecordReader(path)
-        count = reader.num_records()
-    except RuntimeError:
-        return
-    for index in range(count):
+    with local_copy(path) as local:
         try:
-            (record,) = reader.read([index])
-        except (RuntimeError, IndexError):
-            record = None
-        yield index, record
+            reader = array_record_module.ArrayRecordReader(local)
+            count = reader.num_records()
+        except RuntimeError:
+            return
+        for index in range(count):
+            try:
+                (record,) = reader.read([index])
+            except (RuntimeError, IndexError):
+                record = None
+            yield index, record
 
 
 def _decode(record, dtype):

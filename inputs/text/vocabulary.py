@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 
 from inputs.errors import InputError
-from inputs.files import atomic_write
+from inputs.files import atomic_write, read_file
 from inputs.text.encoding import check_beginning
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -27,8 +27,7 @@ def load_vocabulary(path: str) -> list[str]:
             repeated piece.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_file(path)
         check_beginning(path, content, flag="--vocab")
         # Ids are line numbers, so only line ends may separate lines.
         lines = content.decode("utf-8-sig").replace("\r\n", "\n")

@@ -128,6 +128,15 @@ def test_images_are_classified(tmp_path, capsys):
     assert client.main([folder, *map(str, paths)]) == 0
     expected = f"  {paths[0]}: cat 90 %, dog 10 %\n  {paths[1]}: no image\n"
     assert capsys.readouterr().out == expected
+    with tf.io.gfile.GFile("ram://client.jpg", "wb") as file:
+        file.write(b"image")
+    assert client.main([folder, "ram://client.jpg"]) == 0
+    assert capsys.readouterr().out == "  ram://client.jpg: cat 90 %, dog 10 %\n"
+    for arguments in (["foo://model", str(paths[0])], [folder, "foo://a.jpg"]):
+        assert client.main(arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"export.client: {arguments[arguments[0] == folder]} cannot be ")
+        assert "File system scheme 'foo' not implemented" in said and said.count("\n") == 1
     assert client.main([folder, str(tmp_path / "missing.jpg")]) == 1
     expected = f"export.client: {tmp_path}/missing.jpg cannot be read: No such file or directory.\n"
     assert capsys.readouterr().err == expected

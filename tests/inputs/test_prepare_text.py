@@ -254,6 +254,10 @@ def test_a_flipped_byte_loses_one_document_or_stops(folder):
     assert len(training.documents) + len(held_out.documents) - 2 == 149
     assert fingerprint != before
     assert "1 of 150 records were damaged" in said[-1]
+    # The next start reads the shards again, and leaves the files alone that another run reads.
+    path = folder / "pages/training/tokens"
+    kept = path.stat().st_ino
+    assert load(folder)[3] == fingerprint and path.stat().st_ino == kept
 
 
 @pytest.mark.parametrize("size", [None, 0, 100])

@@ -1,9 +1,11 @@
 """SQuAD files, their mistakes, and the metric."""
 
+import gzip
 import json
 
 import pytest
 
+from inputs import files as storage
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.squad import examples
@@ -169,6 +171,19 @@ def test_utf_16_is_json_too(tmp_path):
     for encoding in ("utf-8-sig", "utf-16", "utf-32-le"):
         (tmp_path / "x.json").write_bytes(json.dumps(GOOD).encode(encoding))
         assert squad.read_squad(str(tmp_path / "x.json")).contexts == ["Ada wrote it in 1843."]
+
+
+def test_files_on_object_storage():
+    folder = "ram://squad/data"
+    storage.make_folder(folder)
+    for name in ("train-v1.1.json.gz", "dev-v1.1.json"):
+        content = json.dumps(GOOD).encode()
+        with storage.atomic_write(f"{folder}/{name}", "wb") as file:
+            file.write(gzip.compress(content) if name.endswith(".gz") else content)
+    training, dev = squad.find_files(folder)
+    assert squad.read_squad(training).contexts == squad.read_squad(dev).contexts
+    with pytest.raises(InputError, match=r"^--data_dir: foo://a cannot be read \(this Tensor"):
+        squad.find_files("foo://a")
 
 
 def test_files_are_found_or_named(tmp_path):

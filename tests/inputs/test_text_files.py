@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+from inputs import files as storage
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.text import files
@@ -225,3 +226,38 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "scandir", refuse)
     with pytest.raises(InputError, match="--data_dir: .*secret cannot be read .Permission denied"):
         read(tmp_path)
+
+
+def test_text_on_object_storage_is_found_and_read(monkeypatch):
+    """Files, globs and folders; a glob reads no folder in which nothing can match."""
+    top = "ram://text/data"
+    contents = {
+        "a.txt": b"A.\n\nB.\n",
+        "deep/b.txt.gz": gzip.compress(b"C.\n"),
+        "deep/c.bz2": b"",
+        "deep/down/d.jsonl.xz": lzma.compress(b'{"text": "D."}\n'),
+        "other/e.txt": b"E.\n",
+        ".hidden/f.txt": b"F.\n",
+    }
+    for name, content in contents.items():
+        storage.make_folder(os.path.dirname(f"{top}/{name}"))
+        with storage.atomic_write(f"{top}/{name}", "wb") as file:
+            file.write(content)
+    names, said = found(top)
+    assert names == ["a.txt", "deep/b.txt.gz", "deep/down/d.jsonl.xz", "other/e.txt"]
+    assert said == [f"{top}: 4 files to read; 2 passed over: 1 × hidden, 1 × .bz2"]
+    assert read(top) == [["A."], ["B."], ["C."], ["D."], ["E."]]
+    assert found(f"{top}/**/*.gz", top)[0] == ["deep/b.txt.gz"]
+    listed = []
+    scan = storage.remote.list_folder
+    monkeypatch.setattr(
+        storage.remote, "list_folder", lambda path: listed.append(path) or scan(path)
+    )
+    assert found(f"{top}/d*/*.gz", top)[0] == ["deep/b.txt.gz"]
+    assert listed == [top, f"{top}/deep"]
+    assert found(f"{top}/d*", top)[0] == ["deep/b.txt.gz", "deep/down/d.jsonl.xz"]
+    for entry in (f"{top}/none.txt", f"{top}/*.text"):
+        with pytest.raises(InputError, match="does not exist, or holds no text"):
+            files.find_files(entry)
+    with pytest.raises(InputError, match=r"^--data_dir: foo://a/b cannot be read \(this Tensor"):
+        files.find_files("foo://a/b")

@@ -189,6 +189,14 @@ def test_little_disk_space_and_memory(tmp_path, monkeypatch):
     assert memory.level == "error" and memory.fix
 
 
+def test_a_model_dir_on_object_storage_is_written_to():
+    storage, disk, *_ = doctor.check_machine("ram://doctor/run")
+    assert storage.level == "ok" and storage.message == "ram://doctor/run can be written"
+    assert disk.check == "Disk"
+    storage, *_ = doctor.check_machine("foo://doctor/run")
+    assert storage.level == "error" and "no file system for foo://" in storage.message
+
+
 def test_this_environment_can_train(monkeypatch, capsys):
     """Runs all checks, with the probe in a child process."""
     monkeypatch.setattr(doctor, "check_versions", lambda *arguments: [])  # versions may be newer

@@ -12,6 +12,7 @@ import types
 import pytest
 
 import recipes
+from inputs import files
 from inputs.errors import InputError
 from preflight import children as preflight_children
 from preflight import document, picture, report
@@ -112,6 +113,17 @@ def test_each_slice_is_compiled_as_itself(monkeypatch):
     assert sorted(compiled, key=str) == sorted(
         [(None, "v3:2x2"), (None, "v5e:2x2"), *steps], key=str
     )
+
+
+def test_results_are_written_to_object_storage(ram, monkeypatch):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    recipe = recipes.find_recipe("bert-mini-demo")
+    assert preflight.run(recipe, "v3:2x2", json_path=f"{ram}/new/rows.json", log=print) == 0
+    assert [row["topology"] for row in files.read_json(f"{ram}/new/rows.json")]
+    assert files.read_file(f"{ram}/new/rows.png").startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="preflight_json=foo://a/b.json: .* no file system for"):
+        preflight.run(recipe, "v3:2x2", json_path="foo://a/b.json", log=pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png"])

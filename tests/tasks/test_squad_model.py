@@ -10,6 +10,7 @@ from official.nlp.modeling import models as tfm_models
 from official.nlp.modeling import networks
 
 from export import weights
+from inputs import remote
 from inputs.errors import InputError
 from inputs.squad import files as squad
 from inputs.text.vocabulary import SPECIAL_TOKENS, save_vocabulary
@@ -126,6 +127,23 @@ def test_checkpoints_of_tf_models_are_read(layout, tmp_path):
     theirs = encoder(inputs)
     for key in ("sequence_output", "pooled_output"):
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-5)
+
+
+def test_a_checkpoint_on_object_storage_is_read(tmp_path, ram):
+    """By its folder and by its prefix, which ram:// takes for a folder."""
+    tf.train.Checkpoint(encoder=tfm_encoder()).write(str(tmp_path / "bert_model.ckpt"))
+    expected = initial_weights.read_encoder(initial_weights.find_encoder(str(tmp_path)))
+    for path in tmp_path.iterdir():
+        remote.upload(f"{ram}/{path.name}", path.read_bytes())
+    for init_from in (ram, f"{ram}/bert_model.ckpt"):
+        saved = initial_weights.find_encoder(init_from)
+        assert saved.vocabulary_file == f"{ram}/vocab.txt"
+        tf.nest.map_structure(
+            np.testing.assert_array_equal, expected, initial_weights.read_encoder(saved)
+        )
+    remote.upload(f"{ram}/bert_model.ckpt.index", b"garbage")
+    with pytest.raises(InputError, match="bert_model.ckpt cannot be read"):
+        initial_weights.find_encoder(ram)
 
 
 def test_tf_models_can_read_exported_weights(tmp_path):

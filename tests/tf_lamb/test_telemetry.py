@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import pathlib
 import sys
 
 import keras
@@ -15,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tf_lamb import telemetry
-from tf_lamb.telemetry import TelemetryWriter, TrustRatioAlarm, draw_heat_map
+from tf_lamb.telemetry import TelemetryWriter, TrustRatioAlarm, draw_heat_map, read_records
 
 COLUMNS = ("weight_norm", "update_norm", "ratio")
 
@@ -76,6 +77,37 @@ def test_only_every_nth_step_is_written(keras3, tmp_path):
         resumed.write(step)
     assert [record["step"] for record in records(tmp_path)] == [10, 20, 30, 40, 52]
     assert [path.name for path in tmp_path.iterdir()] == ["trust_ratios.jsonl"]
+
+
+def test_records_on_object_storage_are_segments(keras3, tmp_path):
+    """One for each flush; together they are read like one file, also when copied to a disk."""
+    folder = "ram://telemetry/logs"
+    run = make_run(keras3)
+    for steps in ((1, 2), (3, 4)):
+        writer = TelemetryWriter(folder, run.optimizer)
+        for step in steps:
+            writer.write(step)
+        assert len(tf.io.gfile.glob(f"{folder}/trust_ratios-*.jsonl")) == steps[0] - 1
+        writer.flush()
+        writer.write(steps[-1] + 10)
+        writer.close()
+    assert len(tf.io.gfile.glob(f"{folder}/trust_ratios-*.jsonl")) == 4
+    expected = [1, 2, 12, 3, 4, 14]
+    path = f"{folder}/trust_ratios.jsonl"
+    assert [record["step"] for record in read_records(path)] == expected
+    (tmp_path / "trust_ratios.jsonl").write_text('{"step": 0, "layers": {}}\nhalf a li')
+    for name in tf.io.gfile.listdir(folder):
+        if name.endswith(".jsonl"):
+            with tf.io.gfile.GFile(f"{folder}/{name}") as file:
+                (tmp_path / name).write_text(file.read())
+    copied = tmp_path / "trust_ratios.jsonl"
+    assert [record["step"] for record in read_records(copied)] == [0, *expected]
+    TelemetryWriter(folder, run.optimizer, tensorboard=False).heat_map()
+    with tf.io.gfile.GFile(f"{folder}/trust_ratios.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+    assert tf.io.gfile.glob(f"{folder}/events*") and not pathlib.Path("ram:").exists()
+    with pytest.raises(FileNotFoundError):
+        list(read_records("ram://nowhere/trust_ratios.jsonl"))
 
 
 def test_alarms_name_step_and_layer(flavour, tmp_path, caplog):

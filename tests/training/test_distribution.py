@@ -21,7 +21,7 @@ import pytest
 import tensorflow as tf
 
 from training import strategy
-from training.checkpoint.manager import saved_step
+from training.checkpoint.manager import CheckpointManager, saved_step
 from training.monitor.progress import read_rows
 from training.run import Run
 
@@ -35,10 +35,10 @@ SECONDS = 240  # timeout of a process
 
 
 @contextlib.contextmanager
-def workers(*flags, second=()):
+def workers(*flags, second=(), program=(str(ROOT / "train.py"),)):
     """Yields two processes of train.py that train together, and kills them at the end.
 
-    `second` are additional flags of the second process.
+    `second` are additional flags of the second process; `program` are the arguments of Python.
     """
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):
@@ -51,7 +51,8 @@ def workers(*flags, second=()):
             config = {"cluster": {"worker": addresses}, "task": task}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, str(ROOT / "train.py"), *flags, *(second if index else ())],
+                    [sys.executable, *program, *flags, *(second if index else ())],
+                    cwd=ROOT,
                     env=os.environ | {"TF_CONFIG": json.dumps(config)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -172,6 +173,61 @@ def test_workers_with_different_commands_are_refused(exact, tmp_path):
             _, said = process.communicate(timeout=SECONDS)
             assert process.returncode == 1, said
             assert "TF_CONFIG: the workers differ in seed. Give all the same command" in said
+
+
+AGREEING = """
+import sys
+import tensorflow as tf
+from inputs.errors import InputError
+from training import strategy
+from training.checkpoint.manager import CheckpointManager
+
+where = tf.distribute.MultiWorkerMirroredStrategy()
+worker = where.cluster_resolver.task_id
+print(*(strategy.max_over_workers(where, value) for value in (worker, not worker, 0.5 - worker)))
+with where.scope():
+    step = tf.Variable(0, dtype=tf.int64)
+checkpoint = tf.train.Checkpoint(step=step)
+manager = CheckpointManager(
+    checkpoint, sys.argv[1], step=step, save_every_steps=1, keep=9,
+    agree=lambda newest: strategy.max_over_workers(where, newest),
+    check_agreement=lambda found: strategy.check_workers_agree(where, checkpoint=found),
+)
+if worker:  # an old listing
+    manager.store._names = lambda: ["ckpt-10.complete"]
+print(manager.store.newest())
+for _ in range(2):  # at the start, and at a rollback
+    step.assign(0)
+    manager.restore_or_initialize()
+    print(int(step.numpy()))
+if worker:
+    manager.store.has = lambda step: step == 10
+try:
+    manager.restore_or_initialize()
+except InputError as error:
+    print(error)
+"""
+
+
+def test_workers_restore_the_same_checkpoint_where_one_sees_an_old_listing(tmp_path):
+    folder = f"file://{tmp_path}"
+    step = tf.Variable(0, dtype=tf.int64)
+    manager = CheckpointManager(
+        tf.train.Checkpoint(step=step), folder, step=step, save_every_steps=1, keep=9
+    )
+    for value in (10, 20):
+        step.assign(value)
+        manager.save()
+    (tmp_path / "checkpoint").unlink()
+    with workers(folder, program=("-c", "import training.checkpoint.manager as m\n"
+                 "m.APPEAR_SECONDS = 0.1\n" + AGREEING)) as processes:  # fmt: skip
+        for newest, process in zip((20, 10), processes, strict=True):
+            printed, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, said
+            first, second, *restored, refused = printed.splitlines()
+            assert (first, second) == ("1 True 0.5", str(newest))
+            assert restored == ["20", "20"]
+            assert refused.startswith("TF_CONFIG: the workers differ in checkpoint. Give all")
 
 
 def test_dropout_of_a_resumed_run_is_bit_identical(until, mirrored, text, tmp_path):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 import recipes
+from inputs import files
 from inputs.errors import InputError
 from training.monitor.mllog import MLPerfLog
 
@@ -78,6 +79,21 @@ def test_the_events_are_in_the_order_of_the_run(bert_log):
     assert by_key["run_stop"]["metadata"]["status"] == "success"
     times = [event["time_ms"] for event in events(bert_log) if event["key"] in order.split()]
     assert times == sorted(times)
+
+
+def test_a_log_on_object_storage_is_the_same(ram, tmp_path):
+    """Each line is there at once, and a log that exists is refused."""
+    local = write(tmp_path / "log", BERT, [(9_972, 0.7201)])
+    log = MLPerfLog(f"{ram}/log", BERT, platform="a test", seed=1, started=time.perf_counter())
+    assert b'"cache_clear"' in files.read_file(f"{ram}/log")
+    log.close()
+    assert not files.exists(f"{ram}/log")  # of a run that did not begin
+    write(f"{ram}/log", BERT, [(9_972, 0.7201)])
+    (tmp_path / "copy").write_bytes(files.read_file(f"{ram}/log"))
+    keys = [[event["key"] for event in events(path)] for path in (local, tmp_path / "copy")]
+    assert keys[0] == keys[1] and complaints(tmp_path / "copy", LAST_RULES["bert"]) == []
+    with pytest.raises(InputError, match=r"cannot be created \(File exists\)"):
+        write(f"{ram}/log", BERT, [(9_972, 0.7201)])
 
 
 @pytest.mark.parametrize(

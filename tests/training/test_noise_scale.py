@@ -13,7 +13,7 @@ from preflight import plan
 from recipes.types import Phase
 from tf_lamb.tf_keras import LARS
 from training.monitor import noise_scale
-from training.monitor.progress import append_row
+from training.monitor.progress import Rows
 from training.step import ReplicaStep
 
 WIDTH, DISTANCE, DEVIATION, BATCH, STEPS = 50, 2.0, 3.0, 16, 400
@@ -59,7 +59,7 @@ def test_the_noise_scale_is_estimated_from_micro_batches(mirrored, accumulation,
     assert means["gradient_signal"] == pytest.approx(DISTANCE**2, rel=0.06)
     assert means["gradient_noise"] == pytest.approx(SCALE * DISTANCE**2, rel=0.02)
     assert means["noise_scale"] == pytest.approx(SCALE, rel=0.06)
-    append_row(tmp_path / "history.jsonl", {"step": 1, "phase": 1} | means)
+    Rows(tmp_path / "history.jsonl").append({"step": 1, "phase": 1} | means)
     assert plan.parse_noise_scale(str(tmp_path)) == pytest.approx(means["noise_scale"])
 
 
@@ -119,6 +119,6 @@ def test_the_planner_takes_a_number_or_a_run_that_measured(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert noise_scale.measured(str(tmp_path)) == 60.0  # (40 + 20) / (2 - 1)
-    append_row(path, {"step": 5, "phase": 2, "gradient_signal": -3.0, "gradient_noise": 1.0})
+    Rows(path).append({"step": 5, "phase": 2, "gradient_signal": -3.0, "gradient_noise": 1.0})
     with pytest.raises(InputError, match="lost in its noise"):
         noise_scale.measured(str(tmp_path))

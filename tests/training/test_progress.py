@@ -26,8 +26,7 @@ from training.monitor import mfu, plot
 from training.monitor.progress import (
     Machine,
     Progress,
-    append_row,
-    drop_rows_after,
+    Rows,
     format_left,
     format_row,
     make_display,
@@ -132,14 +131,14 @@ def test_unknown_peak_gives_no_mfu_and_skipped_steps_give_no_loss(tmp_path, cloc
 
 def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
     path = tmp_path / "history.jsonl"
-    append_row(path, {"step": 1, "loss": float("nan")})
-    append_row(path, {"step": 2, "loss": 1.0})
+    Rows(path).append({"step": 1, "loss": float("nan")})
+    Rows(path).append({"step": 2, "loss": 1.0})
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')  # the process was killed here
     for line in path.read_text().splitlines()[:2]:
         json.loads(line, parse_constant=pytest.fail)
     assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
-    drop_rows_after(path, 1)
+    Rows(path).drop_after(1)
     assert path.read_text() == '{"step": 1, "loss": null}\n'
 
 
@@ -339,8 +338,7 @@ def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
         gradients = [tf.ones(v.shape) for v in model.trainable_variables]
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         ratios({})
-        append_row(
-            str(tmp_path / "history.jsonl"),
+        Rows(tmp_path / "history.jsonl").append(
             {"step": step, "loss": 1.0, "learning_rate": 0.1, "examples_per_second": 5.0},
         )
     ratios.close()
@@ -367,10 +365,10 @@ def write_run(folder, losses, accuracies=(), speeds=None):
     for i, loss in enumerate(losses):
         row = {"step": 10 * (i + 1), "phase": 1, "loss": loss, "learning_rate": 0.1}
         row["examples_per_second"] = (speeds or [5.0] * len(losses))[i]
-        append_row(folder / "history.jsonl", row | ({"input_wait_share": 0.1} if i else {}))
+        Rows(folder / "history.jsonl").append(row | ({"input_wait_share": 0.1} if i else {}))
     for i, accuracy in enumerate(accuracies):
         row = {"step": 20 * (i + 1), "loss": losses[-1], "masked_accuracy": accuracy}
-        append_row(folder / "evaluations.jsonl", row | {"masked_loss": losses[-1]})
+        Rows(folder / "evaluations.jsonl").append(row | {"masked_loss": losses[-1]})
     return str(folder)
 
 

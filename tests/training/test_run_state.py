@@ -174,7 +174,7 @@ def test_a_worker_whose_temporary_folder_is_full_names_it(tmp_path, monkeypatch)
     small = Small(tmp_path / "run")
     small.manager._scratch = str(tmp_path / "worker-1/scratch")
 
-    def full(prefix, options):
+    def full(step, options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(small.manager, "_write", full)
@@ -224,16 +224,14 @@ def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, mo
             for name in ("replace", "link", "remove"):
                 patch.setattr(manager.os, name, counting(getattr(os, name)))
             try:
-                BestCheckpoint(small.manager, ACCURACY)._keep(
-                    str(folder / "ckpt-20"), {"accuracy": 0.9}
-                )
+                BestCheckpoint(small.manager, ACCURACY)._keep(20, {"accuracy": 0.9})
                 killed = False
             except Killed:
                 killed = True
         best = folder / "best"
         assert manager.read_error(tf.train.latest_checkpoint(best)) is None, operation
         # The next evaluation goes on from what is there.
-        BestCheckpoint(small.manager, ACCURACY)._keep(str(folder / "ckpt-30"), {"accuracy": 1.0})
+        BestCheckpoint(small.manager, ACCURACY)._keep(30, {"accuracy": 1.0})
         assert saved_steps(str(best)) == [30] and not list(best.glob("*.new"))
         assert manager.read_error(str(folder / "ckpt-20")) is None
         return killed

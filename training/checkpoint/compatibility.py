@@ -7,7 +7,7 @@ import json
 import os
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, check_writable
+from inputs.files import atomic_write, check_writable, read_file, read_json
 from recipes.types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from training.checkpoint.manager import saved_steps
 
@@ -102,9 +102,8 @@ def has_earlier_order(model_dir: str) -> bool:
     if not saved_steps(model_dir):
         return False
     try:
-        with open(os.path.join(model_dir, RUN_CONFIG), encoding="utf-8") as file:
-            return json.load(file).get("format", 1) < ORDER_OF_LANES
-    except (OSError, ValueError, AttributeError):  # `check_compatible` reports it
+        return read_json(os.path.join(model_dir, RUN_CONFIG)).get("format", 1) < ORDER_OF_LANES
+    except (InputError, TypeError, AttributeError):  # `check_compatible` reports it
         return False
 
 
@@ -145,8 +144,7 @@ def _read_settings(model_dir: str, recipe) -> dict:
         InputError: the file cannot be read, or a later version wrote it.
     """
     try:
-        with open(os.path.join(model_dir, RUN_CONFIG), encoding="utf-8") as file:
-            settings = json.load(file)
+        settings = json.loads(read_file(os.path.join(model_dir, RUN_CONFIG)))
         written = settings.get("format", 1)
         phases = [_defaults(recipe.phases[0]) | phase for phase in settings["phases"]]
         settings = _defaults(recipe) | FOUND_OUT | settings | {"phases": phases}

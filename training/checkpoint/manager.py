@@ -1,29 +1,29 @@
-"""Checkpoints on disk. Each is written to a hidden folder, read back, and then made visible.
+"""Saves and restores checkpoints, each of which is read back before it becomes visible.
 
-MODEL_DIR/ckpt-STEP.index and .data-*   the newest checkpoints
-MODEL_DIR/best/                         the checkpoint with the best evaluation, and its metrics
-MODEL_DIR/damaged/                      checkpoints that could no longer be read
-MODEL_DIR/.saving/                      the checkpoint that is being written
+MODEL_DIR/ckpt-STEP.*   the newest checkpoints; see `training.checkpoint.stores`
+MODEL_DIR/best/         the checkpoint with the best evaluation, and its metrics
+MODEL_DIR/damaged/      checkpoints that could no longer be read
 """
 
 import contextlib
 import errno
-import glob
 import json
 import math
 import os
 import re
-import shutil
+import time
 
 import tensorflow as tf
 
-from inputs.errors import InputError
-from inputs.files import atomic_file, atomic_write
+from inputs import files
+from inputs.errors import InputError, first_line
+from inputs.files import atomic_write, is_remote
+from training.checkpoint.stores import Store, open_store, read_error
 
-SAVING = ".saving"
-DAMAGED = "damaged"
 BEST = "best"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# A shared disk may show a worker only after some seconds what another one has written.
+APPEAR_SECONDS = 10.0
 
 
 class SaveFailed(Exception):
@@ -37,7 +37,7 @@ def describe_disk_error(error: Exception) -> str | None:
 
 
 def saved_steps(model_dir: str) -> list[int]:
-    """Returns the steps of the visible checkpoints in ascending order, from their file names.
+    """Returns the steps of the visible checkpoints in ascending order.
 
     Raises:
         InputError: the folder has a checkpoint of another program.
@@ -48,8 +48,7 @@ def saved_steps(model_dir: str) -> list[int]:
             f"--model_dir: {model_dir} holds a checkpoint of another program, "
             f"{os.path.basename(newest)}. Choose another folder."
         )
-    names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
-    return sorted(int(found[1]) for n in names if (found := re.fullmatch(r"ckpt-(\d+)\.index", n)))
+    return open_store(model_dir).steps()
 
 
 def saved_step(model_dir: str) -> int:
@@ -57,104 +56,9 @@ def saved_step(model_dir: str) -> int:
     return max(saved_steps(model_dir), default=0)
 
 
-def read_error(prefix: str) -> str | None:
-    """Reads all tensors, which checks their CRC-32C; returns the error's message, or None."""
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)
-    except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def write_checkpoint_state(folder: str, names: list[str]) -> None:
-    """Writes the file that `tf.train.latest_checkpoint` reads: a `CheckpointState` as text.
-
-    Args:
-        folder: of the checkpoints.
-        names: of the checkpoints, oldest first.
-    """
-    lines = [f'model_checkpoint_path: "{names[-1]}"']
-    lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
-    path = os.path.join(folder, "checkpoint")
-    with atomic_write(path) as file:
-        file.writelines(f"{line}\n" for line in lines)
-
-
 def recover(model_dir: str, log) -> None:
-    """Deletes the unfinished files of a killed run, and moves damaged checkpoints to damaged/.
-
-    Checks from the newest checkpoint back to the first one that can be read. Call it only in the
-    process that holds the folder's lock.
-
-    Args:
-        model_dir: folder of the checkpoints.
-        log: takes a line about each damaged checkpoint.
-
-    Raises:
-        InputError: there are checkpoints, and none of them can be read.
-    """
-    shutil.rmtree(os.path.join(model_dir, SAVING), ignore_errors=True)
-    steps = saved_steps(model_dir)
-    for path in glob.glob(os.path.join(glob.escape(model_dir), "ckpt-*")):
-        # The index is renamed last and deleted first, so files without an index are unfinished.
-        if not os.path.exists(re.sub(r"\.(data-|index\.new).*$", ".index", path)):
-            os.remove(path)
-    errors = {}
-    for step in reversed(steps):
-        reason = read_error(_prefix(model_dir, step))
-        if reason is None:
-            break
-        errors[step] = reason
-    if errors and len(errors) == len(steps):
-        raise InputError(
-            f"--model_dir: none of the checkpoints in {model_dir} can be read; the newest, "
-            f"ckpt-{steps[-1]}: {errors[steps[-1]]}. Restore the folder from a copy, or choose "
-            "another one."
-        )
-    for step, reason in errors.items():
-        folder = os.path.join(model_dir, DAMAGED)
-        os.makedirs(folder, exist_ok=True)
-        _move(_prefix(model_dir, step), folder)
-        log(f"Checkpoint ckpt-{step} is damaged ({reason}); it was moved to {folder}")
-
-
-def _prefix(folder: str, step: int) -> str:
-    return os.path.join(folder, f"ckpt-{step}")
-
-
-def _files(prefix: str) -> list[str]:
-    """The files of a checkpoint, the index last."""
-    return [*sorted(glob.glob(glob.escape(prefix) + ".data-*")), f"{prefix}.index"]
-
-
-def _move(prefix: str, folder: str) -> None:
-    """Moves a checkpoint; an index is only present in a folder if its data files are, too."""
-    target = os.path.join(folder, os.path.basename(prefix))
-    files = _files(prefix)
-    if os.path.exists(f"{target}.index"):
-        _delete(target)
-    if os.path.exists(files[-1]):
-        os.replace(files[-1], f"{target}.index.new")
-    for path in files[:-1]:
-        os.replace(path, os.path.join(folder, os.path.basename(path)))
-    if os.path.exists(f"{target}.index.new"):
-        os.replace(f"{target}.index.new", f"{target}.index")
-    _sync(folder)
-
-
-def _delete(prefix: str) -> None:
-    for path in reversed(_files(prefix)):
-        os.remove(path)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """See `training.checkpoint.stores.Store.recover`."""
+    open_store(model_dir).recover(log)
 
 
 class CheckpointManager(tf.train.CheckpointManager):
@@ -169,9 +73,27 @@ class CheckpointManager(tf.train.CheckpointManager):
         keep: how many of the newest checkpoints are kept.
         scratch: None in the chief. In another worker, a folder that no other process uses: saving
             is a collective operation, so this worker writes there and deletes the files.
+        check: raises if this process must not write to `model_dir` any more; see `files.locked`.
+        before_write: called before a checkpoint is written, to write what belongs to it. (Not
+            after it: a complete checkpoint is used after a kill, even if it was not visible yet.)
+        agree: `(step) -> step`, the largest of the steps that the workers pass to it.
+        check_agreement: `(step) -> None`, raises unless all workers pass the same step.
     """
 
-    def __init__(self, checkpoint, model_dir, *, step, save_every_steps, keep, scratch=None):
+    def __init__(
+        self,
+        checkpoint,
+        model_dir,
+        *,
+        step,
+        save_every_steps,
+        keep,
+        scratch=None,
+        check=lambda: None,
+        before_write=lambda: None,
+        agree=lambda step: step,
+        check_agreement=lambda step: None,
+    ):
         super().__init__(
             checkpoint,
             model_dir,
@@ -181,12 +103,22 @@ class CheckpointManager(tf.train.CheckpointManager):
         )
         self._keep = keep
         self._scratch = scratch
+        self.check = check
+        self._before_write = before_write
+        self._agree = agree
+        self._check_agreement = check_agreement
         self._saved: int | None = None  # the step of the last checkpoint written or read
+        self.store: Store = open_store(self.directory, check)
 
     @property
     def checkpoints(self):
         """The prefixes of the visible checkpoints, oldest first."""
-        return [_prefix(self.directory, step) for step in saved_steps(self.directory)]
+        return [self.store.prefix(step) for step in self.store.steps()]
+
+    @property
+    def saved(self) -> int | None:
+        """The step of the last checkpoint that was written or read."""
+        return self._saved
 
     @property
     def latest_checkpoint(self):
@@ -207,49 +139,69 @@ class CheckpointManager(tf.train.CheckpointManager):
         due = step // every > (self._saved or 0) // every
         if step == self._saved or (check_interval and not due):
             return None
-        folder = self._scratch or os.path.join(self.directory, SAVING)
         try:
-            self._write(_prefix(folder, step), options)
+            self._write(step, options)
         except (OSError, tf.errors.OpError) as error:
-            kept = saved_steps(self.directory)
-            last = f"the last good one is of step {kept[-1]}" if kept else "there is no earlier one"
-            fix = "Free some space or repair the disk"
-            if self._scratch:
-                fix += ", or set TMPDIR to a folder on another one"
-            raise SaveFailed(
-                f"{self._scratch or self.directory}: the checkpoint of step {step} could not be "
-                f"written ({describe_disk_error(error) or error}); {last}. {fix}; the same command "
-                "resumes from there."
-            ) from None
+            raise SaveFailed(self._describe_failure(step, error)) from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what is left here is removed by `recover`
+                if self._scratch:
+                    files.remove_folder(self._scratch)
+                else:
+                    self.store.discard(step)
         self._saved = step
-        return _prefix(self.directory, step)
+        return self.store.prefix(step)
 
-    def _write(self, prefix: str, options) -> None:
-        self.checkpoint.write(prefix, options)
+    def _describe_failure(self, step: int, error: Exception) -> str:
+        reason = describe_disk_error(error) or error
+        if isinstance(error, OSError) and is_remote(self.directory):
+            reason = error.strerror or error
+        kept: list[int] = []
+        with contextlib.suppress(OSError):
+            kept = self.store.steps()
+        last = f"the last good one is of step {kept[-1]}" if kept else "there is no earlier one"
+        fix = "Free some space or repair the disk"
         if self._scratch:
+            fix += ", or set TMPDIR to a folder on another one"
+        elif is_remote(self.directory):
+            fix = "Check the connection and the rights to write there"
+        return (
+            f"{self._scratch or self.directory}: the checkpoint of step {step} could not be "
+            f"written ({reason}); {last}. {fix}; the same command resumes from there."
+        )
+
+    def _write(self, step: int, options) -> None:
+        if self._scratch:
+            self.checkpoint.write(os.path.join(self._scratch, f"ckpt-{step}"), options)
             return
+        self._before_write()
+        prefix = self.store.begin(step)
+        self.checkpoint.write(prefix, options)
         error = read_error(prefix)
         if error:
-            raise OSError(error)
-        for path in _files(prefix):
-            _sync(path)
-        _move(prefix, self.directory)
-        prefixes = self.checkpoints
-        names = [os.path.basename(prefix) for prefix in prefixes[-self._keep :]]
-        write_checkpoint_state(self.directory, names)
-        for prefix in prefixes[: -self._keep]:
-            _delete(prefix)
+            raise OSError(errno.EIO, error)
+        self.store.publish(step)
+        steps = self.store.steps()
+        self.store.write_state(steps[-self._keep :])
+        for old in steps[: -self._keep]:
+            self.store.delete(old)
 
     def restore_or_initialize(self):
         """Reads the newest checkpoint. Returns its prefix, or None if there is none.
 
+        Several workers read the same one: the newest that any of them finds. A listing may show it
+        to one of them only, but each looks for it by its name. All of them must call this.
+
         Raises:
-            InputError: it is damaged, or its names or shapes do not match this run's variables.
+            InputError: it is damaged, its names or shapes do not match this run's variables, or a
+                worker does not have it.
         """
-        newest = self.latest_checkpoint
-        return newest and self.restore(newest)
+        newest = self._agree(self.store.newest())
+        end = time.monotonic() + (APPEAR_SECONDS if self._saved is not None else 0)
+        while newest >= 0 and not self.store.has(newest) and time.monotonic() < end:
+            time.sleep(0.1)
+        self._check_agreement(newest if newest >= 0 and self.store.has(newest) else -1)
+        return self.restore(self.store.prefix(newest)) if newest >= 0 else None
 
     def restore(self, prefix: str) -> str:
         """Reads the checkpoint with this prefix; see `restore_or_initialize`."""
@@ -258,7 +210,7 @@ class CheckpointManager(tf.train.CheckpointManager):
         except (AssertionError, ValueError, IndexError, tf.errors.OpError) as error:
             raise InputError(
                 f"--model_dir: {prefix} is damaged, or of another model or version of this program "
-                f"({str(error).splitlines()[0]}). Start again, or choose another folder."
+                f"({first_line(error)}). Start again, or choose another folder."
             ) from None
         self._saved = int(self._step_counter.numpy())
         return prefix
@@ -267,25 +219,35 @@ class CheckpointManager(tf.train.CheckpointManager):
 class BestCheckpoint:
     """An Orbit evaluation action that keeps the checkpoint with the best metric in best/.
 
-    The files are hard links to those of the step's checkpoint, or copies where the file system has
-    no hard links. `metrics.json` beside them holds the evaluation. It is written after the
-    checkpoint; Orbit's `NewBestMetric` records a best value before its checkpoint exists.
+    On a disk the files are hard links to those of the step's checkpoint, or copies where the file
+    system has no hard links; on object storage they are copies. `metrics.json` beside them holds
+    the evaluation. It is written after the checkpoint; Orbit's `NewBestMetric` records a best value
+    before its checkpoint exists.
 
     Args:
         manager: a `CheckpointManager`.
         metric: the `tasks.task.Metric` that is compared.
         is_chief: whether this process writes to best/. Other processes only join in saving.
+        agree: `(score) -> score`, the largest of the scores that the workers pass to it.
     """
 
-    def __init__(self, manager: CheckpointManager, metric, is_chief: bool = True):
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        metric,
+        is_chief: bool = True,
+        agree=lambda score: score,
+    ):
         self._manager = manager
         self._metric = metric
         self._is_chief = is_chief
-        self._folder = os.path.join(manager.directory, BEST)
-        self._best = -math.inf
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            with open(os.path.join(self._folder, "metrics.json"), encoding="utf-8") as file:
-                self._best = self._score(json.load(file))
+        self._store = open_store(os.path.join(manager.directory, BEST), manager.check)
+        self._metrics = os.path.join(self._store.folder, "metrics.json")
+        best = -math.inf
+        with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
+            if self._store.steps():  # a kill may have left none
+                best = self._score(files.read_json(self._metrics))
+        self._best = agree(best)
 
     def _score(self, values) -> float:
         value = float(values[self._metric.name])
@@ -299,28 +261,12 @@ class BestCheckpoint:
         self._best = self._score(values)
         self._manager.save(check_interval=False)
         if self._is_chief:
-            self._keep(self._manager.latest_checkpoint, values)
+            self._keep(self._manager.saved, values)
 
-    def _keep(self, prefix: str, values) -> None:
-        os.makedirs(self._folder, exist_ok=True)
-        name = os.path.basename(prefix)
-        old = set(glob.glob(os.path.join(glob.escape(self._folder), "ckpt-*")))
-        new = set()
-        for path in sorted(glob.glob(glob.escape(prefix) + ".*")):
-            copy = os.path.join(self._folder, os.path.basename(path))
-            new.add(copy)
-            with atomic_file(copy) as temporary:
-                # One that a killed process left may be a link to a file of another checkpoint.
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(temporary)
-                try:
-                    os.link(path, temporary)
-                except OSError:
-                    shutil.copyfile(path, temporary)
-        write_checkpoint_state(self._folder, [name])
-        metrics = os.path.join(self._folder, "metrics.json")
-        with atomic_write(metrics) as file:
-            json.dump({"step": int(name.rpartition("-")[2])} | values, file)
-        for path in old - new:
-            with contextlib.suppress(FileNotFoundError):  # a .new that `atomic_file` removed
-                os.remove(path)
+    def _keep(self, step: int, values) -> None:
+        files.make_folder(self._store.folder)
+        self._manager.store.copy(step, self._store)
+        self._store.write_state([step])
+        with atomic_write(self._metrics) as file:
+            json.dump({"step": step} | values, file)
+        self._store.keep_only(step)

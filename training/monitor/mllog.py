@@ -5,12 +5,14 @@ last one with that benchmark, and of ResNet-50 with LARS in those of round 4.0.
 """
 
 import contextlib
+import errno
+import io
 import logging
 import os
 import time
 
 from inputs.errors import InputError
-from inputs.files import check_writable
+from inputs.files import absolute, atomic_write, check_writable, exists, is_remote, parent, remove
 
 ORGANIZATION = "not submitted"
 DIVISION = "closed"
@@ -55,6 +57,34 @@ def _resnet_settings(recipe, images: int) -> dict:
     }
 
 
+class _ObjectHandler(logging.StreamHandler):
+    """Writes a log to object storage, where an append writes the object again: each line does.
+
+    Raises:
+        OSError: the object exists, or the storage cannot be asked.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(io.StringIO())
+        self._path = path
+        if exists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    def emit(self, record):
+        super().emit(record)
+        with contextlib.suppress(OSError):  # the next line, or `close`, writes this one, too
+            self._write()
+
+    def _write(self):
+        with atomic_write(self._path) as file:
+            file.write(self.stream.getvalue())
+
+    def close(self):
+        if self.stream.getvalue():
+            self._write()
+        super().close()
+
+
 class MLPerfLog:
     """Writes the log. Call its methods in the order of a run; `close` at its end.
 
@@ -97,15 +127,18 @@ class MLPerfLog:
                 "--mllog: MLPerf's log says whether a run reached its target. Give one, such as "
                 "--set target=0.72."
             )
-        check_writable(os.path.dirname(os.path.abspath(path)), "--mllog")
-        self._path = os.path.abspath(path)
+        check_writable(parent(path), "--mllog")
+        self._path = absolute(path)
         self._recipe = recipe
         self._samples = 0
         self._epoch = 1  # samples of an epoch; set by `run_start`
         self._reached = self._started = False
         self._logger = logging.Logger("mllog", logging.INFO)
         try:
-            self._handler = logging.FileHandler(path, mode="x", encoding="utf-8")
+            if is_remote(path):
+                self._handler: logging.Handler = _ObjectHandler(path)
+            else:
+                self._handler = logging.FileHandler(path, mode="x", encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"--mllog={path}: the file cannot be created ({error.strerror}). A log is of one "
@@ -197,4 +230,4 @@ class MLPerfLog:
         self._logger.removeHandler(self._handler)
         self._handler.close()
         if not self._started:
-            os.remove(self._path)
+            remove(self._path)

@@ -7,6 +7,7 @@ into a file in each run's own folder.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -18,8 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from inputs import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
-from tf_lamb.telemetry import RECORDS, draw_heat_map
+from tf_lamb.telemetry import RECORDS, draw_heat_map, read_records, save_figure
 from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows
 from training.monitor.run_monitor import TELEMETRY
 
@@ -71,13 +73,13 @@ def draw(model_dirs: list[str], path: str) -> None:
     axes[-1].set_xlabel("step")
     steps = max(rows[-1]["step"] for rows in histories.values())
     curves.suptitle(f"{', '.join(histories)}: {steps:,} steps", fontsize=12)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     plt.close(figure)
 
 
 def distinct_names(model_dirs: list[str]) -> list[str]:
     """Returns the last part of each path, with as many parts before it as tell the paths apart."""
-    parts = [os.path.abspath(model_dir).strip(os.sep).split(os.sep) for model_dir in model_dirs]
+    parts = [files.absolute(model_dir).strip(os.sep).split(os.sep) for model_dir in model_dirs]
     count = 1
     while len({tuple(p[-count:]) for p in parts}) < len({tuple(p) for p in parts}):
         count += 1
@@ -171,7 +173,10 @@ def _records(model_dir) -> str:
 def _drawn_layers(records) -> int:
     """The number of rows of the heat map: layers with a trust ratio other than 1; 0: no records."""
     layers, adapted = set(), set()
-    for row in read_rows(records):
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        rows = [*read_records(records)]
+    for row in rows:
         layers |= row["layers"].keys()
         adapted |= {name for name, layer in row["layers"].items() if layer["ratio"] != 1.0}
     return len(adapted) or len(layers)

@@ -14,43 +14,90 @@ import rich.console
 import rich.progress
 import rich.text
 
-from inputs.files import atomic_write
+from inputs.files import atomic_write, is_remote, read_file
 from training.monitor.terminal import STDERR, capture_stderr
 
 HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
 COMPILING_LOOPS = 1  # of a phase: they compile, and say nothing about the speed
 SLOW_LOOPS = 2  # of a phase: caches and input threads are still filling in the last of them
+FLUSH_SECONDS = 60.0  # between two writes of these to object storage, if no checkpoint is due
 
 
 def read_rows(path) -> list[dict]:
-    """Returns the rows of a JSON-lines file; [] if it does not exist. Skips incomplete lines."""
+    """Returns the rows of a JSON-lines file; [] if it does not exist. Skips incomplete lines.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
-                    rows.append(json.loads(line))
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        return []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 
-def append_row(path, row: dict) -> None:
-    """Appends a row. NaN and infinity, which JSON does not have, are written as null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
+class Rows:
+    """The JSON lines of a run: each row has a step, and rows after a step can be dropped.
+
+    On a disk each row is appended at once. On object storage, where an append writes the object
+    again, rows are kept, and `flush` writes all of them.
+
+    Args:
+        path: of the file.
+        check: raises if this process must not write any more; see `inputs.files.locked`.
+    """
+
+    def __init__(self, path, check=lambda: None):
+        self._path = os.fspath(path)
+        self._check = check
+        self._remote = is_remote(self._path)
+        self._rows = read_rows(path) if self._remote else []
+        self._written = True
+        self._time = time.perf_counter()
+
+    def append(self, row: dict) -> None:
+        """Appends a row. NaN and infinity, which JSON does not have, are written as null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        if self._remote:
+            self._rows.append(finite)
+            self._written = False
+            if time.perf_counter() - self._time > FLUSH_SECONDS:
+                self.flush()
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(_line(finite))
+
+    def drop_after(self, step: int) -> None:
+        """Removes the rows of steps after `step`, from which the run resumes."""
+        if self._remote:
+            kept = [row for row in self._rows if row["step"] <= step]
+            self._written = self._written and len(kept) == len(self._rows)
+            self._rows = kept
+        elif os.path.exists(self._path):
+            kept = [row for row in read_rows(self._path) if row["step"] <= step]
+            with atomic_write(self._path) as file:
+                file.writelines(map(_line, kept))
+
+    def flush(self) -> None:
+        """Writes the rows that are not written yet."""
+        if self._written:
+            return
+        self._check()
+        with atomic_write(self._path) as file:
+            file.writelines(map(_line, self._rows))
+        self._written, self._time = True, time.perf_counter()
 
 
-def drop_rows_after(path, step: int) -> None:
-    """Removes the rows of steps after `step`, from which the run resumes."""
-    if not os.path.exists(path):
-        return
-    kept = [row for row in read_rows(path) if row["step"] <= step]
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+def _line(row: dict) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +126,7 @@ class Progress:
         machine: see `Machine`.
         flops_per_step: function without arguments that returns the model's FLOPs in one step. It is
             called once per phase, after the first loop, if `machine.peak_flops` is known.
+        check_lock: raises if this process must not write to `model_dir` any more.
     """
 
     def __init__(
@@ -90,11 +138,12 @@ class Progress:
         *,
         machine=Machine(),  # noqa: B008, frozen
         flops_per_step=lambda: None,
+        check_lock=lambda: None,
     ):
         self._step = step
         self._total_steps = total_steps
-        self._history = os.path.join(model_dir, HISTORY)
-        self._evaluations = os.path.join(model_dir, EVALUATIONS)
+        self._history = Rows(os.path.join(model_dir, HISTORY), check_lock)
+        self._evaluations = Rows(os.path.join(model_dir, EVALUATIONS), check_lock)
         self._display = display
         self._machine = machine
         self._measure_flops = flops_per_step
@@ -114,8 +163,13 @@ class Progress:
         self._seconds = 0.0
         self._last_step = int(self._step.numpy())
         self._last_time = time.perf_counter()
-        for path in (self._history, self._evaluations):
-            drop_rows_after(path, self._last_step)
+        for rows in (self._history, self._evaluations):
+            rows.drop_after(self._last_step)
+
+    def flush(self) -> None:
+        """Writes all rows; called before a checkpoint is written, and after an evaluation."""
+        for rows in (self._history, self._evaluations):
+            rows.flush()
 
     def __call__(self, output):
         """Adds the loop's speed to its output, and displays and saves it."""
@@ -133,7 +187,7 @@ class Progress:
             self._seconds += seconds
         output |= measured
         row = {"step": step, "phase": self._phase} | measured | values
-        append_row(self._history, row)
+        self._history.append(row)
         per_second = self.examples_per_second
         examples_left = (self._total_steps - step) * self._batch_size
         self._display.show(step, row, examples_left / per_second if per_second else None)
@@ -144,8 +198,9 @@ class Progress:
         """Appends an evaluation's means; excludes its time from that of the next loop."""
         values = {name: np.asarray(value).item() for name, value in output.items()}
         step = int(self._step.numpy())
-        drop_rows_after(self._evaluations, step - 1)  # a finished run is evaluated again
-        append_row(self._evaluations, {"step": step, "phase": self._phase} | values)
+        self._evaluations.drop_after(step - 1)  # a finished run is evaluated again
+        self._evaluations.append({"step": step, "phase": self._phase} | values)
+        self.flush()
         self._last_time = time.perf_counter()
 
     def _measure_speed(self, steps, seconds):

@@ -8,6 +8,7 @@ import time
 
 import tensorflow as tf
 
+from inputs.errors import InputError
 from recipes.types import profile_window
 from tf_lamb.layerwise import Layerwise
 from tf_lamb.telemetry import TelemetryWriter
@@ -33,6 +34,7 @@ class RunMonitor:
         started: `time.perf_counter()` at the start of the program, or None. The time from there to
             the end of the first loop of steps is logged.
         mllog: an `MLPerfLog`, or None.
+        check_lock: raises if this process must not write to `model_dir` any more.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class RunMonitor:
         log,
         started=None,
         mllog=None,
+        check_lock=lambda: None,
     ):
         self._task = task
         self._recipe = recipe
@@ -56,6 +59,7 @@ class RunMonitor:
         self._model_dir = model_dir
         self._log = log
         self._started = started
+        self._check_lock = check_lock
         # Only the chief draws a progress bar.
         self._stream = sys.stderr if is_chief(strategy) else None
         self._machine = Machine(
@@ -63,6 +67,7 @@ class RunMonitor:
         )
         self._window = recipe.profile and profile_window(recipe.profile)
         self._observers = []
+        self.progress: Progress | None = None  # while it is entered
         self._stack = contextlib.ExitStack()
 
         def flops_per_step():
@@ -97,7 +102,9 @@ class RunMonitor:
                 stack.enter_context(make_display(recipe.steps, self._log, self._stream)),
                 machine=self._machine,
                 flops_per_step=self._flops_per_step,
+                check_lock=self._check_lock,
             )
+            stack.push(self._flush_at_end)
             if self._mllog:
                 self._mllog.run_start(recipe.evaluation_examples, self._task.training_examples)
                 stack.callback(self._mllog.close)
@@ -106,6 +113,19 @@ class RunMonitor:
 
     def __exit__(self, *error):
         return self._stack.__exit__(*error)
+
+    def _flush_at_end(self, kind, error, trace):
+        del kind, trace
+        with contextlib.suppress(OSError):  # what a storage that fails loses is trained again
+            if not isinstance(error, InputError):  # after `check_lock`, nothing may be written
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what is kept in memory; called before a checkpoint is written."""
+        if self.progress is not None:
+            self.progress.flush()
+        for observer in self._observers:
+            observer.flush()
 
     def begin_phase(self, phase_index: int) -> None:
         """Call it when a phase starts or resumes, after the step was restored."""
@@ -177,6 +197,10 @@ class TelemetryRecorder:
     def begin_phase(self):
         """Does nothing: of a step that is recorded twice, the heat map uses the later record."""
 
+    def flush(self):
+        """Writes the records that are kept in memory."""
+        self._writer.flush()
+
     @functools.partial(tf.function, autograph=False)
     def _write_histograms(self, step):
         with self._events.as_default(step=step):
@@ -221,6 +245,9 @@ class Profiler:
         elif self._running and not inside:
             tf.profiler.experimental.stop()
         self._running = inside
+
+    def flush(self):
+        """Does nothing: a trace is written at its end."""
 
     def close(self):
         """Ends the trace if the run ends inside the window."""
