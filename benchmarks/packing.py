@@ -26,7 +26,7 @@ WORDS = 1_000
 
 
 def made_up_batch(sequences: int, length: int, predictions: int) -> dict:
-    """Returns a padded batch, in the layout of `inputs.text.examples.element_spec`."""
+    """Returns a padded batch, in the layout of `inputs.text.batches.element_spec`."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(predictions + 1, length + 1, sequences)
     ones = np.ones([sequences], np.float32)

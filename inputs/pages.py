@@ -124,7 +124,7 @@ class Pages:
         page_bytes: size of all pages but the last.
 
     Attributes:
-        path, length: as given.
+        path, length, columns: as given.
         bytes: size of the file.
     """
 
@@ -132,7 +132,7 @@ class Pages:
         self.path = path
         self.length = length
         self._dtype = np.dtype(dtype)
-        self._columns = columns
+        self.columns = columns
         self._page = page_bytes
         self._row = self._dtype.itemsize * (columns or 1)
         pages = -(-length * self._row // page_bytes)
@@ -165,12 +165,12 @@ class Pages:
             skipped = tf.cast(start * self._row - first * self._page, tf.int32)
             size = tf.cast((stop - start) * self._row, tf.int32)
             values = tf.io.decode_raw(tf.strings.substr(data, skipped, size), self._dtype.type)
-            return tf.reshape(values, [-1, self._columns]) if self._columns else values
+            return tf.reshape(values, [-1, self.columns]) if self.columns else values
 
         def none():
             where = (first + tf.minimum(found, count - 1)) * (self._page + FRAME_BYTES)
             with tf.control_dependencies([damage.report(self.path, where, example, lost)]):
-                shape = [stop - start, self._columns] if self._columns else [stop - start]
+                shape = [stop - start, self.columns] if self.columns else [stop - start]
                 return tf.zeros(shape, self._dtype.type)
 
         readable = (found == count) & whole
@@ -207,7 +207,7 @@ class Pages:
                 whole = len(data) // self._row * self._row
                 rest = data[whole:]
                 block = np.frombuffer(data[:whole], self._dtype)
-                block = block.reshape(-1, self._columns) if self._columns else block
+                block = block.reshape(-1, self.columns) if self.columns else block
                 found += len(block)
                 yield block
         except tf.errors.OpError as error:
@@ -239,7 +239,7 @@ class Pages:
 
     def all(self) -> np.ndarray:
         """The whole array."""
-        shape = (0, self._columns) if self._columns else 0
+        shape = (0, self.columns) if self.columns else 0
         return np.concatenate([np.zeros(shape, self._dtype), *self.blocks()])
 
 

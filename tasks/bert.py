@@ -13,9 +13,11 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import MANIFEST, is_prepared
 from inputs.text import casing, chunks, corpus, examples, vocabulary
+from inputs.text.batches import element_spec
+from inputs.text.packing import packed_spec
 from inputs.text.prepare import prepare_in_cache
 from inputs.text.shards import load_manifest
-from models import bert
+from models import bert, packing
 from tasks import initial_pretraining
 from tasks import synthetic as made_up
 from tasks.task import Metric, Task, loss_metric
@@ -34,6 +36,9 @@ encode(text=tf.constant(["a sentence"]))  # pooled_output: [N, H]; sequence_outp
 
 class BertPretraining(Task):
     """Masked-LM and next-sentence pre-training.
+
+    An example is a sequence, or, with the recipe's `sequences_per_row`, a row of several. Held-out
+    examples are always single sequences.
 
     Args:
         recipe: a `recipes.bert.BertRecipe`.
@@ -75,6 +80,8 @@ class BertPretraining(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
+        if recipe.sequences_per_row > 1:
+            self.example_unit = "rows"
         self._seed = seed
         self._log = log
         self._slots = self._start = None
@@ -134,11 +141,12 @@ class BertPretraining(Task):
         return slots.step, [[moment[name] for name in names] for moment in slots.moments]
 
     def sums(self, model, batch, training):
-        """See `models.bert.pretraining_sums`."""
-        return bert.pretraining_sums(model, batch, training)
+        """See `models.bert.pretraining_sums`, and `models.packing` for packed rows."""
+        of_batch = packing if "sequence_ids" in batch else bert
+        return of_batch.pretraining_sums(model, batch, training)
 
     def counts(self, batch):
-        """See `models.bert.pretraining_counts`."""
+        """See `models.bert.pretraining_counts`; packed rows have the same."""
         return bert.pretraining_counts(batch)
 
     def train_batches(self, phase_index, first_step):
@@ -252,26 +260,30 @@ class _Text:
         log(self.amount)
 
     def training_examples(self, phase, seed):
-        return self._examples(self._training, phase, seed, "training")
+        return self._examples("training", phase, seed, self._recipe.sequences_per_row)
 
     def held_out_examples(self, phase):
-        return self._examples(self._held_out, phase, EVALUATION_SEED, "held_out")
+        return self._examples("held_out", phase, EVALUATION_SEED, 1)
 
-    def _examples(self, tokenized, phase, seed, side):
+    def _examples(self, side, phase, seed, per_row):
         """The examples of one side of the corpus; made once, as they keep account of damage."""
         key = side, phase.sequence_length, seed
         if key not in self._made:
-            self._made[key] = self._make(tokenized, phase, seed, "-".join(map(str, key)))
+            made = self._make(side, phase, seed, per_row, "-".join(map(str, key)))
+            if made.plan is not None:
+                self._log(made.describe_packing())
+            self._made[key] = made
         return self._made[key]
 
-    def _make(self, tokenized, phase, seed, name):
+    def _make(self, side, phase, seed, per_row, name):
         return examples.Examples(
-            tokenized,
+            self._training if side == "training" else self._held_out,
             self.vocabulary,
             sequence_length=phase.sequence_length,
             predictions=phase.predictions,
             whole_word=self._recipe.whole_word,
             packing=self._recipe.packing,
+            sequences_per_row=per_row,
             seed=seed,
             lanes=self._recipe.lanes,
             bad_records=BadRecords(
@@ -320,24 +332,32 @@ class _SyntheticText:
         else:
             self.vocabulary = made_up.synthetic_vocabulary(recipe.vocabulary_size)
         self.lower_case = casing.choose(recipe.lower_case, self.vocabulary)
+        self._per_row = recipe.sequences_per_row
         self._seed = seed
 
     def training_examples(self, phase, seed):
         del seed
-        return self.held_out_examples(phase)
+        per_row = self._per_row
+        if per_row == 1:
+            return self.held_out_examples(phase)
+        length = phase.sequence_length
+        bounds = {"sequence_ids": per_row + 1, "positions": length, "sequence_starts": length}
+        return self._examples(
+            phase, lambda size: packed_spec(size, length, phase.predictions, per_row), bounds
+        )
 
     def held_out_examples(self, phase):
+        length = phase.sequence_length
+        return self._examples(phase, lambda size: element_spec(size, length, phase.predictions))
+
+    def _examples(self, phase, spec, bounds=None):
         upper_bounds = {
             "input_word_ids": len(self.vocabulary),
             "masked_lm_ids": len(self.vocabulary),
             "masked_lm_positions": phase.sequence_length,
             "next_sentence_labels": 2,
         }
-        return made_up.SyntheticExamples(
-            lambda size: examples.element_spec(size, phase.sequence_length, phase.predictions),
-            upper_bounds,
-            self._seed,
-        )
+        return made_up.SyntheticExamples(spec, upper_bounds | (bounds or {}), self._seed)
 
     def check(self):
         pass

@@ -63,7 +63,7 @@ def parse(records, names: dict[str, str], sequence_length: int, predictions: int
         predictions: P, likewise.
 
     Returns:
-        A batch as `inputs.text.examples.element_spec` describes.
+        A batch as `inputs.text.batches.element_spec` describes.
     """
     kinds = {names[ours]: tf.io.RaggedFeature(tf.int64) for ours in NAMES}
     kinds[names["masked_lm_weights"]] = tf.io.RaggedFeature(tf.float32)

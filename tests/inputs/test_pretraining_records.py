@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from inputs.errors import InputError
 from inputs.text import pretraining_records
-from inputs.text.examples import element_spec
+from inputs.text.batches import element_spec
 
 
 def example(names, length, masks, padded_to=None, predictions=None):
