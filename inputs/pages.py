@@ -156,7 +156,7 @@ class Pages:
         last = tf.maximum(stop * self._row - 1, start * self._row) // self._page
         count = tf.where(stop > start, last - first + 1, 0)
         offset = first * (self._page + FRAME_BYTES)
-        pages = _read_pages(self.path, offset, count)
+        pages = read_consecutive(self.path, offset, count)
         found = tf.size(pages, tf.int64)
         data = tf.strings.reduce_join(pages)
         whole = tf.strings.length(data) >= tf.cast(stop * self._row - first * self._page, tf.int32)
@@ -264,12 +264,19 @@ def open_pages(folder: str) -> tuple[dict[str, Pages], dict] | None:
         return None
 
 
-def _read_pages(path, offset, count):
-    """[M] strings, with M = `count`, or less if a page is damaged or missing.
+def read_consecutive(path, offset, count):
+    """Reads records of a TFRecord file in a graph.
 
-    These are the operations of `tf.data`'s methods. A graph has several such readers, and the
-    methods take ten times as long to build them.
+    Args:
+        path: string scalar, the file.
+        offset: int64 scalar, where the first record begins, in bytes.
+        count: int64 scalar, the number of records.
+
+    Returns:
+        [M] strings, with M = `count`, or less if a record is damaged or missing.
     """
+    # These are the operations of `tf.data`'s methods. A graph has several such readers, and the
+    # methods take ten times as long to build them.
     of_strings = {"output_types": [tf.string], "output_shapes": [[]]}
     pages = records_op(path, offset)
     pages = tf.raw_ops.TakeDataset(input_dataset=pages, count=count, **of_strings)

@@ -89,9 +89,7 @@ class Batches(abc.ABC):
         # Traced once for all data sets, which would each take a second or two for it.
         number, numbers = (tf.TensorSpec(shape, tf.int64) for shape in ([], [None]))
         signature = [number, number, numbers, numbers]
-        self._block_sequences = tf.function(
-            self._make_block_sequences, signature, autograph=False
-        )
+        self._block_sequences = tf.function(self._make_block_sequences, signature, autograph=False)
         self._block_rows = tf.function(self._make_block_rows, signature, autograph=False)
         self._batch = tf.function(self.make_batch, autograph=False)
 

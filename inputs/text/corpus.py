@@ -63,6 +63,7 @@ class Corpus:
         Raises:
             InputError: the corpus has too little text, or the files cannot be written.
         """
+
         def write(folder):
             columns = {chunks.TABLE: len(chunks.COLUMNS[packing])}
             names = [chunks.TABLE]

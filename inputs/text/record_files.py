@@ -1,0 +1,158 @@
+"""Finds TFRecord files of masked pre-training examples, and the ones that are held out."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from inputs.errors import InputError
+from inputs.files import COMPRESSIONS, PassedOver, is_left_over
+from inputs.shards import HEADER_BYTES, record_length
+from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME
+from inputs.text.prepare import identity
+
+# Of a file's name, or of the name of its folder: its examples are held out.
+HELD_OUT_NAME = re.compile(
+    r"(?i)(^|[^a-z])(eval(uation)?|valid(ation)?|dev|test|held[-_]?out)([^a-z]|$)"
+)
+MLPERF_HELD_OUT = "eval_10k"  # 10,000 examples, picked from `eval_intermediate` beside it
+GZIP = b"\x1f\x8b"
+TEXT_SUFFIXES = {*SUFFIXES, ".json", ".md5", ".md"}
+
+
+def find_record_files(
+    data: str, log: Callable[[str], object] = lambda line: None
+) -> tuple[list[str], list[str]] | None:
+    """Expands a comma-separated list of files, globs and folders into TFRecord files, in order.
+
+    The content tells what a TFRecord file is, as MLPerf's have no suffix. Files besides
+    `eval_10k` that are called after an evaluation are passed over where there is one.
+
+    Args:
+        data: the list, without spaces. Folders are read recursively.
+        log: receives a line for each entry: how many files are read and passed over.
+
+    Returns:
+        The files to train on, and those that are held out: see `HELD_OUT_NAME`. None if there is no
+        TFRecord file at all.
+
+    Raises:
+        InputError: an entry has none while another has, all of them are held out, or they are
+            compressed.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in data.split(","):
+        passed_over = PassedOver()
+        found[entry] = []
+        for path in _files(entry):
+            if is_record_file(path):
+                found[entry].append(path)
+            else:
+                passed_over.add(path)
+        if found[entry]:
+            rest = passed_over.describe()
+            plural = "s" * (len(found[entry]) != 1)
+            line = f"{entry}: {len(found[entry]):,} TFRecord file{plural}"
+            log(line + (rest and f"; {rest}"))
+    if not any(found.values()):
+        return None
+    for entry, files in found.items():
+        if not files:
+            raise InputError(
+                f"--data_dir: {entry!r} has no TFRecord file, but other entries have. Give either "
+                "text, or TFRecord files of masked examples."
+            )
+    files = list(dict.fromkeys(path for some in found.values() for path in some))
+    held_out = [path for path in files if _is_held_out(path)]
+    training = [path for path in files if path not in set(held_out)]
+    chosen = [path for path in held_out if os.path.basename(path) == MLPERF_HELD_OUT]
+    if chosen and len(chosen) < len(held_out):
+        others = sorted(set(held_out).difference(chosen))
+        log(f"Passed over, as {MLPERF_HELD_OUT} is the held-out set: {', '.join(others)}")
+        held_out = chosen
+    if not training:
+        raise InputError(
+            f"--data_dir: {data}: by its name, {held_out[0]} is held out, and there is no file to "
+            "train on. Give the files of the training examples, too."
+        )
+    return training, held_out
+
+
+def is_record_file(path: str) -> bool:
+    """Whether a TFRecord begins at the start of a file.
+
+    Raises:
+        InputError: the file is a compressed TFRecord file.
+    """
+    name = os.path.basename(path).lower()
+    stem, ending = os.path.splitext(name)
+    plain = stem if ending in COMPRESSIONS else name
+    if os.path.splitext(plain)[1] in TEXT_SUFFIXES or WIKI_NAME.fullmatch(plain):
+        return False
+    if name == VOCABULARY:
+        return False
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            if record_length(file, 0) is not None:
+                return True
+            file.seek(0)
+            if file.read(len(GZIP)) != GZIP:
+                return False
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) as content:
+                compressed = record_length(_Start(content.read(HEADER_BYTES)), 0) is not None
+    except (OSError, EOFError, tf.errors.OpError):
+        return False
+    if compressed:
+        raise InputError(
+            f"--data_dir: {path} is a compressed TFRecord file, of which single records cannot be "
+            f"read. Decompress it: gunzip -c {path} > NEW_FILE"
+        )
+    return False
+
+
+class _Start:
+    """The first bytes of a file, for `record_length`."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def seek(self, offset):
+        del offset
+
+    def read(self, size):
+        return self._data[:size]
+
+
+def fingerprint(files: list[str]) -> str:
+    """A short hash that identifies files, by name, size and the content of both ends."""
+    facts = json.dumps([identity(file) for file in files])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _files(entry: str) -> list[str]:
+    """The files that an entry names."""
+    try:
+        if tf.io.gfile.isdir(entry):
+            paths = [
+                os.path.join(folder, name)
+                for folder, _, names in tf.io.gfile.walk(entry)
+                if not any(map(is_left_over, os.path.relpath(folder, entry).split(os.sep)[1:]))
+                for name in names
+                if not is_left_over(name)
+            ]
+            return sorted(paths)
+        if tf.io.gfile.exists(entry):
+            return [entry]
+        return sorted(path for path in tf.io.gfile.glob(entry) if not tf.io.gfile.isdir(path))
+    except tf.errors.OpError:
+        return []  # reading it as text reports the error
+
+
+def _is_held_out(path: str) -> bool:
+    folder, name = os.path.split(path)
+    return any(map(HELD_OUT_NAME.search, (name, os.path.basename(folder))))
