@@ -20,7 +20,6 @@ from tasks import synthetic as made_up
 
 SHOWN_SENTENCES = 4
 SEARCHED_SENTENCES = 20_000
-SEARCHED_RECORDS = 64
 EVALUATION_SEED = 0  # so that held-out text is masked in the same way in every run
 DAMAGE = "damaged-records"  # folder of the reports of hosts, in `shared_dir`
 VOCABULARY = "vocab.txt"
@@ -227,7 +226,7 @@ class Records(_Source):
     def masked_sentences(self) -> list[tuple[str, str]]:
         """See `Text.masked_sentences`."""
         phase = self._recipe.phases[-1]
-        segments = self.held_out_examples(phase).unmasked(SEARCHED_RECORDS)
+        segments = self.held_out_examples(phase).first_segments(phase.global_batch_size)
         text = (" ".join(self.vocabulary[i] for i in ids[1:]) for ids in segments)
         sentences = (part for some in text for part in re.split(r"(?<= [.!?]) ", some))
         return self._with_masks(part.split() for part in sentences)

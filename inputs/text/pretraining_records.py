@@ -414,11 +414,16 @@ class RecordExamples(Batches):
             "example_weights": counts[:, 0],
         }
 
-    def unmasked(self, count: int) -> Iterator[np.ndarray]:
-        """Yields the ids of the first segments of the first `count` sequences, before masking."""
-        for batch in self.evaluation_batches(1, count).as_numpy_iterator():
-            ids = batch["input_word_ids"][0]
-            chosen = batch["masked_lm_weights"][0] > 0
-            ids[batch["masked_lm_positions"][0][chosen]] = batch["masked_lm_ids"][0][chosen]
-            first = (batch["input_type_ids"][0] == 0) & (batch["input_mask"][0] > 0)
+    def first_segments(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields the ids of the first segments of the first sequences, before masking.
+
+        Args:
+            batch_size: as for `evaluation_batches`; the number of sequences.
+        """
+        (batch,) = self.evaluation_batches(batch_size, batch_size).as_numpy_iterator()
+        for row in range(batch_size):
+            ids = batch["input_word_ids"][row]
+            chosen = batch["masked_lm_weights"][row] > 0
+            ids[batch["masked_lm_positions"][row][chosen]] = batch["masked_lm_ids"][row][chosen]
+            first = (batch["input_type_ids"][row] == 0) & (batch["input_mask"][row] > 0)
             yield ids[first]

@@ -15,7 +15,7 @@ from inputs.shards import HEADER_BYTES, record_length
 from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME
 from inputs.text.prepare import identity
 
-# Of a file's name, or of the name of its folder: its examples are held out.
+# Of a file's name, or of that of a folder below the entry: its examples are held out.
 HELD_OUT_NAME = re.compile(
     r"(?i)(^|[^a-z])(eval(uation)?|valid(ation)?|dev|test|held[-_]?out)([^a-z]|$)"
 )
@@ -66,8 +66,8 @@ def find_record_files(
                 f"--data_dir: {entry!r} has no TFRecord file, but other entries have. Give either "
                 "text, or TFRecord files of masked examples."
             )
-    files = list(dict.fromkeys(path for some in found.values() for path in some))
-    held_out = [path for path in files if _is_held_out(path)]
+    files = {path: entry for entry, paths in found.items() for path in paths}
+    held_out = [path for path, entry in files.items() if _is_held_out(path, entry)]
     training = [path for path in files if path not in set(held_out)]
     chosen = [path for path in held_out if os.path.basename(path) == MLPERF_HELD_OUT]
     if chosen and len(chosen) < len(held_out):
@@ -153,6 +153,6 @@ def _files(entry: str) -> list[str]:
         return []  # reading it as text reports the error
 
 
-def _is_held_out(path: str) -> bool:
-    folder, name = os.path.split(path)
-    return any(map(HELD_OUT_NAME.search, (name, os.path.basename(folder))))
+def _is_held_out(path: str, entry: str) -> bool:
+    below = os.path.relpath(path, entry) if path.startswith(entry.rstrip("/") + "/") else ""
+    return any(map(HELD_OUT_NAME.search, (below or os.path.basename(path)).split("/")))

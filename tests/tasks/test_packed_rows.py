@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import tensorflow as tf
 from batch_checks import joined
 
 from inputs.errors import InputError
+from inputs.text import pretraining_records, vocabulary
 from inputs.text.packing import packed_spec
 from recipes import find_recipe, override
 from tasks.bert import BertPretraining
 
-LENGTH, PREDICTIONS, PER_ROW = 64, 8, 3
+LENGTH, PREDICTIONS, PER_ROW = 128, 8, 3
 SETTINGS = (
     f"max_sequence_length={LENGTH}",
     f"sequence_length={LENGTH}",
@@ -47,6 +49,35 @@ def make_task(text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(make_task):
     return make_task()
+
+
+@pytest.fixture(scope="module")
+def records(make_task, tmp_path_factory):
+    """A folder in MLPerf's layout, with examples of the text."""
+    folder = tmp_path_factory.mktemp("records")
+    task = make_task("sequences_per_row=1")
+    vocabulary.save_vocabulary(task.vocabulary, str(folder / "vocab.txt"))
+    phase = task.recipe.phases[0]
+    training = task._source.training_examples(phase, 1)
+    for name, examples, count in (
+        ("part-00000-of-00002", training, 40),
+        ("part-00001-of-00002", training, 30),
+        ("eval_10k", task._source.held_out_examples(phase), 2),
+    ):
+        batch = joined(examples.evaluation_batches(count, count))
+        with tf.io.TFRecordWriter(os.path.join(folder, name)) as writer:
+            for i in range(count):
+                features = {}
+                for ours, (theirs, _) in pretraining_records.NAMES.items():
+                    values = np.atleast_1d(batch[ours][i]).tolist()
+                    features[theirs] = (
+                        tf.train.Feature(float_list=tf.train.FloatList(value=values))
+                        if ours == "masked_lm_weights"
+                        else tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+                    )
+                example = tf.train.Example(features=tf.train.Features(feature=features))
+                writer.write(example.SerializeToString())
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +128,12 @@ def sums_and_gradients(task, model, batch):
     return sums, counts, [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
 
 
-def test_losses_and_gradients_are_those_of_the_sequences_alone(task, model):
+@pytest.mark.parametrize("data", ["text", "records"])
+def test_losses_and_gradients_are_those_of_the_sequences_alone(
+    make_task, task, model, records, data
+):
+    if data == "records":
+        task = make_task(data_dir=records)
     batches = task.train_batches(0, 0)(None)
     assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
     packed = joined(batches.take(1))
@@ -153,26 +189,37 @@ def test_held_out_examples_are_not_packed(task, make_task):
 
 
 def test_synthetic_rows_have_the_same_spec(make_task, model):
-    synthetic = make_task(synthetic=True)
+    synthetic = make_task("vocabulary_size=100", synthetic=True)
     batches = synthetic.train_batches(0, 0)(None)
     assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
     sums = synthetic.sums(model, next(iter(batches)), True)
     assert np.isfinite(float(sums["masked_loss"]))
 
 
-def test_a_run_trains_and_keeps_its_packing(text, in_process, tmp_path, capfd):
+def test_a_run_trains_and_keeps_its_packing(records, in_process, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(BertPretraining, "export", lambda *arguments: None)
+    monkeypatch.setattr(BertPretraining, "demonstrate", lambda *arguments: None)
+
     def run(*settings):
         return in_process(
-            [f"--data_dir={text}", "--model_dir=run", "--steps=4", f"--cache_dir={tmp_path}/cache"]
+            [f"--data_dir={records}", "--model_dir=run", "--steps=4", f"--cache_dir={tmp_path}"]
             + [f"--set={setting}" for setting in (*SETTINGS, "save_every_steps=2", *settings)]
         )
 
     assert run() == 0, capfd.readouterr().err
     out, err = capfd.readouterr()
-    assert "of 8 rows, on" in out and "Packed: " in err
-    assert json.loads((tmp_path / "run/recipe.json").read_text())["sequences_per_row"] == PER_ROW
+    assert "4 steps of 8 rows, on" in out and "Packed: " in err
+    assert "To train on: 70 masked sequences; held out: 2" in err
+    settings = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert settings["sequences_per_row"] == PER_ROW
     assert run("sequences_per_row=2") == 1
     assert "sequences_per_row 3 (now 2)" in capfd.readouterr().err
+
+
+def test_sentences_of_records_get_masks(make_task, records):
+    task = make_task("sequences_per_row=1", data_dir=records)
+    sentence, word = task._source.masked_sentences()[0]
+    assert "[MASK]" in sentence and word.isalpha() and sentence.startswith("the ")
 
 
 def test_packing_and_mllog_exclude_each_other(in_process, capfd, text):
