@@ -41,7 +41,8 @@ flags.DEFINE_string("recipe", "bert-mini-demo", f"What to train: {', '.join(reci
 flags.DEFINE_string(
     "data_dir",
     "",
-    "Text: files, globs or folders, comma-separated. SQuAD, prepared text or images: a folder.",
+    "Text, or TFRecords of masked examples: files, globs or folders, comma-separated. SQuAD, "
+    "prepared text or images: a folder.",
 )
 flags.DEFINE_string(
     "vocab", "", "A BERT vocab.txt. Default: learned from the text, or the checkpoint's."
@@ -49,8 +50,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "cache_dir",
     "",
-    "Folder for the memory-mapped token ids of prepared text. Default: inside --data_dir, or "
-    "~/.cache/tf_lamb if that cannot be written.",
+    "Folder for the token ids of text, and the places of masked examples. Default: inside "
+    "--data_dir of prepared text if that can be written, else ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")

@@ -422,7 +422,7 @@ class RecordExamples(Batches):
         """
         (batch,) = self.evaluation_batches(batch_size, batch_size).as_numpy_iterator()
         for row in range(batch_size):
-            ids = batch["input_word_ids"][row]
+            ids = batch["input_word_ids"][row].copy()
             chosen = batch["masked_lm_weights"][row] > 0
             ids[batch["masked_lm_positions"][row][chosen]] = batch["masked_lm_ids"][row][chosen]
             first = (batch["input_type_ids"][row] == 0) & (batch["input_mask"][row] > 0)
