@@ -114,6 +114,7 @@ def main() -> None:
     if flags.topology:
         compile_steps(flags.recipe, flags.topology, flags.per_row)
         return
+    tf.get_logger().setLevel("ERROR")  # a bucket each is traced on purpose
     batch = made_up_batch(flags.sequences, flags.length, max(1, flags.length // 7))
     bounds = [flags.length // 4, flags.length // 2, 3 * flags.length // 4, flags.length]
     forms = {
