@@ -10,6 +10,7 @@ from inputs.pages import PagesWriter
 from inputs.shards import record_offsets
 
 INDEX = "index"  # folder, and name of the array in it
+LEFT_OUT = "left_out"  # fact of the array: the number of records whose length is damaged
 
 
 def write_index(
@@ -37,9 +38,15 @@ def write_index(
         InputError: a file cannot be read, or is damaged.
     """
     found = []
+    lost = []
+
+    def leave_out(message):
+        lost.append(message)
+        on_damage(message)
+
     with PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer:
         for number, path in enumerate(files):
-            offsets = record_offsets(path, fix, on_damage)
+            offsets = record_offsets(path, fix, on_damage and leave_out)
             if counts and len(offsets) != counts[number]:
                 raise InputError(
                     f"{path} has {len(offsets):,} records, not {counts[number]:,}: it was "
@@ -48,4 +55,5 @@ def write_index(
             found.append(len(offsets))
             progress(1)
             writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
+        writer.facts = {LEFT_OUT: len(lost)}
     return found

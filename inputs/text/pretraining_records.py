@@ -18,7 +18,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.files import first_writable, locked
 from inputs.pages import Pages, open_pages, read_consecutive
-from inputs.record_index import INDEX, write_index
+from inputs.record_index import INDEX, LEFT_OUT, write_index
 from inputs.text.batches import Batches
 from inputs.text.packing import ROWS, write_plan
 from inputs.text.record_files import fingerprint
@@ -126,7 +126,10 @@ def _open(paths, bad_records, cache_dir, log):
     os.makedirs(folder, exist_ok=True)
     with locked(folder, "--cache_dir", wait=True):
         place = os.path.join(folder, INDEX)
-        if not open_pages(place):
+        known = open_pages(place)
+        if known and known[1][LEFT_OUT]:
+            log(f"{known[1][LEFT_OUT]:,} records whose length is damaged are left out, as before")
+        if not known:
             log(f"Finding where each record of {len(paths):,} files begins, once, in {folder}")
             write_index(folder, paths, fix=COPY_AGAIN, on_damage=bad_records.add_bad)
         found = open_pages(place)
