@@ -193,10 +193,11 @@ class Records(_Source):
                 f"--data_dir: {training[0]} holds masked examples, on which whole_word and packing "
                 "have no effect. Leave them out, or give the text that the examples are made of."
             )
-        if shared_dir:
+        if shared_dir and not cache_dir:
             raise InputError(
-                f"--data_dir: {data_dir} would be indexed by one machine for all hosts of the TPU. "
-                "Run this program on the TPU's own machines, with --tpu=local."
+                f"--cache_dir is needed: where the records of {data_dir} begin is written there by "
+                "one machine for all hosts. Give a folder that all of them can read, or run this "
+                "program on the TPU's own machines, with --tpu=local."
             )
         if not vocab:
             beside = os.path.join(data_dir, VOCABULARY)

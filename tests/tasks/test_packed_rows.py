@@ -235,3 +235,5 @@ def test_masked_records_take_no_other_masking(make_task, tmp_path):
         make_task("whole_word=true", data_dir=str(tmp_path))
     with pytest.raises(InputError, match="--vocab is needed: .*part-0 holds ids, not text"):
         make_task(data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="--cache_dir is needed: where the records of .* begin"):
+        make_task(data_dir=str(tmp_path), cache_dir="", shared_dir="shared")
