@@ -91,10 +91,10 @@ def find_files(
         passed_over = PassedOver()
         found: list[str] = []
         others: list[str] = []
-        for path in _matches(entry, flag, passed_over):
+        for path in matches(entry, flag, passed_over):
             if os.path.isdir(path):
                 _check_not_prepared(path, flag)
-                candidates = _files_below(path, flag, passed_over)
+                candidates = files_below(path, flag, passed_over)
             else:
                 candidates = [path]
             for file in candidates:
@@ -130,7 +130,9 @@ def _check_not_prepared(path, flag):
         )
 
 
-def _files_below(top, flag, passed_over):
+def files_below(top: str, flag: str, passed_over: PassedOver) -> list[str]:
+    """The files in a folder and below it, except those of prepared shards."""
+
     def enter(folder):
         if is_prepared(folder):
             passed_over["folder of prepared shards"] += 1
@@ -140,7 +142,7 @@ def _files_below(top, flag, passed_over):
     return [entry.path for entry in walk(top, flag, passed_over, enter=enter)]
 
 
-def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
+def matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     """The files and folders that an entry names; in a glob, `**` matches any folders."""
     if os.path.exists(entry):  # its name may contain brackets
         return [entry]
@@ -152,7 +154,7 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     top = os.sep.join(parts[:first]) or (os.sep if first else os.curdir)
     if not os.path.isdir(top):
         return []
-    found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over)]
+    found = [os.path.relpath(file, top) for file in files_below(top, flag, passed_over)]
     base = os.sep.join(parts[:first] + [""]) if first else ""
     # As in other globs, a folder that matches stands for all its files.
     return [

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from inputs.errors import InputError
 from inputs.files import COMPRESSIONS, PassedOver, is_left_over
-from inputs.shards import HEADER_BYTES, record_length
-from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME
+from inputs.shards import HEADER_BYTES, is_prepared, record_length
+from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME, files_below, matches
 from inputs.text.prepare import identity
 
 # Of a file's name, or of that of a folder below the entry: its examples are held out.
@@ -20,6 +20,7 @@ HELD_OUT_NAME = re.compile(
     r"(?i)(^|[^a-z])(eval(uation)?|valid(ation)?|dev|test|held[-_]?out)([^a-z]|$)"
 )
 MLPERF_HELD_OUT = "eval_10k"  # 10,000 examples, picked from `eval_intermediate` beside it
+FLAG = "--data_dir"
 GZIP = b"\x1f\x8b"
 TEXT_SUFFIXES = {*SUFFIXES, ".json", ".md5", ".md"}
 
@@ -41,14 +42,14 @@ def find_record_files(
         TFRecord file at all.
 
     Raises:
-        InputError: an entry has none while another has, all of them are held out, or they are
-            compressed.
+        InputError: an entry has none while another has, all of them are held out, they are
+            compressed, or a folder cannot be read.
     """
     found: dict[str, list[str]] = {}
     for entry in data.split(","):
         passed_over = PassedOver()
         found[entry] = []
-        for path in _files(entry):
+        for path in _files(entry, passed_over):
             if is_record_file(path):
                 found[entry].append(path)
             else:
@@ -105,8 +106,8 @@ def is_record_file(path: str) -> bool:
             file.seek(0)
             with gzip.GzipFile(fileobj=file) as content:
                 compressed = record_length(_Start(content.read(HEADER_BYTES)), 0) is not None
-    except (OSError, EOFError, tf.errors.OpError):
-        return False
+    except (OSError, EOFError, UnicodeError, tf.errors.OpError):
+        return False  # reading it as text reports the error
     if compressed:
         raise InputError(
             f"--data_dir: {path} is a compressed TFRecord file, of which single records cannot be "
@@ -134,20 +135,24 @@ def fingerprint(files: list[str]) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def _files(entry: str) -> list[str]:
-    """The files that an entry names."""
+def _files(entry: str, passed_over: PassedOver) -> list[str]:
+    """The files that an entry names, on this machine's disks or in a bucket."""
+    if "://" not in entry:
+        found = []
+        for path in matches(entry, FLAG, passed_over):
+            if not os.path.isdir(path):
+                found.append(path)
+            elif not is_prepared(path):
+                found += sorted(files_below(path, FLAG, passed_over))
+        return [path for path in found if os.path.isfile(path)]
     try:
         if tf.io.gfile.isdir(entry):
-            paths = [
+            return sorted(
                 os.path.join(folder, name)
                 for folder, _, names in tf.io.gfile.walk(entry)
-                if not any(map(is_left_over, os.path.relpath(folder, entry).split(os.sep)[1:]))
                 for name in names
                 if not is_left_over(name)
-            ]
-            return sorted(paths)
-        if tf.io.gfile.exists(entry):
-            return [entry]
+            )
         return sorted(path for path in tf.io.gfile.glob(entry) if not tf.io.gfile.isdir(path))
     except tf.errors.OpError:
         return []  # reading it as text reports the error

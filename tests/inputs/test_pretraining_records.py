@@ -179,6 +179,11 @@ def test_mlperf_layout_of_a_folder(many, tmp_path):
     assert said[1] == f"Passed over, as eval_10k is the held-out set: {held_out[1]}"
     assert find_record_files(f"{tmp_path}/part-*,{held_out[1]}")[1] == held_out[1:]
     assert find_record_files(f"{tmp_path}/vocab.txt") is None
+    prepared = tmp_path / "text" / "shards"  # its TFRecords are no masked examples
+    prepared.mkdir(parents=True)
+    write(prepared / "shard-00000.tfrecord", example(MLPERF, 9, 2))
+    (prepared / "manifest.json").write_text("{}")
+    assert find_record_files(str(tmp_path / "text")) is None
     with pytest.raises(InputError, match="eval_10k is held out, and there is no file to train on"):
         find_record_files(held_out[0])
     with pytest.raises(InputError, match="has no TFRecord file, but other entries have"):
