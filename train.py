@@ -41,7 +41,8 @@ flags.DEFINE_string("recipe", "bert-mini-demo", f"What to train: {', '.join(reci
 flags.DEFINE_string(
     "data_dir",
     "",
-    "Text: files, globs or folders, comma-separated. SQuAD, prepared text or images: a folder.",
+    "Text, or TFRecords of masked examples: files, globs or folders, comma-separated. SQuAD, "
+    "prepared text or images: a folder.",
 )
 flags.DEFINE_string(
     "vocab", "", "A BERT vocab.txt. Default: learned from the text, or the checkpoint's."
@@ -49,8 +50,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "cache_dir",
     "",
-    "Folder in which raw text is prepared, and what a prepared folder lacks is written. Default: "
-    "inside --data_dir if that is prepared and can be written, otherwise ~/.cache/tf_lamb.",
+    "Folder in which raw text is prepared, and for what prepared text and masked examples lack. "
+    "Default: inside --data_dir if that is prepared and can be written, else ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
@@ -220,6 +221,11 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
         return None
     if FLAGS.dry_run:
         raise InputError("--mllog: a dry run trains no model. Leave out --mllog or --dry_run.")
+    if getattr(recipe, "sequences_per_row", 1) > 1:
+        raise InputError(
+            "--mllog: MLPerf's log counts sequences, of which packed rows have a varying number. "
+            "Leave out --mllog, or set sequences_per_row=1."
+        )
     step = manager.saved_step(model_dir)
     if step:
         raise InputError(

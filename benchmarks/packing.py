@@ -1,15 +1,20 @@
-"""Times BERT's loss and gradients on padded, bucketed and packed sequences, on the CPU.
+"""Times BERT on padded, bucketed and packed sequences, on the CPU or by the TPU compiler.
 
     python -m benchmarks.packing [--size=tiny] [--length=128] [--sequences=64]
+    python -m benchmarks.packing --topology=v4-512 [--recipe=mlperf-bert-batch-4096]
 
-The sequences have random tokens and uniformly distributed lengths. All three forms of a batch have
-the same loss and gradients (tests/models/test_packing.py). They take turns, so that other load on
-the machine affects all.
+On the CPU, loss and gradients of sequences with random tokens and uniformly distributed lengths are
+timed. All three forms of a batch have the same loss and gradients (tests/models/test_packing.py).
+They take turns, so that other load on the machine affects all.
+
+With --topology, the step of a recipe is compiled for a TPU, without one: with one sequence in a
+row, and with the same number of sequences in fewer rows, --per_row in each.
 """
 
 import argparse
 import os
 import statistics
+import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
@@ -18,15 +23,19 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 import numpy as np
 import tensorflow as tf
 
+import recipes
 from inputs.text import packing
 from models import bert
 from models import packing as packed_bert
+from preflight import run as preflight
+from preflight.children import show_progress
+from preflight.topology import parse_topologies
 
 WORDS = 1_000
 
 
 def made_up_batch(sequences: int, length: int, predictions: int) -> dict:
-    """Returns a padded batch, in the layout of `inputs.text.examples.element_spec`."""
+    """Returns a padded batch, in the layout of `inputs.text.batches.element_spec`."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(predictions + 1, length + 1, sequences)
     ones = np.ones([sequences], np.float32)
@@ -59,6 +68,38 @@ def compiled(model, sums):
     return gradients
 
 
+def compile_steps(name: str, topology: str, per_row: int) -> None:
+    """Prints the estimated time of a step of a recipe, padded and packed."""
+    recipe = recipes.find_recipe(name)
+    (phase,) = recipe.phases
+    packed = [f"sequences_per_row={per_row}", f"global_batch_size={rows_of(phase, per_row)}"]
+    for form, settings in (("padded", []), ("packed", packed)):
+        with show_progress(lambda line: print(line, file=sys.stderr), total=1) as progress:
+            (result,) = preflight.examine(
+                recipes.override(recipe, ["compute_dtype=bfloat16", *settings]),
+                parse_topologies(topology),
+                progress=progress,
+                search=False,
+            )
+        if result.error:
+            print(f"{form:8}  does not compile: {result.error}")
+            continue
+        speed = phase.global_batch_size / result.time.step
+        print(
+            f"{form:8}  {result.global_batch_size:6,} rows, {result.replica_batch_size} on each "
+            f"replica  {result.program['hbm_bytes'] / 2**30:.2f} GiB  "
+            f"{1e3 * result.time.step:.1f} ms a step  {speed:,.0f} sequences/s"
+        )
+
+
+def rows_of(phase, per_row: int) -> int:
+    """The number of rows of a phase's batch."""
+    rows, rest = divmod(phase.global_batch_size, per_row)
+    if rest:
+        raise SystemExit(f"--per_row={per_row} does not divide the {phase.global_batch_size}.")
+    return rows
+
+
 def main() -> None:
     """Prints sequences per second and tokens computed of the three forms."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,7 +107,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--sequences", type=int, default=64, help="sequences of a batch")
     parser.add_argument("--rounds", type=int, default=10, help="timings of each form")
+    parser.add_argument("--topology", default="", help="a slice of TPUs, to compile for")
+    parser.add_argument("--recipe", default="mlperf-bert-batch-4096", help="with --topology")
+    parser.add_argument("--per_row", type=int, default=2, help="sequences in a row; --topology")
     flags = parser.parse_args()
+    if flags.topology:
+        compile_steps(flags.recipe, flags.topology, flags.per_row)
+        return
+    tf.get_logger().setLevel("ERROR")  # a bucket each is traced on purpose
     batch = made_up_batch(flags.sequences, flags.length, max(1, flags.length // 7))
     bounds = [flags.length // 4, flags.length // 2, 3 * flags.length // 4, flags.length]
     forms = {

@@ -124,7 +124,7 @@ class Pages:
         page_bytes: size of all pages but the last.
 
     Attributes:
-        path, length: as given.
+        path, length, columns: as given.
         bytes: size of the file.
     """
 
@@ -132,7 +132,7 @@ class Pages:
         self.path = path
         self.length = length
         self._dtype = np.dtype(dtype)
-        self._columns = columns
+        self.columns = columns
         self._page = page_bytes
         self._row = self._dtype.itemsize * (columns or 1)
         pages = -(-length * self._row // page_bytes)
@@ -156,7 +156,7 @@ class Pages:
         last = tf.maximum(stop * self._row - 1, start * self._row) // self._page
         count = tf.where(stop > start, last - first + 1, 0)
         offset = first * (self._page + FRAME_BYTES)
-        pages = _read_pages(self.path, offset, count)
+        pages = read_consecutive(self.path, offset, count)
         found = tf.size(pages, tf.int64)
         data = tf.strings.reduce_join(pages)
         whole = tf.strings.length(data) >= tf.cast(stop * self._row - first * self._page, tf.int32)
@@ -165,12 +165,12 @@ class Pages:
             skipped = tf.cast(start * self._row - first * self._page, tf.int32)
             size = tf.cast((stop - start) * self._row, tf.int32)
             values = tf.io.decode_raw(tf.strings.substr(data, skipped, size), self._dtype.type)
-            return tf.reshape(values, [-1, self._columns]) if self._columns else values
+            return tf.reshape(values, [-1, self.columns]) if self.columns else values
 
         def none():
             where = (first + tf.minimum(found, count - 1)) * (self._page + FRAME_BYTES)
             with tf.control_dependencies([damage.report(self.path, where, example, lost)]):
-                shape = [stop - start, self._columns] if self._columns else [stop - start]
+                shape = [stop - start, self.columns] if self.columns else [stop - start]
                 return tf.zeros(shape, self._dtype.type)
 
         readable = (found == count) & whole
@@ -207,7 +207,7 @@ class Pages:
                 whole = len(data) // self._row * self._row
                 rest = data[whole:]
                 block = np.frombuffer(data[:whole], self._dtype)
-                block = block.reshape(-1, self._columns) if self._columns else block
+                block = block.reshape(-1, self.columns) if self.columns else block
                 found += len(block)
                 yield block
         except tf.errors.OpError as error:
@@ -239,7 +239,7 @@ class Pages:
 
     def all(self) -> np.ndarray:
         """The whole array."""
-        shape = (0, self._columns) if self._columns else 0
+        shape = (0, self.columns) if self.columns else 0
         return np.concatenate([np.zeros(shape, self._dtype), *self.blocks()])
 
 
@@ -264,12 +264,19 @@ def open_pages(folder: str) -> tuple[dict[str, Pages], dict] | None:
         return None
 
 
-def _read_pages(path, offset, count):
-    """[M] strings, with M = `count`, or less if a page is damaged or missing.
+def read_consecutive(path, offset, count):
+    """Reads records of a TFRecord file in a graph.
 
-    These are the operations of `tf.data`'s methods. A graph has several such readers, and the
-    methods take ten times as long to build them.
+    Args:
+        path: string scalar, the file.
+        offset: int64 scalar, where the first record begins, in bytes.
+        count: int64 scalar, the number of records.
+
+    Returns:
+        [M] strings, with M = `count`, or less if a record is damaged or missing.
     """
+    # These are the operations of `tf.data`'s methods. A graph has several such readers, and the
+    # methods take ten times as long to build them.
     of_strings = {"output_types": [tf.string], "output_shapes": [[]]}
     pages = records_op(path, offset)
     pages = tf.raw_ops.TakeDataset(input_dataset=pages, count=count, **of_strings)

@@ -98,7 +98,7 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
             offset += len(record) + FRAME_BYTES
         if offset < size:
             with open_bytes(path) as file:
-                length = _length(file, offset)
+                length = record_length(file, offset)
                 following = _next_record(file, offset, size)
             if length is not None:
                 following = offset + length + FRAME_BYTES
@@ -126,7 +126,7 @@ def _next_record(file, offset, size) -> int:
             np.lib.stride_tricks.sliding_window_view(data[8:], 4)[:count]
         ).view("<u4")[:, 0]
         for place in np.flatnonzero(masked == kept) + start:
-            length = _length(file, int(place))
+            length = record_length(file, int(place))
             if length is not None and place + length + FRAME_BYTES <= size:
                 return int(place)
         start += count
@@ -143,8 +143,18 @@ def _readable(path, offset):
         yield from some
 
 
-def record_offsets(path: str) -> np.ndarray:
+def record_offsets(
+    path: str,
+    fix: str = "Copy it again.",
+    on_damage: Callable[[str], object] | None = None,
+) -> np.ndarray:
     """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
+
+    Args:
+        path: the file.
+        fix: what to do about a damaged file, for the error message.
+        on_damage: called with a message for each record whose length is damaged; such a record is
+            left out. If None, the first one is an error.
 
     Raises:
         InputError: the file cannot be read, is compressed, or is damaged.
@@ -155,22 +165,30 @@ def record_offsets(path: str) -> np.ndarray:
         offset = 0
         with open_bytes(path) as file:
             while offset < size:
-                length = _length(file, offset)
-                if length is None or offset + length + FRAME_BYTES > size:
+                length = record_length(file, offset)
+                if length is not None and offset + length + FRAME_BYTES <= size:
+                    offsets.append(offset)
+                    offset += length + FRAME_BYTES
+                elif on_damage is None or not offsets:
                     raise InputError(
                         f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
-                        "here; the file is compressed, damaged or truncated. Copy it again; "
-                        "compressed files are converted by `python -m inputs.images.prepare`."
+                        f"here; the file is compressed, damaged or truncated. {fix}"
                     )
-                offsets.append(offset)
-                offset += length + FRAME_BYTES
+                else:
+                    on_damage(damaged(path, offset, "its length, or the file was truncated"))
+                    offset = _next_record(file, offset, size)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     return np.array(offsets, np.int64)
 
 
-def _length(file, offset):
-    """The length of a record's data in bytes, or None if its check sum is wrong."""
+def record_length(file, offset: int) -> int | None:
+    """The length of a record's data in bytes, or None if its check sum is wrong.
+
+    Args:
+        file: an open file.
+        offset: where the record begins, in bytes.
+    """
     file.seek(offset)
     header = file.read(HEADER_BYTES)
     length = int.from_bytes(header[:8], "little")

@@ -119,7 +119,7 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
     Args:
         model: from `build_pretrainer`.
-        batch: as `inputs.text.examples.element_spec` describes.
+        batch: as `inputs.text.batches.element_spec` describes.
         training: whether dropout is on.
 
     Returns:

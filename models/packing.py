@@ -13,7 +13,7 @@ def encode_packed(encoder, batch, training: bool) -> tuple[tf.Tensor, tf.Tensor]
 
     Args:
         encoder: from `models.bert.encoder_of`, already built.
-        batch: as `inputs.text.packing.pack` describes.
+        batch: as `inputs.text.packing.packed_spec` describes.
         training: whether dropout is on.
 
     Returns:
@@ -39,7 +39,7 @@ def pretraining_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
 
     Args:
         model: from `models.bert.build_pretrainer`.
-        batch: as `inputs.text.packing.pack` describes.
+        batch: as `inputs.text.packing.packed_spec` describes.
         training: whether dropout is on.
 
     Returns:

@@ -1,11 +1,13 @@
 """Writes docs/results/preflight.md: estimates for the recipes, next to the published times.
 
-    python -m preflight.document [NAME...]
+    python -m preflight.document [NAME...] [--output=FILE]
 
-`make preflight` runs it for all recipes. With names it writes a page of those recipes only.
+`make preflight` runs it for all recipes. With names it writes a page of those recipes only. What
+was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped goes on from there.
 """
 
 import argparse
+import math
 import pathlib
 import sys
 
@@ -77,6 +79,11 @@ same all-reduce.
 
 No constant was fitted to close these gaps."""
 
+MLPERF_GAPS = """
+The steps are those to the mean number of examples at which the runs reached the target. The
+published time is from the start of the run to the target, with the evaluations and the first pass
+over the data."""
+
 
 def format_row(name: str, result) -> str:
     """Returns the table row of one phase of a recipe.
@@ -138,6 +145,34 @@ def published_table(results_of: dict) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def mlperf_table(results_of: dict) -> list[str]:
+    """Returns the lines of the table of MLPerf's results on their own systems.
+
+    Args:
+        results_of: recipe name -> list of `PhaseResult`.
+
+    Returns:
+        The lines; an empty list if no such recipe compiles.
+    """
+    lines = [
+        "| recipe | round | system | examples to the target | steps | estimated minutes | "
+        "published | estimated / published |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for published in mlperf.RESULTS:
+        results = results_of.get(published.recipe.name, ())
+        if published.examples and results and not results[0].error:
+            (result,) = results
+            steps = math.ceil(published.examples / result.global_batch_size)
+            minutes = steps * result.time.step / 60
+            lines.append(
+                f"| {published.recipe.name} | {published.round} | {published.system} | "
+                f"{published.examples:,.0f} | {steps:,} | {minutes:.3f} | {published.minutes} | "
+                f"{minutes / published.minutes:.0%} |"
+            )
+    return lines if len(lines) > 2 else []
+
+
 def scaling_table(results) -> list[str]:
     """Returns the lines of the table of the paper's columns, all with 16 examples per core.
 
@@ -190,6 +225,8 @@ def format_page(results_of: dict) -> str:
     if results_of.keys() & PUBLISHED.keys():
         text += ["", "## Next to the published runs", "", *published_table(results_of), ""]
         text += [*scaling_table(results_of.get("bert-large-32k", ())), GAPS]
+    if table := mlperf_table(results_of):
+        text += ["", "## Next to MLPerf's results", "", *table, MLPERF_GAPS]
     return "\n".join(text) + "\n"
 
 
@@ -207,7 +244,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m preflight.document", description=__doc__.splitlines()[0]
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
-    names = parser.parse_args(arguments).names
+    parser.add_argument("--output", default=str(PATH), help="the page (default: %(default)s)")
+    flags = parser.parse_args(arguments)
+    names, path = flags.names, pathlib.Path(flags.output)
     try:
         check_installed()
         for name in names:
@@ -227,11 +266,11 @@ def main(arguments: list[str]) -> int:
                     search=name in SEARCHED,
                 )
                 # Write after each recipe: all of them together take an hour.
-                PATH.write_text(format_page(results_of), encoding="utf-8")
+                path.write_text(format_page(results_of), encoding="utf-8")
     except ValueError as error:
         _print_line(f"preflight.document: {error}")
         return 1
-    _print_line(f"Written: {PATH}")
+    _print_line(f"Written: {path}")
     return 0
 
 

@@ -40,6 +40,7 @@ class Result:
         system: The submitter and the chips.
         minutes: The score: the mean time from run_start to run_stop, without best and worst run.
         source: Repository, commit and folder of the logs.
+        examples: The mean number of examples to the target, over the runs; None if it was not read.
         topology: The slice of TPUs as `--preflight` takes it, or "" if there is none that the batch
             divides by, as for GPUs.
     """
@@ -49,6 +50,7 @@ class Result:
     system: str
     minutes: float
     source: str
+    examples: float | None
     topology: str = ""
 
 
@@ -178,7 +180,7 @@ def _bert_result(name, round_, system, minutes, examples, commit, folder, *setti
         f"average, in {minutes} minutes on {system}"
     )
     recipe = _bert(f"{name}-{round_}", *settings, reference=source, expected=expected, **fields)
-    return Result(recipe, round_, system, minutes, source, topology)
+    return Result(recipe, round_, system, minutes, source, examples, topology)
 
 
 def _resnet_result(name, round_, system, minutes, epochs, commit, folder, *settings, topology=""):
@@ -191,7 +193,7 @@ def _resnet_result(name, round_, system, minutes, epochs, commit, folder, *setti
     recipe = _resnet(
         f"{name}-{round_}", *settings, reference=source, expected=expected, tpu="TPU" in system
     )
-    return Result(recipe, round_, system, minutes, source, topology)
+    return Result(recipe, round_, system, minutes, source, epochs * IMAGENET_IMAGES, topology)
 
 
 # Google's TPU runs clip each replica's gradient and sum in bfloat16.
@@ -204,6 +206,7 @@ BERT_RESULTS = (
         "Google, 4,096 TPU v3 (v3-8192)",
         0.393,
         _logs("0.7", "0a8a85a2", "Google/results/tpu-v3-8192-TF/bert"),
+        496 * 8_192,
     ),
     _bert_result(
         *("v4-6912", "1.0", "Google, 3,456 TPU v4 (v4-6912)", 0.276, 3_512_678),
@@ -258,6 +261,7 @@ RESNET_RESULTS = (
         "Google, 1,024 TPU v3 (v3-2048)",
         1.282,
         _logs("0.6", "f312518c", "Google/results/tpu-v3-2048/resnet"),
+        None,
         "v3-2048",
     ),
     _resnet_result(

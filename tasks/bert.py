@@ -1,7 +1,6 @@
 """BERT pre-training with masked language modelling and next-sentence prediction."""
 
 import dataclasses
-import itertools
 import os
 
 import numpy as np
@@ -9,21 +8,12 @@ import numpy as np
 from export.bert import pretrained_export
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
-from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.shards import MANIFEST, is_prepared
-from inputs.text import casing, chunks, corpus, examples, vocabulary
-from inputs.text.prepare import prepare_in_cache
-from inputs.text.shards import load_manifest
-from models import bert
-from tasks import initial_pretraining
-from tasks import synthetic as made_up
+from inputs.text import casing, chunks, vocabulary
+from models import bert, packing
+from tasks import initial_pretraining, pretraining_data
 from tasks.task import Metric, Task, loss_metric
 
-SHOWN_SENTENCES = 4
-SEARCHED_SENTENCES = 20_000
-EVALUATION_SEED = 0  # so that held-out text is masked in the same way in every run
-DAMAGE = "damaged-records"  # folder of the reports of hosts, in `shared_dir`
 USAGE = """\
 import tensorflow_text  # its kernels
 
@@ -35,11 +25,15 @@ encode(text=tf.constant(["a sentence"]))  # pooled_output: [N, H]; sequence_outp
 class BertPretraining(Task):
     """Masked-LM and next-sentence pre-training.
 
+    An example is a sequence, or, with the recipe's `sequences_per_row`, a row of several. Held-out
+    examples are always single sequences.
+
     Args:
         recipe: a `recipes.bert.BertRecipe`.
         data_dir: files, globs or folders of text, comma-separated; or a folder written by
-            `inputs.text.prepare`; or "" for the English text of the installed Python packages.
-        vocab: path of a vocab.txt, or "" to learn one from the text.
+            `inputs.text.prepare`; or TFRecord files of masked examples; or "" for the English text
+            of the installed Python packages.
+        vocab: path of a vocab.txt, or "" to learn one from the text. Masked examples need theirs.
         resume_dir: see `tasks.task.Task`. A resumed run reads its vocabulary from there.
         seed: int, seed of the data order, sentence pairs and masks.
         synthetic: whether to use random batches instead of text.
@@ -75,6 +69,8 @@ class BertPretraining(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
+        if recipe.sequences_per_row > 1:
+            self.example_unit = "rows"
         self._seed = seed
         self._log = log
         self._slots = self._start = None
@@ -87,12 +83,14 @@ class BertPretraining(Task):
                 "runs from a checkpoint: --set init_from=FOLDER"
             )
         if synthetic:
-            self._source = _SyntheticText(recipe, vocab, seed)
+            self._source = pretraining_data.Synthetic(recipe, vocab, seed)
         else:
             if not vocab and resume_dir:
                 vocab = os.path.join(resume_dir, "vocab.txt")
             known = casing.of_checkpoint(resume_dir) if resume_dir else None
-            self._source = _Text(recipe, data_dir, vocab, known, log, cache_dir, shared_dir)
+            self._source = pretraining_data.open_data(
+                recipe, data_dir, vocab, known, log=log, cache_dir=cache_dir, shared_dir=shared_dir
+            )
         self.recipe = dataclasses.replace(recipe, lower_case=self._source.lower_case)
         self.vocabulary = self._source.vocabulary
         self.data = self._source.description
@@ -134,11 +132,12 @@ class BertPretraining(Task):
         return slots.step, [[moment[name] for name in names] for moment in slots.moments]
 
     def sums(self, model, batch, training):
-        """See `models.bert.pretraining_sums`."""
-        return bert.pretraining_sums(model, batch, training)
+        """See `models.bert.pretraining_sums`, and `models.packing` for packed rows."""
+        of_batch = packing if "sequence_ids" in batch else bert
+        return of_batch.pretraining_sums(model, batch, training)
 
     def counts(self, batch):
-        """See `models.bert.pretraining_counts`."""
+        """See `models.bert.pretraining_counts`; packed rows have the same."""
         return bert.pretraining_counts(batch)
 
     def train_batches(self, phase_index, first_step):
@@ -207,140 +206,3 @@ class BertPretraining(Task):
         sentences, words = zip(*self._source.masked_sentences(), strict=True)
         run_client(export_dir, *sentences)
         print(f"The words behind the masks: {', '.join(words)}")
-
-
-class _Text:
-    """Training and held-out documents as word pieces."""
-
-    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir):
-        self._recipe = recipe
-        self._damage_dir = shared_dir and os.path.join(shared_dir, DAMAGE)
-        records = BadRecords(
-            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
-        )
-        self._log = log
-        self._made: dict = {}
-        self.description = data_dir or "Python's help topics and installed packages' docstrings"
-        log(f"Reading {self.description}")
-        if not (data_dir and is_prepared(data_dir)):
-            if shared_dir:
-                raise InputError(
-                    f"--data_dir: {self.description} would be read by one machine for all hosts of "
-                    "the TPU. Prepare the text once, where all of them can read it: python -m "
-                    f"inputs.text.prepare --input={data_dir or 'TEXT'} --vocab={vocab or 'VOCAB'} "
-                    "--output=gs://BUCKET/FOLDER"
-                )
-            data_dir = prepare_in_cache(
-                data_dir,
-                vocab,
-                recipe,
-                known_case=known_case,
-                records=records,
-                cache_dir=cache_dir,
-                log=log,
-            )
-            vocab = ""
-        lower_case = load_manifest(data_dir)["lower_case"]
-        known_case = lower_case, f"the text in {data_dir}, according to its {MANIFEST}"
-        self._training, self._held_out, self.vocabulary, self.fingerprint = corpus.load_prepared(
-            data_dir, vocab, records, cache_dir=cache_dir, log=log
-        )
-        self.lower_case = casing.choose(recipe.lower_case, self.vocabulary, known_case)
-        log(casing.report(self.lower_case, self.vocabulary))
-        training, held_out = self._training.describe(), self._held_out.describe()
-        self.amount = f"To train on: {training}; held out: {held_out}"
-        log(self.amount)
-
-    def training_examples(self, phase, seed):
-        return self._examples(self._training, phase, seed, "training")
-
-    def held_out_examples(self, phase):
-        return self._examples(self._held_out, phase, EVALUATION_SEED, "held_out")
-
-    def _examples(self, tokenized, phase, seed, side):
-        """The examples of one side of the corpus; made once, as they keep account of damage."""
-        key = side, phase.sequence_length, seed
-        if key not in self._made:
-            self._made[key] = self._make(tokenized, phase, seed, "-".join(map(str, key)))
-        return self._made[key]
-
-    def _make(self, tokenized, phase, seed, name):
-        return examples.Examples(
-            tokenized,
-            self.vocabulary,
-            sequence_length=phase.sequence_length,
-            predictions=phase.predictions,
-            whole_word=self._recipe.whole_word,
-            packing=self._recipe.packing,
-            seed=seed,
-            lanes=self._recipe.lanes,
-            bad_records=BadRecords(
-                self._recipe.max_bad_record_share,
-                skip=self._recipe.on_bad_record == "skip",
-                log=self._log,
-            ),
-            damage_folder=self._damage_dir and os.path.join(self._damage_dir, name),
-        )
-
-    def check(self):
-        """Reports what was found damaged since the last call; see `Damage.collect`."""
-        for made in self._made.values():
-            made.damage.collect()
-
-    def masked_sentences(self) -> list[tuple[str, str]]:
-        """Returns a few pairs: a held-out sentence with one whole word masked, and that word."""
-        found = []
-        bounds = next(self._held_out.sentences.blocks())[: SEARCHED_SENTENCES + 1].tolist()
-        ranges = list(itertools.pairwise(bounds))
-        for tokens in self._held_out.tokens.slices(ranges):
-            pieces = [self.vocabulary[i] for i in tokens]
-            pieces = pieces[: len(pieces) - (pieces[-1] == vocabulary.SEP)]
-            whole_words = [
-                i
-                for i, piece in enumerate(pieces[:-1])
-                if piece.isalpha() and len(piece) > 3 and not pieces[i + 1].startswith("##")
-            ]
-            if 6 <= len(pieces) <= 24 and whole_words and vocabulary.UNK not in pieces:
-                middle = whole_words[len(whole_words) // 2]
-                word, pieces[middle] = pieces[middle], vocabulary.MASK
-                found.append((" ".join(pieces).replace(" ##", ""), word))
-        if not found:
-            return [("no held-out sentence has 6 to 24 pieces [MASK]", "?")]
-        return found[:: max(1, len(found) // SHOWN_SENTENCES)][:SHOWN_SENTENCES]
-
-
-class _SyntheticText:
-    """Random word pieces in sequences of the phase's length."""
-
-    description = fingerprint = amount = made_up.DESCRIPTION
-
-    def __init__(self, recipe, vocab, seed):
-        if vocab:
-            self.vocabulary = vocabulary.load_vocabulary(vocab)
-        else:
-            self.vocabulary = made_up.synthetic_vocabulary(recipe.vocabulary_size)
-        self.lower_case = casing.choose(recipe.lower_case, self.vocabulary)
-        self._seed = seed
-
-    def training_examples(self, phase, seed):
-        del seed
-        return self.held_out_examples(phase)
-
-    def held_out_examples(self, phase):
-        upper_bounds = {
-            "input_word_ids": len(self.vocabulary),
-            "masked_lm_ids": len(self.vocabulary),
-            "masked_lm_positions": phase.sequence_length,
-            "next_sentence_labels": 2,
-        }
-        return made_up.SyntheticExamples(
-            lambda size: examples.element_spec(size, phase.sequence_length, phase.predictions),
-            upper_bounds,
-            self._seed,
-        )
-
-    def check(self):
-        pass
-
-    def masked_sentences(self):
-        return [("word1 [MASK] word2", "word3")]

@@ -16,11 +16,13 @@ from inputs import process  # isort: split
 
 from inputs.errors import InputError, refuse_empty
 from inputs.files import absolute, check_writable, file_size, locked, write_json
-from inputs.images import shards, tfrecords
+from inputs.images import tfrecords
 from inputs.progress import Progress, log
+from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
 
 NAME = "inputs.images.index"
+FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."
 STOPPED = 130  # exit status of a shell after Ctrl-C
 
 
@@ -67,7 +69,7 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         folder = os.path.join(output, split)
         check_writable(folder, "--output")
         with locked(folder, "--output"), Progress(len(files), " files") as progress:
-            counts = shards.write_index(folder, files, progress=progress.advance)
+            counts = write_index(folder, files, progress=progress.advance, fix=FIX)
             sizes = [file_size(file) for file in files]
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]

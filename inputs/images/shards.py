@@ -10,9 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
@@ -30,11 +29,11 @@ from inputs.files import (
     remove,
     write_json,
 )
-from inputs.pages import Pages, PagesWriter, open_pages
-from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_offsets, record_writer
+from inputs.pages import Pages, open_pages
+from inputs.record_index import INDEX, write_index
+from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_writer
 
 PLAN = "plan.json"
-INDEX = "index"  # folder, and name of the array in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,12 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
             ],
         }
     )
-    write_index(folder, [os.path.join(folder, s.file) for s in kept], [s.count for s in kept])
+    write_index(
+        folder,
+        [os.path.join(folder, s.file) for s in kept],
+        [s.count for s in kept],
+        fix="Prepare or copy it again.",
+    )
     write_json(os.path.join(folder, MANIFEST), manifest)
     for shard in shards:
         remove(os.path.join(folder, f"{shard.file}.json"))
@@ -163,41 +167,6 @@ def finish(folder: str, shards: list[Shard], notes: dict, **facts) -> dict:
             remove(os.path.join(folder, shard.file))
     remove(os.path.join(folder, PLAN))
     return manifest
-
-
-def write_index(
-    folder: str,
-    files: list[str],
-    counts: list[int] | None = None,
-    progress: Callable[[int], object] = lambda files: None,
-) -> list[int]:
-    """Writes where each record of the files begins, into FOLDER/index; reads lengths only.
-
-    Args:
-        folder: folder of the manifest.
-        files: paths of TFRecord files, which are not compressed.
-        counts: the number of records that each file must have.
-        progress: called with 1 after each file.
-
-    Returns:
-        The number of records of each file.
-
-    Raises:
-        InputError: a file cannot be read, or is damaged.
-    """
-    found = []
-    with PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer:
-        for number, path in enumerate(files):
-            offsets = record_offsets(path)
-            if counts and len(offsets) != counts[number]:
-                raise InputError(
-                    f"{path} has {len(offsets):,} records, not {counts[number]:,}: it was "
-                    "truncated or replaced. Prepare or copy it again."
-                )
-            found.append(len(offsets))
-            progress(1)
-            writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

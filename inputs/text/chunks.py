@@ -20,6 +20,7 @@ COLUMNS = {
     FULL: ("start", "end"),
 }
 TABLE, SENTENCE_STARTS = "table", "sentence_starts"  # names of the arrays
+SPECIAL = {PAIRS: 3, FULL: 2}  # tokens of a sequence besides those of its chunk: [CLS], [SEP]
 
 
 def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[str, np.ndarray]]:

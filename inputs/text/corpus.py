@@ -19,6 +19,7 @@ from inputs.files import cache_folder, first_writable, locked
 from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import MANIFEST
 from inputs.text import chunks
+from inputs.text.packing import write_plan
 from inputs.text.shards import load_manifest, read_shard
 from inputs.text.vocabulary import SEP, load_vocabulary, vocabulary_hash
 
@@ -63,7 +64,39 @@ class Corpus:
         Raises:
             InputError: the corpus has too little text, or the files cannot be written.
         """
-        name = f"{packing}-{sequence_length}"
+
+        def write(folder):
+            columns = {chunks.TABLE: len(chunks.COLUMNS[packing])}
+            names = [chunks.TABLE]
+            names += [chunks.SENTENCE_STARTS] if packing == chunks.PAIRS else []
+            with PagesWriter(folder, dict.fromkeys(names, np.int64), columns) as writer:
+                for block in chunks.chunk_blocks(self, sequence_length, packing):
+                    writer.append(**block)
+
+        return self._opened(f"{packing}-{sequence_length}", write)
+
+    def rows(self, sequence_length: int, packing: str, per_row: int) -> dict[str, Pages]:
+        """The plan of `packing.write_plan` for the chunks; it is made and written once.
+
+        Args:
+            sequence_length: tokens of a row, and of its longest sequences.
+            packing: how chunks are cut, one of `chunks.PACKINGS`.
+            per_row: the maximum number of chunks in a row.
+
+        Raises:
+            InputError: see `chunks`.
+        """
+        table = self.chunks(sequence_length, packing)[chunks.TABLE]
+        special = chunks.SPECIAL[packing]
+
+        def write(folder):
+            lengths = (block[:, 1] - block[:, 0] + special for block in table.blocks())
+            write_plan(folder, lengths, sequence_length, per_row)
+
+        return self._opened(f"{packing}-{sequence_length}-rows-of-{per_row}", write)
+
+    def _opened(self, name, write):
+        """The arrays of a folder beside the corpus, which `write` writes if they are not there."""
         places = dict.fromkeys([self.folder, self.spare])
         # Opened before the lock is taken: the disk may be read-only.
         for place in places:
@@ -74,12 +107,7 @@ class Corpus:
         with locked(place, "--data_dir", wait=True):
             found = open_pages(folder)
             if found is None:
-                columns = {chunks.TABLE: len(chunks.COLUMNS[packing])}
-                names = [chunks.TABLE]
-                names += [chunks.SENTENCE_STARTS] if packing == chunks.PAIRS else []
-                with PagesWriter(folder, dict.fromkeys(names, np.int64), columns) as writer:
-                    for block in chunks.chunk_blocks(self, sequence_length, packing):
-                        writer.append(**block)
+                write(folder)
                 found = _written(open_pages(folder), folder)
         return found[0]
 

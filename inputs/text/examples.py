@@ -1,55 +1,20 @@
-"""BERT pre-training batches from a corpus; examples are paired and masked on the fly.
-
-An example is a function of (seed, example id) alone: any host can make any step, in any order,
-without the steps before it.
-"""
-
-import functools
+"""BERT pre-training batches from a corpus; examples are paired and masked on the fly."""
 
 import tensorflow as tf
 
-from inputs.bad_records import BadRecords
 from inputs.batching import integers_below, random_bits, uniform, unit_floats
-from inputs.damage import Damage
-from inputs.order import Order, by_block, number_of_lanes, row_batches
+from inputs.text.batches import Batches
 from inputs.text.chunks import COLUMNS, FULL, PAIRS, SENTENCE_STARTS, TABLE
+from inputs.text.packing import ROWS
 from inputs.text.vocabulary import SPECIAL_TOKENS
 
-# Chunks that lie together are read together, about this many tokens. The random second segment of a
-# pair comes from the same block.
-BLOCK_TOKENS = 2**15
-MIN_BLOCK = 32  # chunks, of which one is the random second segment of another
-WINDOW_BLOCKS = 8  # whose examples are mixed
-# The fields of a row before its tokens: lengths of A and B, whether B is random, whether the
-# example could be read, and the two halves of its id.
+# The fields of a row before its tokens: whether the example could be read, lengths of A and B,
+# whether B is random, and the two halves of its id.
 FIELDS = 6
 MASKED_SHARE, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # Devlin et al., arXiv:1810.04805, section 3.1
 
 
-def element_spec(batch_size: int, sequence_length: int, predictions: int):
-    """The shapes and dtypes of a pre-training batch, as a dictionary of `tf.TensorSpec`.
-
-    Args:
-        batch_size: B, examples per batch.
-        sequence_length: L, tokens per example.
-        predictions: P, the maximum number of masked tokens per example.
-    """
-    row = tf.TensorSpec([batch_size, sequence_length], tf.int32)
-    picks = tf.TensorSpec([batch_size, predictions], tf.int32)
-    return {
-        "input_word_ids": row,
-        "input_mask": row,
-        "input_type_ids": row,
-        "masked_lm_positions": picks,
-        "masked_lm_ids": picks,
-        "masked_lm_weights": tf.TensorSpec([batch_size, predictions], tf.float32),
-        "next_sentence_labels": tf.TensorSpec([batch_size], tf.int32),
-        "next_sentence_weights": tf.TensorSpec([batch_size], tf.float32),
-        "example_weights": tf.TensorSpec([batch_size], tf.float32),
-    }
-
-
-class Examples:
+class Examples(Batches):
     """Masked-LM and next-sentence examples of one corpus at one sequence length.
 
     Args:
@@ -61,14 +26,10 @@ class Examples:
         seed: int, decides the order, the pairs and the masks.
         packing: `chunks.PAIRS` for two segments and next-sentence labels, `chunks.FULL` for one
             segment that fills the sequence, and next-sentence weights of 0.
-        lanes: at most so many hosts can each read a part of the corpus of their own; None for
-            `order.number_of_lanes` of the batch.
-        bad_records: counts damaged examples, which get weight 0; None: the first raises an error.
-        damage_folder: see `inputs.damage.Damage`.
-
-    Attributes:
-        num_examples: examples per epoch.
-        damage: the `Damage` found so far.
+        sequences_per_row: K, the maximum number of sequences in a row of a training batch. If it
+            is more than 1, a random second segment is no longer than the one that it replaces, so
+            that the length of a sequence is known before.
+        **reading: `lanes`, `bad_records` and `damage_folder` of `Batches`.
     """
 
     def __init__(
@@ -81,24 +42,19 @@ class Examples:
         whole_word,
         seed,
         packing=PAIRS,
-        lanes=None,
-        bad_records=None,
-        damage_folder="",
+        sequences_per_row=1,
+        **reading,
     ):
-        self.sequence_length = sequence_length
-        self.predictions = predictions
         self.whole_word = whole_word
-        self.seed = seed
         self.packing = packing
         self.vocabulary = vocabulary
         chunks = corpus.chunks(sequence_length, packing)
         self._tokens = corpus.tokens
         self._table = chunks[TABLE]
         self._sentence_starts = chunks.get(SENTENCE_STARTS)
-        self.num_examples = len(self._table)
-        self._lanes = lanes
-        bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
-        self.damage = Damage(bad_records, self.num_examples, damage_folder)
+        plan = None
+        if sequences_per_row > 1:
+            plan = corpus.rows(sequence_length, packing, sequences_per_row)[ROWS]
         special = set(SPECIAL_TOKENS)
         ordinary = [i for i, piece in enumerate(vocabulary) if piece not in special]
         self._ordinary = tf.constant(ordinary, tf.int32)
@@ -106,86 +62,28 @@ class Examples:
         self._pad, self._unk, self._cls, self._sep, self._mask = map(
             vocabulary.index, SPECIAL_TOKENS
         )
-        # Traced once for all data sets, which would each take a second or two for it.
-        number, numbers = (tf.TensorSpec(shape, tf.int64) for shape in ([], [None]))
-        self._block_rows = tf.function(
-            self._make_block_rows, [number, number, numbers, numbers], autograph=False
+        super().__init__(
+            sequence_length=sequence_length,
+            predictions=predictions,
+            num_examples=len(self._table),
+            width=FIELDS + sequence_length,
+            seed=seed,
+            plan=plan,
+            **reading,
         )
-        self._masked_rows = tf.function(self._make_masked_rows, autograph=False)
 
     @property
     def files(self) -> set[str]:
         """The files of the corpus; a host reads pages of each of them."""
-        parts = self._tokens, self._table, self._sentence_starts
+        parts = self._tokens, self._table, self._sentence_starts, self.plan
         return {part.path for part in parts if part is not None}
 
-    def order(self, global_batch_size) -> Order:
-        """The order of the training examples."""
-        lanes = self._lanes or number_of_lanes(global_batch_size, self.num_examples)
-        # Of a small corpus, a lane's share should still consist of several blocks.
-        share = self.num_examples // (lanes * WINDOW_BLOCKS)
-        block = max(MIN_BLOCK, min(BLOCK_TOKENS // self.sequence_length, share))
-        return Order(self.num_examples, global_batch_size, lanes, block, WINDOW_BLOCKS, self.seed)
+    def make_rows(self, size, first, stop, chunks, ids):
+        """See `Batches.make_rows`: `FIELDS`, then the tokens with [CLS], [SEP] and [PAD].
 
-    def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
-        """Infinite data set of this host's batches: one per step for each of its replicas.
-
-        Args:
-            global_batch_size: examples per step over all replicas.
-            context: `tf.distribute.InputContext` of this host; None means a single replica.
-            first_step: the step to begin with; the text of the steps before it is not read.
+        No piece is masked yet.
         """
-        order = self.order(global_batch_size)
-        rows = row_batches(order, context, first_step, functools.partial(self._rows, order.block))
-        return self._batches(rows)
-
-    def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """Each of the first `limit` examples once, with the same masks each time.
-
-        The last batch is filled up with examples of weight 0.
-
-        Args:
-            global_batch_size: examples per step over all replicas.
-            limit: maximum number of examples.
-            context: as in `training_batches`.
-        """
-        total = min(limit, self.num_examples)
-        block = max(MIN_BLOCK, BLOCK_TOKENS // self.sequence_length)  # for any batch size
-
-        def rows(chunks, ids):
-            del ids  # depend on the batch
-            counts = tf.cast(chunks < total, tf.int32)
-            chunks = tf.minimum(chunks, total - 1)
-            made = self._rows(block, chunks, chunks)
-            return tf.concat([made[:, :3], made[:, 3:4] * counts[:, tf.newaxis], made[:, 4:]], 1)
-
-        lanes = self._lanes or number_of_lanes(global_batch_size, total)
-        order = Order(total, global_batch_size, lanes, block, 1, None)
-        return self._batches(row_batches(order, context, 0, rows))
-
-    def _batches(self, rows):
-        return rows.map(self._masked_rows, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
-
-    @tf.autograph.experimental.do_not_convert
-    def _rows(self, size, chunks, ids):
-        """Makes examples, before any piece is masked.
-
-        Args:
-            size: the number of chunks of a block.
-            chunks: [n] int64, the chunk that each example is made of; those of one block lie
-                together.
-            ids: [n] int64, example ids, which select the random numbers.
-
-        Returns:
-            [n, FIELDS + L] int32, see `FIELDS`; then the tokens with [CLS], [SEP] and [PAD].
-        """
-        make_rows = functools.partial(self._block_rows, tf.constant(size, tf.int64))
-        return by_block(size, chunks, ids, make_rows, FIELDS + self.sequence_length)
-
-    def _make_block_rows(self, size, block, chunks, ids):
-        """`_rows` of chunks of one block."""
-        first = block * size
-        table, tokens, base, starts, readable = self._read(size, first)
+        table, tokens, base, starts, readable = self._read(first, stop)
         chunks -= first
         if self.packing == FULL:
             start, end = (tf.gather(column, chunks) for column in tf.unstack(table, axis=1))
@@ -208,23 +106,21 @@ class Examples:
         pieces = tf.cast(tf.gather(tokens, tf.where(is_text, source, 0)), tf.int32)
         separator = tf.where((place == a_end) | (place == b_end), self._sep, self._pad)
         pieces = tf.where(is_text, pieces, tf.where(place == 0, self._cls, separator))
-        fields = [a_length, b_length, is_random, tf.fill(tf.shape(ids), readable)]
+        fields = [tf.fill(tf.shape(ids), readable), a_length, b_length, is_random]
         fields = tf.stack([tf.cast(field, tf.int32) for field in fields], 1)
         return tf.concat([fields, tf.bitcast(ids, tf.int32), pieces], 1)
 
-    def _read(self, size, first):
+    def _read(self, first, stop):
         """Reads what the examples of a block need.
 
         Args:
-            size: the number of chunks of a block.
-            first: int64 scalar, the first chunk of the block.
+            first, stop: int64 scalars: the block has the chunks [first, stop).
 
         Returns:
             A tuple of the block's rows of the table of chunks; its tokens, and what comes after
             them up to a sequence's length; the place of the first of these tokens in the corpus;
             with pairs, the starts of its sentences, else None; and whether all could be read.
         """
-        stop = tf.minimum(first + size, self.num_examples)
         lost = self.damage, first, stop - first
         table, readable = self._table.read(first, stop, *lost)
         base = table[0, 0]
@@ -246,7 +142,8 @@ class Examples:
         """Segments A and B. B continues A or, with probability 1/2, is from another document.
 
         Args:
-            size, table, starts, tokens, base: of the block, from `_read`.
+            size: the number of chunks of a block.
+            table, starts, tokens, base: of the block, from `_read`.
             chunks: [B] int64, rows of `table`.
             ids: [B] int64.
 
@@ -262,7 +159,7 @@ class Examples:
         next_first = next_document % self.num_examples // size * size
         others, other_tokens, other_base, other_starts, readable = tf.cond(
             is_one,
-            lambda: self._read(size, next_first),
+            lambda: self._read(next_first, tf.minimum(next_first + size, self.num_examples)),
             lambda: (table, tokens[:0], base, starts, tf.constant(True)),
         )
         other_base -= tf.where(is_one, tf.size(tokens, tf.int64), 0)  # they lie behind the tokens
@@ -294,17 +191,19 @@ class Examples:
             draws[:, 3], tf.gather(other_columns["sentences"], other)
         )
         random_start = tf.gather(other_starts, other_sentence - others[0, 2])
-        room = self.sequence_length - 3 - (a_end - start)
+        room = end - a_end
+        if self.plan is None:
+            room = self.sequence_length - 3 - (a_end - start)
         random_length = tf.gather(other_columns["document_end"], other) - random_start
         b_start = tf.where(is_random, random_start - other_base, a_end - base)
         b_length = tf.where(is_random, tf.minimum(room, random_length), end - a_end)
         segments = start - base, a_end - start, b_start, b_length, is_random
         return segments, tf.concat([tokens, other_tokens], 0), readable
 
-    def _make_masked_rows(self, rows):
-        """Makes a batch, as described by `element_spec`, of rows of `_rows`."""
+    def make_batch(self, rows):
+        """See `Batches.make_batch`."""
         place = tf.range(self.sequence_length)[tf.newaxis]
-        a_length, b_length, is_random, counts = tf.unstack(rows[:, :4], axis=1)
+        counts, a_length, b_length, is_random = tf.unstack(rows[:, :4], axis=1)
         ids, tokens = tf.bitcast(rows[:, 4:FIELDS], tf.int64), rows[:, FIELDS:]
         weights = tf.cast(counts, tf.float32)
         a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2

@@ -99,10 +99,10 @@ def find_files(
         passed_over = PassedOver()
         found: list[str] = []
         others: list[str] = []
-        for path in _matches(entry, flag, passed_over):
+        for path in matches(entry, flag, passed_over):
             if is_folder(path):
                 _check_not_prepared(path, flag)
-                candidates = _files_below(path, flag, passed_over)
+                candidates = files_below(path, flag, passed_over)
             else:
                 candidates = [path]
             for file in candidates:
@@ -138,7 +138,21 @@ def _check_not_prepared(path, flag):
         )
 
 
-def _files_below(top, flag, passed_over, wanted=lambda folder: True):
+def files_below(
+    top: str,
+    flag: str,
+    passed_over: PassedOver,
+    wanted: Callable[[str], bool] = lambda folder: True,
+) -> list[str]:
+    """The files in a folder and below it, except those of prepared shards.
+
+    Args:
+        top: the folder.
+        flag: of the folder, for error messages.
+        passed_over: counts what is left out.
+        wanted: whether a folder below is entered.
+    """
+
     def enter(folder):
         if not wanted(folder):
             return False
@@ -150,7 +164,7 @@ def _files_below(top, flag, passed_over, wanted=lambda folder: True):
     return [entry.path for entry in walk(top, flag, passed_over, enter=enter)]
 
 
-def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
+def matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     """The files and folders that an entry names; in a glob, `**` matches any folders."""
     try:
         if exists(entry):  # its name may contain brackets
@@ -171,7 +185,7 @@ def _matches(entry: str, flag: str, passed_over: PassedOver) -> list[str]:
     def enter(folder):
         return _may_hold(os.path.relpath(folder, top).split(os.sep), parts[first:])
 
-    found = [os.path.relpath(file, top) for file in _files_below(top, flag, passed_over, enter)]
+    found = [os.path.relpath(file, top) for file in files_below(top, flag, passed_over, enter)]
     base = os.sep.join(parts[:first] + [""]) if first else ""
     # As in other globs, a folder that matches stands for all its files.
     return [

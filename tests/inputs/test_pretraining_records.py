@@ -1,17 +1,27 @@
 """Pre-training examples in MLPerf's and tf-models' layouts."""
 
+import gzip
+import pathlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from batch_checks import joined
 
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
+from inputs.shards import record_offsets
 from inputs.text import pretraining_records
-from inputs.text.examples import element_spec
+from inputs.text.batches import element_spec
+from inputs.text.record_files import find_record_files
+
+WORDS, LENGTH, PREDICTIONS = 60, 16, 4
+MLPERF = {ours: theirs[0] for ours, theirs in pretraining_records.NAMES.items()}
 
 
-def example(names, length, masks, padded_to=None, predictions=None):
-    """An example of tokens 1, 2, ..., of which the first `masks` are masked."""
-    row = list(range(1, length + 1))
+def example(names, length, masks, padded_to=None, predictions=None, first=1):
+    """An example of consecutive tokens, of which the first `masks` are masked."""
+    row = list(range(first, first + length))
     values = {
         "input_word_ids": row,
         "input_mask": [1] * length,
@@ -39,6 +49,34 @@ def write(path, *records):
     return str(path)
 
 
+def opened(folder, training, held_out=(), skip=True, said=None):
+    """(training, held-out) files, with their index in the folder."""
+    log = (said if said is not None else []).append
+    records = BadRecords(0.9, skip=skip, log=log)
+    return pretraining_records.open_records(
+        [*training], [*held_out], records, cache_dir=str(folder / "cache"), log=log
+    )
+
+
+def examples_of(files, length=LENGTH, predictions=PREDICTIONS, **more):
+    return pretraining_records.RecordExamples(
+        files, WORDS, sequence_length=length, predictions=predictions, seed=1, **more
+    )
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Two files of 40 records of 4 to 12 tokens; record i begins with token 1 + i % 40."""
+    rng = np.random.default_rng(0)
+    records = [
+        example(MLPERF, int(n), 2, padded_to=LENGTH, predictions=PREDICTIONS, first=1 + i % 40)
+        for i, n in enumerate(rng.integers(4, 13, 80))
+    ]
+    return [
+        write(tmp_path / f"part-0000{i}-of-00002", *records[40 * i : 40 * i + 40]) for i in range(2)
+    ]
+
+
 @pytest.mark.parametrize("layout", [0, 1], ids=["MLPerf", "tf-models"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_both_layouts_padded_and_not(tmp_path, layout, padded):
@@ -46,18 +84,113 @@ def test_both_layouts_padded_and_not(tmp_path, layout, padded):
     size = {"padded_to": 16, "predictions": 4} if padded else {}
     records = [example(names, 9, 2, **size), example(names, 16, 4, **size)]
     path = write(tmp_path / "part-0", *records)
-    found = pretraining_records.find_names(path)
-    assert found == names
-    batch = pretraining_records.parse(tf.constant(records), found, 16, 4)
-    spec = element_spec(2, 16, 4)
-    assert batch.keys() == spec.keys()
-    for key, value in batch.items():
-        assert value.dtype == spec[key].dtype and spec[key].shape.is_compatible_with(value.shape)
+    assert pretraining_records.find_names(path) == names
+    files, _ = opened(tmp_path, [path], [path])
+    batches = examples_of(files).evaluation_batches(2, 10)
+    assert batches.element_spec == element_spec(2, LENGTH, PREDICTIONS)
+    (batch,) = batches
     np.testing.assert_array_equal(batch["input_word_ids"][0], [*range(1, 10), *[0] * 7])
+    np.testing.assert_array_equal(batch["input_type_ids"][0], [0] * 3 + [1] * 6 + [0] * 7)
     np.testing.assert_array_equal(batch["input_mask"].numpy().sum(axis=1), [9, 16])
     np.testing.assert_array_equal(batch["masked_lm_weights"], [[1, 1, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(batch["masked_lm_positions"], [[0, 1, 0, 0], [0, 1, 2, 3]])
     np.testing.assert_array_equal(batch["masked_lm_ids"][1], [1, 2, 3, 4])
     np.testing.assert_array_equal(batch["next_sentence_labels"], [1, 1])
+    np.testing.assert_array_equal(batch["next_sentence_weights"], [1, 1])
+
+
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_an_epoch_has_each_record_once_on_any_hosts_and_after_a_resume(many, tmp_path, per_row):
+    files, held_out = opened(tmp_path, many)
+    assert (files.count, held_out.first, held_out.count) == (78, 78, 2)
+    examples = examples_of(files, sequences_per_row=per_row)
+    count = examples.order(4).examples
+    assert count == 78 if per_row == 1 else 78 / 3 <= count < 55
+    whole = list(examples.training_batches(4).take(-(-count // 4)))
+    epoch = {
+        key: joined(whole)[key].reshape(-1, PREDICTIONS)[: count * per_row, 0]
+        for key in ("masked_lm_ids", "masked_lm_weights")
+    }
+    firsts = epoch["masked_lm_ids"][epoch["masked_lm_weights"] > 0]
+    assert sorted(firsts) == sorted(1 + i % 40 for i in range(78))
+    again = next(iter(examples.training_batches(4, first_step=3)))
+    tf.nest.map_structure(np.testing.assert_array_equal, again, whole[3])
+    hosts = [
+        next(iter(examples.training_batches(4, tf.distribute.InputContext(2, host, 2))))
+        for host in range(2)
+    ]
+    tf.nest.map_structure(np.testing.assert_array_equal, joined(hosts), joined(whole[:1]))
+    replicas = list(examples.training_batches(4, tf.distribute.InputContext(1, 0, 2)).take(2))
+    tf.nest.map_structure(np.testing.assert_array_equal, joined(replicas), joined(whole[:1]))
+
+
+def test_damage_is_named_and_costs_one_example(many, tmp_path):
+    path = pathlib.Path(many[1])
+    data, place, header = bytearray(path.read_bytes()), *record_offsets(many[1])[[7, 20]]
+    data[place + 30] ^= 1
+    data[header + 1] ^= 1  # of the length
+    path.write_bytes(data)
+    said = []
+    files, _ = opened(tmp_path, many, many[:1], said=said)
+    assert files.count == 79
+    assert f"Skipped: {path}, byte {header}: damaged (its length, or the file" in " ".join(said)
+    opened(tmp_path, many, many[:1], said=said)
+    assert said[-1] == "1 records whose length is damaged are left out, as before"
+    told = []
+    records = BadRecords(0.9, skip=True, log=told.append)
+    examples = examples_of(files, bad_records=records)
+    batch = joined(examples.evaluation_batches(8, 1_000))
+    examples.damage.collect()
+    assert told == [f"Skipped: {path}, byte {place}: damaged or missing."] and records.bad == 1
+    assert batch["example_weights"].sum() == batch["next_sentence_weights"].sum() == 78
+    assert batch["masked_lm_weights"].sum() == 78 * 2
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=f"InputError: --data_dir: {path}, byte {place}: damaged",
+    ):
+        joined(examples_of(files).evaluation_batches(8, 1_000))
+    with pytest.raises(InputError, match=f"{path}, byte {header}: damaged .* Repair it, or skip"):
+        opened(tmp_path / "other", many, skip=False)
+
+
+def test_records_that_do_not_fit_or_have_other_words_are_said(many, tmp_path):
+    files, _ = opened(tmp_path, many)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=r"InputError: .* more than the 8 tokens or 4 masked tokens of the phase. Set seq",
+    ):
+        joined(examples_of(files, length=8).evaluation_batches(8, 1_000))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the 16 tokens or 1 masked tokens"):
+        joined(examples_of(files, predictions=1).evaluation_batches(8, 1_000))
+    pieces = ["[PAD]", "[CLS]", "[SEP]", *map(str, range(WORDS))]
+    pretraining_records.check_vocabulary(files, pieces)
+    with pytest.raises(InputError, match=r"begins with the id 1, which is '\[SEP\]' in this voc"):
+        pretraining_records.check_vocabulary(files, ["[PAD]", "[SEP]", "[CLS]"])
+
+
+def test_mlperf_layout_of_a_folder(many, tmp_path):
+    said = []
+    assert find_record_files(str(tmp_path)) == (sorted(many), [])
+    held_out = [write(tmp_path / name, example(MLPERF, 9, 2)) for name in ("eval_10k", "eval_all")]
+    for name in ("vocab.txt", "eval.txt", "eval.md5"):
+        (tmp_path / name).write_text("[CLS]")
+    assert find_record_files(str(tmp_path), said.append) == (sorted(many), held_out[:1])
+    assert "4 TFRecord files; 3 passed over: 2 × .txt, 1 × .md5" in said[0]
+    assert said[1] == f"Passed over, as eval_10k is the held-out set: {held_out[1]}"
+    assert find_record_files(f"{tmp_path}/part-*,{held_out[1]}")[1] == held_out[1:]
+    assert find_record_files(f"{tmp_path}/vocab.txt") is None
+    prepared = tmp_path / "text" / "shards"  # its TFRecords are no masked examples
+    prepared.mkdir(parents=True)
+    write(prepared / "shard-00000.tfrecord", example(MLPERF, 9, 2))
+    (prepared / "manifest.json").write_text("{}")
+    assert find_record_files(str(tmp_path / "text")) is None
+    with pytest.raises(InputError, match="eval_10k is held out, and there is no file to train on"):
+        find_record_files(held_out[0])
+    with pytest.raises(InputError, match="has no TFRecord file, but other entries have"):
+        find_record_files(f"{many[0]},{tmp_path}/vocab.txt")
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(pathlib.Path(many[0]).read_bytes()))
+    with pytest.raises(InputError, match=r"is a compressed TFRecord file.* gunzip -c .*packed.gz"):
+        find_record_files(str(tmp_path))
 
 
 def test_what_is_no_such_file_is_said_in_one_sentence(tmp_path):
@@ -78,10 +211,3 @@ def test_what_is_no_such_file_is_said_in_one_sentence(tmp_path):
         pretraining_records.find_names(str(tmp_path / "text"))
     with pytest.raises(InputError, match="holds no tf.train.Example"):
         pretraining_records.find_names(write(tmp_path / "bytes", b"\xff\xff\xff"))
-
-
-def test_an_example_that_is_too_long_is_refused(tmp_path):
-    names = {ours: theirs[0] for ours, theirs in pretraining_records.NAMES.items()}
-    record = example(names, 20, 2)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="input_ids of an example has more"):
-        pretraining_records.parse(tf.constant([record]), names, 16, 4)

@@ -16,6 +16,7 @@ from inputs.pages import PAGE_BYTES
 from inputs.shards import FRAME_BYTES
 from inputs.text import examples as text
 from inputs.text import installed_text, vocabulary
+from inputs.text.batches import element_spec
 
 LENGTH, PREDICTIONS, BATCH = 64, 12, 32
 
@@ -223,7 +224,7 @@ def test_a_damaged_page_costs_its_examples_and_is_named(words, tmp_path):
 
 
 def test_synthetic_batches_have_the_same_spec(words):
-    spec = text.element_spec(BATCH, LENGTH, PREDICTIONS)
+    spec = element_spec(BATCH, LENGTH, PREDICTIONS)
     real = make(words).training_batches(BATCH)
     for key, tensor in next(iter(real)).items():
         assert (tensor.shape, tensor.dtype) == (spec[key].shape, spec[key].dtype), key
@@ -235,4 +236,4 @@ def test_synthetic_batches_have_the_same_spec(words):
 def test_shapes_are_static(words):
     """A TPU program is compiled for one shape, known before the first batch."""
     spec = make(words).training_batches(BATCH).element_spec
-    assert spec == text.element_spec(BATCH, LENGTH, PREDICTIONS)
+    assert spec == element_spec(BATCH, LENGTH, PREDICTIONS)

@@ -124,11 +124,24 @@ def test_every_sequence_is_in_one_row_and_rows_are_not_too_full():
         packing.assign_rows([0, 9], 16, 2)
 
 
-def test_rows_can_be_fixed(batch):
-    packed = packing.pack(batch, per_row=3, rows=7)
-    assert packed["sequence_ids"].shape == (7, LENGTH)
-    assert packed["masked_lm_ids"].shape == (7, 9) and packed["sequence_starts"].shape == (7, 3)
+def test_packed_batches_have_the_packed_spec(batch):
+    spec = packing.packed_spec(4, LENGTH, PREDICTIONS, 3)
+    packed = packing.pack(batch, per_row=3)
+    assert packed.keys() == spec.keys()
+    for key, value in packed.items():
+        assert (value.shape, value.dtype) == (tuple(spec[key].shape), spec[key].dtype), key
     assert packed["masked_lm_weights"].sum() == batch["masked_lm_weights"].sum()
     assert packed["next_sentence_weights"].sum() == len(LENGTHS)
-    with pytest.raises(ValueError, match="8 sequences need 4 rows. Received: rows=2"):
-        packing.pack(batch, per_row=3, rows=2)
+
+
+def test_a_plan_has_each_sequence_once_whatever_parts_it_was_given():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 65, 200)
+    plan = np.concatenate(list(packing.plan_rows([lengths], 64, 3)))
+    parts = np.concatenate(list(packing.plan_rows(np.split(lengths, [1, 70, 133]), 64, 3)))
+    np.testing.assert_array_equal(plan, parts)
+    assert sorted(plan[plan >= 0]) == list(range(200))
+    assert np.where(plan >= 0, lengths[plan], 0).sum(axis=1).max() <= 64
+    assert len(plan) < 1.2 * lengths.sum() / 64
+    # Members of a row are near each other, so that a block of rows is read at once.
+    assert (plan.max(axis=1) - np.where(plan >= 0, plan, 200).min(axis=1)).max() < packing.GROUP

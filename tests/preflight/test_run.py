@@ -18,6 +18,7 @@ from preflight import children as preflight_children
 from preflight import document, picture, report
 from preflight import run as preflight
 from preflight.topology import parse_topologies
+from recipes import mlperf
 
 ROOT = pathlib.Path(__file__).parents[2]
 installed = pytest.mark.skipif(
@@ -220,11 +221,29 @@ def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     assert "| bert-mini-demo | 1 | v3:2x2 | 8 |" in page and "published" not in page
 
 
+def test_a_page_of_mlperfs_runs_has_their_minutes(monkeypatch):
+    published = next(r for r in mlperf.BERT_RESULTS if r.topology)
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    results = preflight.examine(
+        published.recipe,
+        parse_topologies(published.topology),
+        progress=preflight_children.ProgressLines(print),
+        search=False,
+    )
+    page = document.format_page({published.recipe.name: results})
+    (row,) = page.partition("## Next to MLPerf")[2].splitlines()[4:5]
+    # 3,512,678 sequences in batches of 6,912.
+    minutes = 509 * results[0].time.step / 60
+    assert row.split(" | ")[3:] == [
+        *("3,512,678", "509", f"{minutes:.3f}", "0.276", f"{minutes / 0.276:.0%} |")
+    ]
+
+
 def test_the_help_of_the_document_is_a_usage_text(capsys):
     with pytest.raises(SystemExit) as end:
         document.main(["--help"])
     assert end.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: python -m preflight.document [-h] [NAME ...]")
+    assert capsys.readouterr().out.startswith("usage: python -m preflight.document [-h] [--output")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(document, "check_installed", lambda: None)
         assert document.main(["bert-mini-dem"]) == 1

@@ -1,0 +1,149 @@
+"""Finds TFRecord files of masked pre-training examples, and the ones that are held out."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+
+from inputs.errors import InputError
+from inputs.files import COMPRESSIONS, PassedOver, is_file, is_folder, open_bytes
+from inputs.shards import HEADER_BYTES, is_prepared, record_length
+from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME, files_below, matches
+from inputs.text.prepare import identity
+
+# Of a file's name, or of that of a folder below the entry: its examples are held out.
+HELD_OUT_NAME = re.compile(
+    r"(?i)(^|[^a-z])(eval(uation)?|valid(ation)?|dev|test|held[-_]?out)([^a-z]|$)"
+)
+MLPERF_HELD_OUT = "eval_10k"  # 10,000 examples, picked from `eval_intermediate` beside it
+FLAG = "--data_dir"
+GZIP = b"\x1f\x8b"
+TEXT_SUFFIXES = {*SUFFIXES, ".json", ".md5", ".md"}
+
+
+def find_record_files(
+    data: str, log: Callable[[str], object] = lambda line: None
+) -> tuple[list[str], list[str]] | None:
+    """Expands a comma-separated list of files, globs and folders into TFRecord files, in order.
+
+    The content tells what a TFRecord file is, as MLPerf's have no suffix. Files besides
+    `eval_10k` that are called after an evaluation are passed over where there is one.
+
+    Args:
+        data: the list, without spaces. Folders are read recursively.
+        log: receives a line for each entry: how many files are read and passed over.
+
+    Returns:
+        The files to train on, and those that are held out: see `HELD_OUT_NAME`. None if there is no
+        TFRecord file at all.
+
+    Raises:
+        InputError: an entry has none while another has, all of them are held out, they are
+            compressed, or a folder cannot be read.
+    """
+    found: dict[str, list[str]] = {}
+    for entry in data.split(","):
+        passed_over = PassedOver()
+        found[entry] = []
+        for path in _files(entry, passed_over):
+            if is_record_file(path):
+                found[entry].append(path)
+            else:
+                passed_over.add(path)
+        if found[entry]:
+            rest = passed_over.describe()
+            plural = "s" * (len(found[entry]) != 1)
+            line = f"{entry}: {len(found[entry]):,} TFRecord file{plural}"
+            log(line + (rest and f"; {rest}"))
+    if not any(found.values()):
+        return None
+    for entry, files in found.items():
+        if not files:
+            raise InputError(
+                f"--data_dir: {entry!r} has no TFRecord file, but other entries have. Give either "
+                "text, or TFRecord files of masked examples."
+            )
+    files = {path: entry for entry, paths in found.items() for path in paths}
+    held_out = [path for path, entry in files.items() if _is_held_out(path, entry)]
+    training = [path for path in files if path not in set(held_out)]
+    chosen = [path for path in held_out if os.path.basename(path) == MLPERF_HELD_OUT]
+    if chosen and len(chosen) < len(held_out):
+        others = sorted(set(held_out).difference(chosen))
+        log(f"Passed over, as {MLPERF_HELD_OUT} is the held-out set: {', '.join(others)}")
+        held_out = chosen
+    if not training:
+        raise InputError(
+            f"--data_dir: {data}: by its name, {held_out[0]} is held out, and there is no file to "
+            "train on. Give the files of the training examples, too."
+        )
+    return training, held_out
+
+
+def is_record_file(path: str) -> bool:
+    """Whether a TFRecord begins at the start of a file.
+
+    Raises:
+        InputError: the file is a compressed TFRecord file.
+    """
+    name = os.path.basename(path).lower()
+    stem, ending = os.path.splitext(name)
+    plain = stem if ending in COMPRESSIONS else name
+    if os.path.splitext(plain)[1] in TEXT_SUFFIXES or WIKI_NAME.fullmatch(plain):
+        return False
+    if name == VOCABULARY:
+        return False
+    try:
+        with open_bytes(path) as file:
+            if record_length(file, 0) is not None:
+                return True
+            file.seek(0)
+            if file.read(len(GZIP)) != GZIP:
+                return False
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) as content:
+                compressed = record_length(_Start(content.read(HEADER_BYTES)), 0) is not None
+    except (OSError, EOFError, UnicodeError):
+        return False  # reading it as text reports the error
+    if compressed:
+        raise InputError(
+            f"--data_dir: {path} is a compressed TFRecord file, of which single records cannot be "
+            f"read. Decompress it: gunzip -c {path} > NEW_FILE"
+        )
+    return False
+
+
+class _Start:
+    """The first bytes of a file, for `record_length`."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def seek(self, offset):
+        del offset
+
+    def read(self, size):
+        return self._data[:size]
+
+
+def fingerprint(files: list[str]) -> str:
+    """A short hash that identifies files, by name, size and the content of both ends."""
+    facts = json.dumps([identity(file) for file in files])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def _files(entry: str, passed_over: PassedOver) -> list[str]:
+    """The files that an entry names."""
+    found = []
+    for path in matches(entry, FLAG, passed_over):
+        if not is_folder(path):
+            found.append(path)
+        elif not is_prepared(path, FLAG):
+            found += sorted(files_below(path, FLAG, passed_over))
+    return [path for path in found if is_file(path)]
+
+
+def _is_held_out(path: str, entry: str) -> bool:
+    below = os.path.relpath(path, entry) if path.startswith(entry.rstrip("/") + "/") else ""
+    return any(map(HELD_OUT_NAME.search, (below or os.path.basename(path)).split("/")))

@@ -1,0 +1,239 @@
+"""BERT pre-training on packed rows, through the task: losses, gradients, replicas, resumes."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from batch_checks import joined
+
+from inputs.errors import InputError
+from inputs.text import pretraining_records, vocabulary
+from inputs.text.packing import packed_spec
+from recipes import find_recipe, override
+from tasks.bert import BertPretraining
+
+LENGTH, PREDICTIONS, PER_ROW = 128, 8, 3
+SETTINGS = (
+    f"max_sequence_length={LENGTH}",
+    f"sequence_length={LENGTH}",
+    f"predictions={PREDICTIONS}",
+    f"sequences_per_row={PER_ROW}",
+    "vocabulary_size=200",
+    "global_batch_size=8",
+    "lanes=2",
+    "evaluation_examples=8",
+)
+
+
+@pytest.fixture(scope="module")
+def make_task(text, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+
+    def make(*settings, said=None, **arguments):
+        recipe = override(find_recipe("bert-mini-demo"), [*SETTINGS, *settings])
+        recipe.check()
+        recipe = dataclasses.replace(recipe, task="bert")
+        defaults = {
+            **{"data_dir": str(text), "vocab": "", "resume_dir": None, "seed": 1},
+            **{"synthetic": False, "cache_dir": cache},
+        }
+        log = (said if said is not None else []).append
+        return BertPretraining(recipe, log=log, **defaults | arguments)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def task(make_task):
+    return make_task()
+
+
+@pytest.fixture(scope="module")
+def records(make_task, tmp_path_factory):
+    """A folder in MLPerf's layout, with examples of the text."""
+    folder = tmp_path_factory.mktemp("records")
+    task = make_task("sequences_per_row=1")
+    vocabulary.save_vocabulary(task.vocabulary, str(folder / "vocab.txt"))
+    phase = task.recipe.phases[0]
+    training = task._source.training_examples(phase, 1)
+    for name, examples, count in (
+        ("part-00000-of-00002", training, 40),
+        ("part-00001-of-00002", training, 30),
+        ("eval_10k", task._source.held_out_examples(phase), 2),
+    ):
+        batch = joined(examples.evaluation_batches(count, count))
+        with tf.io.TFRecordWriter(os.path.join(folder, name)) as writer:
+            for i in range(count):
+                features = {}
+                for ours, (theirs, _) in pretraining_records.NAMES.items():
+                    values = np.atleast_1d(batch[ours][i]).tolist()
+                    features[theirs] = (
+                        tf.train.Feature(float_list=tf.train.FloatList(value=values))
+                        if ours == "masked_lm_weights"
+                        else tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+                    )
+                example = tf.train.Example(features=tf.train.Features(feature=features))
+                writer.write(example.SerializeToString())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(task):
+    made = task.build_model()
+    rng = np.random.default_rng(0)
+    for variable in made.trainable_variables:  # biases, too, so that each matters
+        variable.assign_add(0.03 * rng.normal(size=variable.shape))
+    return made
+
+
+def unpacked(packed):
+    """The sequences of packed rows, one in a row: the layout of a batch that is not packed."""
+    found = []
+    for row in range(len(packed["sequence_ids"])):
+        slots = np.flatnonzero(packed["example_weights"][row] > 0)
+        for number, k in enumerate(slots, start=1):
+            place = np.flatnonzero(packed["sequence_ids"][row] == number)
+            picks = slice(k * PREDICTIONS, (k + 1) * PREDICTIONS)
+            words, types, mask = (np.zeros(LENGTH, np.int32) for _ in range(3))
+            words[: len(place)] = packed["input_word_ids"][row, place]
+            types[: len(place)] = packed["input_type_ids"][row, place]
+            mask[: len(place)] = 1
+            np.testing.assert_array_equal(packed["positions"][row, place], range(len(place)))
+            found.append(
+                {
+                    "input_word_ids": words,
+                    "input_type_ids": types,
+                    "input_mask": mask,
+                    "masked_lm_positions": packed["masked_lm_positions"][row, picks] - place[0],
+                    "masked_lm_ids": packed["masked_lm_ids"][row, picks],
+                    "masked_lm_weights": packed["masked_lm_weights"][row, picks],
+                    "next_sentence_labels": packed["next_sentence_labels"][row, k],
+                    "next_sentence_weights": packed["next_sentence_weights"][row, k],
+                    "example_weights": np.float32(1),
+                }
+            )
+    return {key: np.stack([one[key] for one in found]) for key in found[0]}
+
+
+def sums_and_gradients(task, model, batch):
+    batch = {key: tf.constant(value) for key, value in batch.items()}
+    counts = task.counts(batch)
+    with tf.GradientTape() as tape:
+        sums = task.sums(model, batch, False)
+        loss = sums["masked_loss"] / counts["masked"] + sums["sentence_loss"] / counts["sentence"]
+    gradients = tape.gradient(loss, model.trainable_variables)
+    return sums, counts, [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
+
+
+@pytest.mark.parametrize("data", ["text", "records"])
+def test_losses_and_gradients_are_those_of_the_sequences_alone(
+    make_task, task, model, records, data
+):
+    if data == "records":
+        task = make_task(data_dir=records)
+    batches = task.train_batches(0, 0)(None)
+    assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
+    packed = joined(batches.take(1))
+    alone = unpacked(packed)
+    assert 12 <= len(alone["input_mask"]) <= 24
+    sums, counts, gradients = sums_and_gradients(task, model, alone)
+    packed_sums, packed_counts, packed_gradients = sums_and_gradients(task, model, packed)
+    for name, value in sums.items():
+        assert float(packed_sums[name]) == pytest.approx(float(value), rel=5e-6), name
+    for name, value in counts.items():
+        assert float(packed_counts[name]) == float(value), name
+    largest = max(np.abs(gradient).max() for gradient in gradients)
+    for ours, theirs in zip(packed_gradients, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * largest)
+
+
+def test_rows_depend_neither_on_replicas_and_hosts_nor_on_a_resume(task):
+    whole = list(task.train_batches(0, 0)(None).take(4))
+    resumed = next(iter(task.train_batches(0, 3)(None)))
+    tf.nest.map_structure(np.testing.assert_array_equal, resumed, whole[3])
+    for hosts, replicas in ((1, 2), (2, 2)):
+        parts = [
+            list(
+                task.train_batches(0, 2)(tf.distribute.InputContext(hosts, host, replicas)).take(
+                    replicas // hosts
+                )
+            )
+            for host in range(hosts)
+        ]
+        together = joined(part for some in parts for part in some)
+        tf.nest.map_structure(np.testing.assert_array_equal, together, joined(whole[2:3]))
+
+
+def test_an_epoch_has_every_chunk_once(make_task):
+    said = []
+    task = make_task("global_batch_size=1", "lanes=1", said=said)
+    batches = task.train_batches(0, 0)(None)
+    (line,) = [line for line in said if line.startswith("Packed: ")]
+    sequences, rows = (int(line.split()[i].replace(",", "")) for i in (1, 4))
+    assert sequences / rows > 1.5
+    epoch = joined(batches.take(rows))
+    assert epoch["example_weights"].sum() == sequences
+    # The number of chunks, from the task without packed rows.
+    alone = make_task("sequences_per_row=1", "global_batch_size=1", "lanes=1")
+    examples = alone._source.training_examples(alone.recipe.phases[0], 1)
+    assert examples.num_examples == sequences
+
+
+def test_held_out_examples_are_not_packed(task, make_task):
+    packed = joined(task.evaluation_batches(0)(None))
+    alone = joined(make_task("sequences_per_row=1").evaluation_batches(0)(None))
+    tf.nest.map_structure(np.testing.assert_array_equal, packed, alone)
+
+
+def test_synthetic_rows_have_the_same_spec(make_task, model):
+    synthetic = make_task("vocabulary_size=100", synthetic=True)
+    batches = synthetic.train_batches(0, 0)(None)
+    assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
+    sums = synthetic.sums(model, next(iter(batches)), True)
+    assert np.isfinite(float(sums["masked_loss"]))
+
+
+def test_a_run_trains_and_keeps_its_packing(records, in_process, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(BertPretraining, "export", lambda *arguments: None)
+    monkeypatch.setattr(BertPretraining, "demonstrate", lambda *arguments: None)
+
+    def run(*settings):
+        return in_process(
+            [f"--data_dir={records}", "--model_dir=run", "--steps=4", f"--cache_dir={tmp_path}"]
+            + [f"--set={setting}" for setting in (*SETTINGS, "save_every_steps=2", *settings)]
+        )
+
+    assert run() == 0, capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "4 steps of 8 rows, on" in out and "Packed: " in err
+    assert "To train on: 70 masked sequences; held out: 2" in err
+    settings = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert settings["sequences_per_row"] == PER_ROW
+    assert run("sequences_per_row=2") == 1
+    assert "sequences_per_row 3 (now 2)" in capfd.readouterr().err
+
+
+def test_sentences_of_records_get_masks(make_task, records):
+    task = make_task("sequences_per_row=1", data_dir=records)
+    sentence, word = task._source.masked_sentences()[0]
+    assert "[MASK]" in sentence and word.isalpha() and sentence.startswith("the ")
+
+
+def test_packing_and_mllog_exclude_each_other(in_process, capfd, text):
+    flags = [f"--set={setting}" for setting in SETTINGS]
+    assert in_process([f"--data_dir={text}", "--mllog=log.txt", *flags]) == 1
+    assert "packed rows have a varying number" in capfd.readouterr().err
+
+
+def test_masked_records_take_no_other_masking(make_task, tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "part-0")) as writer:
+        writer.write(b"")
+    with pytest.raises(InputError, match="holds masked examples, on which whole_word and packing"):
+        make_task("whole_word=true", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="--vocab is needed: .*part-0 holds ids, not text"):
+        make_task(data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="--cache_dir is needed: where the records of .* begin"):
+        make_task(data_dir=str(tmp_path), cache_dir="", shared_dir="shared")
