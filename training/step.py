@@ -128,11 +128,10 @@ class ReplicaStep:
 
     def _add_l2(self, gradients, summands):
         """Adds the gradient of the L2 term, of which each of `summands` equal parts is summed."""
+        variables = self.model.trainable_variables
         return [
-            gradient + tf.cast(self._l2 / summands * variable, gradient.dtype) if added else gradient
-            for gradient, variable, added in zip(
-                gradients, self.model.trainable_variables, self._in_l2, strict=True
-            )
+            gradient + tf.cast(self._l2 / summands * x, gradient.dtype) if added else gradient
+            for gradient, x, added in zip(gradients, variables, self._in_l2, strict=True)
         ]
 
     def _clip(self, gradients, replicas):
