@@ -268,8 +268,10 @@ def _draw_curves(table, done, groups, now, path):
         kind = "held-out" if held_out else "training"
         left.set(xlabel=scale, ylabel=f"{kind} loss, nats", yscale="log")
         right.set(xlabel=scale, ylabel=table.metric)
-        lowest = min((line.get_ydata()[-1] for line in right.lines), default=0)
-        right.set_ylim(bottom=lowest - 0.05)
+        ends = [line.get_ydata()[-1] for line in right.lines if len(line.get_ydata())]
+        ends = [end for end in ends if end is not None and math.isfinite(end)]
+        if ends:  # not those of runs that diverged
+            right.set_ylim(bottom=min(ends) - 0.05)
         for axes in (left, right):
             axes.grid(alpha=0.3)
             if scale == "step" and len(scales) > 1:
