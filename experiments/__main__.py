@@ -2,8 +2,9 @@
 
 Finished runs are kept in OUTPUT, one file each with settings, seed, versions, curve and result. A
 stopped command goes on where it was; runs of train.py resume from their last checkpoint. The page
-is written at the end, also when only some of the runs are done. `python -m experiments summary`
-writes the summary of all tables from their run files.
+is written at the end, also when only some of the runs are done, and so is the summary of all tables
+in docs/results, unless --output or --page is given. `python -m experiments summary` writes that
+alone.
 """
 
 import argparse
@@ -103,9 +104,12 @@ def _table(options):
         return 0
     run_table(table, places, options.jobs, options.limit, names)
     from experiments.page import write_page  # imports matplotlib and SciPy
+    from experiments.summary import write_summary
 
     now = state(table, output)
     write_page(table, now, page, places)
+    if not (options.output or options.page):
+        write_summary(TABLES.values(), RESULTS, os.path.join(RESULTS, "summary.md"))
     print(f"{page}: {len(now.runs)} runs done, {len(now.todo) + now.later} to do.")
     return 0
 

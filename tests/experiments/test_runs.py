@@ -347,6 +347,13 @@ def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
     assert "- MNIST, from batch 256 to the whole set: nothing; 137 runs at least" in "\n".join(page)
 
 
+def test_the_published_summary_is_that_of_the_published_runs(tmp_path):
+    """After new run files: `python -m experiments TABLE --limit=0`."""
+    results = ROOT / "docs/results"
+    write_summary(TABLES.values(), str(results), str(tmp_path / "summary.md"))
+    assert (tmp_path / "summary.md").read_text() == (results / "summary.md").read_text()
+
+
 def test_the_page_of_the_command_counts_the_runs(tmp_path):
     page = (ROOT / "docs/commands/experiments.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
