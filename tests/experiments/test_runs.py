@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -97,41 +98,37 @@ def test_every_optimizer_is_the_one_that_its_name_says(optimizer):
         assert np.all(np.array(bias) == 1) and np.all(np.array(kernel) < 1)  # decay, by name
 
 
-FROM_FIXED_WEIGHTS = """
-import json, sys
-import numpy as np
-from experiments import keras_run
-from experiments.grid import Cell, Group
+def curve_from_fixed_weights(settings, data_dir, records):
+    """The curve of a run whose initial weights do not depend on the backend."""
 
-def with_fixed_weights(settings, seed, make=keras_run.make_model):
-    model = make(settings, seed)
-    generator = np.random.default_rng(0)
-    model.set_weights([generator.normal(0, 0.1, w.shape) for w in model.get_weights()])
-    return model
+    def with_fixed_weights(settings, seed, make=keras_run.make_model):
+        model = make(settings, seed)
+        generator = np.random.default_rng(0)
+        model.set_weights([generator.normal(0, 0.1, w.shape) for w in model.get_weights()])
+        return model
 
-keras_run.make_model = with_fixed_weights
-settings, data, records = json.loads(sys.argv[1])
-run = keras_run.run(Cell(Group("toy", settings), 0.02, 1), data, records, say=lambda line: None)
-print(json.dumps(run["curve"]))
-"""
+    with mock.patch.object(keras_run, "make_model", with_fixed_weights):
+        return keras_run.run(Cell(Group("toy", settings), 0.02, 1), data_dir, records)["curve"]
 
 
 def test_jax_and_tensorflow_train_alike_from_the_same_weights(mnist, tmp_path):
     """The cells of `mnist-backends` differ in their initial weights; here these are equal, too."""
-    curves = []
-    for backend in ("tensorflow", "jax"):
-        settings = dict(_cell(epochs=2).group.settings)
-        arguments = json.dumps([settings, mnist, str(tmp_path / backend)])
-        done = subprocess.run(
-            [sys.executable, "-c", FROM_FIXED_WEIGHTS, arguments],
-            cwd=ROOT,
-            env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        curves.append(json.loads(done.stdout.splitlines()[-1]))
+    settings = dict(_cell(epochs=2).group.settings)
+    script = (
+        "import json, sys; from tests.experiments import test_runs as here; "
+        "print(json.dumps(here.curve_from_fixed_weights(*json.loads(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([settings, mnist, str(tmp_path / "jax")])],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = [json.loads(done.stdout.splitlines()[-1])]
+    curves.append(curve_from_fixed_weights(settings, mnist, str(tmp_path / "tensorflow")))
     np.testing.assert_allclose(curves[0]["loss"], curves[1]["loss"], rtol=2e-3)
     np.testing.assert_allclose(curves[0]["test_loss"], curves[1]["test_loss"], rtol=2e-3)
     groups = TABLES["mnist-backends"].groups
