@@ -18,6 +18,11 @@ class Group:
         rate_from: Instead of `rates`: (name of another group, factor). The rate is the best rate of
             that group times the factor, and is not tuned.
         seeds: The seeds that the best rate is run with. All rates are tried with the first one.
+        extended: Whether rates beyond those of `rates` are tried while the best is at the edge.
+            False for a published grid that is to be repeated line by line.
+        published: The published value of the metric, by rate.
+        chip_hours_of: The recipe of the pre-flight's page (`experiments.chip_hours`) whose
+            chip-hours a run of this group takes; an empty string for a group that needs no TPU.
     """
 
     name: str
@@ -25,6 +30,9 @@ class Group:
     rates: tuple[float, ...] = ()
     rate_from: tuple[str, float] | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
+    extended: bool = True
+    published: Mapping[float, float] = dataclasses.field(default_factory=dict)
+    chip_hours_of: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +140,8 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
                 return Progress(todo, len(group.seeds) - 1, None)
             best = max(cells, key=lambda cell: metrics[cell.name]).rate
             at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-            if not at_edge or math.isinf(metrics[Cell(group, best, group.seeds[0]).name]):
+            found = metrics[Cell(group, best, group.seeds[0]).name]
+            if not (at_edge and group.extended) or math.isinf(found):
                 break
             if best == rates[-1]:
                 rates.append(_rounded(best * rates[-1] / rates[-2]))

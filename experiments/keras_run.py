@@ -102,7 +102,12 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
         if not len(batches):  # a batch larger than an epoch
             continue
         history = model.fit(
-            batches, initial_epoch=epoch, epochs=epoch + 1, verbose=0, callbacks=callbacks
+            batches,
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            verbose=0,
+            callbacks=callbacks,
+            shuffle=False,  # of the batches, in an order that depends on the backend
         ).history
         test_loss, test_accuracy = model.evaluate(*test, batch_size=EVALUATION_BATCH, verbose=0)
         values = (history["loss"][0], history["accuracy"][0], test_loss, test_accuracy)

@@ -11,7 +11,8 @@ from matplotlib import pyplot
 from scipy import stats
 
 import tf_lamb
-from experiments.grid import Cell, Group, Table, progress
+from experiments.chip_hours import chip_hours
+from experiments.grid import Cell, Group, Table, find_cell, progress
 from experiments.runner import Places, State, metrics
 from inputs.files import atomic_write
 
@@ -33,21 +34,14 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     """
     values = metrics(table, now.runs)
     groups = {group.name: progress(table, group, values) for group in table.groups}
-    seeds = {
-        group.name: [
-            values[cell.name]
-            for seed in group.seeds
-            if (best := groups[group.name].best) is not None
-            and (cell := Cell(group, best, seed)).name in values
-        ]
-        for group in table.groups
-    }
+    seeds = best_values(table, now)
     left = len(now.todo) + now.later
     parts = [f"# {table.title}", table.text, RULE if _tuned(table) else ""]
     if left:
         parts.append(f"**{len(now.runs)} runs are done; at least {left} are still to be run.**")
     parts += [_command(table), _about(now)]
     parts.append(_rows(table, groups, seeds, values))
+    parts.append(_lines(table, values))
     if table.pairs:
         parts.append(_tests(table, seeds))
     os.makedirs(places.output, exist_ok=True)
@@ -59,8 +53,35 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
         file.write("\n\n".join(part for part in parts if part) + "\n")
 
 
+def best_values(table: Table, now: State) -> dict[str, list[float]]:
+    """Returns the metric of the runs at each group's best rate, one per seed that is done.
+
+    A group whose rates have not all been tried has none.
+    """
+    values = metrics(table, now.runs)
+    found = {}
+    for group in table.groups:
+        best = progress(table, group, values).best
+        names = [] if best is None else [Cell(group, best, seed).name for seed in group.seeds]
+        found[group.name] = [values[name] for name in names if name in values]
+    return found
+
+
+def compare(one: list[float], other: list[float]) -> tuple[float, float] | None:
+    """Returns (difference of the means, p of Welch's test, two-sided).
+
+    None if one of them has fewer than two values, or a run that diverged.
+    """
+    if min(len(one), len(other)) < 2 or any(map(math.isinf, one + other)):
+        return None
+    difference = statistics.mean(one) - statistics.mean(other)
+    if len({*one}) == len({*other}) == 1:  # no spread, of which the test would divide by 0
+        return difference, 1.0 if difference == 0 else 0.0
+    return difference, float(stats.ttest_ind(one, other, equal_var=False).pvalue)
+
+
 def _tuned(table):
-    return any(len(group.rates) > 1 for group in table.groups)
+    return any(len(group.rates) > 1 and group.extended for group in table.groups)
 
 
 def _command(table):
@@ -87,7 +108,8 @@ def _about(now):
     return "\n".join(lines)
 
 
-def _label(group: Group) -> str:
+def group_label(group: Group) -> str:
+    """Returns the name of a group as it is written on pages."""
     return group.name.replace("-", " ")
 
 
@@ -105,24 +127,40 @@ def _rows(table, groups, seeds, values):
             if name.rpartition("-rate")[0] == group.name and name.endswith(f"-seed{group.seeds[0]}")
         }
         rate = "" if own.best is None else f"{own.best:g}{' (edge)' if own.at_edge else ''}"
-        cells = [_label(group), rate, _mean(found)]
+        cells = [group_label(group), rate, format_mean(found)]
         cells += [f"{table.published[group.name]:.4f}" if group.name in table.published else ""] * (
             published
         )
-        cells += [", ".join(f"{rate:g}: {_value(tried[rate])}" for rate in sorted(tried))]
+        each = [f"{rate:g}: {format_value(tried[rate])}" for rate in sorted(tried)]
+        cells += [", ".join(each) or "not run"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _value(value):
+def _lines(table, values):
+    """The published lines beside the runs, for groups that have them."""
+    lines = ["| line | chip-hours | published | here |", "|---|---|---|---|"]
+    for group in table.groups:
+        for rate, published in group.published.items():
+            name = Cell(group, rate, group.seeds[0]).name
+            here = format_value(values[name]) if name in values else ""
+            cost = f"{chip_hours(group.chip_hours_of):.1f}" if group.chip_hours_of else ""
+            line = f"{group_label(group)}, rate {rate:g}"
+            lines.append(f"| {line} | {cost} | {published:.4f} | {here} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def format_value(value: float) -> str:
+    """Returns the metric of a run as text."""
     return "diverged" if math.isinf(value) else f"{value:.4f}"
 
 
-def _mean(found):
+def format_mean(found: list[float]) -> str:
+    """Returns mean, standard deviation and number of seeds as text; "" if there are none."""
     if not found:
         return ""
     if any(map(math.isinf, found)):
-        return ", ".join(map(_value, found))
+        return ", ".join(map(format_value, found))
     spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
     return f"{statistics.mean(found):.4f}{spread} ({len(found)})"
 
@@ -137,12 +175,11 @@ def _tests(table, seeds):
     ]
     rows = 0
     for first, second in table.pairs:
-        one, other = seeds[first], seeds[second]
-        if min(len(one), len(other)) < 2 or any(map(math.isinf, one + other)):
+        found = compare(seeds[first], seeds[second])
+        if found is None:
             continue
-        p = stats.ttest_ind(one, other, equal_var=False).pvalue
-        difference = statistics.mean(one) - statistics.mean(other)
-        names = f"{_label(table.group(first))} − {_label(table.group(second))}"
+        difference, p = found
+        names = f"{group_label(table.group(first))} − {group_label(table.group(second))}"
         lines.append(f"| {names} | {difference:+.4f} | {p:.3f} |")
         rows += 1
     return "\n".join(lines) if rows else ""
@@ -157,19 +194,21 @@ def _pictures(table, groups, seeds, now, places):
         _draw_sweep(table, done, seeds, os.path.join(places.output, "sweep.png"))
         yield "sweep.png", f"{table.metric} over {table.x}, mean and range of the seeds"
     _draw_curves(table, done, groups, now, os.path.join(places.output, "curves.png"))
-    yield "curves.png", "training loss and metric over steps, best rate, first seed"
+    yield "curves.png", "loss and metric of the best rate, first seed"
     for name in table.heat_maps:
         best = groups[name].best
         if best is None:
             continue
         group = table.group(name)
-        folder = places.folder(table, Cell(group, best, group.seeds[0]))
+        cell = Cell(group, best, group.seeds[0])
+        twin = now.runs.get(cell.name, {}).get("same_as")
+        folder = places.folder(table, find_cell(table, twin) if twin else cell)
         records = os.path.join(folder, "trust_ratios.jsonl")
         picture = os.path.join(places.output, f"trust-ratios-{name}.png")
         if os.path.exists(records):
             tf_lamb.draw_heat_map(records, picture)
         if os.path.exists(picture):
-            yield os.path.basename(picture), f"trust ratios of {_label(group)}, layers × steps"
+            yield os.path.basename(picture), f"trust ratios of {group_label(group)}, layers × steps"
 
 
 def _draw_sweep(table, done, seeds, path):
@@ -196,24 +235,47 @@ def _draw_sweep(table, done, seeds, path):
     pyplot.close(figure)
 
 
+def _curves(run, metric):
+    """Returns (steps, loss, metric) of a run: held out if it was evaluated on the way."""
+    if run.get("evaluations", {}).get("step"):
+        found = run["evaluations"]
+        loss = next(name for name in found if name.endswith("_loss"))
+        return found["step"], found[loss], found[metric]
+    curve = run["curve"]
+    return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))
+
+
 def _draw_curves(table, done, groups, now, path):
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    """Draws loss and metric over steps; also over examples if the groups differ in batch size."""
+    batches = {group.settings.get("batch") for group in done}
+    scales = ["step", "examples"] if len(batches) > 1 else ["step"]
+    figure, rows = pyplot.subplots(
+        len(scales), 2, figsize=(11, 4.5 * len(scales)), layout="constrained", squeeze=False
+    )
+    held_out = False
     for group in done:
         run = now.runs.get(Cell(group, groups[group.name].best, group.seeds[0]).name)
         if run is None:
             continue
-        curve = run["curve"]
-        metric = curve.get(f"test_{table.metric}", curve.get(table.metric))
-        left.plot(curve["step"], curve["loss"], label=_label(group))
-        right.plot(curve["step"], metric, label=_label(group))
-    left.set(xlabel="step", ylabel="training loss, nats", yscale="log")
-    right.set(xlabel="step", ylabel=table.metric)
-    lowest = min((line.get_ydata()[-1] for line in right.lines), default=0)
-    right.set_ylim(bottom=lowest - 0.05)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if table.x == "batch":
-            axes.set_xscale("log")
-    right.legend(fontsize="small")
+        steps, loss, values = _curves(run, table.metric)
+        held_out = held_out or "evaluations" in run
+        for scale, (left, right) in zip(scales, rows, strict=True):
+            factor = group.settings["batch"] if scale == "examples" else 1
+            places = [step * factor for step in steps]
+            left.plot(places, loss, label=group_label(group))
+            right.plot(places, values, label=group_label(group))
+    for scale, (left, right) in zip(scales, rows, strict=True):
+        kind = "held-out" if held_out else "training"
+        left.set(xlabel=scale, ylabel=f"{kind} loss, nats", yscale="log")
+        right.set(xlabel=scale, ylabel=table.metric)
+        ends = [line.get_ydata()[-1] for line in right.lines if len(line.get_ydata())]
+        ends = [end for end in ends if end is not None and math.isfinite(end)]
+        if ends:  # not those of runs that diverged
+            right.set_ylim(bottom=min(ends) - 0.05)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            if scale == "step" and len(scales) > 1:
+                axes.set_xscale("log")
+    rows[0][1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

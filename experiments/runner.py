@@ -44,11 +44,13 @@ class Places:
         data_dir: the data, as the table's program expects it.
         runs: the folder of logs and checkpoints; those of a run are in RUNS/TABLE/CELL.
         output: the folder of the run files, one JSON file per finished run.
+        train_flags: further flags of train.py, such as --tpu=NAME.
     """
 
     data_dir: str
     runs: str
     output: str
+    train_flags: tuple[str, ...] = ()
 
     def run_file(self, cell: Cell) -> str:
         """The path of a cell's run file."""
@@ -99,6 +101,9 @@ def metrics(table: Table, runs: dict[str, dict]) -> dict[str, float]:
 def run_cell(table: Table, cell: Cell, places: Places) -> dict:
     """Runs one cell in this process and writes its run file, unless it exists; returns its content.
 
+    A run of another group with the same settings, rate and seed is not repeated: its file is copied
+    under the name of this cell, with `same_as` and no processor time.
+
     Raises:
         InputError: the data cannot be read, or another process is running the cell.
         RuntimeError: the run failed.
@@ -108,12 +113,16 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
     os.makedirs(folder, exist_ok=True)
     os.makedirs(places.output, exist_ok=True)
     with locked(folder, "--runs"):
+        if not os.path.exists(path) and (twin := _finished_twin(table, cell, places)):
+            run = {**twin, "cell": cell.name, "same_as": twin["cell"], "processor_seconds": 0.0}
+            write_json(path, run, indent=None)
         if not os.path.exists(path):
             backend = cell.group.settings.get("backend", "tensorflow")
             os.environ.update(ENVIRONMENT, KERAS_BACKEND=backend)
             program = importlib.import_module(PROGRAMS[table.program])
             start, processor = time.perf_counter(), _processor_seconds()
-            outcome = program.run(cell, places.data_dir, folder)
+            extra = {"flags": places.train_flags} if places.train_flags else {}
+            outcome = program.run(cell, places.data_dir, folder, **extra)
             seconds = time.perf_counter() - start
             about = {
                 "table": table.name,
@@ -130,6 +139,16 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
             }
             write_json(path, {**about, **outcome}, indent=None)
     return read_json(path)
+
+
+def _finished_twin(table, cell, places):
+    """Returns the run of another group with the same settings, rate and seed; None if none is."""
+    for group in table.groups:
+        twin = Cell(group, cell.rate, cell.seed)
+        path = places.run_file(twin)
+        if group != cell.group and group.settings == cell.group.settings and os.path.exists(path):
+            return read_json(path)
+    return None
 
 
 def _processor_seconds():
@@ -173,31 +192,38 @@ class State:
         Args:
             jobs: number of runs at the same time.
         """
-        if not self.runs:
+        own = [run for run in self.runs.values() if "same_as" not in run]
+        if not own:
             return math.nan
         by_group: dict[str, list[float]] = {}
-        for run in self.runs.values():
+        for run in own:
             group = run["cell"].rpartition("-rate")[0]
             by_group.setdefault(group, []).append(run["processor_seconds"])
-        usual = statistics.mean(run["processor_seconds"] for run in self.runs.values())
+        usual = statistics.mean(run["processor_seconds"] for run in own)
         seconds = [statistics.mean(by_group.get(c.group.name, [usual])) for c in self.todo]
         return (sum(seconds) + self.later * usual) / jobs
 
 
-def state(table: Table, output: str) -> State:
+def state(table: Table, output: str, names=()) -> State:
     """Returns the state of a table, from its run files.
+
+    Args:
+        table: the table.
+        output: the folder of the run files.
+        names: the groups whose cells are still to be run; () for all.
 
     Raises:
         InputError: as in `load_runs`.
     """
     runs = load_runs(table, output)
     values = metrics(table, runs)
-    groups = [progress(table, group, values) for group in table.groups]
+    wanted = [group for group in table.groups if not names or group.name in names]
+    groups = [progress(table, group, values) for group in wanted]
     todo = [cell for group in groups for cell in group.todo]
     return State(runs, todo, sum(group.later for group in groups))
 
 
-def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) -> State:
+def run_table(table: Table, places: Places, jobs: int, limit: int, names=(), say=print) -> State:
     """Runs the cells that the tuning rule asks for, each in its own process.
 
     Args:
@@ -205,6 +231,7 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
         places: the folders to read and write.
         jobs: number of runs at the same time.
         limit: maximum number of runs; negative for all.
+        names: as in `state`.
         say: receives a line when a run begins and when it ends.
 
     Returns:
@@ -216,7 +243,7 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
     """
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     failed: list[str] = []
-    now = state(table, places.output)
+    now = state(table, places.output, names)
     while True:
         waiting = [cell for cell in now.todo if cell.name not in running]
         while waiting and len(running) < jobs and limit and not failed:
@@ -234,7 +261,7 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, say=print) ->
             if process.returncode:
                 failed.append(f"{name} (status {process.returncode})")
                 continue
-            now = state(table, places.output)
+            now = state(table, places.output, names)
             result = now.runs[name]["result"]
             value = "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
             seconds = time.monotonic() - start
@@ -252,5 +279,6 @@ def _start(table, cell, places):
     command += [f"--data_dir={os.path.abspath(places.data_dir)}"]
     command += [f"--runs={os.path.abspath(places.runs)}"]
     command += [f"--output={os.path.abspath(places.output)}"]
+    command += [f"--train_flag={flag}" for flag in places.train_flags]
     with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)

@@ -3,6 +3,7 @@
 import math
 
 from experiments.grid import Group, Table
+from experiments.imagenet import imagenet_table
 
 # MNIST: arXiv:1904.00962, appendix, Table 8. The rates are the paper's. The paper does not specify
 # the schedule; warm-up of one epoch and polynomial decay with power 0.5 are those of the author's
@@ -149,11 +150,43 @@ others; momentum is 0.9. Not tuned: weight decay, momentum, β, ε, warm-up and 
     )
 
 
-# CIFAR-10, Table 7: rates around the best ones that the author's programs name.
+def _backend_table() -> Table:
+    groups = tuple(
+        Group(
+            backend,
+            {
+                **MNIST,
+                "backend": backend,
+                "epochs": 5,
+                "optimizer": "lamb",
+                "batch": 1_024,
+                "weight_decay": DECAY["lamb"],
+                "warmup_steps": 59,
+                "power": 0.5,
+            },
+            (0.01,),
+        )
+        for backend in ("tensorflow", "jax")
+    )
+    return Table(
+        "mnist-backends",
+        "The same run on TensorFlow and on JAX",
+        "keras",
+        "accuracy",
+        groups,
+        pairs=(("tensorflow", "jax"),),
+        text="""\
+LAMB on MNIST as in [Table 8](mnist.md), batch 1,024 and rate 0.01, for 5 epochs, with Keras on
+TensorFlow and on JAX. The order of the images is the same; the initial weights are drawn by each
+backend and differ. Nothing is tuned here.""",
+    )
+
+
+# CIFAR-10, Table 7: rates around the best ones that the author's programs name, at batch size 512.
+# At other batch sizes they are multiplied by √(batch / 512).
 DAVIDNET = {
     "data": "cifar10",
     "model": "davidnet",
-    "width": 16,
     "epochs": 24,
     "power": 1.0,
     "crop": True,
@@ -166,24 +199,42 @@ DAVIDNET_RATES = {
     "adagrad": (0.01, 0.02, 0.04, 0.08),
 }
 DAVIDNET_DECAY = {"lamb": 1.0, "adamw": 0.01, "momentum": 5e-4}
+DAVIDNET_PUBLISHED = {
+    "adagrad-512": 0.9074,
+    "adam-512": 0.9225,
+    "adamw-512": 0.9271,
+    "momentum-512": 0.9372,
+    "lamb-512": 0.9408,
+}
+DAVIDNET_TEXT = """\
+Data, crops, weights and the triangular schedule with 6 epochs of warm-up are those of the
+[author's program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best
+run, and the rates lie around those that he names. His loss is a sum over the batch, here it is the
+mean: LAMB and Adam do not depend on the factor, and the rates of momentum are those for the mean.
+Not tuned: weight decay (0.01 for AdamW, 0.0005 for momentum, 0 for Adam and Adagrad), momentum
+(0.9), β, ε, warm-up and decay."""
+
+
+def _davidnet_group(optimizer, batch, seeds, more) -> Group:
+    rates = [rate * math.sqrt(batch / 512) for rate in DAVIDNET_RATES[optimizer]]
+    settings = {
+        **DAVIDNET,
+        **more,
+        "optimizer": optimizer,
+        "batch": batch,
+        "weight_decay": DAVIDNET_DECAY.get(optimizer),
+        "warmup_steps": round(6 * 50_000 / batch),
+    }
+    rates = tuple(float(f"{rate:.2g}") for rate in rates)
+    return Group(f"{optimizer}-{batch}", settings, rates, seeds=seeds)
 
 
 def _cifar_table() -> Table:
-    groups = []
-    for batch, optimizers in ((512, DAVIDNET_RATES), (4_096, ("lamb", "momentum"))):
-        for optimizer in optimizers:
-            rates = [rate * math.sqrt(batch / 512) for rate in DAVIDNET_RATES[optimizer]]
-            settings = {
-                **DAVIDNET,
-                "optimizer": optimizer,
-                "batch": batch,
-                "weight_decay": DAVIDNET_DECAY.get(optimizer),
-                "warmup_steps": round(6 * 50_000 / batch),
-            }
-            rates = tuple(float(f"{rate:.2g}") for rate in rates)
-            groups.append(Group(f"{optimizer}-{batch}", settings, rates, seeds=(1, 2)))
-    published = {"adagrad": 0.9074, "adam": 0.9225, "adamw": 0.9271, "momentum": 0.9372}
-    published["lamb"] = 0.9408
+    groups = [
+        _davidnet_group(optimizer, batch, (1, 2), {"width": 16})
+        for batch, optimizers in ((512, DAVIDNET_RATES), (4_096, ("lamb", "momentum")))
+        for optimizer in optimizers
+    ]
     return Table(
         "cifar10",
         "CIFAR-10 and DavidNet, five optimizers",
@@ -194,16 +245,122 @@ def _cifar_table() -> Table:
             *(("lamb-512", f"{name}-512") for name in DAVIDNET_RATES if name != "lamb"),
             ("lamb-4096", "momentum-4096"),
         ),
-        published={f"{name}-512": value for name, value in published.items()},
-        text="""\
+        published=DAVIDNET_PUBLISHED,
+        text=f"""\
 Table 7 of the [paper](https://arxiv.org/abs/1904.00962): CIFAR-10, batch 512, 24 epochs. The
 network is DavidNet at a quarter of its published width (16 channels, 412,944 trainable parameters,
 where 64 channels have 6,573,120), because two cores are too slow for full width; the published
-column is of full width and cannot be compared. Data, crops, weights and the triangular schedule
-with 6 epochs of warm-up are those of the
-[author's program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best
-run, and the rates lie around those that he names. Not tuned: weight decay (0.01 for AdamW, 0.0005
-for momentum, 0 for Adam and Adagrad), momentum (0.9), β, ε, warm-up and decay.""",
+column is of full width and cannot be compared. {DAVIDNET_TEXT}""",
+    )
+
+
+def _full_cifar_table() -> Table:
+    full = {"width": 64, "backend": "jax"}
+    groups = [_davidnet_group(name, 512, (1, 2, 3), full) for name in DAVIDNET_RATES]
+    for batch in (2_048, 8_192):
+        for optimizer in ("lamb", "momentum", "adamw"):
+            groups.append(_davidnet_group(optimizer, batch, (1, 2, 3), full))
+        untuned = dict(groups[-3].settings) | {"warmup_steps": groups[0].settings["warmup_steps"]}
+        rule = ("lamb-512", math.sqrt(batch / 512))
+        groups.append(Group(f"lamb-untuned-{batch}", untuned, rate_from=rule))
+    return Table(
+        "cifar10-full",
+        "CIFAR-10 and DavidNet at full width",
+        "keras",
+        "accuracy",
+        tuple(groups),
+        pairs=(
+            *(("lamb-512", f"{name}-512") for name in DAVIDNET_RATES if name != "lamb"),
+            *(
+                (f"lamb-{batch}", f"{other}-{batch}")
+                for batch in (2_048, 8_192)
+                for other in ("momentum", "adamw")
+            ),
+            *((f"lamb-untuned-{batch}", "lamb-512") for batch in (2_048, 8_192)),
+        ),
+        published=DAVIDNET_PUBLISHED,
+        x="batch",
+        text=f"""\
+Table 7 of the [paper](https://arxiv.org/abs/1904.00962) with its network, 6,573,120 trainable
+parameters, at batch 512, 24 epochs, and the same epochs at 2,048 and 8,192. It needs a GPU: Keras
+runs on JAX. "LAMB, untuned" has the rate that is best at 512, times √(batch / 512), and the same
+number of warm-up steps. {DAVIDNET_TEXT}""",
+    )
+
+
+# BERT: the large batch is near the gradient noise scale, the small one 32 times below.
+BERT_LARGE_BATCH = 256
+BERT_SMALL_BATCH = 8
+BERT_STEPS = 1_000  # at the large batch
+BERT_SEQUENCES = BERT_STEPS * BERT_LARGE_BATCH
+BERT_RATES = {"lamb": 0.00125, "adamw": 0.0005}  # expected best ones at the small batch
+
+
+def _bert_table() -> Table:
+    def settings(optimizer, batch):
+        steps = BERT_SEQUENCES // batch
+        return {
+            "recipe": "bert-mini-demo",
+            "batch": batch,
+            "flags": {"global_batch_size": batch, "steps": steps, "steps_per_loop": steps // 50},
+            "set": {
+                "optimizer": optimizer,
+                # As many at each batch size, which is the paper's linear-epoch warm-up: 1/5 of the
+                # steps at the large batch, as at the paper's 32K.
+                "warmup_steps": BERT_STEPS // 5,
+                "evaluate_every_examples": BERT_SEQUENCES // 10,
+                "save_every_steps": steps // 5,
+                "keep_checkpoints": 1,
+                "telemetry": "false",
+            },
+            "rates": {"peak_learning_rate": 1.0},
+            "curve": ["masked_loss", "masked_accuracy"],
+            "evaluations": ["masked_loss", "masked_accuracy"],
+        }
+
+    groups = []
+    for batch in (BERT_LARGE_BATCH, BERT_SMALL_BATCH):
+        for optimizer, rate in BERT_RATES.items():
+            scaled = rate * math.sqrt(batch / BERT_SMALL_BATCH)
+            rates = tuple(float(f"{scaled * factor:.2g}") for factor in (0.5, 1, 2))
+            groups.append(Group(f"{optimizer}-{batch}", settings(optimizer, batch), rates))
+    large, small = BERT_LARGE_BATCH, BERT_SMALL_BATCH
+    untuned = f"lamb-untuned-{large}"
+    rule = (f"lamb-{small}", math.sqrt(large / small))
+    groups.append(Group(untuned, settings("lamb", large), rate_from=rule))
+    return Table(
+        "bert",
+        "BERT at the noise scale and 32 times below",
+        "train",
+        "masked_accuracy",
+        tuple(groups),
+        pairs=(
+            (f"lamb-{small}", f"adamw-{small}"),
+            (f"lamb-{large}", f"adamw-{large}"),
+            (untuned, f"lamb-{large}"),
+            (untuned, f"adamw-{large}"),
+            (f"lamb-{large}", f"lamb-{small}"),
+            (f"adamw-{large}", f"adamw-{small}"),
+        ),
+        x="batch",
+        text=f"""\
+BERT-tiny on the articles of [Wikipedia](wikipedia.md), length 64, {BERT_SEQUENCES:,} sequences at
+each batch size: {BERT_STEPS:,} steps of {large} and {BERT_SEQUENCES // small:,} steps of {small}.
+The gradient noise scale of this model on this text was measured first, at batch 256 and rate 0.0071
+(2026-11-26, commit 75b6efa): 108 sequences over steps 101 to 200, with 60 to 564 in each 25 of
+these steps, and it grows during training, so {large} is near it.
+
+"LAMB, untuned" has the rate that is best at {small}, times √{large // small}. All have
+{BERT_STEPS // 5} steps of warm-up, the paper's linear-epoch rule, then a linear decay to 0. The
+metric is the accuracy of masked tokens of held-out articles after the last step. Not tuned: weight
+decay (0.01), β, ε, warm-up and decay. `DATA` is the folder of prepared shards:
+
+```bash
+python train.py --recipe=bert-mini-demo --data_dir=enwiki-articles.jsonl.gz \\
+    --set vocabulary_size=8000 --steps=4 --model_dir=runs/vocabulary        # learns vocab.txt
+python -m inputs.text.prepare --input=enwiki-articles.jsonl.gz --vocab=runs/vocabulary/vocab.txt \\
+    --output=DATA
+```""",
     )
 
 
@@ -226,7 +383,11 @@ TABLES = {
         _mnist_table(),
         _author_table(),
         _sweep_table(),
+        _backend_table(),
         _cifar_table(),
+        _full_cifar_table(),
+        _bert_table(),
+        imagenet_table(),
         _one_batch_table(),
     )
 }

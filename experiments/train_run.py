@@ -13,51 +13,59 @@ from experiments.grid import Cell
 DIVERGED = 3  # exit status of train.py for a run that diverged
 
 
-def command(cell: Cell, data_dir: str, folder: str) -> list[str]:
+def command(cell: Cell, data_dir: str, folder: str, flags=()) -> list[str]:
     """Returns the `train.py` command of a cell.
 
     Args:
         cell: its settings are `recipe`; `flags`, name -> value; `set`, recipe field -> value;
             `rates`, recipe field -> factor, for fields that are set to the cell's rate times the
-            factor; and `curve`, the fields of history.jsonl to keep.
+            factor; and `curve` and `evaluations`, the fields of history.jsonl and evaluations.jsonl
+            to keep.
         data_dir: as train.py expects it.
         folder: the run's `model_dir`.
+        flags: further flags, such as --tpu=NAME.
     """
     settings = cell.group.settings
     fields = dict(settings["set"])
     for field, factor in settings["rates"].items():
         fields[field] = float(f"{cell.rate * factor:.6g}")
-    flags = {"recipe": settings["recipe"], **settings["flags"], "seed": cell.seed}
+    own = {"recipe": settings["recipe"], **settings["flags"], "seed": cell.seed}
     return [
         sys.executable,
         str(ROOT / "train.py"),
-        *(f"--{name}={value}" for name, value in flags.items()),
+        *(f"--{name}={value}" for name, value in own.items()),
         f"--data_dir={data_dir}",
         f"--model_dir={folder}",
         *(f"--set={name}={value}" for name, value in fields.items()),
+        *flags,
     ]
 
 
-def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
+def run(cell: Cell, data_dir: str, folder: str, say=print, flags=()) -> dict:
     """Runs one cell, or resumes it where it was stopped.
 
     Args:
         cell: as in `command`.
         data_dir: as train.py expects it.
-        folder: the run's `model_dir`. Weights and exports are deleted at the end, logs are kept.
+        folder: a folder for the log and the run's `model_dir`, which is not the folder itself:
+            the runner and train.py both lock theirs. Weights and exports are deleted at the end,
+            logs are kept.
         say: receives the command.
+        flags: as in `command`.
 
     Returns:
-        A dictionary with `curve`: name -> list of values, one per line of history.jsonl; and
-        `result`: the content of results.json (nothing if the run diverged), and `diverged`.
+        A dictionary with `curve` and `evaluations`: name -> list of values, one per line of
+        history.jsonl and of evaluations.jsonl; and `result`: the content of results.json (nothing
+        if the run diverged), and `diverged`.
 
     Raises:
         RuntimeError: train.py ended with a status other than 0 or `DIVERGED`.
     """
     os.makedirs(folder, exist_ok=True)
     log = os.path.join(folder, "train.log")
+    folder = os.path.join(folder, "run")
     with open(log, "a", encoding="utf-8") as file:
-        arguments = command(cell, data_dir, folder)
+        arguments = command(cell, data_dir, folder, flags)
         say(" ".join(arguments))
         status = subprocess.run(arguments, stdout=file, stderr=file, check=False).returncode
     if status not in (0, DIVERGED):
@@ -65,14 +73,20 @@ def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
     result = {}
     if status == 0:
         result = json.loads(pathlib.Path(folder, "results.json").read_text(encoding="utf-8"))
-    rows = pathlib.Path(folder, "history.jsonl").read_text(encoding="utf-8").splitlines()
-    names = cell.group.settings["curve"]
-    curve = {name: [] for name in ("step", *names)}
-    for row in map(json.loads, rows):
-        for name in curve:
-            curve[name].append(row.get(name))
+    settings = cell.group.settings
+    curve = _columns(os.path.join(folder, "history.jsonl"), settings["curve"])
+    evaluations = _columns(os.path.join(folder, "evaluations.jsonl"), settings["evaluations"])
     for name in os.listdir(folder):
         if name.startswith("ckpt-") or name in ("best", "export", "checkpoint"):
             place = os.path.join(folder, name)
             shutil.rmtree(place) if os.path.isdir(place) else os.remove(place)
-    return {"curve": curve, "result": {**result, "diverged": status == DIVERGED}}
+    result["diverged"] = status == DIVERGED
+    return {"curve": curve, "evaluations": evaluations, "result": result}
+
+
+def _columns(path, names) -> dict[str, list]:
+    """Returns the step and these fields of each row of a JSON-lines file; no rows without it."""
+    rows = []
+    if os.path.exists(path):  # not written by a run that diverged before it
+        rows = list(map(json.loads, pathlib.Path(path).read_text(encoding="utf-8").splitlines()))
+    return {name: [row.get(name) for row in rows] for name in ("step", *names)}

@@ -168,6 +168,8 @@ class Recipe:
     beta_2: float = 0.999  # decay of the second moment
     epsilon: float = 1e-6  # added to the denominator of the update
     weight_decay: float = 0.01  # of LAMB and LARS: inside the trust ratio
+    # Coefficient of the L2 term ½‖x‖² of the loss, over the weights that weight decay applies to.
+    l2_regularization: float = 0.0
     momentum: float = 0.9  # of LARS and SGD
     trust_coefficient: float | None = None  # κ of LARS; None: that of the class or variant
     # Maximum norm of all gradients together; None: that of the class or variant.
@@ -256,7 +258,7 @@ class Recipe:
         """
         check_minimums(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
         check_minimums(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
-        check_minimums(self, evaluate_every_examples=1)
+        check_minimums(self, evaluate_every_examples=1, l2_regularization=0)
         if self.evaluate_every_steps and self.evaluate_every_examples:
             raise ValueError(
                 "evaluate_every_steps and evaluate_every_examples exclude each other. Received: "

@@ -102,14 +102,23 @@ def build(optimizer, recipe: Recipe, variables) -> None:
     """
     if recipe.optimizer in ("adamw", "adagrad"):
         # tf_keras matches against names that end in ":0", so "bias$" would match nothing.
-        layers = plan_variables(
-            [v.name.split(":")[0] for v in variables],
-            [v.shape for v in variables],
-            Patterns(tuple(recipe.exclude_from_weight_decay), (), {}, ()),
-        )
-        excluded = [v for v, layer in zip(variables, layers, strict=True) if not layer.decayed]
+        kept = decayed(recipe.exclude_from_weight_decay, variables)
+        excluded = [v for v, added in zip(variables, kept, strict=True) if not added]
         optimizer.exclude_from_weight_decay(var_list=excluded)
     optimizer.build(variables)
+
+
+def decayed(exclusions, variables) -> tuple[bool, ...]:
+    """Returns for each variable whether no pattern of `exclusions` is found in its path.
+
+    Warns (`UserWarning`) of a pattern that matches no variable.
+    """
+    layers = plan_variables(
+        [v.name.split(":")[0] for v in variables],
+        [v.shape for v in variables],
+        Patterns(tuple(exclusions), (), {}, ()),
+    )
+    return tuple(layer.decayed for layer in layers)
 
 
 def assign_slots(optimizer, step: int, slots) -> None:

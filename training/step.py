@@ -5,6 +5,7 @@ import tensorflow as tf
 from tasks.task import loss_terms, means
 from training.dropout import StepSeed, replica_seed
 from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
+from training.optimizers import decayed
 
 
 def step_settings(recipe) -> dict:
@@ -13,6 +14,8 @@ def step_settings(recipe) -> dict:
         "measure_noise": recipe.measure_noise_scale,
         "sum_dtype": recipe.sum_dtype,
         "clipnorm": recipe.global_clipnorm if recipe.clip_each_replica else None,
+        "l2": recipe.l2_regularization,
+        "l2_exclusions": recipe.exclude_from_weight_decay,
     }
 
 
@@ -36,6 +39,9 @@ class ReplicaStep:
         sum_dtype: name of the dtype in which gradients are summed over the replicas.
         clipnorm: None, or the largest norm of each replica's gradient of the mean loss over its own
             examples. Larger gradients are scaled to that norm before they are summed.
+        l2: the coefficient of the L2 term ½‖x‖² of the loss. Its gradient is added after `clipnorm`
+            and the noise scale; `sums` do not include the term.
+        l2_exclusions: patterns of the variables that are not in the L2 term.
     """
 
     def __init__(
@@ -50,6 +56,8 @@ class ReplicaStep:
         measure_noise=False,
         sum_dtype="float32",
         clipnorm=None,
+        l2=0.0,
+        l2_exclusions=(),
     ):
         self.model = model
         self.optimizer = optimizer
@@ -60,6 +68,8 @@ class ReplicaStep:
         self._measure_noise = measure_noise
         self._sum_dtype = tf.as_dtype(sum_dtype)
         self._clipnorm = clipnorm
+        self._l2 = l2
+        self._in_l2 = decayed(l2_exclusions, model.trainable_variables) if l2 else ()
         self._step_seed = StepSeed(model)
         if accumulation > 1 and not jit_compile:
             # TensorFlow's graph optimizer may put sums into temporary variables. In nested loops,
@@ -108,11 +118,21 @@ class ReplicaStep:
                 self._accumulation,
             )
             sums, counts = sums | noise[0], counts | noise[1]
+        if self._l2:
+            gradients = self._add_l2(gradients, 1 if own_sum else context.num_replicas_in_sync)
         self.optimizer.apply_gradients(
             zip(gradients, self.model.trainable_variables, strict=True),
             skip_gradients_aggregation=own_sum,
         )
         return sums, counts
+
+    def _add_l2(self, gradients, summands):
+        """Adds the gradient of the L2 term, of which each of `summands` equal parts is summed."""
+        variables = self.model.trainable_variables
+        return [
+            gradient + tf.cast(self._l2 / summands * x, gradient.dtype) if added else gradient
+            for gradient, x, added in zip(gradients, variables, self._in_l2, strict=True)
+        ]
 
     def _clip(self, gradients, replicas):
         """Clips a replica's gradients, of the mean over the global batch, to `clipnorm`.

@@ -4,18 +4,22 @@ import dataclasses
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import ROOT, datasets, keras_run, networks
 from experiments.__main__ import main
 from experiments.grid import Cell, Group, Table
-from experiments.page import write_page
-from experiments.runner import Places, load_runs, metrics, state
+from experiments.page import compare, write_page
+from experiments.runner import Places, load_runs, metrics, run_cell, state
+from experiments.summary import write_summary
 from experiments.tables import TABLES
 from inputs.errors import InputError
 
@@ -92,6 +96,45 @@ def test_every_optimizer_is_the_one_that_its_name_says(optimizer):
         made.build([kernel, bias])
         made.apply([np.zeros(2, np.float32)] * 2)
         assert np.all(np.array(bias) == 1) and np.all(np.array(kernel) < 1)  # decay, by name
+
+
+def curve_from_fixed_weights(settings, data_dir, records):
+    """The curve of a run whose initial weights do not depend on the backend."""
+
+    def with_fixed_weights(settings, seed, make=keras_run.make_model):
+        model = make(settings, seed)
+        generator = np.random.default_rng(0)
+        model.set_weights([generator.normal(0, 0.1, w.shape) for w in model.get_weights()])
+        return model
+
+    with mock.patch.object(keras_run, "make_model", with_fixed_weights):
+        return keras_run.run(Cell(Group("toy", settings), 0.02, 1), data_dir, records)["curve"]
+
+
+def test_jax_and_tensorflow_train_alike_from_the_same_weights(mnist, tmp_path):
+    """The cells of `mnist-backends` differ in their initial weights; here these are equal, too."""
+    settings = dict(_cell(epochs=2).group.settings)
+    script = (
+        "import json, sys; from tests.experiments import test_runs as here; "
+        "print(json.dumps(here.curve_from_fixed_weights(*json.loads(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([settings, mnist, str(tmp_path / "jax")])],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = [json.loads(done.stdout.splitlines()[-1])]
+    curves.append(curve_from_fixed_weights(settings, mnist, str(tmp_path / "tensorflow")))
+    np.testing.assert_allclose(curves[0]["loss"], curves[1]["loss"], rtol=2e-3)
+    np.testing.assert_allclose(curves[0]["test_loss"], curves[1]["test_loss"], rtol=2e-3)
+    groups = TABLES["mnist-backends"].groups
+    assert [group.settings["backend"] for group in groups] == ["tensorflow", "jax"]
+    one, other = ({**group.settings, "backend": ""} for group in groups)
+    assert one == other and groups[0].rates == groups[1].rates == (0.01,)
 
 
 def test_every_image_is_seen_once_in_an_epoch_whatever_the_batch():
@@ -227,3 +270,90 @@ def test_a_run_file_of_other_settings_is_refused(tmp_path):
     (tmp_path / f"{cell.name}.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match="epochs: 3, now 30"):
         load_runs(table, str(tmp_path))
+
+
+def test_a_run_of_another_group_with_the_same_settings_is_copied(tmp_path, monkeypatch):
+    table = TABLES["mnist-batches"]
+    twin = Cell(table.group("lamb-untuned-16384"), 0.04, 1)
+    run = _run_file(table, twin, accuracy=0.98)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{twin.name}.json").write_text(json.dumps(run))
+    places = Places("", str(tmp_path / "runs"), str(tmp_path / "out"))
+
+    def refuse(*_):
+        raise AssertionError("the run is repeated")
+
+    monkeypatch.setattr(keras_run, "run", refuse)
+    copied = run_cell(table, Cell(table.group("lamb-16384"), 0.04, 1), places)
+    assert copied["result"] == run["result"] and copied["same_as"] == twin.name
+    assert copied["processor_seconds"] == 0
+    loaded = load_runs(table, places.output)
+    assert loaded["lamb-16384-rate0.04-seed1"] == copied
+    with pytest.raises(AssertionError, match="repeated"):  # another seed
+        run_cell(table, Cell(table.group("lamb-16384"), 0.04, 2), places)
+    with pytest.raises(AssertionError, match="repeated"):  # other settings
+        run_cell(table, Cell(table.group("lamb-4096"), 0.04, 1), places)
+    # The copy took no time, so it says nothing about the time of others.
+    assert state(table, places.output).seconds_left(1) == pytest.approx(
+        len(state(table, places.output).todo) + state(table, places.output).later
+    )
+
+
+def test_the_difference_is_tested_with_welch_s_test():
+    one, other = [0.9, 0.91, 0.92, 0.93], [0.9, 0.905]
+    difference, p = compare(one, other)
+    assert difference == pytest.approx(0.0125)
+    # Welch: t = 0.0125 / sqrt(s1²/4 + s2²/2), s1² = 1/6000, s2² = 1.25e-5; ν by Satterthwaite.
+    a, b = (1 / 6000) / 4, 1.25e-5 / 2
+    freedom = (a + b) ** 2 / (a**2 / 3 + b**2 / 1)
+    expected = 2 * stats.t.sf(0.0125 / math.sqrt(a + b), freedom)
+    assert p == pytest.approx(expected, rel=1e-6)
+    assert compare([0.9], other) is None and compare(one, [0.9, -math.inf]) is None
+    assert compare([0.5, 0.5], [0.4, 0.4]) == (pytest.approx(0.1), 0.0)
+
+
+def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
+    table = TABLES["mnist"]
+    accuracies = {
+        "lamb": (0.99, 0.991, 0.992, 0.993, 0.994),
+        "adamw": (0.99, 0.9911, 0.992, 0.993, 0.9941),
+        "adam": (0.97, 0.971, 0.972, 0.973, 0.974),
+    }
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name, values in accuracies.items():
+        group = table.group(name)
+        cells = [Cell(group, rate, 1) for rate in group.rates]
+        cells += [Cell(group, 0.01, seed) for seed in group.seeds[1:]]
+        for cell in cells:
+            found = values[cell.seed - 1] if cell.rate == 0.01 else 0.5
+            run = _run_file(table, cell, accuracy=found)
+            (folder / f"{cell.name}.json").write_text(json.dumps(run))
+    cell = Cell(table.group("momentum"), 0.1, 1)
+    run = _run_file(table, cell, accuracy=0.9876)
+    (folder / f"{cell.name}.json").write_text(json.dumps(run))
+    (tmp_path / "mnist.md").write_text("the page that is linked")
+    write_summary([table, TABLES["mnist-batches"]], str(tmp_path), str(tmp_path / "summary.md"))
+    page = (tmp_path / "summary.md").read_text().splitlines()
+    (tie,) = [line for line in page if "lamb: " in line and "adamw: " in line]
+    (win,) = [line for line in page if "lamb: " in line and "adam: " in line]
+    assert tie.endswith("ties |") and win.endswith("+0.0200 | 0.000 | wins |")
+    assert any("| momentum | 0.1, seed 1: 0.9876 |" in line for line in page)
+    (left,) = [line for line in page if line.startswith("- [MNIST and LeNet")]
+    assert "of adagrad, momentum (`mnist`)" in left
+    assert "- MNIST, from batch 256 to the whole set: nothing; 137 runs at least" in "\n".join(page)
+
+
+def test_the_published_summary_is_that_of_the_published_runs(tmp_path):
+    """After new run files: `python -m experiments TABLE --limit=0`."""
+    results = ROOT / "docs/results"
+    write_summary(TABLES.values(), str(results), str(tmp_path / "summary.md"))
+    assert (tmp_path / "summary.md").read_text() == (results / "summary.md").read_text()
+
+
+def test_the_page_of_the_command_counts_the_runs(tmp_path):
+    page = (ROOT / "docs/commands/experiments.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    counts = {row[0].strip("`"): int(row[2]) for row in rows}
+    empty = {name: state(table, str(tmp_path)) for name, table in TABLES.items()}
+    assert counts == {name: len(now.todo) + now.later for name, now in empty.items()}

@@ -85,6 +85,12 @@ def test_goyals_schedule(name, batch, rate):
     assert schedule["decay_steps"] == list(phase.decay_steps) and schedule["decay_factor"] == 0.1
 
 
+def test_the_paper_s_adamw_has_the_decay_and_the_l2_term_of_its_best_line():
+    """Table 4's .7307 is the line 0.002 of Table 22, not one of the tables without an L2 term."""
+    recipe, _ = find("adamw-16k")
+    assert (recipe.weight_decay, recipe.l2_regularization) == (1e-4, 0.01)
+
+
 def test_step_decay_is_stretched_and_set():
     recipe, phase = find("momentum-8k")
     half = recipes.resized(recipe, steps=phase.steps // 2).phases[0]

@@ -125,3 +125,38 @@ def test_batch_norm_moving_averages_are_averaged_over_replicas(mirrored, accumul
     path = tf.train.Checkpoint(model=model).write(str(tmp_path / "saved"))
     key = "model/layer_with_weights-0/moving_mean/.ATTRIBUTES/VARIABLE_VALUE"
     np.testing.assert_array_equal(tf.train.load_variable(path, key), first.moving_mean.numpy())
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_l2_term_is_added_once_for_all_replicas(mirrored, measured, tmp_path):
+    """Its gradient is l2·x for decayed weights, not twice that on two replicas."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(0, 1, [REPLICA_BATCH, 4, 4, 3]).astype(np.float32),
+        "label": rng.integers(0, 2, [REPLICA_BATCH]).astype(np.int32),
+    }
+    data = tf.data.Dataset.from_tensors(batch).repeat(2)
+    starts, moved = [], []
+    for l2 in (0.0, 0.5):
+        recipe = small_recipe(
+            optimizer="momentum",
+            weight_decay=0.0,
+            jit_compile=False,
+            exclude_from_weight_decay=("gamma$", "beta$", "bias$"),
+            l2_regularization=l2,
+            measure_noise_scale=measured,
+        )
+        task = SmallTask(recipe, image_model, summed_loss, data)
+        run = begin(small_run(task, mirrored, tmp_path / str(l2)))
+        if starts:
+            for variable, value in zip(run.model.trainable_variables, starts, strict=True):
+                variable.assign(value)
+        starts = [variable.numpy() for variable in run.model.trainable_variables]
+        run.train(tf.constant(1))
+        moved.append([variable.numpy() for variable in run.model.trainable_variables])
+    rate = recipe.phases[0].peak_learning_rate
+    names = [variable.name for variable in run.model.trainable_variables]
+    for name, start, without, with_l2 in zip(names, starts, *moved, strict=True):
+        expected = -rate * 0.5 * start if "kernel" in name else np.zeros_like(start)
+        np.testing.assert_allclose(with_l2 - without, expected, atol=1e-6, err_msg=name)
+    assert sum("kernel" in name for name in names) == 2

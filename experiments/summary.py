@@ -1,0 +1,122 @@
+"""Writes the summary of all tables from their run files: docs/results/summary.md."""
+
+import os
+from collections.abc import Iterable
+
+from experiments.grid import Table, progress
+from experiments.page import best_values, compare, format_mean, format_value, group_label
+from experiments.runner import State, metrics, state
+from inputs.files import atomic_write
+
+SIGNIFICANT = 0.05  # of the p of Welch's test
+
+HEAD = """\
+# What large-batch training gives you, measured here
+
+The [paper](https://arxiv.org/abs/1904.00962) says: a larger batch, the same epochs, the same
+accuracy, without tuning anew. [Nado et al.](https://arxiv.org/abs/2102.06356) say: a tuned Nesterov
+or Adam does as well. This page is what was seen of both on two CPU cores. Every optimizer of a
+table is tuned by the same rule; the rule, and what was not tuned, is on the table's page. The
+differences and the lists of runs are written from the run files by `python -m experiments summary`.
+
+**In short: no run here shows LAMB or LARS ahead of a tuned AdamW at a large batch. LAMB was ahead
+of momentum SGD once, on CIFAR-10 in 49 steps, where the best rates of both were at the edge of
+their grids. Most of what would decide the paper's claim has not been run.**
+
+## Earlier comparisons, with too few steps at the large batch to decide
+
+- [BERT-tiny](bert-batches.md), masked-token accuracy, three seeds. Batch 2: LAMB 0.1258 ± 0.0008,
+  AdamW 0.1241 ± 0.0003; LAMB is slightly ahead. Batch 64, 440 steps: LAMB 0.0952 ± 0.0012, AdamW
+  0.1070 ± 0.0082; LAMB is behind, and the steadier of the two.
+- [CIFAR-10](cifar10-recipes.md), top-1, means of two seeds. Batch 128: LAMB 0.772, LARS 0.770,
+  momentum 0.769, AdamW 0.744. Batch 4,096, 49 steps: AdamW 0.458, LAMB 0.442, momentum 0.368, LARS
+  0.301; only the best rate of LARS is inside its grid.
+
+In both, every optimizer loses much at the large batch. The paper's claim is about thousands of
+steps, so these runs neither support it nor refute it.
+"""
+
+
+def write_summary(tables: Iterable[Table], results: str, path: str) -> None:
+    """Writes the summary.
+
+    Args:
+        tables: the tables.
+        results: the folder with one folder of run files for each table.
+        path: the Markdown file; an existing file is replaced.
+
+    Raises:
+        InputError: a run file cannot be used; see `experiments.runner.load_runs`.
+    """
+    compared = [table for table in tables if table.pairs or table.published]
+    states = [(table, state(table, os.path.join(results, table.name))) for table in compared]
+    pages = {table.name: _page(table, results) for table, _ in states}
+    parts = [HEAD, "## Differences"]
+    rows = [row for table, now in states for row in _differences(table, now, pages)]
+    parts.append(
+        "Welch's test, two-sided, without correction for the number of tests. With p below "
+        f"{SIGNIFICANT}\nthe first of the two wins or loses; else it is a tie, which says no more "
+        "than that these seeds show\nno difference."
+    )
+    head = ["| | first | second | difference | p | the first |", "|---|---|---|---|---|---|"]
+    parts.append("\n".join([*head, *rows]) if rows else "No pair has two seeds of each yet.")
+    so_far = [row for table, now in states for row in _single(table, now, pages)]
+    if so_far:
+        parts.append("## Runs that no test has yet")
+        parts.append("Rates that were tried with the first seed. A grid is not finished.")
+        parts.append("\n".join(["| | group | runs |", "|---|---|---|", *so_far]))
+    parts += ["## Not run", "\n".join(_not_run(table, now, pages) for table, now in states)]
+    with atomic_write(path) as file:
+        file.write("\n\n".join(part.strip("\n") for part in parts) + "\n")
+
+
+def _page(table, results):
+    """The title of a table, with a link to its page if there is one."""
+    known = os.path.exists(os.path.join(results, f"{table.name}.md"))
+    return f"[{table.title}]({table.name}.md)" if known else table.title
+
+
+def _differences(table, now, pages):
+    seeds = best_values(table, now)
+    for first, second in table.pairs:
+        found = compare(seeds[first], seeds[second])
+        if found is None:
+            continue
+        difference, p = found
+        verdict = "ties" if p >= SIGNIFICANT else "wins" if difference > 0 else "loses"
+        cells = [pages[table.name]]
+        for name in (first, second):
+            cells.append(f"{group_label(table.group(name))}: {format_mean(seeds[name])}")
+        cells += [f"{difference:+.4f}", f"{p:.3f}", verdict]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _single(table, now, pages):
+    """Rows of the groups that have runs and are in no difference."""
+    seeds, values = best_values(table, now), metrics(table, now.runs)
+    compared = {
+        name for pair in table.pairs if compare(*(seeds[name] for name in pair)) for name in pair
+    }
+    for group in table.groups:
+        own = {n: v for n, v in values.items() if n.rpartition("-rate")[0] == group.name}
+        if own and group.name not in compared:
+            runs = [
+                f"{name.rpartition('-rate')[2].replace('-seed', ', seed ')}: {format_value(found)}"
+                for name, found in own.items()
+            ]
+            yield f"| {pages[table.name]} | {group_label(group)} | {'; '.join(runs)} |"
+
+
+def _not_run(table, now: State, pages) -> str:
+    if not now.todo and not now.later:
+        return f"- {pages[table.name]}: finished."
+    values = metrics(table, now.runs)
+    left = [
+        group_label(group)
+        for group in table.groups
+        if (own := progress(table, group, values)).todo or own.later
+    ]
+    count = len(now.todo) + now.later
+    if not now.runs:
+        return f"- {pages[table.name]}: nothing; {count} runs at least (`{table.name}`)."
+    return f"- {pages[table.name]}: {count} runs at least, of {', '.join(left)} (`{table.name}`)."
