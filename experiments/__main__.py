@@ -36,7 +36,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--runs", default="runs/experiments", help="folder of logs, one per run")
     result.add_argument("--output", help="folder of run files; docs/results/TABLE by default")
     result.add_argument("--page", help="the page to write; docs/results/TABLE.md by default")
-    result.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    result.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at the same time; by default one for each core, or one alone if the table's "
+        "runs are for an accelerator",
+    )
     result.add_argument("--limit", type=int, default=-1, help="the most runs to do now; -1: all")
     result.add_argument("--groups", default="", help="run these only; names separated by commas")
     result.add_argument("--list", action="store_true", help="list runs and the time still needed")
@@ -89,12 +94,15 @@ def _table(options):
             f"--groups: the table {table.name} has no group {unknown[0]!r}. Its groups are "
             f"{', '.join(known)}."
         )
-    if options.jobs < 1:
-        raise InputError(f"--jobs={options.jobs}: give at least 1.")
+    jobs = options.jobs
+    if jobs is None:
+        jobs = os.cpu_count() if table.one_core else 1
+    if jobs < 1:
+        raise InputError(f"--jobs={jobs}: give at least 1.")
     if options.train_flag and table.program != "train":
         raise InputError(f"--train_flag: the table {table.name} does not run train.py.")
     if options.list:
-        _list(state(table, output, names), table, options.jobs)
+        _list(state(table, output, names), table, jobs)
         return 0
     if not options.data_dir and options.limit:
         raise InputError(f"--data_dir: the table {table.name} needs its data; see its page.")
@@ -102,7 +110,7 @@ def _table(options):
         run = run_cell(table, find_cell(table, options.cell), places)
         print(f"{options.cell}: {run['result']}")
         return 0
-    run_table(table, places, options.jobs, options.limit, names)
+    run_table(table, places, jobs, options.limit, names)
     from experiments.page import write_page  # imports matplotlib and SciPy
     from experiments.summary import write_summary
 

@@ -65,6 +65,8 @@ class Table:
         x: The setting on the horizontal axis of the plot of `metric`; an empty string for no plot.
         heat_maps: Names of groups whose trust ratios are drawn, at the best rate and first seed.
         text: The introduction of the page.
+        one_core: Whether a run is made for one core of a CPU. Otherwise it is for an accelerator:
+            it may use all cores, and by default one run is done at a time.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Table:
     x: str = ""
     heat_maps: tuple[str, ...] = ()
     text: str = ""
+    one_core: bool = True
 
     def group(self, name: str) -> Group:
         """Returns the group with a name.

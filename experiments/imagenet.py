@@ -169,18 +169,19 @@ def imagenet_table() -> Table:
         "train",
         "image_top1",
         groups,
+        one_core=False,
         published={group.name: max(group.published.values()) for group in groups},
         text="""\
 Every line of Tables 9 to 25 of the appendix of the [paper](https://arxiv.org/abs/1904.00962)
 (version 3), and of its Table 6: ResNet-50 on ImageNet for 90 epochs, Adagrad, Adam and AdamW at
 batch 16,384 and LAMB, untuned, at 512 to 32,768. A line is a run of `train.py`. The chip-hours of
 each are those of the [pre-flight](preflight.md), a lower bound; `--list` prints them, too. `--cell`
-runs one line, and `--groups` one table. `DATA` is the folder that `python -m inputs.images.prepare`
-wrote, and `--train_flag=--tpu=NAME` names the TPU:
+runs one line, and `--groups` one or more of the groups below. `DATA` is the folder that `python -m
+inputs.images.prepare` wrote, and `--train_flag=--tpu=NAME` names the TPU:
 
 ```bash
 python -m experiments imagenet --list
-python -m experiments imagenet --groups=table-13 --jobs=1 --data_dir=DATA --train_flag=--tpu=NAME
+python -m experiments imagenet --groups=table-13 --data_dir=DATA --train_flag=--tpu=NAME
 python -m experiments imagenet --cell=table-22-decay-0.0001-rate0.002-seed1 --data_dir=DATA \\
     --train_flag=--tpu=NAME
 ```
@@ -195,7 +196,7 @@ What the paper leaves open, and what is done here: the schedule of the "default"
 constant, without warm-up; ε, which is 1e-6 as the paper's default is; β, which is 0.9 and 0.999;
 what exactly the L2 term is, which is L2 · ½‖x‖² over the weights that are decayed (no bias, no
 batch normalization), added to the loss. Adam is AdamW with λ = 0. There is no label smoothing in
-Tables 9 to 25; Table 6 is as its [recipes](../commands/recipes.md).""",
+Tables 9 to 25; for Table 6 see its [recipes](../commands/recipes.md).""",
     )
 
 

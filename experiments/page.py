@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import statistics
 
 import matplotlib
@@ -110,7 +111,7 @@ def _about(now):
 
 def group_label(group: Group) -> str:
     """Returns the name of a group as it is written on pages."""
-    return group.name.replace("-", " ")
+    return re.sub(r"(?<!\de)-", " ", group.name)  # not the sign of an exponent
 
 
 def _rows(table, groups, seeds, values):

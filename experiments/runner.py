@@ -118,7 +118,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
             write_json(path, run, indent=None)
         if not os.path.exists(path):
             backend = cell.group.settings.get("backend", "tensorflow")
-            os.environ.update(ENVIRONMENT, KERAS_BACKEND=backend)
+            os.environ.update(ENVIRONMENT if table.one_core else {}, KERAS_BACKEND=backend)
             program = importlib.import_module(PROGRAMS[table.program])
             start, processor = time.perf_counter(), _processor_seconds()
             extra = {"flags": places.train_flags} if places.train_flags else {}
@@ -132,13 +132,20 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
                 "seed": cell.seed,
                 "date": datetime.date.today().isoformat(),
                 "commit": _commit(),
-                "machine": f"{platform.system()} {platform.machine()}, one core",
+                "machine": f"{platform.system()} {platform.machine()}, {_device(table, places)}",
                 "versions": {"python": platform.python_version(), **_versions()},
                 "seconds": round(seconds, 1),  # since the last start, if the run was resumed
                 "processor_seconds": round(_processor_seconds() - processor, 1),
             }
             write_json(path, {**about, **outcome}, indent=None)
     return read_json(path)
+
+
+def _device(table, places):
+    """What a run was given, for its file."""
+    if table.one_core:
+        return "one core"
+    return ", ".join([f"{os.cpu_count()} cores", *places.train_flags])
 
 
 def _finished_twin(table, cell, places):

@@ -15,13 +15,14 @@ HEAD = """\
 
 The [paper](https://arxiv.org/abs/1904.00962) says: a larger batch, the same epochs, the same
 accuracy, without tuning anew. [Nado et al.](https://arxiv.org/abs/2102.06356) say: a tuned Nesterov
-or Adam does as well. This page is what was seen of both on two CPU cores. Every optimizer of a
-table is tuned by the same rule; the rule, and what was not tuned, is on the table's page. The
-differences and the lists of runs are written from the run files by `python -m experiments summary`.
+or Adam does as well. This page says what two CPU cores showed of both. Where a table tunes,
+it tunes every optimizer by the same rule; the rule, and what was not tuned, is on the table's page.
+The differences and the lists of runs are written from the run files by `python -m experiments
+summary`.
 
-**In short: no run here shows LAMB or LARS ahead of a tuned AdamW at a large batch. LAMB was ahead
-of momentum SGD once, on CIFAR-10 in 49 steps, where the best rates of both were at the edge of
-their grids. Most of what would decide the paper's claim has not been run.**
+**In short, up to November 2026: no run here shows LAMB or LARS ahead of a tuned AdamW at a large
+batch. On CIFAR-10 in 49 steps LAMB was ahead of momentum SGD, with the best rates of both at the
+edge of their grids. Most of what would decide the paper's claim has not been run.**
 
 ## Earlier comparisons, with too few steps at the large batch to decide
 

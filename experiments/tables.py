@@ -212,7 +212,8 @@ Data, crops, weights and the triangular schedule with 6 epochs of warm-up are th
 run, and the rates lie around those that he names. His loss is a sum over the batch, here it is the
 mean: LAMB and Adam do not depend on the factor, and the rates of momentum are those for the mean.
 Not tuned: weight decay (0.01 for AdamW, 0.0005 for momentum, 0 for Adam and Adagrad), momentum
-(0.9), β, ε, warm-up and decay."""
+(0.9), β, ε, warm-up and decay. The decay of momentum is Keras's, which is subtracted outside of the
+momentum: a tenth of what the same number means as an L2 term of the loss."""
 
 
 def _davidnet_group(optimizer, batch, seeds, more) -> Group:
@@ -280,6 +281,7 @@ def _full_cifar_table() -> Table:
         ),
         published=DAVIDNET_PUBLISHED,
         x="batch",
+        one_core=False,
         text=f"""\
 Table 7 of the [paper](https://arxiv.org/abs/1904.00962) with its network, 6,573,120 trainable
 parameters, at batch 512, 24 epochs, and the same epochs at 2,048 and 8,192. It needs a GPU: Keras

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.pages import PagesWriter
 from inputs.shards import record_offsets
@@ -20,7 +21,7 @@ def write_index(
     progress: Callable[[int], object] = lambda files: None,
     *,
     fix: str,
-    on_damage: Callable[[str], object] | None = None,
+    bad_records: BadRecords | None = None,
 ) -> list[int]:
     """Writes where each record of the files begins, into FOLDER/index; reads lengths only.
 
@@ -29,31 +30,34 @@ def write_index(
         files: paths of TFRecord files, which are not compressed.
         counts: the number of records that each file must have.
         progress: called with 1 after each file.
-        fix, on_damage: see `inputs.shards.record_offsets`.
+        fix: what to do about a damaged file, for the error message.
+        bad_records: counts the records of each file, and those whose length is damaged, which are
+            left out. If None, the first of them is an error.
 
     Returns:
         The number of records of each file.
 
     Raises:
-        InputError: a file cannot be read, or is damaged.
+        InputError: a file cannot be read or is damaged; or from `bad_records`.
     """
     found = []
-    lost = []
-
-    def leave_out(message):
-        lost.append(message)
-        on_damage(message)
-
+    left_out = 0
     with PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer:
         for number, path in enumerate(files):
-            offsets = record_offsets(path, fix, on_damage and leave_out)
+            lost: list[str] = []
+            offsets = record_offsets(path, fix, lost.append if bad_records else None)
             if counts and len(offsets) != counts[number]:
                 raise InputError(
                     f"{path} has {len(offsets):,} records, not {counts[number]:,}: it was "
                     f"truncated or replaced. {fix}"
                 )
+            if bad_records:
+                bad_records.add_good(len(offsets))
+                for message in lost:
+                    bad_records.add_bad(message)
+            left_out += len(lost)
             found.append(len(offsets))
             progress(1)
             writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
-        writer.facts = {LEFT_OUT: len(lost)}
+        writer.facts = {LEFT_OUT: left_out}
     return found

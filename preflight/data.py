@@ -22,7 +22,7 @@ class DataResult:
         graph: the `input_graph.InputGraph`; None if the hosts cannot share the data.
         problems: a sentence for each reason why a host could not make its batches.
         examples_per_core: that this machine makes per second of processor time, at the least,
-            because the first batches take longer; None if there are problems.
+            because the first batches take longer; None if none were made.
     """
 
     hosts: int
@@ -49,8 +49,14 @@ def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) ->
         return DataResult(hosts, None, (str(error),), None)
     # A single host is the machine that training runs on.
     problems = graph.problems if hosts > 1 else ()
-    rate = None if problems else _examples_per_core(input_fn, context)
-    return DataResult(hosts, graph, problems, rate)
+    if problems:
+        return DataResult(hosts, graph, problems, None)
+    rate = _examples_per_core(input_fn, context)
+    try:
+        task.check_data()  # what was damaged in these batches
+    except InputError as error:
+        return DataResult(hosts, graph, (str(error),), rate)
+    return DataResult(hosts, graph, (), rate)
 
 
 def _examples_per_core(input_fn, context) -> float:

@@ -44,7 +44,7 @@ def _describe_phase(recipe, result) -> str:
     if result.error:
         compiled = result.time is not None
         label = "kernels" if compiled else "compiles"
-        return "\n".join([*lines, _line(label, f"NO: {result.error}")])
+        return "\n".join([*lines, _line(label, f"NO: {result.error}"), *_describe_data(result)])
     return "\n".join([*lines, *_describe_figures(recipe, result)])
 
 
@@ -121,6 +121,8 @@ def _describe_input(recipe, result) -> str:
             f": {per_host / per_core:.2g} CPU cores, at {per_core:,.0f} examples/s per core, which "
             "this machine made of the data at the least"
         )
+    if getattr(recipe, "sequences_per_row", 1) > 1:  # the measured rates are of single sequences
+        return text
     length = getattr(phase, "sequence_length", getattr(recipe, "image_size", None))
     for task, size, per_core, command in EXAMPLES_PER_CORE:
         if (recipe.task, length) == (task, size):

@@ -215,7 +215,10 @@ class Records(_Source):
         )
         for files in (self._training, self._held_out):
             pretraining_records.check_vocabulary(files, self.vocabulary)
-        self.fingerprint = f"{self._training.fingerprint}-{self._held_out.fingerprint}"
+        # With the counts, because the fingerprints do not tell a file whose damage was repaired.
+        self.fingerprint = "-".join(
+            f"{files.fingerprint}-{files.count}" for files in (self._training, self._held_out)
+        )
         counts = [f"{files.count:,}" for files in (self._training, self._held_out)]
         self.amount = f"To train on: {counts[0]} masked sequences; held out: {counts[1]}"
         log(self.amount)

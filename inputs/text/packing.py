@@ -8,6 +8,7 @@ a step do not depend on the number of hosts and replicas, no sequence is ever le
 shapes are static.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -109,7 +110,7 @@ def plan_rows(lengths: Iterable[np.ndarray], row_length: int, per_row: int) -> I
     """
     first = 0
     rest = np.zeros(0, np.int64)
-    for part in (*lengths, None):
+    for part in itertools.chain(lengths, [None]):
         rest = rest if part is None else np.concatenate([rest, part])
         whole = len(rest) if part is None else len(rest) // GROUP * GROUP
         rows = []

@@ -92,8 +92,10 @@ def open_records(
         InputError: a file cannot be read or has another layout, or there are too few records.
     """
     files = _open(training, bad_records, cache_dir, log)
-    if held_out:
-        return files, _open(held_out, bad_records, cache_dir, log)
+    others = _open(held_out, bad_records, cache_dir, log) if held_out else None
+    bad_records.end()
+    if others:
+        return files, others
     if files.count < MINIMUM:
         raise InputError(
             f"--data_dir: {training[0]} has only {files.count} records, but at least {MINIMUM} are "
@@ -127,11 +129,9 @@ def _open(paths, bad_records, cache_dir, log):
     with locked(folder, "--cache_dir", wait=True):
         place = os.path.join(folder, INDEX)
         known = open_pages(place)
-        if known and known[1][LEFT_OUT]:
-            log(f"{known[1][LEFT_OUT]:,} records whose length is damaged are left out, as before")
-        if not known:
+        if not known or known[1][LEFT_OUT]:  # a file may have been repaired
             log(f"Finding where each record of {len(paths):,} files begins, once, in {folder}")
-            write_index(folder, paths, fix=COPY_AGAIN, on_damage=bad_records.add_bad)
+            write_index(folder, paths, fix=COPY_AGAIN, bad_records=bad_records)
         found = open_pages(place)
         if found is None:
             raise InputError(
@@ -153,6 +153,7 @@ def find_names(path: str) -> dict[str, str]:
     for layout in range(2):
         names = {ours: theirs[layout] for ours, theirs in NAMES.items()}
         if set(names.values()) <= found:
+            _check_kinds(path, features, names)
             return names
     raise InputError(
         f"--data_dir: {path} has the features {', '.join(sorted(found)) or 'none'}. Pre-training "
@@ -160,6 +161,17 @@ def find_names(path: str) -> dict[str, str]:
         "google-research/bert), or input_word_ids and input_type_ids in place of input_ids and "
         "segment_ids (tf-models). Other text is read from .txt or .jsonl files."
     )
+
+
+def _check_kinds(path, features, names):
+    for ours, name in names.items():
+        wanted = "float_list" if ours == "masked_lm_weights" else "int64_list"
+        kind = features[name].WhichOneof("kind")
+        if kind not in (wanted, None):  # None: it has no values
+            raise InputError(
+                f"--data_dir: {path}: the feature {name} is a {kind}, but in pre-training examples "
+                f"it is a {wanted}. Write the examples again."
+            )
 
 
 def first_example(path: str) -> tf.train.Example:
@@ -267,7 +279,9 @@ class RecordExamples(Batches):
             stop = min(first + RECORDS_PER_READ, self.num_examples)
             lengths = read(tf.constant(first, tf.int64), tf.constant(stop, tf.int64))[:, 1]
             self.damage.collect()
-            yield np.maximum(lengths.numpy(), 1)  # that of a damaged record is 0
+            # A damaged record, whose length is 0, has a row of its own: it may be repaired, or
+            # have been unreadable for the moment.
+            yield np.where(lengths.numpy() > 0, lengths.numpy(), self.sequence_length)
 
     def make_rows(self, size, first, stop, sequences, ids):
         """See `Batches.make_rows`: `FIELDS`; tokens; positions, ids and weights of the masks."""
@@ -424,7 +438,9 @@ class RecordExamples(Batches):
             batch_size: as for `evaluation_batches`; the number of sequences.
         """
         (batch,) = self.evaluation_batches(batch_size, batch_size).as_numpy_iterator()
-        for row in range(batch_size):
+        for row in range(min(batch_size, self.num_examples)):
+            if not batch["example_weights"][row]:  # it could not be read
+                continue
             ids = batch["input_word_ids"][row].copy()
             chosen = batch["masked_lm_weights"][row] > 0
             ids[batch["masked_lm_positions"][row][chosen]] = batch["masked_lm_ids"][row][chosen]

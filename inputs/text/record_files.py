@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable
 
 from inputs.errors import InputError
@@ -104,7 +105,7 @@ def is_record_file(path: str) -> bool:
             file.seek(0)
             with gzip.GzipFile(fileobj=file) as content:
                 compressed = record_length(_Start(content.read(HEADER_BYTES)), 0) is not None
-    except (OSError, EOFError, UnicodeError):
+    except (OSError, EOFError, UnicodeError, zlib.error):
         return False  # reading it as text reports the error
     if compressed:
         raise InputError(

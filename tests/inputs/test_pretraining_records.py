@@ -49,10 +49,10 @@ def write(path, *records):
     return str(path)
 
 
-def opened(folder, training, held_out=(), skip=True, said=None):
+def opened(folder, training, held_out=(), skip=True, said=None, share=0.9):
     """(training, held-out) files, with their index in the folder."""
     log = (said if said is not None else []).append
-    records = BadRecords(0.9, skip=skip, log=log)
+    records = BadRecords(share, skip=skip, log=log)
     return pretraining_records.open_records(
         [*training], [*held_out], records, cache_dir=str(folder / "cache"), log=log
     )
@@ -62,6 +62,13 @@ def examples_of(files, length=LENGTH, predictions=PREDICTIONS, **more):
     return pretraining_records.RecordExamples(
         files, WORDS, sequence_length=length, predictions=predictions, seed=1, **more
     )
+
+
+@pytest.fixture
+def alike(monkeypatch):
+    """Files that differ in their middle, which is not compared, have the same fingerprint."""
+    name = lambda files: f"{len(files)}-{files[0][-4:]}"  # noqa: E731
+    monkeypatch.setattr(pretraining_records, "fingerprint", name)
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def test_an_epoch_has_each_record_once_on_any_hosts_and_after_a_resume(many, tmp
     tf.nest.map_structure(np.testing.assert_array_equal, joined(replicas), joined(whole[:1]))
 
 
-def test_damage_is_named_and_costs_one_example(many, tmp_path):
+def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
     path = pathlib.Path(many[1])
     data, place, header = bytearray(path.read_bytes()), *record_offsets(many[1])[[7, 20]]
     data[place + 30] ^= 1
@@ -134,8 +141,11 @@ def test_damage_is_named_and_costs_one_example(many, tmp_path):
     files, _ = opened(tmp_path, many, many[:1], said=said)
     assert files.count == 79
     assert f"Skipped: {path}, byte {header}: damaged (its length, or the file" in " ".join(said)
-    opened(tmp_path, many, many[:1], said=said)
-    assert said[-1] == "1 records whose length is damaged are left out, as before"
+    assert said[-1] == "1 of 120 records were damaged and skipped"
+    with pytest.raises(
+        InputError, match="1 of 80 records are damaged, more than the share of 0.01"
+    ):
+        opened(tmp_path, many, share=0.01)
     told = []
     records = BadRecords(0.9, skip=True, log=told.append)
     examples = examples_of(files, bad_records=records)
@@ -151,6 +161,37 @@ def test_damage_is_named_and_costs_one_example(many, tmp_path):
         joined(examples_of(files).evaluation_batches(8, 1_000))
     with pytest.raises(InputError, match=f"{path}, byte {header}: damaged .* Repair it, or skip"):
         opened(tmp_path / "other", many, skip=False)
+    data[header + 1] ^= 1
+    path.write_bytes(data)
+    assert opened(tmp_path, many, many[:1])[0].count == 80
+
+
+def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_path):
+    records = [example(MLPERF, 8, 1) for _ in range(8)]
+    path = write(tmp_path / "part", *records)
+    data, place = bytearray((tmp_path / "part").read_bytes()), int(record_offsets(path)[2])
+    data[place + 30] ^= 1
+    (tmp_path / "part").write_bytes(data)
+    held_out = [write(tmp_path / "eval", *records[:2])]
+
+    def rows():
+        files, _ = opened(tmp_path, [path], held_out)
+        bad_records = BadRecords(0.9, skip=True, log=print)
+        examples = examples_of(files, sequences_per_row=2, bad_records=bad_records)
+        (batch,) = examples.training_batches(5).take(1)
+        return sum(batch["example_weights"].numpy().ravel())
+
+    assert rows() == 7
+    data[place + 30] ^= 1
+    (tmp_path / "part").write_bytes(data)
+    assert rows() == 8
+
+
+def test_the_first_segments_leave_out_what_fills_a_batch(many, tmp_path):
+    files, held_out = opened(tmp_path, many, many[:1])
+    assert [ids.tolist() for ids in examples_of(files).first_segments(1)] == [[1, 2, 3]]
+    shown = [*examples_of(held_out).first_segments(64)]
+    assert [ids[0] for ids in shown] == [*range(1, 41)]
 
 
 def test_records_that_do_not_fit_or_have_other_words_are_said(many, tmp_path):
@@ -209,5 +250,12 @@ def test_what_is_no_such_file_is_said_in_one_sentence(tmp_path):
     (tmp_path / "text").write_text("no record at all, but a line of text")
     with pytest.raises(InputError, match="is no TFRecord file"):
         pretraining_records.find_names(str(tmp_path / "text"))
+    wrong = tf.train.Example.FromString(example(MLPERF, 9, 2))
+    wrong.features.feature["masked_lm_weights"].int64_list.value[:] = [1, 1]
+    with pytest.raises(InputError, match="masked_lm_weights is a int64_list, but .* a float_list"):
+        pretraining_records.find_names(write(tmp_path / "kinds", wrong.SerializeToString()))
+    damaged = gzip.compress(bytes(1000))
+    (tmp_path / "a.tar.gz").write_bytes(damaged[:10] + b"\xff\xff" + damaged[12:])
+    assert find_record_files(f"{tmp_path}/a.tar.gz") is None
     with pytest.raises(InputError, match="holds no tf.train.Example"):
         pretraining_records.find_names(write(tmp_path / "bytes", b"\xff\xff\xff"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import test_run
@@ -82,6 +83,16 @@ def test_a_folder_of_this_machine_is_a_problem_of_several_hosts_only(
     assert four["data_problems"] and four["examples_per_core"] is None
     assert all("in a temporary folder of this machine" in said for said in four["data_problems"])
     assert "NO: " in printed and four["compiles"]  # the program does
+
+
+def test_data_of_which_nothing_can_be_read_is_a_problem(check, text_of, recipe):
+    folder = pathlib.Path(text_of(recipe))
+    tokens = folder / "pages/training/tokens"
+    tokens.write_bytes(b"x" * tokens.stat().st_size)  # the size alone is checked at the start
+    status, (row,), printed = check(recipe, str(folder), "v3:2x2")
+    assert status == 1
+    (problem,) = row["data_problems"]
+    assert "tokens" in problem and "damaged" in problem and f"NO: {problem}" in printed
 
 
 def test_hosts_that_cannot_share_the_lanes(check, text_of, recipe):
