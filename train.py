@@ -22,7 +22,7 @@ import tf_keras
 from absl import app, flags, logging
 
 import recipes
-from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir
+from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
 from inputs import files, memory
 from inputs.errors import InputError, first_line, refuse_empty
 from inputs.files import locked, recover_folder, temporary_folder, write_json
@@ -438,8 +438,9 @@ def main(arguments) -> int:
         check_lock = stack.enter_context(lock)
         if chief:
             manager.recover(model_dir, log)
-            if recover_folder(export_dir, last=SAVED_MODEL):
+            if recover_folder(export_dir, last=SAVED_MODEL, log=log):
                 log(f"{export_dir}: restored, because the process that replaced it was killed")
+            check_not_occupied(export_dir)  # `check_export_dir` leaves what is to be recovered
         # This also makes the other workers wait until `recover` has finished in the chief.
         strategy.check_workers_agree(
             where, recipe=recipe, seed=FLAGS.seed, steps_per_loop=FLAGS.steps_per_loop

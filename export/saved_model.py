@@ -64,6 +64,13 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
             "Choose a separate folder."
         )
     check_writable(files.parent(export_dir), "--export_dir")
+    # An export whose move was interrupted has no SAVED_MODEL until it is recovered.
+    if not files.can_recover(export_dir):
+        check_not_occupied(export_dir)
+
+
+def check_not_occupied(export_dir: str) -> None:
+    """Raises `InputError` if the folder contains something else than a SavedModel."""
     occupied = files.is_file(export_dir) or (
         files.is_folder(export_dir)
         and files.list_names(export_dir)

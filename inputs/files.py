@@ -391,16 +391,28 @@ def atomic_folder(path: str, *, last: str = "") -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recover_folder(path: str, *, last: str = "") -> bool:
+def can_recover(path: str) -> bool:
+    """Whether `atomic_folder` was interrupted and may have left a part of the folder `path`."""
+    return is_remote(path) and remote.can_finish(_temporary_folder(path))
+
+
+def recover_folder(
+    path: str, *, last: str = "", log: Callable[[str], object] = lambda line: None
+) -> bool:
     """Repairs the folder `path` if `atomic_folder` was interrupted; see there for `last`.
 
     Call it only where no other process writes the folder.
+
+    Args:
+        path: the folder.
+        last: see `atomic_folder`.
+        log: receives a line if it cannot be repaired.
 
     Returns:
         Whether there was something to repair.
     """
     if is_remote(path):
-        return remote.finish_folder(absolute(path), _temporary_folder(path), last)
+        return remote.finish_folder(absolute(path), _temporary_folder(path), last, log)
     old = os.path.join(_temporary_folder(path), OLD)
     if os.path.exists(path) or not os.path.exists(old):
         return False

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ STALE_SECONDS = 120.0  # several heartbeats, as one may fail or take long
 OLD_SECONDS = 900.0  # more than clocks of two machines differ
 SETTLE_SECONDS = 2.0
 POLL_SECONDS = 2.0
+DISK_LOCK = re.compile(rb"process \d+ on ")  # what `files.locked` writes on a disk; no lease
 
 
 class LeaseLost(InputError):
@@ -57,14 +59,22 @@ class Lease:
         Raises:
             InputError: another process has.
         """
-        self._write()
+        before = _read(self._path)
+        try:
+            self._write()
+        except OSError:
+            content = _read(self._path)
+            if content in (None, before) or self._is_own(content):
+                raise
+            # Another process wrote at the same time, and the object has the size of its lease.
+            raise _in_use(self._path, self._flag, content) from None
         time.sleep(SETTLE_SECONDS)
         content = _read(self._path)
         if not self._is_own(content):
             raise _in_use(self._path, self._flag, content)
 
     def check(self) -> None:
-        """Raises `LeaseLost` if this process does not hold the lease any more.
+        """Raises `LeaseLost` if this process does not hold the lease any more, or it was deleted.
 
         Raises:
             LeaseLost: see above.
@@ -72,6 +82,11 @@ class Lease:
         """
         with self._beat:
             content = _read(self._path)
+        if content is None:
+            raise LeaseLost(
+                f"{self._flag}: {self._path} was deleted during the run, so nothing keeps other "
+                "processes from writing there. This one stops."
+            )
         if not self._is_own(content):
             raise LeaseLost(
                 f"{self._flag}: {os.path.dirname(self._path)} was taken over by "
@@ -125,11 +140,13 @@ def held(
     """
     lease = Lease(path, flag)
     try:
-        _wait_until_free(path, flag, wait, log)
-        lease.take()
-    except OSError as error:
-        folder = os.path.dirname(path)
-        raise InputError(f"{flag}: {folder} cannot be written: {error.strerror}.") from None
+        _take_when_free(lease, path, flag, wait, log)
+    except BaseException as error:
+        lease.release()  # or what an interrupted write left would keep the next process waiting
+        if isinstance(error, OSError):
+            folder = os.path.dirname(path)
+            raise InputError(f"{flag}: {folder} cannot be written: {error.strerror}.") from None
+        raise
     heartbeat = threading.Thread(target=lease.keep, daemon=True)
     heartbeat.start()
     try:
@@ -139,10 +156,21 @@ def held(
         heartbeat.join()
 
 
+def _take_when_free(lease, path, flag, wait, log) -> None:
+    while True:
+        _wait_until_free(path, flag, wait, log)
+        try:
+            lease.take()
+            return
+        except InputError:  # of several processes that found it free, another one has it
+            if not wait:
+                raise
+
+
 def _wait_until_free(path, flag, wait, log) -> None:
     """Returns when there is no lease, or it is stale."""
     content, since = _read(path), time.monotonic()
-    if content is None or _is_over(_parse(content)):
+    if content is None or _is_over(content):
         return
     log(
         f"{flag}: {os.path.dirname(path)} has a lease of {_describe(content)}. Waiting, for at "
@@ -154,7 +182,7 @@ def _wait_until_free(path, flag, wait, log) -> None:
         if now is None:  # or it is just being written, on a file system where that deletes it first
             time.sleep(POLL_SECONDS)
             now = _read(path)
-        if now is None or _is_over(_parse(now)):
+        if now is None or _is_over(now):
             return
         if now != content and not wait:
             raise _in_use(path, flag, now)
@@ -192,9 +220,11 @@ def _in_use(path, flag, content) -> InputError:
     )
 
 
-def _is_over(facts: dict) -> bool:
-    """Whether the lease's owner has certainly ended."""
-    own = _this_process()
+def _is_over(content: bytes) -> bool:
+    """Whether the owner has certainly ended, or this is a lock that was copied from a disk."""
+    if DISK_LOCK.match(content):
+        return True
+    facts, own = _parse(content), _this_process()
     if own["boot"] and facts.get("boot") == own["boot"] and isinstance(facts.get("pid"), int):
         return _start_of(facts["pid"]) != facts.get("start")
     age = time.time() - facts["time"] if isinstance(facts.get("time"), int | float) else 0

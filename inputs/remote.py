@@ -15,7 +15,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 RAM = "ram://"  # TensorFlow's file system in memory, for tests
@@ -288,8 +288,7 @@ def replace_folder(source: str, path: str, staging: str, last: str = "") -> None
         last: name of the file that tells the folder's readers that it is complete. It is removed
             first and written last.
     """
-    remove(os.path.join(staging, PLAN))
-    remove_tree(staging)
+    _discard(staging)
     sizes = {}
     for folder, _, names in sorted(os.walk(source)):
         make_folder(staging + folder.removeprefix(source))
@@ -300,20 +299,45 @@ def replace_folder(source: str, path: str, staging: str, last: str = "") -> None
                 upload(os.path.join(staging, below), opened)
             sizes[below] = os.path.getsize(file)
     replace(os.path.join(staging, PLAN), json.dumps(sizes).encode())
-    finish_folder(path, staging, last)
+    if not finish_folder(path, staging, last):
+        raise OSError(errno.EIO, f"what was written to {staging} is not there", path)
 
 
-def finish_folder(path: str, staging: str, last: str = "") -> bool:
+def can_finish(staging: str) -> bool:
+    """Whether a staged folder has its list of files, so that `finish_folder` looks for them."""
+    return _plan(staging) is not None
+
+
+def _plan(staging: str) -> dict[str, int] | None:
+    try:
+        return json.loads(read(os.path.join(staging, PLAN)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def finish_folder(
+    path: str, staging: str, last: str = "", log: Callable[[str], object] = lambda line: None
+) -> bool:
     """Completes a `replace_folder` that was interrupted; see there for the arguments.
+
+    Args:
+        log: receives a line if it cannot be completed, because files were deleted since then.
 
     Returns:
         Whether there was something to complete. If not, what is in `staging` is removed.
     """
-    try:
-        sizes = json.loads(read(os.path.join(staging, PLAN)))
-    except (FileNotFoundError, ValueError):
-        remove_tree(staging)
+    sizes = _plan(staging)
+    if sizes is None:
+        _discard(staging)
         return False
+    for name, size in sizes.items():
+        if size not in (_size(os.path.join(folder, name)) for folder in (staging, path)):
+            _discard(staging)
+            log(
+                f"{path}: its replacement was interrupted and cannot be completed, because {name} "
+                "was deleted since then"
+            )
+            return False
     if last and exists(os.path.join(staging, last)):
         remove(os.path.join(path, last))
     for name in sorted(sizes, key=lambda name: (name == last, name)):
@@ -326,9 +350,22 @@ def finish_folder(path: str, staging: str, last: str = "") -> bool:
         if stat(target).length != sizes[name]:
             raise OSError(errno.EIO, f"{target} was not moved from {staging} completely", path)
     _remove_others(path, sizes)
-    remove(os.path.join(staging, PLAN))
-    remove_tree(staging)
+    _discard(staging)
     return True
+
+
+def _discard(staging: str) -> None:
+    """Deletes a staged folder. Its list by name: an old listing may not show it, or its copy."""
+    for name in (PLAN + JOURNAL, PLAN):
+        remove(os.path.join(staging, name))
+    remove_tree(staging)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return stat(path).length
+    except FileNotFoundError:
+        return None
 
 
 def _remove_others(path: str, names) -> None:

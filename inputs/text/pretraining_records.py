@@ -7,6 +7,7 @@ hold their own tokens only. An index says where each record begins, so that the 
 examples is that of text: a function of the seed.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -126,8 +127,10 @@ def _open(paths, bad_records, cache_dir, log):
     home = first_writable([cache_dir], "--cache_dir", CACHE_FIX)
     folder = os.path.join(home, f"records-{identifier}")
     make_folder(folder)
-    with locked(folder, "--cache_dir", wait=True):
-        place = os.path.join(folder, INDEX)
+    place = os.path.join(folder, INDEX)
+    # Opened before the lock is taken: the workers of a run start together.
+    unlocked = open_pages(place) and contextlib.nullcontext()
+    with unlocked or locked(folder, "--cache_dir", wait=True):
         known = open_pages(place)
         if not known or known[1][LEFT_OUT]:  # a file may have been repaired
             log(f"Finding where each record of {len(paths):,} files begins, once, in {folder}")

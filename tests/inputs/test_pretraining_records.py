@@ -106,6 +106,13 @@ def test_both_layouts_padded_and_not(tmp_path, layout, padded):
     np.testing.assert_array_equal(batch["next_sentence_weights"], [1, 1])
 
 
+def test_an_index_that_is_there_is_opened_without_the_lock(many, tmp_path, monkeypatch):
+    first, _ = opened(tmp_path, many)
+    monkeypatch.setattr(pretraining_records, "locked", None)
+    again, _ = opened(tmp_path, many)
+    assert again.count == first.count
+
+
 @pytest.mark.parametrize("per_row", [1, 3])
 def test_an_epoch_has_each_record_once_on_any_hosts_and_after_a_resume(many, tmp_path, per_row):
     files, held_out = opened(tmp_path, many)

@@ -3,6 +3,7 @@
 `ram://` and `file://` are file systems of TensorFlow that are reached as a bucket is.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import tensorflow as tf
 from faulty_storage import Killed, faulty_storage, lease_times
 
+from export.saved_model import SAVED_MODEL, check_export_dir, check_not_occupied
 from inputs import files, lease, remote
 from inputs.errors import InputError
 
@@ -173,6 +175,65 @@ def test_a_folder_is_the_old_or_the_new_one_after_a_kill_and_a_recovery(monkeypa
     assert FRESH in ends and FRESH != ends[0]
 
 
+def interrupted_move(monkeypatch, path, last):
+    """Replaces OLD by FRESH up to the first file that would be moved."""
+
+    def killed(source, target):
+        raise Killed
+
+    old, fresh = (
+        {name.replace("pb", last): text for name, text in n.items()} for n in (OLD, FRESH)
+    )
+    for files_of in (old, fresh):
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            if files_of is fresh:
+                patch.setattr(remote, "move", killed)
+            with files.atomic_folder(path, last=last) as new:
+                for name, content in files_of.items():
+                    pathlib.Path(new, name).parent.mkdir(exist_ok=True)
+                    pathlib.Path(new, name).write_text(content)
+    return fresh
+
+
+def test_an_export_whose_move_was_interrupted_is_no_other_folder(monkeypatch, ram):
+    fresh = interrupted_move(monkeypatch, f"{ram}/export", SAVED_MODEL)
+    with pytest.raises(InputError, match="exists and is not a SavedModel"):
+        check_not_occupied(f"{ram}/export")
+    check_export_dir(f"{ram}/export", f"{ram}/run")
+    assert files.recover_folder(f"{ram}/export", last=SAVED_MODEL)
+    check_not_occupied(f"{ram}/export")
+    assert contents(f"{ram}/export") == fresh
+    remote.remove(f"{ram}/export/{SAVED_MODEL}")
+    with pytest.raises(InputError, match="exists and is not a SavedModel"):
+        check_export_dir(f"{ram}/export", f"{ram}/run")
+
+
+def test_a_move_whose_files_were_deleted_is_given_up(monkeypatch, ram):
+    interrupted_move(monkeypatch, f"{ram}/a", "pb")
+    files.remove(f"{ram}/.a.new/other/d")
+    said = []
+    assert not files.recover_folder(f"{ram}/a", last="pb", log=said.append)
+    assert said == [
+        f"{ram}/a: its replacement was interrupted and cannot be completed, because other/d was "
+        "deleted since then"
+    ]
+    assert not files.is_folder(f"{ram}/.a.new") and "a/variables/b" in contents(ram)
+    write_folder(f"{ram}/a", FRESH)
+    assert contents(f"{ram}/a") == FRESH
+
+
+def test_the_copy_of_a_list_of_files_is_removed_where_listings_are_old(monkeypatch, ram):
+    monkeypatch.setattr(remote, "remove_tree", lambda path: None)  # it lists the folder
+    for content in (b"half", b""):
+        remote.upload(f"{ram}/.a.new/{remote.PLAN}{remote.JOURNAL}", content)
+        assert not files.recover_folder(f"{ram}/a", last="pb")
+        assert not tf.io.gfile.exists(f"{ram}/.a.new/{remote.PLAN}{remote.JOURNAL}")
+    remote.upload(f"{ram}/.a.new/{remote.PLAN}", b"{}")
+    remote.upload(f"{ram}/.a.new/{remote.PLAN}{remote.JOURNAL}", b"half")
+    assert files.recover_folder(f"{ram}/a", last="pb")
+    assert not tf.io.gfile.exists(f"{ram}/.a.new/{remote.PLAN}{remote.JOURNAL}")
+
+
 def test_an_upload_that_fails_is_an_error_of_the_storage(ram, monkeypatch):
     with faulty_storage(monkeypatch, failing=1.0):
         with pytest.raises(OSError, match="the storage does not answer"):
@@ -262,6 +323,76 @@ def test_a_process_waits_for_a_lease_if_it_is_asked_to(ram, quick):
     thread.join()
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_process_that_comes_second_waits_if_it_is_asked_to(wait, ram, quick, monkeypatch):
+    """Both found the folder free, and the other one wrote its lease last."""
+    original, writes = lease.Lease._write, []
+
+    def write(self):
+        original(self)
+        writes.append(self)
+        if len(writes) == 1:
+            write_lease(ram, host="b", boot="another")
+
+    monkeypatch.setattr(lease.Lease, "_write", write)
+    files.make_folder(ram)
+    refused = contextlib.nullcontext() if wait else pytest.raises(InputError, match="in use by")
+    with refused, files.locked(ram, "--output", wait=wait, log=lambda line: None) as check:
+        check()
+    assert len(writes) >= 1 + wait
+    assert files.exists(f"{ram}/.lock") != wait  # that of another process is not removed
+
+
+def test_an_object_of_another_size_is_the_lease_of_another_process(ram, quick, monkeypatch):
+    original = remote.upload
+
+    def upload(path, data):
+        original(path, b'{"pid": 7, "host": "b"}')
+        raise OSError(5, "23 of 186 bytes were written", path)
+
+    files.make_folder(ram)
+    monkeypatch.setattr(remote, "upload", upload)
+    with pytest.raises(InputError, match="in use by process 7 on b"):
+        with files.locked(ram, "--output"):
+            raise AssertionError
+
+
+def test_a_lease_whose_taking_was_interrupted_is_released(ram, quick, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    files.make_folder(ram)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lease.time, "sleep", interrupted)
+        with files.locked(ram, "--output"):
+            raise AssertionError
+    assert not files.exists(f"{ram}/.lock")
+    with faulty_storage(monkeypatch, failing=1.0):
+        with pytest.raises(InputError, match="cannot be written: the storage does not answer"):
+            with files.locked(ram, "--output"):
+                raise AssertionError
+    assert not files.exists(f"{ram}/.lock")
+
+
+def test_a_lock_that_was_copied_from_a_disk_is_no_lease(ram, tmp_path, quick):
+    with files.locked(str(tmp_path), "--model_dir"):
+        remote.upload(f"{ram}/.lock", (tmp_path / ".lock").read_bytes())
+    with files.locked(ram, "--model_dir", log=pytest.fail) as check:
+        check()
+
+
+def test_a_lease_that_was_deleted_is_told(ram, quick):
+    files.make_folder(ram)
+    with files.locked(ram, "--model_dir") as check:
+        threading.Event().wait(0.1)
+        remote.remove(f"{ram}/.lock")
+        # A renewal that had begun may write it once more.
+        threading.Event().wait(0.1)
+        remote.remove(f"{ram}/.lock")
+        with pytest.raises(lease.LeaseLost, match=r"/\.lock was deleted during the run, so"):
+            check()
+
+
 def write_lease(folder, **facts):
     facts = lease._this_process() | {"owner": "other", "time": 2**40} | facts
     files.make_folder(folder)
@@ -312,7 +443,7 @@ def test_two_processes_that_start_together_exclude_each_other(ram, quick):
                 holds.append(True)
                 threading.Event().wait(0.3)
         except InputError as error:
-            assert "is in use by process" in str(error)
+            assert "is in use by " in str(error)
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:

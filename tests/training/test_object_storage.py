@@ -24,7 +24,7 @@ from recipes.types import Phase
 from tasks.bert import BertPretraining
 from tasks.task import Metric
 from tf_lamb.telemetry import read_records
-from training.checkpoint import manager
+from training.checkpoint import manager, stores
 from training.checkpoint.manager import (
     BestCheckpoint,
     CheckpointManager,
@@ -130,6 +130,68 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(ram):
     remote.upload(f"{ram}/ckpt-10.index", b"")
     with pytest.raises(InputError, match="none of the checkpoints .* can be read"):
         recover(ram, print)
+
+
+def test_an_incomplete_checkpoint_is_removed_and_told(ram):
+    Small(ram).save_at(10)
+    remote.upload(f"{ram}/ckpt-20.data-00000-of-00001", b"half")
+    said = []
+    recover(ram, said.append)
+    assert said == ["Checkpoint ckpt-20 is not complete; it was removed"]
+    assert saved_steps(ram) == [10] and not files.exists(f"{ram}/ckpt-20.data-00000-of-00001")
+
+
+def test_the_last_checkpoint_is_not_deleted_when_it_lacks_a_file(ram):
+    """As after a copy that was interrupted: the run is not trained from the beginning."""
+    Small(ram).save_at(10)
+    remote.upload(f"{ram}/ckpt-20.data-00000-of-00001", b"half")
+    for name in ("ckpt-10.complete", "ckpt-10.index"):
+        remote.remove(f"{ram}/{name}")
+    before = files.list_names(ram)
+    with pytest.raises(
+        InputError, match="none of the .* can be read; .*ckpt-10: it is not complete"
+    ):
+        recover(ram, print)
+    assert files.list_names(ram) == before
+    Small(ram).save_at(30)
+    recover(ram, lambda line: None)
+    assert saved_steps(ram) == [30]
+
+
+def test_an_incomplete_checkpoint_that_was_visible_is_put_aside(ram):
+    Small(ram).save_at(10, 20)
+    for name in ("ckpt-20.complete", "ckpt-20.index"):
+        remote.remove(f"{ram}/{name}")
+    said = []
+    recover(ram, said.append)
+    assert saved_steps(ram) == [10] and len(said) == 1 and "ckpt-20 is damaged (" in said[0]
+    assert files.list_names(f"{ram}/damaged") == ["ckpt-20.data-00000-of-00001"]
+
+
+def test_an_error_of_the_storage_that_passes_is_no_damage(ram, monkeypatch):
+    Small(ram).save_at(10, 20)
+    before = files.list_names(ram)
+    errors = ["the storage does not answer"]
+
+    def failing(prefix):
+        return errors.pop() if errors else read_error(prefix)
+
+    monkeypatch.setattr(stores, "read_error", failing)
+    recover(ram, pytest.fail)
+    assert not errors and saved_steps(ram) == [10, 20]
+    # One that does not pass ends the run, and moves nothing.
+    errors = ["the storage does not answer"]
+    original = remote.open_reader
+
+    def refused(path):
+        if ".data-" in path:
+            raise OSError(5, "the storage does not answer", path)
+        return original(path)
+
+    monkeypatch.setattr(remote, "open_reader", refused)
+    with pytest.raises(OSError, match="the storage does not answer"):
+        recover(ram, pytest.fail)
+    assert files.list_names(ram) == before
 
 
 def test_the_newest_is_found_where_the_listing_is_old(ram, monkeypatch):

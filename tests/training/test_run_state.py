@@ -109,6 +109,15 @@ def test_a_folder_of_unreadable_checkpoints_is_refused(tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["run.data-1", "a.index.new/run"])
+def test_a_folder_may_be_called_as_a_part_of_a_checkpoint(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    Small(folder).save_at(10, 20)
+    recover(str(folder), pytest.fail)
+    assert saved_steps(str(folder)) == [10, 20] and len(files(folder)) == 4
+
+
 def test_files_of_a_killed_run_are_removed(tmp_path):
     Small(tmp_path).save_at(10)
     (tmp_path / ".saving").mkdir()

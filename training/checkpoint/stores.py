@@ -12,6 +12,7 @@ It is visible when FOLDER/ckpt-STEP.complete is there, a small object that is wr
 only propose steps; that object decides.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -94,16 +95,29 @@ class Store:
         """Deletes all other checkpoints, also unfinished ones."""
         raise NotImplementedError
 
-    def clean(self, log) -> dict[int, str]:
-        """Deletes the unfinished files of a killed run.
+    def find_lost(self, log) -> dict[int, str]:
+        """Looks for checkpoints that were visible once, are not now, and cannot be read.
 
         Args:
             log: takes lines.
 
         Returns:
-            Step -> error of each checkpoint that was visible once, is not now, and cannot be read.
+            Step -> error of each of them.
+        """
+        return {}
+
+    def clean(self, log, keep=()) -> None:
+        """Deletes the unfinished files of a killed run.
+
+        Args:
+            log: takes lines.
+            keep: steps of which nothing is deleted.
         """
         raise NotImplementedError
+
+    def read_error(self, step: int) -> str | None:
+        """See `read_error`."""
+        return read_error(self.prefix(step))
 
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint to damaged/."""
@@ -129,10 +143,10 @@ class Store:
         Raises:
             InputError: there are checkpoints, and none of them can be read.
         """
-        errors = self.clean(log)
+        errors = self.find_lost(log)
         steps = sorted({*self.steps(), *errors})
         for step in reversed(steps):
-            reason = errors.get(step) or read_error(self.prefix(step))
+            reason = errors.get(step) or self.read_error(step)
             if reason is None:
                 break
             errors[step] = reason
@@ -142,6 +156,7 @@ class Store:
                 f"ckpt-{steps[-1]}: {errors[steps[-1]]}. Restore the folder from a copy, or choose "
                 "another one."
             )
+        self.clean(log, keep=errors)
         for step, reason in errors.items():
             self.set_aside(step)
             log(
@@ -212,14 +227,14 @@ class DiskStore(Store):
             if path not in kept:
                 os.remove(path)
 
-    def clean(self, log):
-        """See `Store`."""
+    def clean(self, log, keep=()):
+        """See `Store`; what is in `keep` has an index."""
         self.discard(0)
         for path in glob.glob(os.path.join(glob.escape(self.folder), "ckpt-*")):
             # The index is renamed last and deleted first: files without an index are unfinished.
-            if not os.path.exists(re.sub(r"\.(data-|index\.new).*$", ".index", path)):
+            index = re.sub(r"\.(data-|index\.new).*$", ".index", os.path.basename(path))
+            if not os.path.exists(os.path.join(self.folder, index)):
                 os.remove(path)
-        return {}
 
     def set_aside(self, step):
         """See `Store`."""
@@ -296,12 +311,15 @@ class ObjectStore(Store):
     def _candidates(self) -> set[int]:
         """Steps in a listing, which may be out of date, in the file for TensorFlow, and our own."""
         found = {int(m[1]) for n in self._names() if (m := re.fullmatch(rf"ckpt-(\d+){MARK}", n))}
+        return found | self._in_state() | self._published
+
+    def _in_state(self) -> set[int]:
+        """The steps in the file for TensorFlow, each of which was visible when it was written."""
         try:
             state = remote.read(os.path.join(self.folder, STATE)).decode(errors="replace")
         except FileNotFoundError:
-            state = ""
-        found |= {int(step) for step in re.findall(r'"ckpt-(\d+)"', state)}
-        return found | self._published
+            return set()
+        return {int(step) for step in re.findall(r'"ckpt-(\d+)"', state)}
 
     def _names(self) -> list[str]:
         try:
@@ -389,36 +407,61 @@ class ObjectStore(Store):
             if other != step:
                 self._remove(other)
 
-    def clean(self, log):
+    def find_lost(self, log):
         """Also marks what is complete: copied from a disk, or of a run killed before the mark."""
-        names = self._names()
-        for name in names:
-            if re.fullmatch(r"ckpt-\d+_temp", name):
-                remote.remove_tree(os.path.join(self.folder, name))
-        parts = (re.fullmatch(r"ckpt-(\d+)\.(?:data-.*|index)", name) for name in names)
-        once_visible, errors = self._candidates(), {}
-        for step in sorted({int(part[1]) for part in parts if part}):
+        once_visible, in_state, errors = self._candidates(), self._in_state(), {}
+        for step in self._begun():
             if self.has(step):
                 continue
             try:
                 self._own(step)
             except FileNotFoundError:
-                self._remove(step)
+                if step in in_state:
+                    errors[step] = "it is not complete"
                 continue
-            reason = read_error(self.prefix(step))
+            reason = self.read_error(step)
             if reason is None:
                 self.publish(step)
                 log(f"Checkpoint ckpt-{step} is complete and had no mark; it is used")
             elif step in once_visible:
                 errors[step] = reason
-            else:
-                self._remove(step)
         return errors
 
-    def set_aside(self, step):
+    def _begun(self) -> list[int]:
+        """The steps of which there are files, in ascending order."""
+        parts = (re.fullmatch(r"ckpt-(\d+)\.(?:data-.*|index)", name) for name in self._names())
+        return sorted({int(part[1]) for part in parts if part})
+
+    def clean(self, log, keep=()):
         """See `Store`."""
+        for name in self._names():
+            if re.fullmatch(r"ckpt-\d+_temp", name):
+                remote.remove_tree(os.path.join(self.folder, name))
+        for step in self._begun():
+            if step not in keep and not self.has(step):
+                self._remove(step)
+                log(f"Checkpoint ckpt-{step} is not complete; it was removed")
+
+    def read_error(self, step):
+        """See `Store`; raises an `OSError` if the storage cannot be read, which is no damage."""
+        reason = read_error(self.prefix(step))
+        if reason is None:
+            return None
+        for name in self._marked(step) or self._own(step):
+            path = os.path.join(self.folder, name)
+            with contextlib.suppress(FileNotFoundError), remote.open_reader(path) as file:
+                while file.read(remote.CHUNK):
+                    pass
+        return read_error(self.prefix(step))  # again, as the first error may have passed
+
+    def set_aside(self, step):
+        """See `Store`; of a checkpoint that is not complete, what there is."""
         folder = os.path.join(self.folder, DAMAGED)
-        names = self._marked(step) or self._own(step)
+        try:
+            names = self._marked(step) or self._own(step)
+        except FileNotFoundError:
+            names = [name for name in self._names() if name.startswith(f"ckpt-{step}.data-")]
+            names.append(f"ckpt-{step}.index")
         remote.make_folder(folder)
         self._check()
         remote.remove(self.prefix(step) + MARK)
