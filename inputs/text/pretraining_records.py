@@ -7,7 +7,6 @@ hold their own tokens only. An index says where each record begins, so that the 
 examples is that of text: a function of the seed.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -129,13 +128,14 @@ def _open(paths, bad_records, cache_dir, log):
     make_folder(folder)
     place = os.path.join(folder, INDEX)
     # Opened before the lock is taken: the workers of a run start together.
-    unlocked = open_pages(place) and contextlib.nullcontext()
-    with unlocked or locked(folder, "--cache_dir", wait=True):
-        known = open_pages(place)
-        if not known or known[1][LEFT_OUT]:  # a file may have been repaired
-            log(f"Finding where each record of {len(paths):,} files begins, once, in {folder}")
-            write_index(folder, paths, fix=COPY_AGAIN, bad_records=bad_records)
-        found = open_pages(place)
+    found = open_pages(place)
+    if _is_partial(found):
+        with locked(folder, "--cache_dir", wait=True):
+            found = open_pages(place)
+            if _is_partial(found):
+                log(f"Finding where each record of {len(paths):,} files begins, once, in {folder}")
+                write_index(folder, paths, fix=COPY_AGAIN, bad_records=bad_records)
+                found = open_pages(place)
         if found is None:
             raise InputError(
                 f"--cache_dir: what was just written in {folder} is damaged when it is read back. "
@@ -143,6 +143,11 @@ def _open(paths, bad_records, cache_dir, log):
             )
     index = found[0][INDEX]
     return RecordFiles(paths, index, 0, len(index), names, folder, identifier)
+
+
+def _is_partial(found) -> bool:
+    """Whether an index is missing, or leaves out records of a file that may have been repaired."""
+    return found is None or bool(found[1][LEFT_OUT])
 
 
 def find_names(path: str) -> dict[str, str]:
