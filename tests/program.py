@@ -1,5 +1,7 @@
 """Runs `train.run` in this process, which saves the imports of a new one."""
 
+import time
+
 import tf_keras
 from absl import flags, logging
 
@@ -11,6 +13,7 @@ def run_train(arguments: list[str]) -> int:
     verbosity = logging.get_verbosity()
     try:
         flags.FLAGS.unparse_flags()
+        program.STARTED = time.perf_counter()  # of this run, not of the tests
         return program.run(flags.FLAGS(["train.py", *arguments]))
     finally:
         for name in flags.FLAGS.get_key_flags_for_module(program):
