@@ -12,6 +12,7 @@ It is visible when FOLDER/ckpt-STEP.complete is there, a small object that is wr
 only propose steps; that object decides.
 """
 
+import abc
 import contextlib
 import glob
 import json
@@ -45,7 +46,7 @@ def read_error(prefix: str) -> str | None:
     return None
 
 
-class Store:
+class Store(abc.ABC):
     """The checkpoints in a folder.
 
     Attributes:
@@ -63,37 +64,37 @@ class Store:
         """The step of the newest visible checkpoint; -1 if there is none."""
         return max(self.steps(), default=-1)
 
+    @abc.abstractmethod
     def steps(self) -> list[int]:
         """The steps of the visible checkpoints, in ascending order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def has(self, step: int) -> bool:
         """Whether the checkpoint of this step is visible."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begin(self, step: int) -> str:
         """Returns the prefix to which the checkpoint of a step is to be written."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def publish(self, step: int) -> None:
         """Makes a checkpoint visible that was written completely to `begin(step)`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def discard(self, step: int) -> None:
         """Deletes what is left of a checkpoint that was begun and is not visible."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delete(self, step: int) -> None:
         """Deletes a checkpoint; it stops being visible first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def copy(self, step: int, target: "Store") -> None:
         """Copies a checkpoint to another store of the same kind, where it becomes visible."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def keep_only(self, step: int) -> None:
         """Deletes all other checkpoints, also unfinished ones."""
-        raise NotImplementedError
 
     def find_lost(self, log) -> dict[int, str]:
         """Looks for checkpoints that were visible once, are not now, and cannot be read.
@@ -106,6 +107,7 @@ class Store:
         """
         return {}
 
+    @abc.abstractmethod
     def clean(self, log, keep=()) -> None:
         """Deletes the unfinished files of a killed run.
 
@@ -113,15 +115,14 @@ class Store:
             log: takes lines.
             keep: steps of which nothing is deleted.
         """
-        raise NotImplementedError
 
     def read_error(self, step: int) -> str | None:
         """See `read_error`."""
         return read_error(self.prefix(step))
 
+    @abc.abstractmethod
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint to damaged/."""
-        raise NotImplementedError
 
     def write_state(self, steps: list[int]) -> None:
         """Writes the file for `tf.train.latest_checkpoint`: a `CheckpointState` as text."""
