@@ -191,7 +191,7 @@ class TelemetryRecorder:
         step = int(self._step.numpy())
         self._writer.record(step)
         if self._last is None or step // self._every != self._last // self._every:
-            self._write_histograms(tf.constant(step, tf.int64))
+            self._write_histograms(step)
         self._last = step
 
     def begin_phase(self):
@@ -201,14 +201,21 @@ class TelemetryRecorder:
         """Writes the records that are kept in memory."""
         self._writer.flush()
 
-    @functools.partial(tf.function, autograph=False)
-    def _write_histograms(self, step):
+    def _write_histograms(self, step: int):
+        # Each histogram is 200 operations: executed one by one they cost less than to trace them.
         with self._events.as_default(step=step):
-            for variable in self._variables:
-                values = tf.reshape(variable.read_value(), [-1])
-                stride = -(-variable.shape.num_elements() // HISTOGRAM_VALUES)
+            for variable, values in zip(self._variables, self._sample(), strict=True):
                 name = variable.name.split(":")[0]
-                tf.summary.histogram(f"weights/{name}", values[::stride])
+                tf.summary.histogram(f"weights/{name}", values)
+
+    @functools.partial(tf.function, autograph=False)
+    def _sample(self):
+        """Returns at most `HISTOGRAM_VALUES` of each variable, taken on the variable's device."""
+        samples = []
+        for variable in self._variables:
+            stride = -(-variable.shape.num_elements() // HISTOGRAM_VALUES)
+            samples.append(tf.reshape(variable.read_value(), [-1])[::stride])
+        return samples
 
     def close(self):
         """Closes the files."""
