@@ -1,6 +1,7 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks;
 #             ARGS=--steps=40 for a short one
-# make test   installs what tests need, lints, builds the documentation, runs all tests
+# make test   installs what tests need, lints, builds the documentation, runs the tests
+# make test-slow  the tests that `make test` leaves out: whole runs, interrupted, on two processes
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped;
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test lint docs soak tpu preflight preflight-tpu bench clean
+.PHONY: demo test test-slow lint docs soak tpu preflight preflight-tpu bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py $(ARGS)
@@ -27,8 +28,11 @@ demo: $(VENV)/train
 test: $(VENV)/test lint docs
 	@# Two calls of two processes each. A process keeps the programs that XLA compiles: their memory,
 	@# and their memory maps, of which Linux allows 65,530 for each process (vm.max_map_count).
-	$(PYTEST) tests/tf_lamb tests/test_*.py
-	$(PYTEST) tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
+	$(PYTEST) -m "not slow" tests/tf_lamb tests/test_*.py
+	$(PYTEST) -m "not slow" tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
+
+test-slow: $(VENV)/test
+	$(PYTEST) -m slow tests
 
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)

@@ -71,6 +71,7 @@ def test_masked_lm(example, capsys):
     assert re.search(r"the old fish swims in the \[MASK\] \.  ->  \S+\n", printed)
 
 
+@pytest.mark.slow
 def test_resnet50_lars(example, capsys):
     example("resnet50_lars").main(epochs=1, steps_per_epoch=2)
     printed = capsys.readouterr().out
@@ -98,6 +99,7 @@ def test_tf_keras_tfmodels(example, capsys):
     assert "LAMB adapts 17 of 41 variables." in printed
 
 
+@pytest.mark.slow
 def test_jax_data_parallel(tmp_path):
     """In a process of its own: Keras's backend and the virtual devices are chosen at import."""
     pytest.importorskip("jax", reason="JAX is not installed (extra `examples`)")
@@ -124,6 +126,7 @@ def pretrained_export(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_savedmodel_client_fills_masks_with_tensorflow_alone(pretrained_export, tmp_path):
     """In a process where importing anything of the project's, or tf_keras, is an error."""
     for name in ("tf_lamb", "tf_keras", "official", "inputs", "models", "export", "training"):

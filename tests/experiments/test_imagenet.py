@@ -92,6 +92,7 @@ def test_every_group_is_a_recipe_of_90_epochs(group):
     assert recipe.label_smoothing == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_one_cell_of_each_kind_runs_at_toy_size(name, tmp_path):
     toy = ("model=cifar-resnet-10", "image_size=32", "global_batch_size=4", "steps=2")
@@ -141,6 +142,7 @@ def test_a_wrong_flag_is_one_sentence(flags, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_train_py_keeps_curves_and_its_page_shows_both_scales(
     in_process, tmp_path, monkeypatch
 ):

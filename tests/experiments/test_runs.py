@@ -111,6 +111,7 @@ def curve_from_fixed_weights(settings, data_dir, records):
         return keras_run.run(Cell(Group("toy", settings), 0.02, 1), data_dir, records)["curve"]
 
 
+@pytest.mark.slow
 def test_jax_and_tensorflow_train_alike_from_the_same_weights(mnist, tmp_path):
     """The cells of `mnist-backends` differ in their initial weights; here these are equal, too."""
     settings = dict(_cell(epochs=2).group.settings)

@@ -43,6 +43,7 @@ def test_masks_are_filled(tmp_path, capsys):
     assert capsys.readouterr().out == f"  no mask\n  [MASK] and [MASK]\n{line}{line}"
 
 
+@pytest.mark.slow
 def test_text_that_the_locale_cannot_encode_is_passed_to_the_client(tmp_path):
     """As at the end of a run on Chinese text under LC_ALL=C."""
 

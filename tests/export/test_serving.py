@@ -175,6 +175,7 @@ def rows_of(texts, length):
         }
 
 
+@pytest.mark.slow
 def test_masks_are_filled_like_the_model_fills_them(models, texts, served):
     filled = 0
     model = tf.function(models[0], reduce_retracing=True)
@@ -212,6 +213,7 @@ def test_sentences_are_encoded_like_the_model_encodes_them(models, texts, served
             )
 
 
+@pytest.mark.slow
 def test_questions_are_answered_like_in_the_evaluation(models, texts, served, mirrored):
     """Compares with the code that evaluates a fine-tuned model, on two replicas."""
     contexts = [text.decode("utf-8", "replace") for text in texts]

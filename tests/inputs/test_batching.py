@@ -78,6 +78,7 @@ def test_every_task_has_synthetic_batches(name):
         assert all(float(count) > 0 for count in task.counts(batch).values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process is kept to a core")
 def test_input_wait_is_measured_right_on_one_core(tmp_path):
     """Synthetic batches are ready at once, so nearly all time must count as training."""

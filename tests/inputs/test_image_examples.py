@@ -62,6 +62,7 @@ def test_an_epoch_has_every_image_once_in_a_new_order(request, kind):
     assert epochs[0]["image"].dtype == np.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pixels"])
 def test_an_example_depends_only_on_seed_and_id(request, kind):
     """Not on the number of replicas and hosts, and not on the first step."""
@@ -87,6 +88,7 @@ def test_batches_have_the_element_spec(folder, pixels):
             assert batches.element_spec == examples.element_spec(BATCH, SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pixels"])
 @pytest.mark.parametrize(("batch", "limit"), [(5, 100), (4, 100), (6, 7)])
 def test_evaluation_counts_each_image_once(request, kind, batch, limit):

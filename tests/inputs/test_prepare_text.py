@@ -129,6 +129,7 @@ def test_the_documents_are_those_of_the_text(source, folder):
     assert found == expected and len(held_out.documents) - 1 == 3
 
 
+@pytest.mark.slow
 def test_raw_text_is_prepared_in_the_cache_once(source, folder, tmp_path):
     """Its batches are those of the prepared folder, and the second start reads no text."""
     recipe = resized(find_recipe("bert-mini-demo"), global_batch_size=8)
@@ -213,6 +214,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_command_with_worker_processes(source, whole, tmp_path):
     """It writes the same shards, and prints plain lines without messages of TensorFlow."""
     flags = {"input": source / "text", "vocab": source / "vocab.txt", "output": tmp_path / "run"}
@@ -392,6 +394,7 @@ def first_batch(training, pieces):
     return next(iter(examples.Examples(training, pieces, **made_of).training_batches(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", ["never", "before", "with other packing"])
 def test_shards_that_cannot_be_written(folder, tmp_path, used):
     """As on a read-only mount. What is missing is written into the cache, once."""

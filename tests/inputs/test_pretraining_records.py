@@ -113,6 +113,7 @@ def test_an_index_that_is_there_is_opened_without_the_lock(many, tmp_path, monke
     assert again.count == first.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_row", [1, 3])
 def test_an_epoch_has_each_record_once_on_any_hosts_and_after_a_resume(many, tmp_path, per_row):
     files, held_out = opened(tmp_path, many)

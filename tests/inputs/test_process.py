@@ -41,6 +41,7 @@ def test_a_command_sets_its_environment_before_other_imports(path):
     assert "process.run(main" in main or "process.escape_output()" in main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["inputs.text.prepare", "export.client"])
 def test_a_backend_that_is_not_installed_does_not_matter(module, tmp_path):
     (tmp_path / ".keras").mkdir()

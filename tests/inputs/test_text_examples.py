@@ -42,6 +42,7 @@ def make(words, seed=1, whole_word=False, held_out=False, **more):
     )
 
 
+@pytest.mark.slow
 def test_statistics(words):
     batch = joined(make(words).training_batches(BATCH).take(300))
     check_statistics(batch, words[0], next_sentence_error=0.02)

@@ -51,6 +51,7 @@ def make(wikipedia, case, seed=3):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_statistics(wikipedia, case):
     batch = joined(make(wikipedia, case).training_batches(64).take(200))
@@ -85,6 +86,7 @@ def test_full_sequences_keep_every_token_in_order(wikipedia):
     np.testing.assert_array_equal(ids[~np.isin(ids, special)], expected)
 
 
+@pytest.mark.slow
 def test_resumed_and_divided_streams_equal_the_whole(wikipedia):
     examples = make(wikipedia, "pairs-128")
     whole = list(examples.training_batches(8).take(40))

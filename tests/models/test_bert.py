@@ -131,6 +131,7 @@ def test_sums_match_values_computed_from_the_logits(model):
         assert counts[name] == weights.sum()
 
 
+@pytest.mark.slow
 def test_the_export_predicts_the_same_as_the_model(model, answer):
     text, ids = "the [MASK] sat on the [MASK] .", [5, 4, 7, 8, 5, 4, 10]
     (got,) = answer([text.encode()])

@@ -52,6 +52,7 @@ def make_step(remat, **arguments):
     return model, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("jit_compile", "accumulation"),
     [(False, 1), (True, 2)],

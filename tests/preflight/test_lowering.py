@@ -15,6 +15,7 @@ LAYERS = 2  # instead of 12: the others only repeat the same shapes
 VARIABLES = 14 + 16 * LAYERS
 
 
+@pytest.mark.slow
 def test_the_step_of_bert_base_is_lowered(monkeypatch):
     size = dataclasses.replace(bert.SIZES["base"], layers=LAYERS)
     monkeypatch.setitem(bert.SIZES, "base", size)

@@ -349,6 +349,7 @@ def test_a_small_bert_compiles(examine):
     assert len(list((result.folder / "cache").glob("*.json"))) == 2 * len(result.rows)
 
 
+@pytest.mark.slow
 @installed
 def test_resnet_50_compiles(examine):
     recipe = recipes.resized(recipes.find_recipe("resnet50-lars-32k"), global_batch_size=64)

@@ -59,6 +59,7 @@ def answers_apart(tmp_path, export_dir, files, pixels):
         return dict(answer)
 
 
+@pytest.mark.slow
 def test_serving_agrees_with_evaluation_on_the_imagenet_samples(tmp_path):
     """The same five classes and the same probabilities to 1e-3, for all 220 at 224."""
     if not SHARED.exists():
@@ -105,6 +106,7 @@ def test_a_damaged_image_gets_an_error_and_affects_no_other_image():
     assert module.classify_files(tf.constant([], tf.string))["names"].shape == (0, 5)
 
 
+@pytest.mark.slow
 def test_train_py_learns_three_classes_and_reports_it(tmp_path):
     """From shards to report: held-out metrics, best checkpoint, predictions of the SavedModel."""
     data = prepared(tmp_path, size=(40, 40))
@@ -126,6 +128,7 @@ def test_train_py_learns_three_classes_and_reports_it(tmp_path):
     assert best["image_top1"] >= results["image_top1"]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capfd, tmp_path):
     data = prepared(tmp_path, size=(40, 40))
     shard, offset = damage(data / "train", 5)

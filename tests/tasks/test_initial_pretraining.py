@@ -207,6 +207,7 @@ def pretrain(text, folder, lines, *changes):
     return [row["loss"] for row in read_rows(f"{folder}/history.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_another_ended(text):
     """The first loss of the second run is near the last of the first, and far from its first."""
     lines = []

@@ -128,6 +128,7 @@ def sums_and_gradients(task, model, batch):
     return sums, counts, [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["text", "records"])
 def test_losses_and_gradients_are_those_of_the_sequences_alone(
     make_task, task, model, records, data
@@ -150,6 +151,7 @@ def test_losses_and_gradients_are_those_of_the_sequences_alone(
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * largest)
 
 
+@pytest.mark.slow
 def test_rows_depend_neither_on_replicas_and_hosts_nor_on_a_resume(task):
     whole = list(task.train_batches(0, 0)(None).take(4))
     resumed = next(iter(task.train_batches(0, 3)(None)))
@@ -196,9 +198,9 @@ def test_synthetic_rows_have_the_same_spec(make_task, model):
     assert np.isfinite(float(sums["masked_loss"]))
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_keeps_its_packing(records, in_process, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(BertPretraining, "export", lambda *arguments: None)
-    monkeypatch.setattr(BertPretraining, "demonstrate", lambda *arguments: None)
 
     def run(*settings):
         return in_process(

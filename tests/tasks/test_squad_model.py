@@ -215,6 +215,7 @@ SMALL += ["--set", "model=tiny"]
 SMALL += ["--set", "sequence_length=32", "--set", "max_query_length=8", "--set", "doc_stride=10"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_path, capfd):
     """The full pipeline: windows, loss, spans, answer texts, metrics and export."""
     pre, run = tmp_path / "pre", tmp_path / "run"
@@ -226,7 +227,7 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
     save_vocabulary(VOCABULARY, str(pre / "vocab.txt"))
     arguments = [*SMALL, f"--data_dir={data}", f"--model_dir={run}", "--steps=250"]
     arguments += ["--set", f"init_from={pre}", "--set", "peak_learning_rate=5e-3"]
-    assert in_process(arguments) == 0
+    assert in_process(arguments, demonstrate=True) == 0
     captured = capfd.readouterr()
     assert f"Starting from the encoder in {pre}/ckpt-1" in captured.err
     assert "on all 60 dev questions" in captured.out and "Who wrote it?" in captured.out
@@ -254,6 +255,7 @@ def test_fine_tuning_a_pre_trained_run_answers_correctly(data, in_process, tmp_p
         np.testing.assert_array_equal(value, trained[name])
 
 
+@pytest.mark.slow
 def test_rows_of_padding_are_kept(data, in_process, tmp_path, capfd):
     """From a checkpoint of 24 rows for 21 pieces: through training, saving, resuming and export."""
     tf_keras.utils.set_random_seed(1)

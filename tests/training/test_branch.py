@@ -26,6 +26,7 @@ def trunk(in_process, text, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_branch_has_the_runs_settings_and_its_own_batch(trunk):
     read = branch.read_trunk(trunk, 5, None)
     assert read.batch == 8 and read.step == 5
@@ -60,6 +61,7 @@ def test_the_largest_batch_that_loses_nothing():
     assert branch.critical_batch(rows(5.0, 5.1, 4.9), 0.2) == 32
 
 
+@pytest.mark.slow
 def test_the_report(trunk):
     read = branch.read_trunk(trunk, 5, 0.1)
     text = branch.report(read, rows(5.0, 5.0, 6.0), 320, 0.01)
@@ -67,6 +69,7 @@ def test_the_report(trunk):
     assert "16 or more: no branch lost" in branch.report(read, rows(5.0, 5.0), 320, 0.01)
 
 
+@pytest.mark.slow
 def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, tmp_path):
     """Branches run in this process; each starts with the weights and moments of step 5."""
 

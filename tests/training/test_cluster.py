@@ -218,6 +218,7 @@ def test_the_chief_waits_on_after_a_stray_connection(meet):
         first.result(timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_process_that_waits_for_others(signum, tmp_path):
     addresses = [f"localhost:{port}" for port in free_ports(2)]

@@ -134,15 +134,18 @@ def assert_same(found, one_replica):
         assert error <= 1e-5 * way, f"{name}: {error} on a way of {way}"
 
 
+@pytest.mark.slow
 def test_two_replicas_match_one_replica(until, mirrored, one_replica, exact, tmp_path):
     assert_same(until(COMPARED, mirrored, tmp_path, *exact), one_replica)
 
 
+@pytest.mark.slow
 def test_accumulation_matches_the_whole_batch(until, one_cpu, one_replica, exact, tmp_path):
     flags = (*exact, "--set", "accumulation=4")
     assert_same(until(COMPARED, one_cpu, tmp_path, *flags), one_replica)
 
 
+@pytest.mark.slow
 def test_two_processes_match_one_replica_and_resume(one_replica, exact, tmp_path):
     """One is killed and both are restarted; then one gets SIGTERM and both save the same step."""
     flags = (*FLAGS, *exact, f"--model_dir={tmp_path}")
@@ -209,6 +212,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_workers_restore_the_same_checkpoint_where_one_sees_an_old_listing(tmp_path):
     folder = f"file://{tmp_path}"
     step = tf.Variable(0, dtype=tf.int64)
@@ -230,6 +234,7 @@ def test_workers_restore_the_same_checkpoint_where_one_sees_an_old_listing(tmp_p
             assert refused.startswith("TF_CONFIG: the workers differ in checkpoint. Give all")
 
 
+@pytest.mark.slow
 def test_dropout_of_a_resumed_run_is_bit_identical(until, mirrored, text, tmp_path):
     flags = (f"--data_dir={text}", "--set", "dropout=0.1", "--set", "accumulation=2")
     whole, cut = tmp_path / "whole", tmp_path / "cut"

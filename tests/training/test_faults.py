@@ -51,11 +51,11 @@ def stopping(owner, name, monkeypatch):
 
 @pytest.fixture
 def no_export(monkeypatch):
-    """Skips the export and the demonstration, which take time."""
-    for name in ("export", "demonstrate"):
-        monkeypatch.setattr(BertPretraining, name, lambda *unused: None)
+    """Skips the export, which takes time."""
+    monkeypatch.setattr(BertPretraining, "export", lambda *unused: None)
 
 
+@pytest.mark.slow
 def test_interruptions_at_bad_moments_change_no_result(
     in_process, capfd, tmp_path, monkeypatch, text
 ):
@@ -67,7 +67,6 @@ def test_interruptions_at_bad_moments_change_no_result(
     given.append("--steps_per_loop=10")
     with monkeypatch.context() as patch:
         patch.setattr(BertPretraining, "export", lambda *unused: None)
-        patch.setattr(BertPretraining, "demonstrate", lambda *unused: None)
         assert in_process([*given, f"--model_dir={tmp_path}/whole"]) == 0
     capfd.readouterr()
     for owner, name, saved in (
@@ -88,6 +87,7 @@ def test_interruptions_at_bad_moments_change_no_result(
     assert not list((tmp_path / "cut").glob("*export*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_after_it(
     in_process, capfd, tmp_path, no_export
 ):
@@ -114,6 +114,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_after_it(
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_rolls_back_with_a_lower_rate(in_process, capfd, tmp_path, no_export):
     """The learning rate is 1e30 times too high before the rollback, and right after it."""
     arguments = flags(

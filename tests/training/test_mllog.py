@@ -153,6 +153,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_the_log_of_a_small_run(in_process, text, tmp_path, capsys):
     """It passes but for the accuracy, which only a full run reaches."""
     run = [*SMALL, f"--data_dir={text}", "--model_dir=run", "--mllog=logs/result_0.txt"]

@@ -451,11 +451,11 @@ FLAGS = ["--steps=30", "--global_batch_size=8", "--steps_per_loop=5"]
 FLAGS += [part for k, v in SETTINGS.items() for part in ("--set", f"{k}={v}")]
 
 
+@pytest.mark.slow
 def test_a_run_on_object_storage_is_interrupted_resumed_and_exported(
     in_process, ram, text, capfd, tmp_path, monkeypatch
 ):
     """Text, checkpoints, logs, picture and SavedModel are on ram://; compared with a local run."""
-    monkeypatch.setattr(BertPretraining, "demonstrate", lambda *unused: None)
     with monkeypatch.context() as patch:
         patch.setattr(BertPretraining, "export", lambda *unused: None)
         patch.setattr(plot, "draw", lambda *unused: None)

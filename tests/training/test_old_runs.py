@@ -108,6 +108,7 @@ def weights(prefix):
     return {name: reader.get_tensor(name) for name in names}
 
 
+@pytest.mark.slow
 def test_a_run_of_0_1_0_goes_on(first_version, in_process, monkeypatch, capfd):
     """With its weights and slots, and a word about the order of the examples, which is another."""
     monkeypatch.setitem(bert.SIZES, "tiny", bert.Size(*first_version.made.SIZE))

@@ -64,6 +64,7 @@ def small_text(text, cache_dir):
     return recipe, folder
 
 
+@pytest.mark.slow
 def test_two_hosts_of_text_and_the_losses_of_a_remote_host(text, tmp_path):
     recipe, data = small_text(text, tmp_path / "cache")
     report, figures = rehearse(tmp_path, f"--data_dir={data}", f"--steps={TEXT_STEPS}")
@@ -82,6 +83,7 @@ def test_two_hosts_of_text_and_the_losses_of_a_remote_host(text, tmp_path):
     np.testing.assert_allclose(figures["training"]["losses"], local["losses"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_hosts_of_images(tmp_path):
     data = prepared(tmp_path, size=(40, 40))
     _, figures = rehearse(

@@ -286,6 +286,7 @@ except Interrupted as signal:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_logged_immediately_and_raised_after_the_call(signum):
     with python(WAITING, "3000000") as process:

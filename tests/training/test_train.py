@@ -77,6 +77,7 @@ def tensors(folder):
     return {name: reader.get_tensor(name).tobytes() for name in names}
 
 
+@pytest.mark.slow
 def test_an_interrupted_killed_and_damaged_run_matches_a_whole_run(whole_run, text, tmp_path):
     """After SIGINT, kill -9 and a truncated checkpoint, all results are bit-identical."""
     folder, log = tmp_path / "run", tmp_path / "said"
@@ -207,6 +208,7 @@ def test_a_mistake_is_reported_in_one_line(arguments, said, text, tmp_path, capf
     assert not list(tmp_path.glob("run/ckpt*"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, capfd, monkeypatch):
     monkeypatch.setattr("inputs.memory.free_memory", lambda: 2**20)  # as in a small container
     model_dir = tmp_path / "run"
@@ -291,6 +293,7 @@ def test_a_run_beyond_the_requested_steps_is_refused(whole_run, text, in_process
     assert f"a run at step {STEPS}, beyond the 10 steps" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(in_process, capfd, tmp_path):
     huge = ["--set", "peak_learning_rate=1e30", "--set", "warmup_steps=0"]
     small = ["--synthetic", "--steps=20", "--steps_per_loop=5", "--global_batch_size=8"]
@@ -313,6 +316,7 @@ def test_an_indivisible_batch_size_is_refused_with_a_suggestion(
     assert "not divisible by the 2 replicas of this run. Use 14" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_adamw_with_a_scaled_recipe(in_process, capfd, tmp_path):
     """recipe.json has the changes of --scaling and --set optimizer."""
     small = ["--synthetic", "--steps=4", "--steps_per_loop=2", "--set", "vocabulary_size=100"]
@@ -325,6 +329,7 @@ def test_adamw_with_a_scaled_recipe(in_process, capfd, tmp_path):
     assert phase["peak_learning_rate"] == 0.01 / 2  # the demo's, whose batch is 64
 
 
+@pytest.mark.slow
 def test_two_phases_on_two_replicas_with_synthetic_data(
     in_process, capfd, monkeypatch, mirrored, tmp_path
 ):
