@@ -13,7 +13,6 @@ the number of hosts and replicas, nor does it need more memory than one window f
 """
 
 import dataclasses
-import math
 
 import numpy as np
 import tensorflow as tf
@@ -23,6 +22,7 @@ from inputs.errors import InputError
 
 LANES = 256  # the most hosts that can each read a part of the data of their own
 EXAMPLES_PER_LANE = 512  # at least, so that a lane reads more than it mixes
+ROWS_TOGETHER = 512  # examples of a host that are made together, if a step has fewer
 # Streams of random numbers, see `inputs.batching.random_bits`.
 _WINDOWS, _BLOCKS = 62, 63
 
@@ -208,7 +208,7 @@ def share_of(order: Order, context: tf.distribute.InputContext | None) -> Share:
     )
 
 
-def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Dataset:
+def row_batches(order: Order, context, first_step: int, make_rows, make_batch=None):
     """This host's batches: one per step for each of its replicas.
 
     Args:
@@ -217,16 +217,18 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
         first_step: the step to begin with; what steps before it use is not read.
         make_rows: takes the examples to read, [n] int64, as described at `Order.read_window`, and
             their ids, [n] int64; returns the rows [n, C] of one dtype that they are made of.
+        make_batch: takes the rows [n, C] of several batches; returns a tensor or a dictionary of
+            tensors [n, ...], whose rows do not depend on each other. None returns the rows.
 
     Returns:
-        A data set of [B, C] rows.
+        A `tf.data.Dataset` of what `make_batch` returns, [B, ...] for B examples per replica.
 
     Raises:
         InputError: the hosts cannot share the lanes equally.
     """
     share = share_of(order, context)
     per_host = order.per_lane // share.parts
-    unit = math.gcd(per_host, share.replica_batch)
+    steps = _steps_together(order, share)
 
     def lane_rows(lane):
         first_epoch, first_place = order.place(tf.constant(first_step, tf.int64), lane)
@@ -239,12 +241,13 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
                 )
             )
         )
-        if share.parts > 1:
-            begin = share.part * per_host
-            rows = rows.rebatch(order.per_lane, drop_remainder=True)
-            # A copy, unlike a slice, for the same reason as below.
-            rows = rows.map(lambda step: tf.gather(step, tf.range(begin, begin + per_host)))
-        return rows.rebatch(unit, drop_remainder=True)
+        rows = rows.rebatch(steps * order.per_lane, drop_remainder=True)
+        return rows.map(_graph(own_part))
+
+    def own_part(rows):
+        rows = tf.reshape(rows, [steps, order.per_lane, rows.shape[-1]])
+        begin = share.part * per_host
+        return rows[:, begin : begin + per_host]
 
     def epoch_rows(lane, epoch, skipped):
         blocks = order.blocks(epoch, lane)
@@ -258,16 +261,35 @@ def row_batches(order: Order, context, first_step: int, make_rows) -> tf.data.Da
 
         return windows.map(_graph(window_rows))
 
-    rows = tf.data.Dataset.range(share.lanes.start, share.lanes.stop).interleave(
+    def batches(lanes):
+        rows = tf.transpose(lanes, [1, 0, 2, 3])  # [steps, lanes, examples, C]
+        rows = tf.reshape(rows, [-1, rows.shape[-1]])
+        made = rows if make_batch is None else make_batch(rows)
+        return tf.nest.map_structure(
+            lambda values: tf.reshape(values, [-1, share.replica_batch, *values.shape[1:]]), made
+        )
+
+    lanes = tf.data.Dataset.range(share.lanes.start, share.lanes.stop).interleave(
         _graph(lane_rows),
         cycle_length=len(share.lanes),
-        block_length=per_host // unit,
+        block_length=1,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    # Not another `rebatch`: of its own results, TensorFlow 2.20 logs an error for each element.
-    rows = rows.batch(share.replica_batch // unit, drop_remainder=True)
-    return rows.map(lambda parts: tf.reshape(parts, [share.replica_batch, parts.shape[-1]]))
+    lanes = lanes.batch(len(share.lanes), drop_remainder=True)
+    return lanes.map(_graph(batches), num_parallel_calls=tf.data.AUTOTUNE).unbatch()
+
+
+def _steps_together(order: Order, share: Share) -> int:
+    """The number of steps whose batches a host makes together.
+
+    A batch of few examples costs as much as one of hundreds. But no more than an epoch is made
+    before the first step, and an evaluation, which ends, is made step by step.
+    """
+    if order.seed is None:
+        return 1
+    per_step = len(share.lanes) * order.per_lane // share.parts
+    return max(1, min(ROWS_TOGETHER // per_step, order.examples // order.batch))
 
 
 def by_block(size: int, examples, ids, make_rows, width: int):

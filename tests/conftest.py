@@ -33,14 +33,17 @@ REPLICAS = ["CPU:0", "CPU:1"]
 
 # pytest-xdist gives each process one file after the other, and these take the longest.
 LONG_FILES = (
-    "training/test_distribution.py",
     "training/test_train.py",
+    "training/test_distribution.py",
     "training/test_object_storage.py",
     "preflight/test_run.py",
+    "inputs/test_text_examples.py",
+    "tf_lamb/test_tpu_bytes.py",
     "tf_lamb/test_golden.py",
+    "tf_lamb/test_updates.py",
+    "tf_lamb/test_variants.py",
     "tf_lamb/test_corners.py",
     "tf_lamb/test_xla_cpu.py",
-    "tf_lamb/test_updates.py",
     "tf_lamb/test_slices.py",
     "tf_lamb/test_options.py",
     "test_imports.py",

@@ -164,6 +164,7 @@ def test_tf_keras_needs_the_tensorflow_backend(new_interpreter):
     assert "Received: KERAS_BACKEND=jax." in new_interpreter[1]
 
 
+@pytest.mark.slow
 def test_tensorflow_agrees_with_the_oracle(two_cpus, capsys):
     import other_backend
 

@@ -257,8 +257,7 @@ class Features:
 
     def _batches(self, order, context, first_step, finish):
         read = functools.partial(self._read, order)
-        rows = row_batches(order, context, first_step, read)
-        return rows.map(finish, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        return row_batches(order, context, first_step, read, finish).prefetch(4)
 
     def _read(self, order, examples, ids):
         """The rows of the file, each after its window's number; -1 for no window."""

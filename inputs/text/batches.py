@@ -148,8 +148,9 @@ class Batches(abc.ABC):
         """
         order = self.order(global_batch_size)
         make = self._sequences if self.plan is None else self._rows
-        rows = row_batches(order, context, first_step, functools.partial(make, order.block))
-        return self._batches(rows, self._batch if self.plan is None else self._packed)
+        make_rows = functools.partial(make, order.block)
+        make_batch = self._batch if self.plan is None else self._packed
+        return row_batches(order, context, first_step, make_rows, make_batch).prefetch(4)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
         """Each of the first `limit` sequences once, not packed, with the same masks each time.
@@ -173,10 +174,7 @@ class Batches(abc.ABC):
 
         lanes = self._lanes or number_of_lanes(global_batch_size, total)
         order = Order(total, global_batch_size, lanes, block, 1, None)
-        return self._batches(row_batches(order, context, 0, rows), self._batch)
-
-    def _batches(self, rows, make):
-        return rows.map(make, num_parallel_calls=tf.data.AUTOTUNE).prefetch(4)
+        return row_batches(order, context, 0, rows, self._batch).prefetch(4)
 
     @tf.autograph.experimental.do_not_convert
     def _sequences(self, size, sequences, ids):

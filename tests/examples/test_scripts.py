@@ -91,6 +91,7 @@ def test_custom_loop(example, tmp_path, capsys):
     assert (tmp_path / "logs/trust_ratios.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_tf_keras_tfmodels(example, capsys):
     pytest.importorskip("official", reason="tf-models-official is not installed (extra `train`)")
     example("tf_keras_tfmodels").main(epochs=1, steps_per_epoch=2)

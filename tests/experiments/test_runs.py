@@ -75,6 +75,7 @@ def _cell(**settings):
     )
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_repeats_itself(mnist, tmp_path):
     first = keras_run.run(_cell(), mnist, str(tmp_path))
     assert first["result"]["accuracy"] > 0.5
@@ -166,6 +167,7 @@ def test_crops_are_parts_of_the_image_and_half_of_them_are_mirrored():
     assert 60 < mirrored < 140
 
 
+@pytest.mark.slow
 def test_davidnet_at_full_width_is_the_published_one_and_trains():
     model = networks.davidnet()
     trainable = sum(math.prod(weight.shape) for weight in model.trainable_weights)
@@ -218,6 +220,7 @@ def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, 
     assert f"{len(runs)} done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_child_runs_one_cell_and_a_failure_is_named(tmp_path):
     command = [sys.executable, "-m", "experiments", "mnist", f"--data_dir={tmp_path}/none"]
     command += [f"--runs={tmp_path}/runs", f"--output={tmp_path}/out", "--limit=1", "--jobs=1"]

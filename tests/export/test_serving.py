@@ -196,6 +196,7 @@ def test_masks_are_filled_like_the_model_fills_them(models, texts, served):
     assert filled > 70
 
 
+@pytest.mark.slow
 def test_sentences_are_encoded_like_the_model_encodes_them(models, texts, served):
     encoder = tf.function(bert.encoder_of(models[0]), reduce_retracing=True)
     for i, inputs in enumerate(rows_of(texts, POSITIONS)):
@@ -307,6 +308,7 @@ def test_questions_that_share_one_context(models):
             answer(questions, contexts)
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_older_one_whole(models, tmp_path, monkeypatch):
     made = pretrained_export.pretrained_export(models[0], VOCABULARY, POSITIONS, lower_case=True)
     folder = tmp_path / "model"

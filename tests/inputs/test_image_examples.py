@@ -49,6 +49,7 @@ def context(host, hosts, replicas):
     return tf.distribute.InputContext(hosts, host, replicas)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pixels"])
 def test_an_epoch_has_every_image_once_in_a_new_order(request, kind):
     data = make(request.getfixturevalue(kind), augmentation="none")
@@ -226,6 +227,7 @@ def test_randaugment_keeps_labels_and_order(pixels, monkeypatch):
     np.testing.assert_array_equal(plain["image"] + decoding.LAYERS, augmented["image"])
 
 
+@pytest.mark.slow
 def test_mixing_weights_are_those_of_a_beta_distribution(pixels):
     data = make(pixels, mixup_alpha=0.2)
     weights = joined(data.training_batches(2000).take(1))["mixup"]
@@ -251,6 +253,7 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content):
         examples.Images(str(tmp_path), 32, seed=1)
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named_once_and_has_weight_0(tmp_path):
     out, said = prepared(tmp_path) / "train", []
     whole = joined(examples.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))

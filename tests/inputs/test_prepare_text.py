@@ -103,6 +103,7 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_the_documents_are_those_of_the_text(source, folder):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
     training, held_out, kept_pieces, fingerprint = load(folder)
@@ -538,6 +539,7 @@ def test_the_first_word_after_any_space_is_known(space, lower_case):
     assert expected.sentence_counts.tolist() == [4] * 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_share_of_unknown_words_is_told(source, tmp_path, workers):
     (tmp_path / "text").mkdir()

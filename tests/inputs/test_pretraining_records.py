@@ -84,6 +84,7 @@ def many(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [0, 1], ids=["MLPerf", "tf-models"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_both_layouts_padded_and_not(tmp_path, layout, padded):
@@ -174,6 +175,7 @@ def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
     assert opened(tmp_path, many, many[:1])[0].count == 80
 
 
+@pytest.mark.slow
 def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_path):
     records = [example(MLPERF, 8, 1) for _ in range(8)]
     path = write(tmp_path / "part", *records)

@@ -141,6 +141,7 @@ def in_order(real, batches):
     return rows[0]
 
 
+@pytest.mark.slow
 def test_rows_show_question_context_and_answer(real, pieces):
     batch = in_order(real, real.evaluation_batches(1, 10**9))
     offsets = in_order(real, real.prediction_batches(1))["offset"]
@@ -176,6 +177,7 @@ def test_rows_show_question_context_and_answer(real, pieces):
     assert set(np.nonzero(short)[0]) <= set(every)  # each is in some window
 
 
+@pytest.mark.slow
 def test_order_is_a_function_of_seed_and_step(real):
     def rows(first_step, steps, context=None, size=8):
         batches = real.training_batches(8, context, first_step).take(steps)
@@ -190,6 +192,7 @@ def test_order_is_a_function_of_seed_and_step(real):
     np.testing.assert_array_equal(np.concatenate(halves, 1).reshape(-1, LENGTH), whole)
 
 
+@pytest.mark.slow
 def test_an_epoch_has_every_window_once_and_dev_ends_with_weight_0(real):
     count = real.num_examples
     found = np.concatenate([batch["feature"].numpy() for batch in real.prediction_batches(64)])

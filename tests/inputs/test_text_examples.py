@@ -48,6 +48,7 @@ def test_statistics(words):
     check_statistics(batch, words[0], next_sentence_error=0.02)
 
 
+@pytest.mark.slow
 def test_next_sentences_are_consecutive_in_the_text(words):
     """A true pair is consecutive in one document; a random one comes from two documents."""
     documents = [tokens.tobytes() for tokens in document_tokens(words[1])]
@@ -147,6 +148,7 @@ def test_whole_words_are_masked_whole(words):
     assert weights.sum() / tokens == pytest.approx(0.15, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_text_of_unknown_words_is_not_masked(words, whole_word, tmp_path):
     documents = [["\U0001f600 \U0001f601 " * (3 + i)] for i in range(20)]

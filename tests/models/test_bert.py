@@ -82,6 +82,7 @@ def test_cross_entropy_matches_tensorflow():
     assert float(bert.cross_entropy(tied, tf.constant([1, 1]), tf.ones([2]))[1]) == 0.5
 
 
+@pytest.mark.slow
 def test_bert_base_has_the_published_parameter_count():
     """BERT-base's encoder with the published vocabulary: 109,482,240 (arXiv:1810.04805: 110M)."""
     model = bert.build_pretrainer(
@@ -148,6 +149,7 @@ def test_the_export_predicts_the_same_as_the_model(model, answer):
     assert got["masks"] == [2]
 
 
+@pytest.mark.slow
 def test_the_export_accepts_any_strings(answer):
     together, alone, odd, none = answer(
         [b"the [MASK]", b"[MASK][MASK]", b"no mask", b""],

@@ -79,6 +79,7 @@ def test_gradients_and_dropout_are_those_without_it(jit_compile, accumulation):
     assert abs(float(again[0]["masked_loss"] - sums["masked_loss"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_products_of_each_layer_are_in_the_program_twice():
     batch = make_batch()
     counts = bert.pretraining_counts(batch)

@@ -167,6 +167,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
     np.testing.assert_allclose(sums[0]["image_loss"], sums[1]["image_loss"], rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_synchronised_batch_norm_uses_statistics_of_all_replicas(mirrored, synchronised):
     """If synchronised, moving averages of two half batches equal those of the whole batch."""

@@ -60,6 +60,7 @@ def recipe():
     return recipes.override(demo, ["vocabulary_size=300"])
 
 
+@pytest.mark.slow
 def test_the_data_of_each_slice_is_examined_and_measured(check, text_of, recipe):
     folder = text_of(recipe)
     status, rows, printed = check(recipe, folder, "v3:2x2,v3:4x4")
@@ -73,6 +74,7 @@ def test_the_data_of_each_slice_is_examined_and_measured(check, text_of, recipe)
     assert "which this machine made of the data" in printed and "not checked" not in printed
 
 
+@pytest.mark.slow
 def test_a_folder_of_this_machine_is_a_problem_of_several_hosts_only(
     check, text_of, recipe, monkeypatch
 ):

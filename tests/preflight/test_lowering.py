@@ -33,6 +33,7 @@ def test_the_step_of_bert_base_is_lowered(monkeypatch):
     assert "s32[8,512]" in program and "<=" not in head  # no dynamic sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_summed_in_the_recipes_dtype(dtype):
     fields = ["vocabulary_size=50", "sequence_length=16", "predictions=2", f"sum_dtype={dtype}"]

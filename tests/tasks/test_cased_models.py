@@ -46,6 +46,7 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_capitals_reach_the_shards(source):
     assert load_manifest(str(source / "shards"))["lower_case"] is False
     said = []
@@ -160,6 +161,7 @@ QUICK = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["", "export/tf_models"])
 def test_fine_tuning_keeps_the_case(run, squad, place, tmp_path):
     recipe = recipe_of("squad-mini", *QUICK, f"init_from={run / place}")

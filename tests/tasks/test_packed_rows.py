@@ -184,6 +184,7 @@ def test_an_epoch_has_every_chunk_once(make_task):
     assert examples.num_examples == sequences
 
 
+@pytest.mark.slow
 def test_held_out_examples_are_not_packed(task, make_task):
     packed = joined(task.evaluation_batches(0)(None))
     alone = joined(make_task("sequences_per_row=1").evaluation_batches(0)(None))
@@ -218,6 +219,7 @@ def test_a_run_trains_and_keeps_its_packing(records, in_process, tmp_path, capfd
     assert "sequences_per_row 3 (now 2)" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_sentences_of_records_get_masks(make_task, records):
     task = make_task("sequences_per_row=1", data_dir=records)
     sentence, word = task._source.masked_sentences()[0]

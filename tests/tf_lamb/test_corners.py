@@ -264,6 +264,7 @@ def whole_batches(request, keras3):
     return rule, fit_with_averages(rule, None, 32, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_accumulation_in_fit_equals_the_whole_batch(whole_batches, mirrored, replicas):
     """Keras's own optimizers fail under a strategy (its issue 20582)."""

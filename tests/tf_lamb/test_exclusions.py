@@ -119,6 +119,7 @@ def test_each_list_is_one_pattern_that_matches_in_every_model():
         assert [layer.decayed for layer in optimizer.layers].count(True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "EfficientNetB0"])
 def test_models_of_the_installed_keras(name):
     of = exclusions.variables(model_zoo.applications(keras)[name]())

@@ -203,6 +203,7 @@ def test_a_variant_agrees_with_its_original(flavour, original):
     assert disagreement(ours(flavour, rule, variant, arguments), theirs) <= BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["tf_keras"], indirect=True)
 def test_other_variants_do_not_agree(flavour, original):
     rule, name, theirs = original

@@ -211,6 +211,7 @@ def fitted(flavour, rate, compiled=True, **fit):
     return model, (x, x[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tf.Variable", "callable"])
 def test_training_resumes_after_saving_and_loading(flavour, tmp_path, kind):
     rates = {

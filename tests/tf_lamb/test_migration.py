@@ -135,6 +135,7 @@ def refused(optimizer, *parts):
     assert state(optimizer) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_resumes(case, flavour):
     original = Original(case)
@@ -150,6 +151,7 @@ def test_without_migration_the_weights_differ(case, keras3):
         assert_resumes(original, *original.ours(keras3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "Keras"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_training_resumes_from_a_checkpoint(case, wrapped, flavour, tmp_path):

@@ -76,6 +76,7 @@ def no_warning_of_skipped_state():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flavour", "case"), CASES)
 def test_a_whole_model_loads(make, files, expected, flavour, case):
     kit = make.FLAVOURS[flavour][0]
@@ -91,6 +92,7 @@ def test_hdf5_loads_without_custom_objects(make, files, expected, case):
     check(make, model, expected, f"tf_keras/{case}/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("telemetry", [False, True])
 @pytest.mark.parametrize(("flavour", "case"), CASES)
 def test_weights_load_with_telemetry_and_without(make, files, expected, flavour, case, telemetry):

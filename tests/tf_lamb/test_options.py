@@ -49,6 +49,7 @@ def averaged(flavour, gradients, overwrite):
     return weights, averages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [None, 2])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_ema(flavour, mirrored, replicas, overwrite):
@@ -166,6 +167,7 @@ def policy(request, flavour):
     set_policy("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["LAMB", "LARS"])
 @pytest.mark.parametrize(
     ("policy", "replicas"), [("mixed_float16", 2), ("mixed_bfloat16", 1)], indirect=["policy"]

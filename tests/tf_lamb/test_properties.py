@@ -110,6 +110,7 @@ def bits(tensors):
     return [np.asarray(x.numpy()).tobytes() for x in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SETTINGS)
 @checked
 @given(data=st.data(), seed=st.integers(0, 999))
@@ -154,6 +155,7 @@ def test_a_rate_beyond_float32_gives_no_nan(rule):
     assert not np.array_equal(*numbers([state[0][0], weights[0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SETTINGS)
 @checked
 @given(data=st.data(), seed=st.integers(0, 999))
@@ -182,6 +184,7 @@ SCALE_FREE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALE_FREE)
 @checked
 @given(data=st.data(), seed=st.integers(0, 999), power=st.integers(-12, 12))
@@ -205,6 +208,7 @@ def test_the_size_of_the_gradient_does_not_matter(name, data, seed, power):
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SETTINGS)
 @checked
 @given(data=st.data(), seed=st.integers(0, 999))

@@ -122,6 +122,7 @@ def assert_resumes(model, uninterrupted):
 FORMATS = [("keras3", "model.keras"), ("tf_keras", "model.keras"), ("tf_keras", "saved_model")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flavour", "file"), FORMATS, indirect=["flavour"])
 def test_a_saved_model_resumes(flavour, rule, uninterrupted, file):
     path = uninterrupted.folder / file
@@ -144,6 +145,7 @@ def test_moments_in_bfloat16_are_saved(flavour, tmp_path):
     assert state(loaded) == state(model)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes(flavour, rule, uninterrupted):
     other = make_model(flavour, make_optimizer(flavour, rule), seed=1)
     other.optimizer.build(other.trainable_variables)
@@ -167,6 +169,7 @@ def test_a_checkpoint_holds_each_tensor_once(flavour, rule, tmp_path):
         assert values.count(variable.numpy().tobytes()) == 1, variable.name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_replicas_fits_one(flavour, rule, mirrored, tmp_path):
     with mirrored.scope():
         model = make_model(flavour, make_optimizer(flavour, rule))

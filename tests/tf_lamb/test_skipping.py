@@ -43,6 +43,7 @@ def state(run, but=("skipped", "accumulator")):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "replicas", "bad"), BAD)
 def test_one_bad_element_skips_the_update(flavour, mirrored, rule, replicas, bad):
     strategy = mirrored if replicas == 2 else None
@@ -105,6 +106,7 @@ def test_skip_nonfinite_false_applies_a_nan(flavour, rule):
     assert int(run.optimizer.iterations.numpy()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_telemetry_rows_are_the_norms_and_ratios(flavour, mirrored, rule):
     """Also for excluded layers, whose ratio is 1."""

@@ -138,6 +138,7 @@ def expected_groups(rule, gradients, **arguments):
     return [split_groups(layers) for layers in oracle.history(layers, joined, RATES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_group_shares_one_ratio(flavour, mirrored, rule, replicas):
@@ -170,6 +171,7 @@ def test_a_group_equals_one_variable(flavour, rule):
         np.testing.assert_allclose(together, apart, rtol=0, atol=1e-6 * largest(apart))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("telemetry", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_an_excluded_variable_is_in_no_group(flavour, rule, telemetry):

@@ -332,6 +332,7 @@ def fit(flavour, callback, optimizer=None, compiled=False, **compiling):
     return model, lambda: model.fit(x, y, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_callback_writes_records_pictures_and_events(wrapped, flavour, tmp_path):
     optimizer = flavour.lamb.LAMB(telemetry=True)

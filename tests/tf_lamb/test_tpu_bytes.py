@@ -67,7 +67,6 @@ def moved():
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", LEAST)
 @pytest.mark.parametrize("case", LEAST["lamb"])
 def test_an_update_moves_the_least_that_is_possible(moved, rule, case):

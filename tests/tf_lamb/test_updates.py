@@ -126,6 +126,7 @@ def test_the_defaults_are_the_documented_ones(flavour, rule):
     assert_agrees(run.history(gradients), oracle.history(layers, gradients, rates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("rule", ["lamb", "lars"])
 def test_half_precision_gradients_are_exact(flavour, mirrored, rule, dtype):

@@ -177,6 +177,7 @@ def test_unit_gradient_and_clipping_exclude_each_other(flavour, clip):
         flavour.lamb.LAMB(0.1, unit_gradient=True, **{clip: 2.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", OWN)
 def test_a_bfloat16_first_moment_takes_half_the_memory(flavour, rule):
     """The rounding error of m is at most 2^-9 a step, and that of the weights a few times that."""

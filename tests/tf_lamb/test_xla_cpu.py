@@ -104,6 +104,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["programs per layer", "one program"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_update_on_a_cpu_agrees_with_the_eager_one(monkeypatch, case, whole):

@@ -94,6 +94,7 @@ def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, t
     assert branch.main(arguments) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

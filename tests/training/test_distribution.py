@@ -169,6 +169,7 @@ def test_two_processes_match_one_replica_and_resume(one_replica, exact, tmp_path
     assert len(list(tmp_path.glob("train/events*"))) == 2 and not list(tmp_path.glob("*work*"))
 
 
+@pytest.mark.slow
 def test_workers_with_different_commands_are_refused(exact, tmp_path):
     """Otherwise they would wait for each other forever."""
     with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:

@@ -222,6 +222,7 @@ def test_the_index_says_how_many_data_files_there_are(shards, tmp_path):
     assert count_shards(b"") == count_shards(b"\1\0\3\10\1") == count_shards(bytes(64)) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_survives_a_kill_at_any_operation(monkeypatch):
     """Of saving one and deleting an older one, with stale listings."""
     for operation in range(1, 200):
@@ -324,6 +325,7 @@ def test_the_best_checkpoint_is_kept(ram):
     assert read_error(tf.train.latest_checkpoint(f"{ram}/best")) is None
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(monkeypatch):
     for operation in range(1, 200):
         folder = f"ram://{uuid.uuid4().hex}"
@@ -415,6 +417,7 @@ def state(folder):
     return tensors, losses, read_rows(f"{folder}/evaluations.jsonl")
 
 
+@pytest.mark.slow
 def test_twenty_interruptions_lose_nothing(monkeypatch):
     """At random operations: half-written objects, stale listings, renames that are not atomic."""
     whole, cut = (f"ram://{uuid.uuid4().hex}/run" for _ in range(2))

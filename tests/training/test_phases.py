@@ -119,6 +119,7 @@ def plainly(recipe):
     return [v.numpy() for v in variables]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "reset"),
     [("lamb", False), ("lamb", True), ("adamw", True), ("adagrad", True)],
@@ -146,6 +147,7 @@ def test_interruptions_between_and_inside_phases_change_no_result(optimizer, res
     assert rates == {step: float(phases(step - 1)) for step in (3, 6, 9, 12)}
 
 
+@pytest.mark.slow
 def test_slots_are_reset_on_every_replica(mirrored, tmp_path):
     recipe = make_recipe("lamb", reset=True)
     weights, updates = train(mirrored, recipe, tmp_path / "run")

@@ -219,6 +219,7 @@ def test_what_a_host_cannot_run_is_named(tmp_path):
     assert problems(records(f"{folder}/a"), folder) == ()
 
 
+@pytest.mark.slow
 def test_a_server_ends_with_the_process_that_started_it():
     started = subprocess.Popen(
         [sys.executable, "-m", "training.host", "0"],

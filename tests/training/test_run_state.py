@@ -298,6 +298,7 @@ def test_a_signal_is_logged_immediately_and_raised_after_the_call(signum):
     assert first.startswith(f"{signum.name}: stopping.") and second == "done"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_immediately_and_shows_the_cursor():
     terminal, stderr = pty.openpty()
     # The call would take a quarter of an hour.

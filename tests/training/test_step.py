@@ -97,6 +97,7 @@ def summed_loss(model, batch, training):
     return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_batch_norm_moving_averages_are_averaged_over_replicas(mirrored, accumulation, tmp_path):
     """The first layer's inputs are the images, so NumPy can compute its moving averages."""
