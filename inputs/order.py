@@ -8,8 +8,9 @@ steps before it.
 A batch consists of `lanes` equal parts, of consecutive ids. In each epoch, a lane has a contiguous
 range of the data set of its own, 1/lanes of it, so that a host reads only the ranges of its lanes.
 Within its range, a lane reads blocks of `block` consecutive examples, as they lie in the files, in
-random order, and mixes the examples of `window` blocks at random. So the order neither depends on
-the number of hosts and replicas, nor does it need more memory than one window for each lane.
+random order, and mixes the examples of `window` blocks at random, or of fewer at the start of an
+epoch. So the order neither depends on the number of hosts and replicas, nor does it need more
+memory than one window for each lane.
 """
 
 import dataclasses
@@ -85,7 +86,25 @@ class Order:
 
     def windows(self, epoch, lane):
         """The number of a lane's windows in an epoch."""
-        return (self.count(epoch, lane) + self.window_size - 1) // self.window_size
+        count = self.count(epoch, lane)
+        last, _ = self.window_of(count - 1, lane)
+        return tf.where(count > 0, last + 1, 0)
+
+    def window_of(self, place, lane):
+        """(window, place in the window) of a place in a lane's epoch."""
+        window = (place + self._shift(lane)) // self.window_size
+        return window, place - self._window_start(window, lane)
+
+    def _window_start(self, window, lane):
+        return tf.maximum(window * self.window_size - self._shift(lane), 0)
+
+    def _shift(self, lane):
+        """By how much a lane's first window is shorter than the others.
+
+        Whole blocks, of which each lane has another number: otherwise all lanes would need a new
+        window at the same step, which would wait for them.
+        """
+        return 0 if self.seed is None else lane * self.window // self.lanes * self.block
 
     def blocks(self, epoch, lane):
         """The order in which a lane reads the whole blocks of its range in an epoch, [blocks]."""
@@ -106,8 +125,8 @@ class Order:
             numbers, each within one block; the id of each of them, [n]; and the order in which they
             are used, [n] positions in the former.
         """
-        first = window * self.window_size
-        stop = tf.minimum(first + self.window_size, self.count(epoch, lane))
+        first = self._window_start(window, lane)
+        stop = tf.minimum(self._window_start(window + 1, lane), self.count(epoch, lane))
         used = self._permutation(stop - first, _WINDOWS, epoch, lane, window)
         ids = self._ids(epoch, lane, tf.range(first, stop))
         ids = tf.scatter_nd(used[:, tf.newaxis], ids, tf.shape(used, tf.int64))
@@ -251,12 +270,12 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
 
     def epoch_rows(lane, epoch, skipped):
         blocks = order.blocks(epoch, lane)
-        first = skipped // order.window_size
+        first, inside = order.window_of(skipped, lane)
         windows = tf.data.Dataset.range(first, order.windows(epoch, lane))
 
         def window_rows(window):
             read, ids, used = order.read_window(epoch, lane, window, blocks)
-            used = used[tf.where(window == first, skipped % order.window_size, 0) :]
+            used = used[tf.where(window == first, inside, 0) :]
             return tf.gather(make_rows(read, ids), used)
 
         return windows.map(_graph(window_rows))

@@ -1,0 +1,56 @@
+"""The order of examples: lanes, windows, and the steps that are made together."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from inputs import order as orders
+from inputs.order import Order, row_batches
+
+
+def test_lanes_begin_their_windows_at_different_steps():
+    order = Order(examples=1_000, batch=16, lanes=4, block=10, window=4, seed=3)
+    starts = []
+    for lane in tf.range(4, dtype=tf.int64):
+        for epoch in tf.range(2, dtype=tf.int64):
+            blocks = order.blocks(epoch, lane)
+            seen, sizes = [], []
+            for window in tf.range(order.windows(epoch, lane)):
+                read, ids, used = order.read_window(epoch, lane, window, blocks)
+                assert [int(n) for n in order.window_of(len(seen), lane)] == [window, 0]
+                assert sorted(used.numpy()) == list(range(len(read)))
+                assert len(set(ids.numpy())) == len(read)
+                sizes.append(len(read))
+                seen.extend(read.numpy())
+            assert max(sizes) == 40 and len(set(seen)) == len(seen) == order.count(epoch, lane)
+        starts.append(sizes[0])
+    assert starts == [40, 30, 20, 10]
+
+
+@pytest.mark.parametrize("hosts", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_batches_do_not_depend_on_how_many_steps_are_made_together(hosts, monkeypatch):
+    """Of a host with several lanes, and of hosts with half a lane; over the ends of epochs."""
+    first_step = 5
+    order = Order(examples=150, batch=16, lanes=4, block=10, window=2, seed=3)
+
+    def rows(examples, ids):
+        return tf.stack([ids, examples], 1)
+
+    def batches(together):
+        monkeypatch.setattr(orders, "ROWS_TOGETHER", together)
+        made = []
+        for host in range(hosts):
+            context = tf.distribute.InputContext(hosts, host, 16)
+            found = row_batches(
+                order, context, first_step, rows, lambda some: {"doubled": 2 * some}
+            )
+            found = found.take(20 * 16 // hosts).as_numpy_iterator()
+            made.append(np.stack([batch["doubled"] for batch in found]).reshape(20, -1, 2))
+        return np.concatenate(made, 1)
+
+    alone, together = batches(1), batches(48)
+    np.testing.assert_array_equal(together, alone)
+    ids = 2 * np.arange(16 * first_step, 16 * (first_step + 20))
+    np.testing.assert_array_equal(together[..., 0].ravel(), ids)
+    epoch = together[..., 1].ravel()[ids // 2 // 150 == 1]
+    assert sorted(epoch) == list(range(0, 300, 2))
