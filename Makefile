@@ -1,7 +1,7 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks;
 #             ARGS=--steps=40 for a short one
 # make test   installs what tests need, lints, builds the documentation, runs the tests
-# make test-slow  the tests that `make test` leaves out: whole runs, interrupted, on two processes
+# make test-slow  the tests that `make test` leaves out, which take three times as long
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped;
@@ -32,7 +32,8 @@ test: $(VENV)/test lint docs
 	$(PYTEST) -m "not slow" tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
 
 test-slow: $(VENV)/test
-	$(PYTEST) -m slow tests
+	$(PYTEST) -m slow tests/tf_lamb tests/test_*.py
+	$(PYTEST) -m slow tests --ignore=tests/tf_lamb --ignore-glob='tests/test_*.py'
 
 soak: $(VENV)/train
 	$(BIN)/python tests/soak.py $(ARGS)

@@ -14,6 +14,7 @@ memory than one window for each lane.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -101,10 +102,14 @@ class Order:
     def _shift(self, lane):
         """By how much a lane's first window is shorter than the others.
 
-        Whole blocks, of which each lane has another number: otherwise all lanes would need a new
-        window at the same step, which would wait for them.
+        Whole blocks, of which neighbouring lanes have different numbers: otherwise all lanes of a
+        host would need a new window at the same step, which would wait for them.
         """
-        return 0 if self.seed is None else lane * self.window // self.lanes * self.block
+        if self.seed is None:
+            return 0
+        around = round(0.618 * self.window)  # the golden ratio spreads any run of lanes evenly
+        stride = next(n for n in range(around, 2 * self.window) if math.gcd(n, self.window) == 1)
+        return lane * stride % self.window * self.block
 
     def blocks(self, epoch, lane):
         """The order in which a lane reads the whole blocks of its range in an epoch, [blocks]."""
@@ -236,7 +241,7 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
         first_step: the step to begin with; what steps before it use is not read.
         make_rows: takes the examples to read, [n] int64, as described at `Order.read_window`, and
             their ids, [n] int64; returns the rows [n, C] of one dtype that they are made of.
-        make_batch: takes the rows [n, C] of several batches; returns a tensor or a dictionary of
+        make_batch: takes the rows [n, C] of one batch or more; returns a tensor or a dictionary of
             tensors [n, ...], whose rows do not depend on each other. None returns the rows.
 
     Returns:
@@ -247,7 +252,11 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
     """
     share = share_of(order, context)
     per_host = order.per_lane // share.parts
-    steps = _steps_together(order, share)
+    per_step = len(share.lanes) * per_host
+    steps = 1
+    if order.seed is not None:  # an evaluation ends, and its last group would not be full
+        steps = max(1, min(ROWS_TOGETHER // per_step, order.examples // order.batch))
+    make_batch = make_batch or (lambda rows: rows)
 
     def lane_rows(lane):
         first_epoch, first_place = order.place(tf.constant(first_step, tf.int64), lane)
@@ -280,13 +289,12 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
 
         return windows.map(_graph(window_rows))
 
-    def batches(lanes):
+    def in_batches(values):
+        return tf.reshape(values, [-1, share.replica_batch, *values.shape[1:]])
+
+    def all_rows(lanes):
         rows = tf.transpose(lanes, [1, 0, 2, 3])  # [steps, lanes, examples, C]
-        rows = tf.reshape(rows, [-1, rows.shape[-1]])
-        made = rows if make_batch is None else make_batch(rows)
-        return tf.nest.map_structure(
-            lambda values: tf.reshape(values, [-1, share.replica_batch, *values.shape[1:]]), made
-        )
+        return tf.reshape(rows, [-1, rows.shape[-1]])
 
     lanes = tf.data.Dataset.range(share.lanes.start, share.lanes.stop).interleave(
         _graph(lane_rows),
@@ -296,19 +304,15 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
         deterministic=True,
     )
     lanes = lanes.batch(len(share.lanes), drop_remainder=True)
-    return lanes.map(_graph(batches), num_parallel_calls=tf.data.AUTOTUNE).unbatch()
-
-
-def _steps_together(order: Order, share: Share) -> int:
-    """The number of steps whose batches a host makes together.
-
-    A batch of few examples costs as much as one of hundreds. But no more than an epoch is made
-    before the first step, and an evaluation, which ends, is made step by step.
-    """
-    if order.seed is None:
-        return 1
-    per_step = len(share.lanes) * order.per_lane // share.parts
-    return max(1, min(ROWS_TOGETHER // per_step, order.examples // order.batch))
+    if steps * per_step > ROWS_TOGETHER:
+        rows = lanes.map(_graph(lambda lanes: in_batches(all_rows(lanes)))).unbatch()
+        return rows.map(_graph(make_batch), num_parallel_calls=tf.data.AUTOTUNE)
+    # A call for few rows costs as much as one for hundreds.
+    made = lanes.map(
+        _graph(lambda lanes: tf.nest.map_structure(in_batches, make_batch(all_rows(lanes)))),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    return made.unbatch()
 
 
 def by_block(size: int, examples, ids, make_rows, width: int):

@@ -49,7 +49,6 @@ def context(host, hosts, replicas):
     return tf.distribute.InputContext(hosts, host, replicas)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pixels"])
 def test_an_epoch_has_every_image_once_in_a_new_order(request, kind):
     data = make(request.getfixturevalue(kind), augmentation="none")

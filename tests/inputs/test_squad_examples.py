@@ -177,7 +177,6 @@ def test_rows_show_question_context_and_answer(real, pieces):
     assert set(np.nonzero(short)[0]) <= set(every)  # each is in some window
 
 
-@pytest.mark.slow
 def test_order_is_a_function_of_seed_and_step(real):
     def rows(first_step, steps, context=None, size=8):
         batches = real.training_batches(8, context, first_step).take(steps)

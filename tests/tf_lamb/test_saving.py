@@ -145,7 +145,6 @@ def test_moments_in_bfloat16_are_saved(flavour, tmp_path):
     assert state(loaded) == state(model)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_resumes(flavour, rule, uninterrupted):
     other = make_model(flavour, make_optimizer(flavour, rule), seed=1)
     other.optimizer.build(other.trainable_variables)

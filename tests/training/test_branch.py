@@ -112,6 +112,7 @@ def test_what_cannot_be_branched_is_said_in_one_sentence(trunk, arguments, messa
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_where_the_rate_has_fallen_there_is_no_branch(trunk, monkeypatch):
     monkeypatch.setattr(branch, "read_rows", lambda path: [{"step": 10, "learning_rate": 0.0}])
     with pytest.raises(InputError, match="the learning rate is 0 there.*Choose an earlier"):
