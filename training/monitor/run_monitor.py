@@ -202,8 +202,9 @@ class TelemetryRecorder:
         self._writer.flush()
 
     def _write_histograms(self, step: int):
-        # Each histogram is 200 operations: executed one by one they cost less than to trace them.
-        with self._events.as_default(step=step):
+        # A histogram is 200 operations. To execute them one by one costs less than to trace them; and
+        # they need float64, which a TPU has not.
+        with self._events.as_default(step=step), tf.device("CPU:0"):
             for variable, values in zip(self._variables, self._sample(), strict=True):
                 name = variable.name.split(":")[0]
                 tf.summary.histogram(f"weights/{name}", values)
