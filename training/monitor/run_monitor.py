@@ -202,8 +202,8 @@ class TelemetryRecorder:
         self._writer.flush()
 
     def _write_histograms(self, step: int):
-        # A histogram is 200 operations. To execute them one by one costs less than to trace them; and
-        # they need float64, which a TPU has not.
+        # A histogram is 200 operations. To execute them one by one costs less than to trace them.
+        # They need float64, which a TPU has not.
         with self._events.as_default(step=step), tf.device("CPU:0"):
             for variable, values in zip(self._variables, self._sample(), strict=True):
                 name = variable.name.split(":")[0]
