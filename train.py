@@ -345,13 +345,14 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     if read_rows(os.path.join(model_dir, HISTORY)):
         plot.draw([model_dir], picture)
     parameters = sum(int(np.prod(v.shape)) for v in run.model.trainable_variables)
+    replicas = run.strategy.num_replicas_in_sync
     print(
         f"""
 Trained    {recipe.name}: {recipe.task} {recipe.model}, {parameters:,} parameters, \
 {run.steps_done:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, \
 on {task.data}
 Held out   {task.describe(results)}
-Speed      {run.progress.describe_speed()} on {run.strategy.num_replicas_in_sync} replica(s)
+Speed      on {replicas} replica{"s" * (replicas > 1)}: {run.progress.describe_speed()}
 SavedModel {export_dir}
 Picture    {picture}
 Logs       tensorboard --logdir={model_dir}""",

@@ -345,5 +345,5 @@ def test_two_phases_on_two_replicas_with_synthetic_data(
     flags = ["--recipe=bert-large-32k", "--synthetic", "--steps=20", "--global_batch_size=8"]
     assert in_process([*flags, *changes, f"--model_dir={tmp_path}/run", "--steps_per_loop=5"]) == 0
     captured = capfd.readouterr()
-    assert "on 2 replica(s)" in captured.out and "step 20/20" in captured.err
+    assert "on 2 replicas: " in captured.out and "step 20/20" in captured.err
     assert (tmp_path / "run/ckpt-20.index").exists()
