@@ -103,9 +103,10 @@ class Order:
         """By how much a lane's first window is shorter than the others.
 
         Whole blocks, of which neighbouring lanes have different numbers: otherwise all lanes of a
-        host would need a new window at the same step, which would wait for them.
+        host would need a new window at the same step, which would wait for them. A lane that has
+        only one window in an epoch mixes all of it.
         """
-        if self.seed is None:
+        if self.seed is None or self.examples <= self.lanes * self.window_size:
             return 0
         around = round(0.618 * self.window)  # the golden ratio spreads any run of lanes evenly
         stride = next(n for n in range(around, 2 * self.window) if math.gcd(n, self.window) == 1)

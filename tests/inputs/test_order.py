@@ -1,5 +1,7 @@
 """The order of examples: lanes, windows, and the steps that are made together."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -36,6 +38,8 @@ def test_lanes_of_a_host_begin_windows_at_different_steps(window, hosts):
         shifts = order._shift(host)
         assert (shifts % 16 == 0).all() and shifts.max() < 16 * window
         assert np.unique(shifts, return_counts=True)[1].max() == -(-len(host) // window)
+    small = dataclasses.replace(order, examples=256 * 16 * window, batch=256)
+    assert small._shift(lanes) == 0 and set(small.windows(0, tf.range(256)).numpy()) == {1}
 
 
 @pytest.mark.parametrize(("hosts", "some"), [(1, [0]), (8, [5]), (2, [0, 1])])
