@@ -213,14 +213,15 @@ def scaling_table(results) -> list[str]:
     return lines
 
 
-def format_page(results_of: dict) -> str:
+def format_page(results_of: dict, command: str = "make preflight") -> str:
     """Returns the page in Markdown.
 
     Args:
         results_of: recipe name -> list of `PhaseResult`.
+        command: what writes the page.
     """
     table = [format_row(name, result) for name, results in results_of.items() for result in results]
-    text = ["# Pre-flight", "", "Written by `make preflight`, without a TPU.", "", HEAD, *table]
+    text = ["# Pre-flight", "", f"Written by `{command}`, without a TPU.", "", HEAD, *table]
     text += ["", *LEGEND.strip().splitlines()]
     if results_of.keys() & PUBLISHED.keys():
         text += ["", "## Next to the published runs", "", *published_table(results_of), ""]
@@ -247,6 +248,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", default=str(PATH), help="the page (default: %(default)s)")
     flags = parser.parse_args(arguments)
     names, path = flags.names, pathlib.Path(flags.output)
+    command = f"python -m preflight.document {' '.join(names)}" if names else "make preflight"
     try:
         check_installed()
         for name in names:
@@ -266,7 +268,7 @@ def main(arguments: list[str]) -> int:
                     search=name in SEARCHED,
                 )
                 # Write after each recipe: all of them together take an hour.
-                path.write_text(format_page(results_of), encoding="utf-8")
+                path.write_text(format_page(results_of, command), encoding="utf-8")
     except ValueError as error:
         _print_line(f"preflight.document: {error}")
         return 1
