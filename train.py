@@ -23,9 +23,10 @@ from absl import app, flags, logging
 
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
-from inputs import files, memory
+from inputs import memory
 from inputs.errors import InputError, first_line, refuse_empty
-from inputs.files import locked, recover_folder, temporary_folder, write_json
+from inputs.storage import files
+from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
 from training import cluster, optimizers, strategy

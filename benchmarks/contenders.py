@@ -9,7 +9,7 @@ import recipes
 from tasks import TASKS
 from tf_lamb import tf_keras as optimizers
 from training import strategy
-from training.checkpoint.state import RunState
+from training.checkpoint.manager import RunState
 from training.step import ReplicaStep
 
 

@@ -26,7 +26,7 @@ from inputs.images.examples import Images
 from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.text.chunks import FULL, TABLE
 from inputs.text.examples import Examples
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
 TOKENS, LENGTH, VOCABULARY = 3_300_000_000, 128, 30_522
 FILES, IMAGES_PER_FILE, SIDE = 1_024, 1_251, 224

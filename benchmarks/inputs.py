@@ -26,10 +26,10 @@ from official.nlp.data import pretrain_text_dataloader
 from inputs.bad_records import BadRecords
 from inputs.text import documents
 from inputs.text import examples as text
-from inputs.text.casing import is_cased
 from inputs.text.corpus import load_prepared
 from inputs.text.files import find_files
-from inputs.text.tokenizing import Tokenizer, batch_documents
+from inputs.text.tokenization.casing import is_cased
+from inputs.text.tokenization.word_pieces import Tokenizer, batch_documents
 
 BATCH = 64
 PREDICTIONS = {128: 20, 512: 76}

@@ -21,7 +21,7 @@ import recipes
 from recipes.types import Recipe
 from tasks import TASKS
 from training import optimizers
-from training.checkpoint.state import RunState
+from training.checkpoint.manager import RunState
 from training.step import ReplicaStep
 
 REPLICAS = 2_048  # cores of the 1,024 TPUv3 chips of arXiv:1904.00962, Table 1

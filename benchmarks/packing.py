@@ -28,8 +28,8 @@ from inputs.text import packing
 from models import bert
 from models import packing as packed_bert
 from preflight import run as preflight
-from preflight.children import show_progress
-from preflight.topology import parse_topologies
+from preflight.compiler.children import show_progress
+from preflight.compiler.topology import parse_topologies
 
 WORDS = 1_000
 

@@ -23,8 +23,8 @@ from export.bert import pretrained_export
 from export.saved_model import write_export
 from export.squad import answering_export
 from inputs.squad import files as squad
-from inputs.text import vocabulary
-from inputs.text.casing import is_cased
+from inputs.text.tokenization import vocabulary
+from inputs.text.tokenization.casing import is_cased
 from models import bert
 from models.squad import build_span_labeler
 from recipes.squad import SQUAD_BASE

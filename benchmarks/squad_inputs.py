@@ -17,8 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read
 from inputs.bad_records import BadRecords
 from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
-from inputs.text import vocabulary
-from inputs.text.casing import is_cased
+from inputs.text.tokenization import vocabulary
+from inputs.text.tokenization.casing import is_cased
 from tasks import squad_answers
 
 SETTINGS = {"sequence_length": 384, "max_query_length": 64, "doc_stride": 128}

@@ -16,7 +16,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
-from preflight.compile import compile_program, from_hlo, open_topology  # isort: skip
+from preflight.compiler.compile import compile_program, from_hlo, open_topology  # isort: skip
 import jax
 import keras
 import numpy as np
@@ -24,8 +24,8 @@ import tensorflow as tf
 
 import tf_lamb
 from benchmarks import shapes
+from preflight.compiler.traffic import count_traffic
 from preflight.estimate import counts_main_memory
-from preflight.traffic import count_traffic
 
 FLOAT_BYTES = 4
 OPTIMIZERS = {"lamb": tf_lamb.LAMB, "lars": tf_lamb.LARS}
@@ -128,8 +128,8 @@ def figures(executable, number: int) -> dict:
     Returns:
         A dict of
         moved: reads and writes of HBM, by the compiler, or from v4 on, where its count contains
-            on-chip memory, as `preflight.traffic` counts them. Tensors count with their padding to
-            tiles: a vector is padded to 1,024 floats, each layer's scalar to 256.
+            on-chip memory, as `preflight.compiler.traffic` counts them. Tensors count with their
+            padding to tiles: a vector is padded to 1,024 floats, each layer's scalar to 256.
         arguments: memory of the arguments; 4 for LAMB and 3 for LARS, plus padding.
         temporary: memory besides arguments and results.
     """

@@ -1,9 +1,9 @@
 """Estimates a whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
 
-The TPU compiler's estimates of a replica's training step (`preflight.program`) and of its update
-alone, in variants: ours; ours with `skip_nonfinite=False`; ours with tf-models' optimizer; and, for
-BERT, also with the dropout and losses of tf-models' task (those of Keras, whose dropout masks
-differ after a resume). No TPU is needed and no time is measured. The extra `preflight` installs the
+The TPU compiler's estimates of a replica's training step (`preflight.compiler.program`) and of
+its update alone, in variants: ours; ours with `skip_nonfinite=False`; ours with tf-models'
+optimizer; and, for BERT, also with the dropout and losses of tf-models' task (those of Keras, whose
+dropout masks differ after a resume). No TPU is needed and no time is measured. The extra `preflight` installs the
 compiler. BERT-Large takes about 7 GB and, on two free cores, more than a quarter of an hour.
 """
 
@@ -16,16 +16,16 @@ from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
 
-from preflight import compile as tpu  # isort: skip  sets the environment before JAX is imported
+from preflight.compiler import compile as tpu  # isort: skip  sets the environment before JAX is imported
 import tensorflow as tf
 import tf_keras
 from official.modeling.optimization import lamb, lars
 
 import recipes
 from models import bert
+from preflight.compiler.program import Replica
+from preflight.compiler.topology import parse_topologies
 from preflight.estimate import counts_main_memory, modelled_seconds
-from preflight.program import Replica
-from preflight.topology import parse_topologies
 from training import dropout as randomness
 from training import optimizers
 

@@ -21,7 +21,7 @@ class Group:
         extended: Whether rates beyond those of `rates` are tried while the best is at the edge.
             False for a published grid that is to be repeated line by line.
         published: The published value of the metric, by rate.
-        chip_hours_of: The recipe of the pre-flight's page (`experiments.chip_hours`) whose
+        chip_hours_of: The recipe of the pre-flight's page (`experiments.page.chip_hours`) whose
             chip-hours a run of this group takes; an empty string for a group that needs no TPU.
     """
 

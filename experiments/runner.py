@@ -17,7 +17,7 @@ import time
 from experiments import ROOT
 from experiments.grid import Cell, Table, find_cell, progress
 from inputs.errors import InputError
-from inputs.files import locked, read_json, write_json
+from inputs.storage.files import locked, read_json, write_json
 
 PROGRAMS = {
     "keras": "experiments.keras_run",

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from experiments.grid import Table, progress
 from experiments.page import best_values, compare, format_mean, format_value, group_label
 from experiments.runner import State, metrics, state
-from inputs.files import atomic_write
+from inputs.storage.files import atomic_write
 
 SIGNIFICANT = 0.05  # of the p of Welch's test
 

@@ -7,8 +7,8 @@ import tf_keras
 
 from export.saved_model import Export
 from inputs.squad.windows import single_rows
-from inputs.text.tokenizing import WordPieces
-from inputs.text.vocabulary import CLS, MASK, PAD, SEP
+from inputs.text.tokenization.vocabulary import CLS, MASK, PAD, SEP
+from inputs.text.tokenization.word_pieces import WordPieces
 from models import bert
 
 TOP_K = 5
@@ -22,7 +22,7 @@ class PretrainedBert(tf.Module):
         vocabulary: list of word pieces.
         max_sequence_length: maximum number of word pieces per string, with [CLS] and [SEP]. Longer
             strings are truncated.
-        lower_case: see `inputs.text.tokenizing.WordPieces`.
+        lower_case: see `inputs.text.tokenization.word_pieces.WordPieces`.
     """
 
     def __init__(

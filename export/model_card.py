@@ -3,7 +3,7 @@
 import platform
 from importlib import metadata
 
-from inputs.text import casing
+from inputs.text.tokenization import casing
 
 PACKAGES = ("tensorflow", "tensorflow-text", "tf_keras", "tf-models-official", "numpy")
 

@@ -8,11 +8,11 @@ import sys
 import tensorflow as tf
 
 from export import weights as tf_models_weights
-from inputs import files
 from inputs.errors import InputError
-from inputs.files import atomic_folder, check_writable, write_json
-from inputs.text.casing import TOKENIZER
-from inputs.text.vocabulary import save_vocabulary
+from inputs.storage import files
+from inputs.storage.files import atomic_folder, check_writable, write_json
+from inputs.text.tokenization.casing import TOKENIZER
+from inputs.text.tokenization.vocabulary import save_vocabulary
 
 SAVED_MODEL = "saved_model.pb"  # without this file, a folder is not a SavedModel
 CARD = "model_card.md"

@@ -8,7 +8,7 @@ import tf_keras
 from export.saved_model import Export
 from inputs.squad import windows
 from inputs.squad.offsets import OffsetTokenizer, sanitized
-from inputs.text.vocabulary import CLS, PAD, SEP
+from inputs.text.tokenization.vocabulary import CLS, PAD, SEP
 from models import bert
 from models.squad import IMPOSSIBLE, best_spans
 

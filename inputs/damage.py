@@ -13,7 +13,7 @@ import weakref
 import tensorflow as tf
 
 from inputs.bad_records import REPAIR, BadRecords
-from inputs.files import list_names, open_bytes
+from inputs.storage.files import list_names, open_bytes
 
 SCRATCH: set[str] = set()  # all folders of `scratch_folder`, which other hosts cannot open
 

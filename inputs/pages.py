@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from inputs.damage import Damage
 from inputs.errors import InputError, first_line
-from inputs.files import atomic_folder, file_size, read_json, write_json
 from inputs.shards import FRAME_BYTES, records_op
+from inputs.storage.files import atomic_folder, file_size, read_json, write_json
 
 INDEX = "arrays.json"
 PAGE_BYTES = 2**14

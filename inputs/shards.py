@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError, first_line
-from inputs.files import atomic_file, file_size, is_file, list_names, open_bytes, read_json
+from inputs.storage.files import atomic_file, file_size, is_file, list_names, open_bytes, read_json
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tfrecord"

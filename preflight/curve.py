@@ -9,9 +9,9 @@ import dataclasses
 import math
 
 from inputs.errors import InputError
-from inputs.files import atomic_write
+from inputs.storage.files import atomic_write
 from preflight import estimate
-from preflight.topology import Topology, parse_topologies
+from preflight.compiler.topology import Topology, parse_topologies
 from recipes.evidence import Evidence, Prediction
 
 CANDIDATES = 64  # batch sizes that are tried on each slice

@@ -6,7 +6,7 @@ import time
 import tensorflow as tf
 
 from inputs.errors import InputError
-from preflight.topology import Topology
+from preflight.compiler.topology import Topology
 from training import input_graph
 from training.strategy import with_infinite_cardinality
 

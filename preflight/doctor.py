@@ -37,8 +37,8 @@ except ImportError:
 
 
 from inputs.errors import InputError
-from inputs.files import check_writable, is_remote
 from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out_of_memory
+from inputs.storage.files import check_writable, is_remote
 from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
 

@@ -17,9 +17,9 @@ import recipes
 from inputs.errors import InputError
 from preflight import estimate
 from preflight import run as preflight
-from preflight.children import check_installed, show_progress
+from preflight.compiler.children import check_installed, show_progress
+from preflight.compiler.topology import parse_topologies
 from preflight.report import LEGEND
-from preflight.topology import parse_topologies
 from recipes import mlperf
 
 PATH = pathlib.Path(__file__).parents[1] / "docs/results/preflight.md"

@@ -7,7 +7,7 @@ The functions are pure. No constant is fitted to a measurement: peak rates are t
 import dataclasses
 from collections.abc import Callable
 
-from preflight.topology import Topology
+from preflight.compiler.topology import Topology
 
 # Latency of one link ("How to Scale Your Model", part 3: about 1 us per hop).
 HOP_SECONDS = 1e-6
@@ -102,7 +102,7 @@ def modelled_seconds(topology: Topology, program: dict) -> float:
 
     Args:
         topology: the slice.
-        program: `preflight.compile.figures`.
+        program: `preflight.compiler.compile.figures`.
     """
     peak_flops = topology.chip.flops / topology.chip.devices_per_chip
     bandwidth = _bandwidth(topology)
@@ -120,7 +120,7 @@ def counts_main_memory(program: dict) -> bool:
     It is for v2 and v3. From v4 on, it contains on-chip traffic.
 
     Args:
-        program: `preflight.compile.figures`.
+        program: `preflight.compiler.compile.figures`.
     """
     return program["bytes_accessed"] <= (1 + MAX_EXCESS) * program["main_bytes"]
 
@@ -172,8 +172,8 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
 
     Args:
         topology: the slice.
-        program: `preflight.compile.figures` of a step with one micro-batch.
-        update: `preflight.compile.figures` of the update alone.
+        program: `preflight.compiler.compile.figures` of a step with one micro-batch.
+        update: `preflight.compiler.compile.figures` of the update alone.
         accumulation: micro-batches per step.
 
     Returns:

@@ -17,16 +17,16 @@ import sys
 from inputs import process  # isort: split
 
 import recipes
-from inputs.files import atomic_write, temporary_folder
-from preflight.children import (
+from inputs.storage.files import atomic_write, temporary_folder
+from preflight.compiler.children import (
     REQUIRED_VERSIONS,
     ChildFailed,
     Children,
     check_installed,
     show_progress,
 )
+from preflight.compiler.topology import Topology, slices_of
 from preflight.estimate import needed_accumulation
-from preflight.topology import Topology, slices_of
 from training.chips import TPU_CHIPS, TpuChip
 
 GIB = 2**30
@@ -173,7 +173,7 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
         recipe: a checked recipe.
         phase_index: the phase, from 0.
         chip: the generation.
-        children: `preflight.children.Children` for this recipe.
+        children: `preflight.compiler.children.Children` for this recipe.
         compiled: as for `choose`; extended by what is compiled here.
     """
     phase = recipe.phases[phase_index]

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from inputs.files import atomic_write
+from inputs.storage.files import atomic_write
 from preflight.report import efficiencies, format_bytes, format_minutes, format_seconds
 
 # Each colour has one meaning in all panels.

@@ -22,9 +22,9 @@ import recipes
 from inputs.errors import InputError
 from preflight import curve as curves
 from preflight import run as preflight
-from preflight.children import check_installed, show_progress
+from preflight.compiler.children import check_installed, show_progress
+from preflight.compiler.topology import Topology, parse_topologies
 from preflight.report import format_minutes
-from preflight.topology import Topology, parse_topologies
 from recipes.evidence import Evidence, Prediction, find_evidence
 from recipes.types import Recipe
 from training.monitor import noise_scale

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable
 
 from inputs.errors import InputError
-from inputs.files import (
+from inputs.process import INTERRUPTED
+from inputs.storage.files import (
     atomic_write,
     check_writable,
     is_folder,
@@ -21,9 +22,8 @@ from inputs.files import (
     parent,
     temporary_folder,
 )
-from inputs.process import INTERRUPTED
 from preflight import estimate, report
-from preflight.children import (
+from preflight.compiler.children import (
     CACHE,
     ChildFailed,
     Children,
@@ -31,8 +31,8 @@ from preflight.children import (
     check_strict_installed,
     show_progress,
 )
+from preflight.compiler.topology import Topology, parse_topologies
 from preflight.data import DataResult, examine_data
-from preflight.topology import Topology, parse_topologies
 
 GIB = 2**30
 PICTURE_SUFFIX = ".png"
@@ -54,9 +54,9 @@ class PhaseResult:
         largest: examples of the largest micro-batch that was tried and fits in memory; None if
             there was no search.
         parameters: number of trainable parameters.
-        program: `preflight.compile.figures` of the step; FLOPs, bytes and seconds cover all its
-            micro-batches. Contains `error` if the step does not compile.
-        update: `preflight.compile.figures` of the update alone.
+        program: `preflight.compiler.compile.figures` of the step; FLOPs, bytes and seconds cover
+            all its micro-batches. Contains `error` if the step does not compile.
+        update: `preflight.compiler.compile.figures` of the update alone.
         memory: purpose -> bytes per replica.
         time: estimates for a step; None if it does not compile.
         num_operations: number of kinds of operations checked for TPU kernels; None if there was no
@@ -411,7 +411,7 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
     Args:
         recipe: a checked recipe.
         topologies: list of `Topology`.
-        progress: from `preflight.children.show_progress`; advanced once per result.
+        progress: from `preflight.compiler.children.show_progress`; advanced once per result.
         search: as for `PhaseExaminer`.
         strict: whether to check TensorFlow's TPU kernels, too.
 

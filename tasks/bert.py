@@ -9,7 +9,8 @@ from export.bert import pretrained_export
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from inputs.errors import InputError
-from inputs.text import casing, chunks, vocabulary
+from inputs.text import chunks
+from inputs.text.tokenization import casing, vocabulary
 from models import bert, packing
 from tasks import initial_pretraining, pretraining_data
 from tasks.task import Metric, Task, loss_metric

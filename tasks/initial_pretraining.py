@@ -16,7 +16,7 @@ import re
 import numpy as np
 
 from inputs.errors import InputError
-from inputs.files import exists, read_json
+from inputs.storage.files import exists, read_json
 from tasks import initial_weights
 from tasks.initial_weights import VALUE
 

@@ -13,7 +13,7 @@ import tf_keras
 from official.nlp.modeling import networks
 
 from inputs.errors import InputError, first_line
-from inputs.files import exists, is_folder, list_names
+from inputs.storage.files import exists, is_folder, list_names
 from models import bert
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"

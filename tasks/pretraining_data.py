@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import cache_folder, is_file
 from inputs.shards import MANIFEST, is_prepared
-from inputs.text import casing, corpus, examples, pretraining_records, vocabulary
+from inputs.storage.files import cache_folder, is_file
+from inputs.text import corpus, examples, pretraining_records
 from inputs.text.batches import element_spec
 from inputs.text.chunks import PAIRS
 from inputs.text.packing import packed_spec
 from inputs.text.prepare import prepare_in_cache
 from inputs.text.record_files import find_record_files
 from inputs.text.shards import load_manifest
+from inputs.text.tokenization import casing, vocabulary
 from tasks import synthetic as made_up
 
 SHOWN_SENTENCES = 4
@@ -39,7 +40,7 @@ def open_data(
 
     Args:
         recipe: a `recipes.bert.BertRecipe`.
-        known_case: see `inputs.text.casing.choose`.
+        known_case: see `inputs.text.tokenization.casing.choose`.
 
     The other arguments are those of `tasks.bert.BertPretraining`.
 

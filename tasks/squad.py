@@ -8,10 +8,10 @@ from export.saved_model import run_client, write_export
 from export.squad import answering_export
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import exists
 from inputs.squad import examples
 from inputs.squad import files as squad_files
-from inputs.text import casing, vocabulary
+from inputs.storage.files import exists
+from inputs.text.tokenization import casing, vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights, squad_answers

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from official.nlp.tools import squad_evaluate_v1_1
 
-from inputs.files import atomic_write
+from inputs.storage.files import atomic_write
 from models import squad as span_model
 
 

@@ -1,7 +1,7 @@
 """Synthetic examples, used in place of a task's data."""
 
 from inputs.batching import synthetic_batches
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
 DESCRIPTION = "synthetic data"
 EVALUATION_BATCHES = 2

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from inputs.bad_records import BadRecords
-from inputs.text import vocabulary
 from inputs.text.corpus import load_prepared
 from inputs.text.prepare import prepare_documents
+from inputs.text.tokenization import vocabulary
 
 
 def corpora(documents, pieces, folder, **changes):

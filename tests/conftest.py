@@ -35,9 +35,9 @@ REPLICAS = ["CPU:0", "CPU:1"]
 LONG_FILES = (
     "training/test_train.py",
     "training/test_distribution.py",
-    "training/test_object_storage.py",
+    "training/checkpoint/test_object_storage.py",
     "preflight/test_run.py",
-    "inputs/test_text_examples.py",
+    "inputs/text/test_text_examples.py",
     "tf_lamb/test_tpu_bytes.py",
     "tf_lamb/test_golden.py",
     "tf_lamb/test_updates.py",
@@ -164,7 +164,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def ram():
     """A folder in TensorFlow's file system in memory, which no other test uses."""
-    from inputs import files
+    from inputs.storage import files
 
     folder = f"ram://{uuid.uuid4().hex}"
     files.make_folder(folder)

@@ -1,4 +1,4 @@
-"""Object storage at its worst, between `inputs.remote` and `tf.io.gfile`.
+"""Object storage at its worst, between `inputs.storage.remote` and `tf.io.gfile`.
 
     with faulty_storage(monkeypatch) as storage:
         storage.kill_at(17)  # the 17th operation from now on does a half of its work, and no more
@@ -15,7 +15,7 @@ import time
 
 import tensorflow as tf
 
-from inputs import lease, remote
+from inputs.storage import lease, remote
 
 
 class Killed(BaseException):
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 class FaultyStorage:
-    """Has the functions of `tf.io.gfile` that `inputs.remote` calls.
+    """Has the functions of `tf.io.gfile` that `inputs.storage.remote` calls.
 
     Args:
         seed: of which listings are stale and which reads are slow.
@@ -148,7 +148,7 @@ def lease_times(monkeypatch, heartbeat=600.0, stale=0.05, settle=0.0, poll=0.01)
 
 @contextlib.contextmanager
 def faulty_storage(monkeypatch, **arguments):
-    """Puts a `FaultyStorage` under `inputs.remote` and TensorFlow's checkpoints, and yields it."""
+    """Yields a `FaultyStorage`, put under `inputs.storage.remote` and TensorFlow's checkpoints."""
     storage = FaultyStorage(**arguments)
     write = tf.train.Checkpoint.write
 

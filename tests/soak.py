@@ -25,7 +25,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from inputs import files  # noqa: E402
+from inputs.storage import files  # noqa: E402
 from training.checkpoint.manager import saved_step, saved_steps  # noqa: E402
 from training.monitor.progress import read_rows  # noqa: E402  the path comes first
 

@@ -1,4 +1,4 @@
-"""The training program reaches files through `inputs.files`, so that they may be on object storage.
+"""The program reaches files through `inputs.storage.files`, so that they may be on object storage.
 
 `open` and the functions of `os` take gs://bucket/a for a path below the current folder.
 """
@@ -24,13 +24,13 @@ CALLS = {
 }
 # The files that may call some of them, and what for.
 ALLOWED = {
-    "inputs/files.py": "this is the way",
-    "inputs/remote.py": "local files that are uploaded",
-    "inputs/lease.py": "/proc",
+    "inputs/storage/files.py": "this is the way",
+    "inputs/storage/remote.py": "local files that are uploaded",
+    "inputs/storage/lease.py": "/proc",
     "inputs/memory.py": "/proc and /sys",
     "inputs/images/cifar.py": "np.load of a file that was read",
     "inputs/text/files.py": "globs on a disk",
-    "inputs/text/installed_text.py": "the text of Python's packages",
+    "inputs/text/tokenization/installed_text.py": "the text of Python's packages",
     "export/client.py": "users copy it; it reads both kinds of paths itself",
     "export/saved_model.py": "the local folder that is exported, and this program's own",
     "export/weights.py": "the local folder that is exported",
@@ -59,7 +59,7 @@ def test_files_are_reached_in_one_way(path):
     if name in ALLOWED:
         assert found, f"{name} calls none any more: remove it from ALLOWED"
     else:
-        assert not found, f"{name} calls {found}: use the functions of inputs.files"
+        assert not found, f"{name} calls {found}: use the functions of inputs.storage.files"
 
 
 def test_a_call_is_found():

@@ -19,7 +19,7 @@ from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
-from inputs.files import absolute, is_remote, read_json, write_json
+from inputs.storage.files import absolute, is_remote, read_json, write_json
 from recipes.overrides import NOT_SETTABLE
 from training.checkpoint.compatibility import RUN_CONFIG
 from training.checkpoint.manager import saved_steps

@@ -22,7 +22,7 @@ class RunSchedule(tf_keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         schedule: `(step) -> learning rate`.
-        state: a `training.checkpoint.state.RunState`.
+        state: a `training.checkpoint.manager.RunState`.
     """
 
     def __init__(self, schedule, state):

@@ -26,7 +26,7 @@ import tensorflow as tf
 import tf_keras
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, temporary_folder
+from inputs.storage.files import atomic_write, temporary_folder
 from training import input_graph
 from training.host import JOB
 from training.monitor.progress import HISTORY, read_rows

@@ -12,8 +12,7 @@ from tasks.task import loss_terms, means
 from training import optimizers, strategy
 from training.checkpoint import compatibility
 from training.checkpoint.interruption import Interrupted, StopRequest, stop_together
-from training.checkpoint.manager import BestCheckpoint, CheckpointManager
-from training.checkpoint.state import RunState, make_checkpoint
+from training.checkpoint.manager import BestCheckpoint, CheckpointManager, RunState, make_checkpoint
 from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
 from training.monitor.progress import EVALUATIONS, read_rows
@@ -56,7 +55,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         started: see `RunMonitor`.
         mllog: an `MLPerfLog`, or None.
         check_lock: raises if this process must not write to `model_dir` any more; see
-            `inputs.files.locked`.
+            `inputs.storage.files.locked`.
 
     Raises:
         InputError: `model_dir` holds a run with other settings, or the workers disagree.

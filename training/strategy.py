@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError, first_line
-from inputs.files import temporary_folder
+from inputs.storage.files import temporary_folder
 from training import cluster
 
 ERROR, FATAL = 2, 3  # of absl::LogSeverityAtLeast

@@ -16,7 +16,7 @@ PACKAGES = ("inputs", "training", "preflight", "export", "experiments", "benchma
 # Started by other commands in a process of their own; nobody types their names.
 CHILD_PROCESSES = frozenset(
     (
-        "preflight.child",
+        "preflight.compiler.child",
         "preflight.probe",
         "training.host",
     )

@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import file_state, is_file, is_folder, list_names, open_bytes, read_file
 from inputs.images.sources import Class, Item, Part, Source
+from inputs.storage.files import file_state, is_file, is_folder, list_names, open_bytes, read_file
 
 SHAPE = (32, 32, 3)
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 
 from inputs.errors import InputError
-from inputs.files import absolute, is_file, read_file
 from inputs.images.sources import Class, read_csv
+from inputs.storage.files import absolute, is_file, read_file
 
 # Kaggle's list has the columns ImageId and PredictionString ("n03995372 85 1 499 272 ...": for each
 # object a WordNet id and a box). The list of the TPU demos has a WordNet id per line.

@@ -15,11 +15,11 @@ import os
 from inputs import process  # isort: split
 
 from inputs.errors import InputError, refuse_empty
-from inputs.files import absolute, check_writable, file_size, locked, write_json
 from inputs.images import tfrecords
 from inputs.progress import Progress, log
 from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
+from inputs.storage.files import absolute, check_writable, file_size, locked, write_json
 
 NAME = "inputs.images.index"
 FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."

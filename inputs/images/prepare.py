@@ -28,11 +28,19 @@ from inputs import process  # isort: split
 import tensorflow as tf
 
 from inputs.errors import InputError, refuse_empty
-from inputs.files import absolute, exists, is_file, is_folder, list_folder, locked, read_json
 from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
 from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
 from inputs.shards import IMAGES, MANIFEST
+from inputs.storage.files import (
+    absolute,
+    exists,
+    is_file,
+    is_folder,
+    list_folder,
+    locked,
+    read_json,
+)
 
 NAME = "inputs.images.prepare"
 STOPPED = 130  # exit status of a shell after Ctrl-C

@@ -15,7 +15,10 @@ from collections.abc import Iterable, Iterator
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.files import (
+from inputs.pages import Pages, open_pages
+from inputs.record_index import INDEX, write_index
+from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_writer
+from inputs.storage.files import (
     NEW,
     check_writable,
     exists,
@@ -29,9 +32,6 @@ from inputs.files import (
     remove,
     write_json,
 )
-from inputs.pages import Pages, open_pages
-from inputs.record_index import INDEX, write_index
-from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_writer
 
 PLAN = "plan.json"
 

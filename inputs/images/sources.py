@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import PassedOver, file_state, list_folder, open_bytes, read_bytes, walk
+from inputs.storage.files import PassedOver, file_state, list_folder, open_bytes, read_bytes, walk
 
 # Suffixes of image files, in lower case. TensorFlow decodes the formats of the first line, and
 # `conversion.py` converts the others. The format itself is detected from the content.

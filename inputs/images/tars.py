@@ -6,7 +6,6 @@ import tarfile
 from typing import IO, NamedTuple
 
 from inputs.errors import InputError
-from inputs.files import PassedOver, exists, file_state, open_bytes, parent
 from inputs.images import imagenet
 from inputs.images.sources import (
     Class,
@@ -20,6 +19,7 @@ from inputs.images.sources import (
     read_classes,
     read_csv,
 )
+from inputs.storage.files import PassedOver, exists, file_state, open_bytes, parent
 
 MAX_LINKS = 40  # longest chain of links that is followed, as in Linux
 

@@ -12,8 +12,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from inputs.errors import InputError
-from inputs.files import exists, file_state, list_folder, read_bytes
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
+from inputs.storage.files import exists, file_state, list_folder, read_bytes
 
 FILE_NAME = re.compile(
     r"(?:.*[-_.])?(train|val|validation|test)(?:\.tfrecords?)?-(\d{5})-of-(\d{5})"

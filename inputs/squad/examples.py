@@ -14,8 +14,8 @@ from inputs.pages import PagesWriter, open_pages
 from inputs.squad import windows
 from inputs.squad.files import Squad
 from inputs.squad.offsets import OffsetTokenizer
-from inputs.text import unknown
-from inputs.text.vocabulary import CLS, PAD, SEP, UNK
+from inputs.text.tokenization import unknown
+from inputs.text.tokenization.vocabulary import CLS, PAD, SEP, UNK
 
 TEXTS_PER_CALL = 4096  # tokenised, or cut into windows, at once; limits the memory
 ROWS = "rows"  # name of the array

@@ -10,7 +10,7 @@ import zlib
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import is_folder, list_names, read_bytes
+from inputs.storage.files import is_folder, list_names, read_bytes
 
 SHOWN_CHARACTERS = 60  # of an answer, in a message
 

@@ -4,8 +4,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from inputs.text.tokenizing import format_ranges
-from inputs.text.vocabulary import UNK
+from inputs.text.tokenization.vocabulary import UNK
+from inputs.text.tokenization.word_pieces import format_ranges
 
 
 def sanitized(text):
@@ -14,7 +14,7 @@ def sanitized(text):
 
 
 class OffsetTokenizer(tf.Module):
-    """The tokenizer of `inputs.text.tokenizing.WordPieces`, with the offsets of each word piece.
+    """The tokenizer `inputs.text.tokenization.word_pieces.WordPieces`, with byte offsets.
 
     A piece extends from the first byte of the first character that it comes from to the last byte
     of the last one, including accents that follow, so a span of pieces never splits a character.
@@ -26,7 +26,7 @@ class OffsetTokenizer(tf.Module):
 
     Args:
         vocabulary: word pieces, ids by position.
-        lower_case: see `inputs.text.tokenizing.WordPieces`.
+        lower_case: see `inputs.text.tokenization.word_pieces.WordPieces`.
     """
 
     def __init__(self, vocabulary: list[str], *, lower_case: bool):

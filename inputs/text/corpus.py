@@ -15,13 +15,13 @@ import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import cache_folder, first_writable, locked
 from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import MANIFEST
+from inputs.storage.files import cache_folder, first_writable, locked
 from inputs.text import chunks
 from inputs.text.packing import write_plan
 from inputs.text.shards import load_manifest, read_shard
-from inputs.text.vocabulary import SEP, load_vocabulary, vocabulary_hash
+from inputs.text.tokenization.vocabulary import SEP, load_vocabulary, vocabulary_hash
 
 HELD_OUT_SHARE = 0.02
 RECENT_KEYS = 2**18  # collected in a set before they are merged into the sorted array

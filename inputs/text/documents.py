@@ -8,9 +8,17 @@ from xml.sax.saxutils import unescape
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import COMPRESSIONS, file_size, open_bytes
-from inputs.text.encoding import check_beginning
-from inputs.text.files import DAMAGE, JSON, WIKI, WIKI_JSON, compression_of, format_of, opened
+from inputs.storage.files import COMPRESSIONS, file_size, open_bytes
+from inputs.text.files import (
+    DAMAGE,
+    JSON,
+    WIKI,
+    WIKI_JSON,
+    check_beginning,
+    compression_of,
+    format_of,
+    opened,
+)
 
 # Limits on memory. (War and Peace has 3.2 million characters.)
 MAX_LINE_BYTES = 2**24

@@ -6,7 +6,7 @@ from inputs.batching import integers_below, random_bits, uniform, unit_floats
 from inputs.text.batches import Batches
 from inputs.text.chunks import COLUMNS, FULL, PAIRS, SENTENCE_STARTS, TABLE
 from inputs.text.packing import ROWS
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
 # The fields of a row before its tokens: whether the example could be read, lengths of A and B,
 # whether B is random, and the two halves of its id.

@@ -1,6 +1,7 @@
-"""Finds text files, recognises their formats, and opens them."""
+"""Finds text files, recognises their formats and encodings, and opens them."""
 
 import bz2
+import codecs
 import glob
 import gzip
 import importlib.util
@@ -15,7 +16,8 @@ from fnmatch import fnmatchcase
 from typing import IO
 
 from inputs.errors import InputError
-from inputs.files import (
+from inputs.shards import is_prepared
+from inputs.storage.files import (
     COMPRESSIONS,
     PassedOver,
     exists,
@@ -24,15 +26,10 @@ from inputs.files import (
     open_bytes,
     walk,
 )
-from inputs.shards import is_prepared
 
 VOCABULARY = "vocab.txt"
-PLAIN, JSON, WIKI, WIKI_JSON = (
-    "plain",
-    "json",
-    "wiki",
-    "wiki_json",
-)  # formats, see `documents.read_documents`
+# Formats, see `documents.read_documents`.
+PLAIN, JSON, WIKI, WIKI_JSON = ("plain", "json", "wiki", "wiki_json")
 SUFFIXES = {".txt": PLAIN, ".jsonl": JSON, ".ndjson": JSON}
 READ = (
     f"{', '.join(SUFFIXES)} (and .json with a document per line), each also with "
@@ -43,6 +40,13 @@ WIKI_NAME = re.compile(r"wiki_\d+")
 WIKI_START = b"<doc id="
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError)  # of a compressed file
 SNIFFED_BYTES = 2**20  # read from a file whose name does not tell the format
+BYTE_ORDER_MARKS = (  # UTF-32 first, because its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+NUL_SHARE = 0.25  # with at least this share of NUL bytes, a file is not UTF-8
 # Advice for files of other kinds, by suffix.
 TO_JSON_LINES = (
     "It is a table. Convert it to JSON lines, if its text is in the column `text`: python -c "
@@ -82,8 +86,8 @@ def find_files(
 
     Folders are read recursively, and `**` in a glob matches any folders. Links are followed, and
     each folder is read once. These are passed over: hidden and system files
-    (`inputs.files.is_left_over`), folders of prepared shards inside another folder, files of other
-    kinds, and files named vocab.txt unless listed by that path.
+    (`inputs.storage.files.is_left_over`), folders of prepared shards inside another folder, files
+    of other kinds, and files named vocab.txt unless listed by that path.
 
     Args:
         data: the list, without spaces.
@@ -278,6 +282,32 @@ def _refusal(path: str) -> str:
     advice = next((text for ends, text in ADVICE.items() if {*ends} & {*suffixes}), OTHER_ADVICE)
     advice = advice.replace("{path}", path)
     return f"{path} is not of a kind that is read as text: {READ}. {advice} See {GUIDE}."
+
+
+def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: bool = False):
+    """Raises an error if a file is in UTF-16 or UTF-32.
+
+    Args:
+        path: path of the file, for the message.
+        beginning: its first line, or more.
+        flag: the flag that named it, for the message.
+        compressed: whether `beginning` was decompressed.
+
+    Raises:
+        InputError: the file begins with a byte-order mark, or has NULs throughout.
+    """
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if beginning.startswith(mark)), None)
+    reason = "its first bytes are a byte-order mark"
+    nuls = beginning.count(0)
+    if encoding is None and nuls and nuls >= NUL_SHARE * len(beginning):
+        reason = f"{nuls / len(beginning):.0%} of its first line are NUL bytes"
+        width = 32 if nuls > 0.6 * len(beginning) else 16
+        encoding = f"UTF-{width}{'BE' if beginning[0] == 0 else 'LE'}"
+    if encoding:
+        what = f"{flag}: {path}".removeprefix(": ")
+        command = f"iconv -f {encoding} -t UTF-8"
+        command = f"{command}` after decompression" if compressed else f"{command} {path} > NEW`"
+        raise InputError(f"{what} is {encoding}, not UTF-8: {reason}. Convert it: `{command}.")
 
 
 def opened(raw: IO[bytes], path: str) -> IO[bytes]:

@@ -19,7 +19,9 @@ import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
-from inputs.files import (
+from inputs.progress import Progress, log
+from inputs.shards import MANIFEST, is_prepared
+from inputs.storage.files import (
     NEW,
     cache_folder,
     check_writable,
@@ -30,16 +32,14 @@ from inputs.files import (
     locked,
     open_bytes,
 )
-from inputs.progress import Progress, log
-from inputs.shards import MANIFEST, is_prepared
-from inputs.text import casing, corpus, documents, unknown
+from inputs.text import corpus, documents
 from inputs.text.chunks import PACKINGS, PAIRS, TABLE
 from inputs.text.corpus import Fingerprint, KnownDocuments, document_key, held_out_below
 from inputs.text.files import READ, find_files
-from inputs.text.installed_text import read_installed_text
 from inputs.text.shards import ShardWriter, load_manifest, read_shard, save_manifest, token_dtype
-from inputs.text.tokenizing import tokenize_in_order
-from inputs.text.vocabulary import (
+from inputs.text.tokenization import casing, unknown
+from inputs.text.tokenization.installed_text import read_installed_text
+from inputs.text.tokenization.vocabulary import (
     SEP,
     UNK,
     learn_vocabulary,
@@ -47,6 +47,7 @@ from inputs.text.vocabulary import (
     save_vocabulary,
     vocabulary_hash,
 )
+from inputs.text.tokenization.word_pieces import tokenize_in_order
 
 NAME = "inputs.text.prepare"
 SHARD_TOKENS = 2**24
@@ -212,7 +213,7 @@ def prepare_in_cache(
         recipe: a `recipes.bert.BertRecipe`.
         known_case: see `casing.choose`.
         records: counts damaged lines.
-        cache_dir: the cache; "" for that of `inputs.files.cache_folder`.
+        cache_dir: the cache; "" for that of `inputs.storage.files.cache_folder`.
         log: receives lines.
 
     Returns:

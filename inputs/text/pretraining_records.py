@@ -16,13 +16,13 @@ import tensorflow as tf
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import first_writable, locked, make_folder
 from inputs.pages import Pages, open_pages, read_consecutive
 from inputs.record_index import INDEX, LEFT_OUT, write_index
+from inputs.storage.files import first_writable, locked, make_folder
 from inputs.text.batches import Batches
 from inputs.text.packing import ROWS, write_plan
 from inputs.text.record_files import fingerprint
-from inputs.text.vocabulary import CLS
+from inputs.text.tokenization.vocabulary import CLS
 
 # Ours -> google-research/bert's and MLPerf's, and tf-models'.
 NAMES = {

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable
 
 from inputs.errors import InputError
-from inputs.files import COMPRESSIONS, PassedOver, is_file, is_folder, open_bytes
 from inputs.shards import HEADER_BYTES, is_prepared, record_length
+from inputs.storage.files import COMPRESSIONS, PassedOver, is_file, is_folder, open_bytes
 from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME, files_below, matches
 from inputs.text.prepare import identity
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.files import exists, local_copy, read_json, write_json
 from inputs.shards import (
     MANIFEST,
     OLD_SUFFIX,
@@ -21,6 +20,7 @@ from inputs.shards import (
     read_records,
     record_writer,
 )
+from inputs.storage.files import exists, local_copy, read_json, write_json
 
 FORMAT = TEXT[1]
 VERSION = 3

@@ -117,7 +117,7 @@ def pretrained_export(tmp_path_factory):
     """The folder of an exported BERT with random weights."""
     from export.bert import pretrained_export
     from export.saved_model import write_export
-    from inputs.text.vocabulary import SPECIAL_TOKENS
+    from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
     from models import bert
 
     vocabulary = [*SPECIAL_TOKENS, *"abcdefgh", "the", "of", "array"]
@@ -147,7 +147,7 @@ def test_savedmodel_client_fills_masks_with_tensorflow_alone(pretrained_export, 
 def test_savedmodel_client_answers_questions(example, tmp_path, capsys):
     from export.saved_model import write_export
     from export.squad import answering_export
-    from inputs.text.vocabulary import SPECIAL_TOKENS
+    from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
     from models import bert, squad
     from recipes.squad import SQUAD_MINI
 

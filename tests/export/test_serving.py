@@ -19,8 +19,8 @@ from export import saved_model
 from export import squad as question_answerer
 from inputs.squad.examples import Features
 from inputs.squad.files import Question, Squad
-from inputs.text.tokenizing import WordPieces
-from inputs.text.vocabulary import CLS, MASK, SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import CLS, MASK, SPECIAL_TOKENS
+from inputs.text.tokenization.word_pieces import WordPieces
 from models import bert, resnet
 from models import squad as span_model
 from recipes.squad import SQUAD_MINI

@@ -16,13 +16,14 @@ from batch_checks import joined
 from faulty_storage import Killed, faulty_storage, lease_times
 from pictures import class_folders, encoded, example, prepare, smooth
 
-from inputs import files, remote
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.images import examples, index, shards
-from inputs.text import corpus, tokenizing
+from inputs.storage import files, remote
+from inputs.text import corpus
 from inputs.text import prepare as prepare_text
 from inputs.text import shards as text_shards
+from inputs.text.tokenization import word_pieces
 from recipes import find_recipe
 
 OLD = pathlib.Path(__file__).parents[1] / "data/shards/files.zip"
@@ -31,7 +32,7 @@ OLD = pathlib.Path(__file__).parents[1] / "data/shards/files.zip"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     lease_times(monkeypatch)
-    monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(word_pieces, "BATCH_CHARACTERS", 3000)
     yield
     assert not [name for name in os.listdir() if ":" in name]  # a local folder called ram:
 

@@ -20,7 +20,7 @@ from pictures import class_folders, encoded, example, manifest, prepare, smooth
 from tars import tar_of
 
 from inputs.text import prepare as prepare_text
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs/guides/your-data.md").read_text(encoding="utf-8")
@@ -230,8 +230,8 @@ def test_every_output_has_an_expected_count():
 
 
 def test_the_page_lists_every_kind_of_file():
-    from inputs.files import COMPRESSIONS
     from inputs.images.sources import SUFFIXES
+    from inputs.storage.files import COMPRESSIONS
     from inputs.text import files
 
     named = (*COMPRESSIONS, *files.SUFFIXES, ".json", *SUFFIXES)

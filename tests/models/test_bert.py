@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from export.bert import TOP_K, pretrained_export
 from export.saved_model import write_export
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 from models import bert
 
 WORDS = ["the", "cat", "sat", "on", "mat", ".", "##s", "dog", "caf", "##e", "cafe"]

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from preflight import estimate
-from preflight.topology import parse_topologies
+from preflight.compiler.topology import parse_topologies
 
 
 def topology_of(name):

@@ -7,8 +7,8 @@ import pytest
 
 from preflight import curve, plan
 from preflight import run as preflight
+from preflight.compiler.topology import parse_topologies
 from preflight.estimate import StepTime, all_reduce_seconds
-from preflight.topology import parse_topologies
 from recipes import evidence
 from recipes.evidence import Evidence
 

@@ -12,12 +12,12 @@ import types
 import pytest
 
 import recipes
-from inputs import files
 from inputs.errors import InputError
-from preflight import children as preflight_children
+from inputs.storage import files
 from preflight import document, picture, report
 from preflight import run as preflight
-from preflight.topology import parse_topologies
+from preflight.compiler import children as preflight_children
+from preflight.compiler.topology import parse_topologies
 from recipes import mlperf
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -253,7 +253,7 @@ def test_the_help_of_the_document_is_a_usage_text(capsys):
 
 FULL_DISK = """
 import errno, json, os, sys
-from preflight import compile as tpu
+from preflight.compiler import compile as tpu
 tpu.compile_program = lambda *arguments, **options: None
 tpu.open_topology = lambda name: []
 tpu.figures = lambda executable: {"flops": 1}

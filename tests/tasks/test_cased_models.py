@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.text import prepare, vocabulary
+from inputs.text import prepare
 from inputs.text.shards import load_manifest
+from inputs.text.tokenization import vocabulary
 from recipes import find_recipe, override, resized
 from tasks import TASKS
 from training.checkpoint import compatibility

@@ -10,8 +10,9 @@ import tensorflow as tf
 from batch_checks import joined
 
 from inputs.errors import InputError
-from inputs.text import pretraining_records, vocabulary
+from inputs.text import pretraining_records
 from inputs.text.packing import packed_spec
+from inputs.text.tokenization import vocabulary
 from recipes import find_recipe, override
 from tasks.bert import BertPretraining
 

@@ -10,10 +10,10 @@ from official.nlp.modeling import models as tfm_models
 from official.nlp.modeling import networks
 
 from export import weights
-from inputs import remote
 from inputs.errors import InputError
 from inputs.squad import files as squad
-from inputs.text.vocabulary import SPECIAL_TOKENS, save_vocabulary
+from inputs.storage import remote
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS, save_vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights

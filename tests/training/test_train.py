@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from export.saved_model import ClientFailed
-from inputs.text.vocabulary import SPECIAL_TOKENS
+from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 from recipes import find_recipe
 from training.checkpoint.manager import saved_step
 from training.monitor import plot

@@ -7,7 +7,7 @@ import json
 import os
 
 from inputs.errors import InputError
-from inputs.files import atomic_write, check_writable, read_file, read_json
+from inputs.storage.files import atomic_write, check_writable, read_file, read_json
 from recipes.types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from training.checkpoint.manager import saved_steps
 
@@ -55,7 +55,7 @@ MAY_CHANGE = (
 # each with the value that runs had before there was the field.
 FOUND_OUT = {"lower_case": True}
 # Lists of patterns in the recipes of version 0.1.0. Those of today select the same variables of our
-# models (tests/training/test_old_runs.py).
+# models (tests/training/checkpoint/test_old_runs.py).
 EARLIER_PATTERNS = {
     ("(?i)layer_?norm", "bias$"): BERT_EXCLUSIONS,
     ("(?i)batch_?norm|bn/", "bias$"): RESNET_EXCLUSIONS,

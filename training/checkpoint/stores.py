@@ -23,9 +23,9 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from inputs import files, remote
 from inputs.errors import InputError, first_line
-from inputs.files import atomic_file, atomic_write, is_remote
+from inputs.storage import files, remote
+from inputs.storage.files import atomic_file, atomic_write, is_remote
 
 SAVING = ".saving"
 DAMAGED = "damaged"
@@ -297,7 +297,7 @@ class ObjectStore(Store):
 
     Args:
         folder: its path.
-        check: raises if this process must not write any more; see `inputs.lease`.
+        check: raises if this process must not write any more; see `inputs.storage.lease`.
     """
 
     def __init__(self, folder: str, check: Callable[[], None] = lambda: None):

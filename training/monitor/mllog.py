@@ -12,7 +12,15 @@ import os
 import time
 
 from inputs.errors import InputError
-from inputs.files import absolute, atomic_write, check_writable, exists, is_remote, parent, remove
+from inputs.storage.files import (
+    absolute,
+    atomic_write,
+    check_writable,
+    exists,
+    is_remote,
+    parent,
+    remove,
+)
 
 ORGANIZATION = "not submitted"
 DIVISION = "closed"

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from inputs import files
+from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
 from tf_lamb.telemetry import RECORDS, draw_heat_map, read_records, save_figure
 from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows

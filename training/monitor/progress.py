@@ -14,7 +14,7 @@ import rich.console
 import rich.progress
 import rich.text
 
-from inputs.files import atomic_write, is_remote, read_file
+from inputs.storage.files import atomic_write, is_remote, read_file
 from training.monitor.terminal import STDERR, capture_stderr
 
 HISTORY = "history.jsonl"  # one object per loop of steps
@@ -49,7 +49,7 @@ class Rows:
 
     Args:
         path: of the file.
-        check: raises if this process must not write any more; see `inputs.files.locked`.
+        check: raises if this process must not write any more; see `inputs.storage.files.locked`.
     """
 
     def __init__(self, path, check=lambda: None):

@@ -1,0 +1,1 @@
+"""Files on disks and on object storage: reading, atomic writing, locks."""

@@ -1,0 +1,1 @@
+"""Vocabularies and word pieces: case, unknown characters, text to learn a vocabulary from."""

@@ -1,0 +1,1 @@
+"""Training steps lowered and compiled for TPUs in child processes, and what the result says."""

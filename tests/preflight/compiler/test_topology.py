@@ -1,0 +1,134 @@
+"""Topologies: names, sizes and error messages."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from inputs.errors import InputError
+from preflight.compiler.topology import Topology, parse_topologies, slices_of
+from training.chips import TPU_CHIPS
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "full_name", "chips", "replicas"),
+    [
+        ("v3-2048", "v3:32x32", 1024, 2048),
+        ("V3-8", "v3:2x2", 4, 8),
+        ("v3:8X4", "v3:8x4", 32, 64),
+        ("v2-512", "v2:16x16", 256, 512),
+        ("v4-8", "v4:2x2x1", 4, 4),
+        ("v4-32", "v4:2x2x4", 16, 16),
+        ("v4:4x4x12", "v4:4x4x12", 192, 192),
+        ("v5litepod-16", "v5e:4x4", 16, 16),
+        ("V5litepod-1", "v5e:1x1", 1, 1),
+        ("v5e-16", "v5e:4x4", 16, 16),
+        ("v5p-8", "v5p:2x2x1", 4, 4),
+        ("v5p-12288", "v5p:16x16x24", 6144, 6144),
+        ("v6e-1", "v6e:1x1", 1, 1),
+        ("v6e-8", "v6e:2x4", 8, 8),
+        ("v6e:8x16", "v6e:8x16", 128, 128),
+    ],
+)
+def test_a_slice_is_named_by_its_sides_or_its_size(name, full_name, chips, replicas):
+    (topology,) = parse_topologies(name)
+    assert (topology.name, topology.chips, topology.replicas) == (full_name, chips, replicas)
+
+
+def test_a_list_has_no_duplicates():
+    names = [topology.name for topology in parse_topologies("v3-32, v3:4x4,v4-8,V4:2x2x1")]
+    assert names == ["v3:4x4", "v4:2x2x1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "--preflight needs a topology: the sides, such as v3:32x32, or the size"),
+        ("v3:-8", "is not the name of a TPU slice; give the sides, such as v3:32x32"),
+        ("4x4", "the generation is missing; give v2:4x4, v3:4x4, v5e:4x4 or v6e:4x4."),
+        ("2x2x1", "the generation is missing; give v4:2x2x1 or v5p:2x2x1."),
+        ("5x5", "the generation is missing; give the sides, such as v3:32x32"),
+        ("v3", "the size is missing; give v3-8 to v3-2048, or the sides, such as v3:2x2."),
+        ("v6e", "the size is missing; give v6e-1 to v6e-256"),
+        ("v9:2x2", "v9 is not one of the TPUs v2, v3, v4, v5e, v5p, v6e."),
+        ("v5-8", "there are two TPUs v5; give v5e or v5p in its place."),
+        ("tpu7x-8", "TensorFlow does not support TPU7x, so nothing can be compiled for it."),
+        ("v4:2x2", "a slice of v4 has 3 sides, such as v4:2x2x1."),
+        ("v3:3x3", "v3 has no such slice; the next is v3:2x4 or v3:4x4."),
+        ("v4:2x2x3", "v4 has no such slice; the next is v4:2x2x2 or v4:2x2x4."),
+        ("v3:2x512", "v3 has no such slice; the next is v3:32x32."),
+        ("v3-7", "v3 has no such slice; the next is v3:2x2."),
+        ("v3-0", "v3 has no such slice; the next is v3:2x2."),
+        ("v4:1x1x1", "v4 has no such slice; the next is v4:2x2x1."),
+        ("v3:64x64", "the largest slice of v3 is v3-2048, 1,024 chips."),
+        ("v5p-17920", "the largest slice of v5p is v5p-12288, 6,144 chips."),
+    ],
+)
+def test_a_wrong_name_is_answered_in_one_sentence(name, message):
+    with pytest.raises(InputError) as error:
+        parse_topologies(name)
+    text = str(error.value)
+    assert message in text and name in text
+    assert len(text) < 140 and text.endswith(".") and ". " not in text
+
+
+def test_the_slices_of_a_chip_grow_by_factors_of_two():
+    assert [t.name for t in slices_of(TPU_CHIPS["v6e"])][:3] == ["v6e:1x1", "v6e:2x2", "v6e:2x4"]
+    assert [t.name for t in slices_of(TPU_CHIPS["v4"])][:2] == ["v4:2x2x1", "v4:2x2x2"]
+    for chip in TPU_CHIPS.values():
+        # v5p's largest job is 16x16x24: one and a half times the largest power of two.
+        largest = 16**3 if chip.name == "v5p" else chip.max_chips
+        assert [t.chips for t in slices_of(chip)][-1] == largest
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas"),
+    [("v3-8", 8), ("v3-2048", 8), ("v4-64", 4), ("v6e-1", 1), ("v5e-8", 8), ("v5litepod-16", 4)],
+)
+def test_a_host_of_a_slice_of_several_hosts_has_four_chips(name, replicas):
+    (topology,) = parse_topologies(name)
+    assert topology.replicas_per_host == replicas
+
+
+HOSTS = """
+import json, sys
+from preflight.compiler.compile import open_topology
+opened = {}
+for name in sys.argv[1:]:
+    devices = open_topology(name)
+    opened[name] = (len(devices), len({device.process_index for device in devices}))
+print(json.dumps(opened))
+"""
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax", "libtpu")),
+    reason="JAX and libtpu, the extra `preflight`, are not installed",
+)
+def test_the_compiler_opens_the_same_slices():
+    slices = {t.name: t for chip in TPU_CHIPS.values() for t in slices_of(chip) if t.chips <= 64}
+    # Two at once: libtpu by itself lets one process run.
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0"}
+    command = [sys.executable, "-c", HOSTS, *slices]
+    with (
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as first,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as second,
+    ):
+        printed, again = first.communicate()[0], second.communicate()[0]
+    assert printed == again
+    for name, (devices, hosts) in json.loads(printed).items():
+        topology: Topology = slices[name]
+        assert devices == topology.replicas, name
+        # The compiler has no virtual machine of 8 chips.
+        if not (hosts == 2 and topology.chips == topology.chip.max_chips_of_one_host):
+            assert devices == hosts * topology.replicas_per_host, name

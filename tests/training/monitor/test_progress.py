@@ -1,0 +1,427 @@
+"""Monitoring of a run: history, display, MFU, telemetry and profiler trace."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from small_runs import SmallTask, begin, small_recipe, small_run
+
+from recipes.types import profile_window
+from tf_lamb.tf_keras import LAMB
+from training import chips
+from training.monitor import mfu, plot
+from training.monitor.progress import (
+    Machine,
+    Progress,
+    Rows,
+    format_left,
+    format_row,
+    make_display,
+    read_rows,
+)
+from training.monitor.run_monitor import Profiler, TelemetryRecorder, loop_lengths
+
+
+class RecordingDisplay:
+    def __init__(self):
+        self.rows = []
+
+    def show(self, step, row, seconds_left):
+        self.rows.append((step, row, seconds_left))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test advances."""
+    now = types.SimpleNamespace(seconds=100.0)
+    fake = types.SimpleNamespace(perf_counter=lambda: now.seconds)
+    monkeypatch.setattr("training.monitor.progress.time", fake)
+    return now
+
+
+def loop_output(loss=2.0):
+    return {
+        "loss": loss + 0.5,
+        "masked_loss": tf.constant(loss),
+        "sentence_loss": tf.constant(0.5),
+        "learning_rate": np.float32(0.25),
+        "skipped_steps": 3,
+        "input_wait_seconds": tf.constant(1.0, tf.float64),
+    }
+
+
+def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
+    step, display = tf.Variable(0, dtype=tf.int64), RecordingDisplay()
+    progress = Progress(
+        step,
+        100,
+        str(tmp_path),
+        display,
+        machine=Machine(replicas=4, peak_flops=1e6),
+        flops_per_step=lambda: 5e5,
+    )
+    progress.begin_phase(2, 32)
+    for seconds in (10.0, 8.0, 4.0, 4.0):
+        clock.seconds += seconds
+        step.assign_add(10)
+        output = loop_output()
+        progress(output)
+    rows = read_rows(tmp_path / "history.jsonl")
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    expected = {
+        "step": 40,
+        "phase": 2,
+        "loss": 2.5,
+        "learning_rate": 0.25,
+        "examples_per_second": 80.0,
+        "examples_per_second_per_replica": 20.0,
+        "mfu": 1.25,
+        "input_wait_share": 0.25,
+        "skipped_steps": 3,
+        "masked_loss": 2.0,
+        "sentence_loss": 0.5,
+    }
+    assert rows[-1] == expected
+    assert {"loss", "mfu", "examples_per_second", "input_wait_share"} <= set(output)
+    # The first loop compiles, and the second one is slow: both are left out of the mean speed and
+    # of the time left, which is not known before.
+    assert progress.examples_per_second == 80.0
+    assert [left for _, _, left in display.rows] == [None, 80 * 32 / 40, 70 * 32 / 80, 60 * 32 / 80]
+    assert display.rows[-1][:2] == (40, expected)
+
+
+def test_evaluations_are_recorded_separately_and_excluded_from_training_time(tmp_path, clock):
+    step = tf.Variable(10, dtype=tf.int64)
+    progress = Progress(step, 100, str(tmp_path), RecordingDisplay())
+    progress.begin_phase(1, 32)
+    clock.seconds += 50
+    progress.evaluated({"masked_loss": tf.constant(1.5)})
+    clock.seconds += 1
+    step.assign(20)
+    progress(loop_output())
+    assert read_rows(tmp_path / "evaluations.jsonl") == [
+        {"step": 10, "phase": 1, "masked_loss": 1.5}
+    ]
+    assert read_rows(tmp_path / "history.jsonl")[0]["examples_per_second"] == 320.0
+
+
+def test_unknown_peak_gives_no_mfu_and_skipped_steps_give_no_loss(tmp_path, clock):
+    step = tf.Variable(0, dtype=tf.int64)
+    progress = Progress(step, 100, str(tmp_path), RecordingDisplay(), flops_per_step=lambda: 1 / 0)
+    progress.begin_phase(1, 32)
+    clock.seconds += 1
+    step.assign(1)
+    progress(loop_output(float("nan")))
+    (row,) = read_rows(tmp_path / "history.jsonl")
+    assert "mfu" not in row and row["loss"] is None
+
+
+def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
+    path = tmp_path / "history.jsonl"
+    Rows(path).append({"step": 1, "loss": float("nan")})
+    Rows(path).append({"step": 2, "loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')  # the process was killed here
+    for line in path.read_text().splitlines()[:2]:
+        json.loads(line, parse_constant=pytest.fail)
+    assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
+    Rows(path).drop_after(1)
+    assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+ROW = {
+    "loss": 2.5,
+    "learning_rate": 0.25,
+    "examples_per_second": 1600.0,
+    "examples_per_second_per_replica": 400.0,
+    "mfu": 0.413,
+    "input_wait_share": 0.02,
+    "skipped_steps": 3,
+}
+LINE = "loss 2.5000  lr 2.500e-01  1,600 examples/s (400 per replica)  MFU 41.3%  "
+LINE += "input wait 2.0%  skipped 3"
+
+
+def test_a_file_gets_a_line_every_few_seconds_and_the_last_one(clock):
+    lines = []
+    with make_display(30, lines.append, io.StringIO()) as shown:
+        for step in (10, 20, 30):
+            shown.show(step, ROW, 3661.0)
+            clock.seconds += 1
+    assert lines == [f"step 10/30  {LINE}  left 1:01:01", f"step 30/30  {LINE}  left 1:01:01"]
+    shortest = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
+    assert format_row(shortest) == "loss 1.0000  lr 5.000e-01  7 examples/s"
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with make_display(30, pytest.fail, stream) as shown:
+        shown.show(15, ROW, 3661.0)
+    printed = stream.getvalue()
+    assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
+    assert "1,600 examples/s" in printed
+    assert format_left(None) == "left: not known yet"
+
+
+LINES_ON_A_TERMINAL = """
+import logging, os, sys, time
+log = logging.getLogger("made before the bar")
+log.addHandler(logging.StreamHandler())
+from training.monitor.progress import make_display
+row = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
+with make_display(30, print, sys.stderr) as shown:
+    shown.show(3, row, None)
+    log.warning("a line of a logger")
+    os.write(2, b"a line of C++\\n")
+    time.sleep(0.5)
+    shown.show(6, row, 61.0)
+    if sys.argv[1:]:
+        os.write(2, b"the last words\\n")
+        os.abort()
+print("after the bar", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_lines_of_libraries_appear_above_the_bar(crash):
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", LINES_ON_A_TERMINAL, *["crash"] * crash],
+        cwd=pathlib.Path(__file__).parents[3],
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        stderr=end,
+    ) as child:
+        os.close(end)
+        printed = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while data := os.read(terminal, 65536):
+                printed += data
+    os.close(terminal)
+    assert child.returncode == (-signal.SIGABRT if crash else 0)
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", printed.decode())
+    lines = re.split("[\r\n]+", plain)
+    for whole in ("a line of a logger", "a line of C++"):
+        assert whole in lines  # alone: neither after the bar nor after its values
+    last = "the last words" if crash else "after the bar"
+    assert any(line.endswith(last) for line in lines)
+    assert printed.rindex(b"\x1b[?25h") > printed.rindex(b"\x1b[?25l")  # the cursor is shown
+
+
+def test_training_flops_are_three_times_those_of_the_forward_pass():
+    inputs = tf_keras.Input([8, 16, 3], batch_size=2)
+    x = tf_keras.layers.Conv2D(5, 3, padding="same", use_bias=False)(inputs)
+    x = tf_keras.layers.Reshape([128, 5])(x)
+    x = tf_keras.layers.EinsumDense("abc,cd->abd", [128, 7])(x)
+    x = tf.matmul(x, x, transpose_a=True)  # [2, 7, 7]
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(4)(tf_keras.layers.Flatten()(x)))
+    counted = mfu.training_flops(model, tf.TensorSpec([2, 8, 16, 3]))
+    convolution, einsum = 2 * (2 * 128) * 5 * (3 * 3 * 3), 2 * (2 * 128) * 5 * 7
+    products, dense = 2 * 2 * 7 * 7 * 128, 2 * 2 * 49 * 4
+    assert counted == 3 * (convolution + einsum + products + dense)
+
+
+def test_flops_of_bert_are_close_to_the_usual_formula():
+    """6 N + 12 L H S per token, as in PaLM's appendix B, and the heads."""
+    from models import bert
+
+    size, length, batch, predictions, words = bert.SIZES["mini"], 64, 4, 8, 100
+    model = bert.build_pretrainer(size, words, length, dropout=0.0, initializer_stddev=0.02)
+    row = tf.TensorSpec([batch, length], tf.int32)
+    names = ("input_word_ids", "input_mask", "input_type_ids")
+    spec = dict.fromkeys(names, row) | {
+        "masked_lm_positions": tf.TensorSpec([batch, predictions], tf.int32)
+    }
+    counted = mfu.training_flops(lambda inputs: model(inputs, training=False), spec)
+    width, tokens = size.width, batch * length
+    encoder = 6 * tokens * size.layers * (12 * width**2 + 2 * length * width)
+    heads = 6 * batch * (width**2 + 2 * width + predictions * (width**2 + width * words))
+    assert counted == pytest.approx(encoder + heads, rel=0.01)
+
+
+def test_waiting_for_input_is_measured(two_cpus, tmp_path):
+    """A batch takes 50 ms to produce, and a step takes almost no time."""
+
+    def slow(number):
+        time.sleep(0.05)
+        return number
+
+    def made(number):
+        return {"x": tf.ensure_shape(tf.numpy_function(slow, [number], tf.float32), [])}
+
+    where = tf.distribute.OneDeviceStrategy("/cpu:0")
+    task = SmallTask(
+        small_recipe(jit_compile=True),
+        lambda: tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=[1])]),
+        lambda model, batch, training: tf.reduce_sum(model(batch["x"][None, None])),
+        tf.data.Dataset.range(10**6, output_type=tf.float32).map(made),
+    )
+    run = begin(small_run(task, where, tmp_path))
+    run.train(tf.constant(1))
+    begun = time.perf_counter()
+    waited = float(run.train(tf.constant(20))["input_wait_seconds"])
+    assert 0.5 < waited < time.perf_counter() - begun  # a few batches may be prefetched
+
+
+@pytest.mark.parametrize(
+    ("peak", "teraflops"),
+    [
+        (chips.gpu_peak_flops("NVIDIA H200", "bfloat16"), 989.4),
+        (chips.gpu_peak_flops("NVIDIA H100 PCIe", "float32"), 378.0),
+        (chips.gpu_peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16"), 312.0),
+        (chips.gpu_peak_flops("Tesla V100-SXM2-16GB", "bfloat16"), None),
+        (chips.gpu_peak_flops("A card of tomorrow", "float32"), None),
+        (chips.tpu_peak_flops("v3-8"), 4 * 123),
+        (chips.tpu_peak_flops("v5litepod-4"), 4 * 197),
+        (chips.tpu_peak_flops("v5e-16"), 16 * 197),
+        (chips.tpu_peak_flops("v2-8"), 4 * 45),
+        (chips.tpu_peak_flops("v9-8"), None),
+        (chips.tpu_peak_flops(""), None),
+    ],
+)
+def test_peak_flops(peak, teraflops):
+    assert peak == (teraflops and pytest.approx(teraflops * 1e12))
+
+
+def test_loops_end_at_the_profile_window_and_a_trace_is_written(tmp_path):
+    window = profile_window("100:110")
+    length = loop_lengths(50, window)
+    step, ends = 0, []
+    while step < 200:
+        step += length(step)
+        ends.append(step)
+    assert ends == [50, 100, 110, 160, 210]
+    variable = tf.Variable(99, dtype=tf.int64)
+    profiler = Profiler(variable, window, str(tmp_path))
+    profiler.begin_phase()
+    assert not list(tmp_path.iterdir())
+    for step in (100, 105, 110):
+        variable.assign(step)
+        profiler({})
+    profiler.close()
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+@pytest.mark.parametrize("text", ["100", "a:b", "110:100", "5:5", "-1:4", "1:2:3"])
+def test_an_invalid_profile_is_refused(text):
+    with pytest.raises(ValueError, match=f"Received: profile={text}"):
+        profile_window(text)
+
+
+def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
+    model = tf_keras.Sequential([tf_keras.layers.Dense(3, name="only", input_shape=[4])])
+    optimizer = LAMB(0.1, telemetry=True)
+    optimizer.build(model.trainable_variables)
+    ratios = TelemetryRecorder(
+        optimizer.iterations, optimizer, model.trainable_variables, str(tmp_path), 3
+    )
+    for step in range(1, 5):
+        gradients = [tf.ones(v.shape) for v in model.trainable_variables]
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        ratios({})
+        Rows(tmp_path / "history.jsonl").append(
+            {"step": step, "loss": 1.0, "learning_rate": 0.1, "examples_per_second": 5.0},
+        )
+    ratios.close()
+    records = read_rows(tmp_path / "telemetry" / "trust_ratios.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    (events,) = (tmp_path / "weights").iterdir()
+    found = [
+        (event.step, value.tag)
+        for event in tf.compat.v1.train.summary_iterator(str(events))
+        for value in event.summary.value
+    ]
+    assert [step for step, tag in found if tag == "weights/only/kernel"] == [1, 3]
+    assert plot.main([str(tmp_path)]) == 0
+    alone = (tmp_path / "history.png").read_bytes()
+    assert plot.main([str(tmp_path), str(tmp_path)]) == 0
+    for picture in ("history.png", "telemetry/trust_ratios.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "history.png").read_bytes() != alone  # without the heat map
+
+
+def write_run(folder, losses, accuracies=(), speeds=None):
+    """Writes a history of a row every 10 steps, and evaluations every 20 steps."""
+    folder.mkdir(parents=True)
+    for i, loss in enumerate(losses):
+        row = {"step": 10 * (i + 1), "phase": 1, "loss": loss, "learning_rate": 0.1}
+        row["examples_per_second"] = (speeds or [5.0] * len(losses))[i]
+        Rows(folder / "history.jsonl").append(row | ({"input_wait_share": 0.1} if i else {}))
+    for i, accuracy in enumerate(accuracies):
+        row = {"step": 20 * (i + 1), "loss": losses[-1], "masked_accuracy": accuracy}
+        Rows(folder / "evaluations.jsonl").append(row | {"masked_loss": losses[-1]})
+    return str(folder)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that `plot` draws, which stay open until the end of the test."""
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plot.plt, "close", drawn.append)
+        yield drawn
+    for figure in drawn:
+        plot.plt.close(figure)
+
+
+def test_curves_are_readable(tmp_path, figures):
+    losses = [100.0, 3.0, 2.9, *[2.5 - 0.01 * i for i in range(37)]]
+    speeds = [0.1, 2.0, *[50.0] * 38]
+    run = write_run(tmp_path / "run", losses, [0.1, 0.2], speeds)
+    assert plot.main([run]) == 0
+    (figure,) = figures
+    loss, accuracy, rate, speed = figure.axes
+    assert figure.get_suptitle() == "run: 400 steps"
+    # The scale is that of the losses after the first 5 % of the steps.
+    low, high = loss.get_ylim()
+    assert 2.0 < low < 2.14 and 2.9 < high < 3.1
+    assert speed.lines[0].get_ydata()[2:].tolist() == [50.0] * 38
+    assert np.isnan(speed.lines[0].get_ydata()[:2]).all()  # they compile, or are slow
+    (points,) = accuracy.lines
+    assert points.get_ydata().tolist() == [0.1, 0.2] and points.get_label() == "masked accuracy"
+    assert accuracy.get_ylabel() == "held-out accuracy" and rate.get_ylabel() == "learning rate"
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path, figures):
+    folders = [write_run(tmp_path / side / "run", [3.0, 2.0]) for side in ("left", "right")]
+    plot.draw(folders, str(tmp_path / "picture.png"))
+    labels = [line.get_label() for line in figures[0].axes[0].lines]
+    assert labels == ["left/run", "right/run"]
+    assert plot.distinct_names([*folders, folders[0]]) == ["left/run", "right/run", "left/run"]
+    assert plot.distinct_names(["a/x", "b/y/"]) == ["x", "y"]
+
+
+def test_a_run_of_one_loop_is_drawn(tmp_path, figures):
+    plot.draw([write_run(tmp_path / "run", [3.0])], str(tmp_path / "picture.png"))
+    loss, rate, speed = figures[0].axes
+    assert all(axes.lines[0].get_marker() == "." for axes in (loss, rate, speed))
+    assert speed.lines[0].get_ydata().tolist() == [5.0]
+
+
+def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
+    with pytest.raises(SystemExit) as end:
+        plot.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: python -m training.monitor.plot")
+    with pytest.raises(SystemExit) as end:
+        plot.main([])
+    assert end.value.code == 2 and "MODEL_DIR" in capsys.readouterr().err
