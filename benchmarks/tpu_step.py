@@ -3,8 +3,9 @@
 The TPU compiler's estimates of a replica's training step (`preflight.compiler.program`) and of
 its update alone, in variants: ours; ours with `skip_nonfinite=False`; ours with tf-models'
 optimizer; and, for BERT, also with the dropout and losses of tf-models' task (those of Keras, whose
-dropout masks differ after a resume). No TPU is needed and no time is measured. The extra `preflight` installs the
-compiler. BERT-Large takes about 7 GB and, on two free cores, more than a quarter of an hour.
+dropout masks differ after a resume). No TPU is needed and no time is measured. The extra
+`preflight` installs the compiler. BERT-Large takes about 7 GB and, on two free cores, more than a
+quarter of an hour.
 """
 
 import argparse
