@@ -33,7 +33,7 @@ from training.monitor.progress import HISTORY, read_rows
 from training.run import Run
 from training.strategy import FATAL, silence_tensorflow, with_infinite_cardinality
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 MAX_HOSTS = 64  # each is a process
 REPLICAS = 8  # at most, of a host: those of a TPU v3
 STEPS = 20  # for which batches are made, and trained on

@@ -25,7 +25,7 @@ from inputs.errors import InputError
 from inputs.memory import free_memory, ran_out_of_memory
 from inputs.storage.files import cache_folder
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 REQUIRED_VERSIONS = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # as the extra `preflight` in setup.cfg
 TPU_PYTHON = ROOT / ".venv-tpu/bin/python"
 TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-tpu` and `make tpu`
