@@ -194,7 +194,9 @@ def time_starts(options):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of 500 steps each")
     parser.add_argument("--steps_per_loop", type=int, default=100)
     parser.add_argument("--global_batch_size", type=int, default=64)

@@ -142,7 +142,9 @@ def without_numbers(path: str) -> str:
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.exclusions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--json", metavar="FILE", help="write the paths to this file (.json.gz)")

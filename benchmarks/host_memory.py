@@ -133,7 +133,9 @@ def memory() -> dict[str, int]:
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.host_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", help="for the synthetic data (default: a temporary folder)")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)

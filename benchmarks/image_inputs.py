@@ -90,7 +90,7 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.image_inputs", description=__doc__)
     parser.add_argument("data_dir")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)

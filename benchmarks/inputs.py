@@ -225,7 +225,9 @@ def reading(path, folder, records, vocab, length, rounds) -> list[dict]:
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inputs", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--text", required=True, help="files, globs or folders")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--rounds", type=int, default=5)

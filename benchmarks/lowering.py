@@ -115,7 +115,9 @@ def measure(recipe: Recipe, log=print) -> list[str]:
 
 def main(arguments=None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lowering", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--recipe", default="bert-large-64k-32k")
     parser.add_argument("--replicas", type=int, default=REPLICAS)
     options = parser.parse_args(arguments)

@@ -183,7 +183,9 @@ def measure(make_update, copy, rounds: int) -> dict:
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.optimizers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", choices=shapes.MODELS, action="append")
     parser.add_argument("--rule", choices=FLOATS_MOVED, action="append")
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")

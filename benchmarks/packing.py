@@ -102,7 +102,9 @@ def rows_of(phase, per_row: int) -> int:
 
 def main() -> None:
     """Prints sequences per second and tokens computed of the three forms."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.packing", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--size", default="tiny", choices=sorted(bert.SIZES), help="of the BERT")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--sequences", type=int, default=64, help="sequences of a batch")

@@ -80,7 +80,9 @@ def seconds(functions, make, count: int, repeats: int) -> list[float]:
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("squad")
     parser.add_argument("vocab")
     parser.add_argument("--size", default="mini", choices=bert.SIZES)

@@ -46,7 +46,9 @@ def drift(batches: np.ndarray) -> float:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.shuffling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--examples", type=int, default=500_000)
     parser.add_argument("--batches", default="64,4096,32768", help="comma-separated")

@@ -50,7 +50,9 @@ def same_normalized(found: str, question: squad.Question) -> bool:
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.squad_inputs", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("squad")
     parser.add_argument("vocab")
     parser.add_argument("--batches", type=int, default=500, help="batches of 64 windows to time")

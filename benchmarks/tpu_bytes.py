@@ -159,7 +159,9 @@ def optax_figures(rule, layers, device) -> dict:
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tpu_bytes", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--topology", default="v3:2x2")
     parser.add_argument("--model", choices=shapes.MODELS, action="append")
     parser.add_argument("--rule", choices=OPTIMIZERS, action="append")

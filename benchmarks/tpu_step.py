@@ -113,7 +113,9 @@ def rows(recipe, phase_index, batch, topology):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tpu_step", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--recipe", default="bert-large-64k-32k")
     parser.add_argument("--phase", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="examples per replica")

@@ -9,6 +9,7 @@ docs/results/generations.json, and a second call compiles only what is missing t
 compiled with another version of the compiler.
 """
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -269,12 +270,17 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit status.
 
     Args:
-        names: the recipes to compile; all if empty.
+        arguments: the command's arguments.
     """
+    parser = argparse.ArgumentParser(
+        prog="python -m preflight.generations", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
+    names = parser.parse_args(arguments).names
     try:
         check_installed()
         known = programs()

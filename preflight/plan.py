@@ -317,7 +317,9 @@ def main(arguments) -> int:
     Args:
         arguments: the command's arguments.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m preflight.plan", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--recipe", required=True, help="a recipe, or a prefix of several names")
     parser.add_argument("--topology", required=True, help="such as v3:32x32 or v3-2048")
     parser.add_argument("--batch", type=int, help="examples per step over all replicas")

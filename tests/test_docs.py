@@ -118,6 +118,15 @@ def test_every_command_is_on_a_page(commands):
     assert described == {"train", *commands.command_modules()}
 
 
+def test_every_command_has_a_help_that_names_it(commands):
+    """`export.client` is copied by users, and reads its two arguments without a parser."""
+    for name in sorted({*commands.command_modules()} - {"export.client"}):
+        path = ROOT / name.replace(".", "/")
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        source = path.read_text(encoding="utf-8").replace("{NAME}", name).replace('f"', '"')
+        assert "ArgumentParser(" in source and f'prog="python -m {name}"' in source, name
+
+
 def test_every_flag_of_train_is_described(commands):
     source = (ROOT / "train.py").read_text(encoding="utf-8")
     defined = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)

@@ -250,7 +250,9 @@ def main(arguments) -> int:
     Args:
         arguments: the command's arguments.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.branch", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model_dir", required=True, help="the run to branch")
     parser.add_argument("--batches", required=True, help="batch sizes, comma-separated")
     parser.add_argument(
