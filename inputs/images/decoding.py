@@ -36,7 +36,17 @@ def image_size(data):
     return shape[0], shape[1]
 
 
-def random_windows(height, width, *, seed: int, ids):
+def window_draws(*, seed: int, ids):
+    """The random numbers of `random_windows`, which many images need at once: [B, 4, A] float32.
+
+    Args:
+        seed: int.
+        ids: [B] int64, example ids.
+    """
+    return tf.stack([uniform(seed, stream, ids, ATTEMPTS) for stream in WINDOW_STREAMS], axis=1)
+
+
+def random_windows(height, width, draws):
     """A random crop of each image: 8 to 100 % of its area, with an aspect ratio of 3/4 to 4/3.
 
     Takes the first of ten random crops that fits the image. If none fits, takes the central crop
@@ -44,14 +54,13 @@ def random_windows(height, width, *, seed: int, ids):
 
     Args:
         height, width: [B] int64, pixels of the images.
-        seed: int.
-        ids: [B] int64, example ids.
+        draws: [B, 4, A], from `window_draws`.
 
     Returns:
         [B, 4] int32: top, left, height, width.
     """
     h, w = (tf.cast(size, tf.float32)[:, tf.newaxis] for size in (height, width))
-    draws = [uniform(seed, stream, ids, ATTEMPTS) for stream in WINDOW_STREAMS]
+    draws = tf.unstack(draws, axis=1)
     area = h * w * (AREA[0] + (AREA[1] - AREA[0]) * draws[0])
     low, high = (tf.math.log(aspect) for aspect in ASPECT)
     aspect = tf.exp(low + (high - low) * draws[1])
