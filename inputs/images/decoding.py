@@ -8,6 +8,7 @@ from inputs.batching import integers_below, random_bits, uniform, unit_floats
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 ATTEMPTS = 10
+WIDTH = 16  # floats of the widest vector register
 # A JPEG decodes faster at 1/2, 1/4 or 1/8 of its size. The remaining scale factor is below 2, at
 # which bilinear scaling skips no pixel.
 SHRINK = (1, 2, 4, 8)
@@ -37,13 +38,23 @@ def image_size(data):
 
 
 def window_draws(*, seed: int, ids):
-    """The random numbers of `random_windows`, which many images need at once: [B, 4, A] float32.
+    """What `random_windows` tries for each image, in the order of trying.
 
     Args:
         seed: int.
         ids: [B] int64, example ids.
+
+    Returns:
+        [B, 4, ATTEMPTS] float32: share of the area, ratio of width to height, and the places of
+        the upper and the left side as shares of the space that is left.
     """
-    return tf.stack([uniform(seed, stream, ids, ATTEMPTS) for stream in WINDOW_STREAMS], axis=1)
+    # Exponentials of whole vector registers: the last elements of a tensor may be rounded otherwise
+    # than those before, and an example would depend on its place in the batch.
+    draws = [uniform(seed, stream, ids, WIDTH) for stream in WINDOW_STREAMS]
+    area = AREA[0] + (AREA[1] - AREA[0]) * draws[0]
+    low, high = (tf.math.log(aspect) for aspect in ASPECT)
+    aspect = tf.exp(low + (high - low) * draws[1])
+    return tf.stack([area, aspect, *draws[2:]], axis=1)[:, :, :ATTEMPTS]
 
 
 def random_windows(height, width, draws):
@@ -54,22 +65,20 @@ def random_windows(height, width, draws):
 
     Args:
         height, width: [B] int64, pixels of the images.
-        draws: [B, 4, A], from `window_draws`.
+        draws: [B, 4, ATTEMPTS], from `window_draws`.
 
     Returns:
         [B, 4] int32: top, left, height, width.
     """
     h, w = (tf.cast(size, tf.float32)[:, tf.newaxis] for size in (height, width))
-    draws = tf.unstack(draws, axis=1)
-    area = h * w * (AREA[0] + (AREA[1] - AREA[0]) * draws[0])
-    low, high = (tf.math.log(aspect) for aspect in ASPECT)
-    aspect = tf.exp(low + (high - low) * draws[1])
+    share, aspect, top, left = tf.unstack(draws, axis=1)
+    area = h * w * share
     sides = tf.sqrt(area / aspect), tf.sqrt(area * aspect)
     crop_h, crop_w = (tf.maximum(tf.round(side), 1.0) for side in sides)
     fits = (crop_h <= h) & (crop_w <= w)
     first = tf.argmax(fits, axis=1)[:, tf.newaxis]
     crop_h, crop_w, top, left = (
-        tf.gather(values, first, batch_dims=1) for values in (crop_h, crop_w, draws[2], draws[3])
+        tf.gather(values, first, batch_dims=1) for values in (crop_h, crop_w, top, left)
     )
     found = tf.reduce_any(fits, axis=1, keepdims=True)
     crop_h = tf.where(found, crop_h, tf.minimum(h, tf.round(w / ASPECT[0])))

@@ -217,30 +217,28 @@ class Images:
         return tf.concat([rows[:, :1], rows[:, 1:2] * counts, rows[:, 2:]], 1)
 
     def _group(self, training, rows):
-        """Reads and decodes some images; a damaged one becomes black, with weight 0.
-
-        An error inside a data set ends only the example that it occurs in, so the images are read
-        by a data set of their own. It is one for several images, because starting it costs a fifth
-        of the time that decoding one takes.
-        """
+        """Reads and decodes some images; a damaged one becomes black, with weight 0."""
         count, ids = tf.shape(rows)[0], tf.bitcast(rows[:, 5:7], tf.int64)
-        inputs = {"place": tf.range(count), "row": rows, "id": ids}
+        places = tf.range(count)
+        read = functools.partial(self._read, training)
+        found = self._each({"place": places, "row": rows}, read)
+        found["id"] = tf.gather(ids, found["place"])
         if training and not self._is_pixels:
-            inputs["window"] = decoding.window_draws(seed=self._seed, ids=ids)
-            inputs["flip"] = decoding.random_flips(seed=self._seed, ids=ids)
-        read = tf.autograph.experimental.do_not_convert(functools.partial(self._read, training))
-        found = tf.data.Dataset.from_tensor_slices(inputs).map(read).ignore_errors().batch(GROUP)
-        shape = [self._size, self._size, 3]
-        none = (tf.zeros([0], tf.int32), tf.zeros([0, *shape], tf.uint8), tf.zeros([0], tf.int32))
-        found = found.concatenate(tf.data.Dataset.from_tensors(none)).take(1)
-        places, images, labels = found.get_single_element()
+            draws = decoding.window_draws(seed=self._seed, ids=ids)
+            flips = decoding.random_flips(seed=self._seed, ids=ids)
+            found["window"] = decoding.random_windows(
+                found.pop("height"), found.pop("width"), tf.gather(draws, found["place"])
+            )
+            found["flip"] = tf.gather(flips, found["place"])
+        found = self._each(found, functools.partial(self._decode, training))
+        places, images, labels = found["place"], found["image"], found["label"]
 
         def with_gaps():
             at = places[:, tf.newaxis]
             readable = tf.scatter_nd(at, tf.ones_like(places), [count]) > 0
             with tf.control_dependencies([self._report(tf.boolean_mask(rows, ~readable))]):
                 return (
-                    tf.scatter_nd(at, images, [count, *shape]),
+                    tf.scatter_nd(at, images, [count, *images.shape[1:]]),
                     tf.scatter_nd(at, labels, [count]),
                     tf.identity(readable),
                 )
@@ -251,23 +249,52 @@ class Images:
         images, labels, readable = tf.cond(tf.size(places) < count, with_gaps, complete)
         return {
             "id": ids,
-            "image": tf.ensure_shape(images, [None, *shape]),
+            "image": tf.ensure_shape(images, [None, self._size, self._size, 3]),
             "label": labels,
             "example_weights": tf.cast(rows[:, 1], tf.float32) * tf.cast(readable, tf.float32),
             "readable": readable,
         }
 
+    def _each(self, inputs, function):
+        """The results of a function for each of up to `GROUP` inputs, without those that fail.
+
+        An error inside a data set ends only the element that it occurs in, so this is a data set of
+        its own. It is one for several images, because starting it costs a fifth of the time that
+        decoding one takes.
+
+        Args:
+            inputs: dictionary of tensors of the same first dimension.
+            function: from a slice of `inputs` to a dictionary of tensors of static shapes.
+        """
+        function = tf.autograph.experimental.do_not_convert(function)
+        found = tf.data.Dataset.from_tensor_slices(inputs).map(function).ignore_errors()
+        none = {key: tf.zeros([0, *s.shape], s.dtype) for key, s in found.element_spec.items()}
+        found = found.batch(GROUP).concatenate(tf.data.Dataset.from_tensors(none))
+        return found.take(1).get_single_element()
+
     def _read(self, training, inputs):
-        """Reads and decodes one image: its place, [S, S, 3] uint8, and its label."""
+        """Reads the record of an image: its place, data and label, and its size for a crop."""
         path, offset = self._place_of(inputs["row"])
         data, label = self._parsed(records_from(path, offset).take(1).get_single_element())
+        found = {"place": inputs["place"], "data": data, "label": label}
+        if training and not self._is_pixels:
+            found["height"], found["width"] = decoding.image_size(data)
+        return found
+
+    def _decode(self, training, inputs):
+        """Decodes one image: its place, [S, S, 3] uint8, and its label."""
+        data = inputs["data"]
         if self._is_pixels:  # they are augmented by the batch
             image = tf.reshape(tf.io.decode_raw(data, tf.uint8), [self._size, self._size, 3])
         elif training:
-            image = self._cropped(data, inputs)
+            image = decoding.decode_window(data, inputs["window"], self._size)
+            # A slice with a step of -1 takes ten times as long, more than the decoding.
+            image = tf.cond(inputs["flip"], lambda: tf.reverse(image, [1]), lambda: image)
+            if self._augmentation == "randaugment":
+                image = self._augmented((image, inputs["id"]))
         else:
             image = decoding.decode_centre(data, self._size, self.padding)
-        return inputs["place"], image, label
+        return {"place": inputs["place"], "image": image, "label": inputs["label"]}
 
     def _place_of(self, row):
         """The path and the offset of an image's record."""
@@ -289,18 +316,6 @@ class Images:
         in_range = (label >= 0) & (label < len(self.manifest["classes"]))
         with tf.control_dependencies([tf.debugging.Assert(in_range, [label])]):
             return features[self._image], tf.identity(label)
-
-    def _cropped(self, data, inputs):
-        """A random crop of an image file, perhaps flipped, and augmented if the recipe says so."""
-        height, width = decoding.image_size(data)
-        sizes = tf.reshape(height, [1]), tf.reshape(width, [1])
-        window = decoding.random_windows(*sizes, inputs["window"][tf.newaxis])[0]
-        image = decoding.decode_window(data, window, self._size)
-        # A slice with a step of -1 takes ten times as long, more than the decoding.
-        image = tf.cond(inputs["flip"], lambda: tf.reverse(image, [1]), lambda: image)
-        if self._augmentation == "randaugment":
-            image = self._augmented((image, inputs["id"]))
-        return image
 
     def _augmented(self, image_and_id):
         image, example_id = image_and_id
