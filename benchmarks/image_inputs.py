@@ -3,7 +3,7 @@
 DATA_DIR/train contains shards of JPEGs from `inputs.images.prepare`; tf-models reads the same
 images from TFRecords. Training batches are 224 pixels wide. The pipelines take turns in one run.
 Images per second of CPU time are the rate of one core, independent of other load on the machine.
-The limit is a pipeline that only decodes the same crops.
+The limit is a pipeline that only decodes, crops drawn in the same way.
 """
 
 import argparse

@@ -16,8 +16,7 @@ import time
 from inputs import process  # isort: split
 
 from experiments import ROOT
-from experiments.grid import find_cell
-from experiments.page import chip_hours
+from experiments.grid import chip_hours, find_cell
 from experiments.runner import Places, run_cell, run_table, state
 from experiments.tables import TABLES
 from inputs.errors import InputError

@@ -1,9 +1,13 @@
 """Defines an experiment: a table of groups of runs, and the rule that tunes each group."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
+from experiments import ROOT
+
+PREFLIGHT = ROOT / "docs" / "results" / "preflight.md"
 MOST_EXTENSIONS = 6  # maximum number of rates tried beyond those of a group
 
 
@@ -21,7 +25,7 @@ class Group:
         extended: Whether rates beyond those of `rates` are tried while the best is at the edge.
             False for a published grid that is to be repeated line by line.
         published: The published value of the metric, by rate.
-        chip_hours_of: The recipe of the pre-flight's page (`experiments.page.chip_hours`) whose
+        chip_hours_of: The recipe of the pre-flight's page (`chip_hours`) whose
             chip-hours a run of this group takes; an empty string for a group that needs no TPU.
     """
 
@@ -171,3 +175,31 @@ def find_cell(table: Table, name: str) -> Cell:
             f"{name!r} is no cell of the table {table.name}: a name is GROUP-rateRATE-seedSEED, "
             f"with one of the groups {', '.join(group.name for group in table.groups)}."
         ) from None
+
+
+@functools.cache
+def chip_hours(recipe: str) -> float:
+    """Returns the estimated minutes of all phases of a recipe times the chips, in hours.
+
+    This is a lower bound: see docs/results/preflight.md.
+
+    Raises:
+        KeyError: The page has no such recipe.
+    """
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in PREFLIGHT.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    head = next(row for row in rows if row[0] == "recipe" and "minutes" in row)
+    columns = [head.index(name) for name in ("recipe", "TPU", "minutes")]
+    width = len(head)
+    found = [[row[i] for i in columns] for row in rows if len(row) == width and row[0] == recipe]
+    if not found:
+        raise KeyError(f"{PREFLIGHT} has no recipe {recipe}")
+    return sum(float(minutes) * _chips(tpu) / 60 for _, tpu, minutes in found)
+
+
+def _chips(tpu):
+    """The number of chips of a slice that is named by its sides, such as v3:32x32."""
+    return math.prod(map(int, tpu.partition(":")[2].split("x")))

@@ -1,6 +1,5 @@
 """Writes the results page of a table from its run files: settings, table, tests and figures."""
 
-import functools
 import math
 import os
 import re
@@ -13,12 +12,10 @@ from matplotlib import pyplot
 from scipy import stats
 
 import tf_lamb
-from experiments import ROOT
-from experiments.grid import Cell, Group, Table, find_cell, progress
+from experiments.grid import Cell, Group, Table, chip_hours, find_cell, progress
 from experiments.runner import Places, State, metrics
 from inputs.storage.files import atomic_write
 
-PREFLIGHT = ROOT / "docs" / "results" / "preflight.md"
 RULE = """\
 The rule of tuning is the same for all: each learning rate of the grid with the first seed; while
 the best is the lowest or the highest, the next one beyond it; then the best one with the other
@@ -282,31 +279,3 @@ def _draw_curves(table, done, groups, now, path):
     rows[0][1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-@functools.cache
-def chip_hours(recipe: str) -> float:
-    """Returns the estimated minutes of all phases of a recipe times the chips, in hours.
-
-    This is a lower bound: see docs/results/preflight.md.
-
-    Raises:
-        KeyError: The page has no such recipe.
-    """
-    rows = [
-        [cell.strip() for cell in line.strip("| \n").split("|")]
-        for line in PREFLIGHT.read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ")
-    ]
-    head = next(row for row in rows if row[0] == "recipe" and "minutes" in row)
-    columns = [head.index(name) for name in ("recipe", "TPU", "minutes")]
-    width = len(head)
-    found = [[row[i] for i in columns] for row in rows if len(row) == width and row[0] == recipe]
-    if not found:
-        raise KeyError(f"{PREFLIGHT} has no recipe {recipe}")
-    return sum(float(minutes) * _chips(tpu) / 60 for _, tpu, minutes in found)
-
-
-def _chips(tpu):
-    """The number of chips of a slice that is named by its sides, such as v3:32x32."""
-    return math.prod(map(int, tpu.partition(":")[2].split("x")))

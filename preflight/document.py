@@ -1,6 +1,6 @@
 """Writes docs/results/preflight.md: estimates for the recipes, next to the published times.
 
-    python -m preflight.document [NAME...] [--output=FILE]
+    python -m preflight.document [RECIPE...] [--output=FILE]
 
 `make preflight` runs it for all recipes. With names it writes a page of those recipes only. What
 was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped goes on from there.
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m preflight.document", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
+    parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
     parser.add_argument("--output", default=str(PATH), help="the page (default: %(default)s)")
     flags = parser.parse_args(arguments)
     names, path = flags.names, pathlib.Path(flags.output)

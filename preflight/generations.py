@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m preflight.generations", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="a recipe; by default, all")
+    parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
     names = parser.parse_args(arguments).names
     try:
         check_installed()

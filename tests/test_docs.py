@@ -118,8 +118,8 @@ def test_every_command_is_on_a_page(commands):
     assert described == {"train", *commands.command_modules()}
 
 
-def test_every_command_has_a_help_that_names_it(commands):
-    """`export.client` is copied by users, and reads its two arguments without a parser."""
+def test_the_help_of_every_command_names_the_command(commands):
+    """Except that of `export.client`, which users copy, and which has no parser."""
     for name in sorted({*commands.command_modules()} - {"export.client"}):
         path = ROOT / name.replace(".", "/")
         path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")

@@ -45,11 +45,11 @@ def window_draws(*, seed: int, ids):
         ids: [B] int64, example ids.
 
     Returns:
-        [B, 4, ATTEMPTS] float32: share of the area, ratio of width to height, and the places of
-        the upper and the left side as shares of the space that is left.
+        [B, 4, ATTEMPTS] float32: share of the area, ratio of width to height, and how far down and
+        to the right the crop lies, as shares of the remaining space.
     """
-    # Exponentials of whole vector registers: the last elements of a tensor may be rounded otherwise
-    # than those before, and an example would depend on its place in the batch.
+    # Exponentials of whole vector registers: the last elements of a tensor may be rounded
+    # differently from the others, and an example would then depend on its place in the batch.
     draws = [uniform(seed, stream, ids, WIDTH) for stream in WINDOW_STREAMS]
     area = AREA[0] + (AREA[1] - AREA[0]) * draws[0]
     low, high = (tf.math.log(aspect) for aspect in ASPECT)

@@ -156,26 +156,27 @@ class Images:
     def files(self, count: int):
         """Yields (bytes of an image file, label) of at most `count` evenly spaced images.
 
-        A damaged one is left out.
+        An image whose record is damaged is left out.
         """
         chosen = range(0, self.num_examples, max(1, self.num_examples // count))[:count]
         places = [
             (self._paths[file], offset)
             for ((file, offset),) in self._index.slices([(i, i + 1) for i in chosen])
         ]
+        if not places:
+            return
         paths, offsets = zip(*places, strict=True)
 
-        def image_file(record):
-            features = tf.io.parse_single_example(record, self._features)
-            data = features[self._image]
+        def image_file(path, offset):
+            # Not `flat_map`, which never moves on from a file that cannot be opened.
+            data, label = self._parsed(records_from(path, offset).take(1).get_single_element())
             if self._is_pixels:
                 pixels = tf.reshape(tf.io.decode_raw(data, tf.uint8), self.manifest["pixels"])
                 data = tf.io.encode_png(pixels)
-            return data, features[self._label] - self._label_base
+            return data, label
 
-        records = tf.data.Dataset.from_tensor_slices((list(paths), np.array(offsets, np.int64)))
-        records = records.flat_map(lambda path, offset: records_from(path, offset).take(1))
-        for data, label in records.map(image_file).ignore_errors().as_numpy_iterator():
+        found = tf.data.Dataset.from_tensor_slices((list(paths), np.array(offsets, np.int64)))
+        for data, label in found.map(image_file).ignore_errors().as_numpy_iterator():
             yield data, int(label)
 
     @property
@@ -256,14 +257,14 @@ class Images:
         }
 
     def _each(self, inputs, function):
-        """The results of a function for each of up to `GROUP` inputs, without those that fail.
+        """The results of a function for each of the inputs, without those that fail.
 
         An error inside a data set ends only the element that it occurs in, so this is a data set of
-        its own. It is one for several images, because starting it costs a fifth of the time that
-        decoding one takes.
+        its own. Starting it takes a fifth of the time of decoding an image, so one serves a whole
+        group.
 
         Args:
-            inputs: dictionary of tensors of the same first dimension.
+            inputs: dictionary of tensors of the same first dimension, `GROUP` at most.
             function: from a slice of `inputs` to a dictionary of tensors of static shapes.
         """
         function = tf.autograph.experimental.do_not_convert(function)

@@ -287,6 +287,8 @@ def _refusal(path: str) -> str:
 def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: bool = False):
     """Raises an error if a file is in UTF-16 or UTF-32.
 
+    Their bytes can look like UTF-8 with NULs between the letters.
+
     Args:
         path: path of the file, for the message.
         beginning: its first line, or more.

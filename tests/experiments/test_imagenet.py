@@ -14,9 +14,9 @@ from small_runs import begin
 import recipes
 from experiments import train_run
 from experiments.__main__ import main
-from experiments.grid import Cell, Group, Table, progress
+from experiments.grid import Cell, Group, Table, chip_hours, progress
 from experiments.imagenet import GRIDS
-from experiments.page import chip_hours, write_page
+from experiments.page import write_page
 from experiments.runner import Places, load_runs, run_cell, state
 from experiments.tables import TABLES
 from tasks.resnet import ImageClassification

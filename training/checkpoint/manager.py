@@ -1,4 +1,6 @@
-"""What a checkpoint holds, saving it and restoring it. Each is read back before it becomes visible.
+"""Defines what a checkpoint holds, and saves and restores checkpoints.
+
+Each checkpoint is read back before it becomes visible.
 
 MODEL_DIR/ckpt-STEP.*   the newest checkpoints; see `training.checkpoint.stores`
 MODEL_DIR/best/         the checkpoint with the best evaluation, and its metrics

@@ -7,12 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from pictures import damage, encoded, prepare, prepared, smooth, stored
+from pictures import damage, encoded, example, prepare, prepared, smooth, stored
 from read_only import read_only
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.images import decoding, examples
+from inputs.images import decoding, examples, index
 
 SIZE, BATCH, COUNT = 32, 4, 12
 
@@ -277,6 +277,63 @@ def test_a_damaged_record_is_named_once_and_has_weight_0(tmp_path):
     joined(data.evaluation_batches(5, 100))
     with pytest.raises(InputError, match="2 of 12 records are damaged, more than the share"):
         data.damage.collect()
+
+
+@pytest.mark.slow
+def test_every_kind_of_damage_costs_its_image_only(tmp_path):
+    """Images that cannot be decoded, labels of no class, and a group of nothing else."""
+    good = [(encoded(smooth(60, 80, seed=i)), 1 + i % 3) for i in range(50)]
+    bad = dict(enumerate(good))
+    bad[3] = (good[3][0][:200], 1)  # ends after its header
+    bad[5] = (b"no image", 1)
+    bad[7] = (good[7][0], 100)
+    bad |= {i: (good[i][0], 0) for i in range(16, 32)}
+    (tmp_path / "classes.csv").write_text("index,wnid,name\n0,n0,a\n1,n1,b\n2,n2,c\n")
+    sets = []
+    for name, rows in (("good", good), ("bad", list(bad.values()))):
+        source = tmp_path / name
+        source.mkdir()
+        for part in range(2):
+            path = str(source / f"train-{part:05d}-of-00002")
+            with tf.io.TFRecordWriter(path) as writer:
+                for image, label in rows[25 * part : 25 * part + 25]:
+                    writer.write(example(image__encoded=image, image__class__label=label))
+        out = str(tmp_path / f"{name}-index")
+        index.index(str(source), out, str(tmp_path / "classes.csv"), 1, log=lambda line: None)
+        records = BadRecords(0.9, skip=True, log=lambda line: None)
+        data = examples.Images(f"{out}/train", SIZE, seed=1, bad_records=records)
+        sets.append((data, records))
+    (whole, of_good), (damaged, of_bad) = sets
+    lost = {3, 5, 7, *range(16, 32)}
+    kept = np.array([i not in lost for i in range(50)])
+    for batches in (
+        lambda data: data.evaluation_batches(7, 50),
+        lambda data: data.training_batches(5).take(10),
+    ):
+        expected, found = joined(batches(whole)), joined(batches(damaged))
+        counted = found["example_weights"] > 0
+        assert counted.sum() == kept.sum()
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(found[key][counted], expected[key][counted])
+    first = joined(damaged.evaluation_batches(7, 50))["example_weights"][:50]
+    np.testing.assert_array_equal(first > 0, kept)
+    damaged.damage.collect()
+    whole.damage.collect()
+    assert (of_good.bad, of_bad.bad) == (0, len(lost))
+    # Evenly spaced files: those without a label of their own are left out.
+    assert len(list(damaged.files(50))) == 50 - 17
+    assert {label for _, label in damaged.files(50)} == {0, 1, 2}
+    (tmp_path / "bad" / "train-00001-of-00002").unlink()
+    assert len(list(damaged.files(50))) == 25 - 1 - 9
+    assert not joined(damaged.evaluation_batches(50, 50))["example_weights"][25:50].any()
+
+
+def test_what_is_tried_for_a_crop_does_not_depend_on_the_place_in_the_batch():
+    ids = tf.range(1000, 1040, dtype=tf.int64)
+    whole = decoding.window_draws(seed=5, ids=ids).numpy()
+    for start, end in ((0, 1), (0, 16), (3, 4), (5, 12), (39, 40)):
+        part = decoding.window_draws(seed=5, ids=ids[start:end]).numpy()
+        np.testing.assert_array_equal(part, whole[start:end])
 
 
 def test_without_leave_a_damaged_record_ends_the_run_with_its_place(tmp_path):
