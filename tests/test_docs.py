@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 
+import PIL.Image
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -125,6 +126,14 @@ def test_the_help_of_every_command_names_the_command(commands):
         path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         source = path.read_text(encoding="utf-8").replace("{NAME}", name).replace('f"', '"')
         assert "ArgumentParser(" in source and f'prog="python -m {name}"' in source, name
+
+
+def test_the_picture_of_the_imports_is_that_of_the_code(commands):
+    import imports  # beside `commands`
+
+    with PIL.Image.open(imports.PICTURE) as picture:
+        drawn = picture.info["Description"]
+    assert drawn == imports.description(imports.imports()), "run: python docs/_ext/imports.py"
 
 
 def test_every_flag_of_train_is_described(commands):
