@@ -23,6 +23,7 @@ from inputs.storage.files import (
     check_writable,
     exists,
     file_size,
+    file_sizes,
     is_left_over,
     is_remote,
     list_names,
@@ -219,14 +220,11 @@ def open_images(folder: str) -> PreparedImages:
             "read by themselves. Convert it: python -m inputs.images.prepare "
             f"--source={parent(folder)} --output=NEW_FOLDER"
         )
-    for shard, expected in zip(paths, sizes, strict=True):
-        try:
-            size = file_size(shard)
-        except OSError:
-            size = "no"
+    for shard, expected, size in zip(paths, sizes, file_sizes(paths), strict=True):
         if size != expected:
+            found = "no" if size is None else size
             raise InputError(
-                f"--data_dir: {shard} has {size} bytes, but the manifest says {expected}. Copy or "
+                f"--data_dir: {shard} has {found} bytes, but the manifest says {expected}. Copy or "
                 "prepare the folder again."
             )
     index = open_pages(os.path.join(folder, INDEX))

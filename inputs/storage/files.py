@@ -6,6 +6,7 @@ for what is relied on there, and `inputs.storage.lease` for locks. `os.path.join
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -18,7 +19,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from inputs.errors import InputError
@@ -26,6 +27,7 @@ from inputs.storage import lease, remote
 from inputs.storage.remote import is_remote
 
 LOCK = ".lock"
+ROUND_TRIPS = 32  # requests to object storage at the same time
 NEW = ".new"  # suffix of a file that is not complete yet
 OLD = "old"  # the folder that is being replaced
 ONE_SLASH = re.compile(r"(gs|s3|hdfs|ram|file):/(?!/)")
@@ -248,6 +250,23 @@ def file_size(path: str) -> int:
         OSError: the file does not exist or cannot be read.
     """
     return remote.stat(path).length if is_remote(path) else os.path.getsize(path)
+
+
+def file_sizes(paths: Sequence[str]) -> list[int | None]:
+    """The size of each file in bytes; None if it does not exist or cannot be read.
+
+    The files are asked for at the same time: on object storage each answer takes a round trip, and
+    a data set may have a thousand files.
+    """
+
+    def size_of(path):
+        try:
+            return file_size(path)
+        except OSError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(ROUND_TRIPS) as pool:
+        return list(pool.map(size_of, paths))
 
 
 def file_state(path: str) -> tuple[int, int]:

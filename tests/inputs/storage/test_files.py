@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import threading
 
 import pytest
 
@@ -184,3 +185,18 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     with pytest.raises(InputError, match="--flag: .*nowhere cannot be written: No such file"):
         with files.locked(tmp_path / "nowhere", "--flag"):
             pass
+
+
+def test_sizes_are_asked_for_at_the_same_time(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}") for i in range(8)]
+    for i, path in enumerate(paths[:-1]):
+        pathlib.Path(path).write_bytes(bytes(i))
+    together = threading.Barrier(4, timeout=60)  # no call ends before three others have begun
+    getsize = os.path.getsize
+
+    def wait(path):
+        together.wait()
+        return getsize(path)
+
+    monkeypatch.setattr(os.path, "getsize", wait)
+    assert files.file_sizes(paths) == [*range(7), None]
