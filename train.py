@@ -51,7 +51,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "cache_dir",
     "",
-    "Folder in which raw text is prepared, and for what prepared text and masked examples lack. "
+    "Folder for prepared raw text, and for index files that prepared data does not have. "
     "Default: inside --data_dir if that is prepared and can be written, else ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
@@ -83,7 +83,7 @@ flags.DEFINE_string("mllog", "", "A new file for MLPerf's log of the run.")
 flags.DEFINE_integer(
     "rehearse",
     None,
-    "Do not train; run so many processes of this machine as the hosts of a pod, and report.",
+    "Do not train; simulate a pod with so many hosts, as processes of this machine, and report.",
 )
 flags.DEFINE_string("rehearse_json", "", "File for the figures of the rehearsal.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")
@@ -194,7 +194,7 @@ def connect() -> tf.distribute.Strategy:
 
 
 def warn_of_shortage(needed: int, purpose: str) -> None:
-    """Says so, in each worker, if less than `needed` bytes of memory are free for `purpose`."""
+    """Logs a warning in each worker if less than `needed` bytes of memory are free."""
     shortage = memory.describe_shortage(needed, purpose)
     if shortage:
         log(f"train.py: {shortage}")
@@ -339,7 +339,8 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     """Writes results.json and prints what was trained, how well and how fast."""
     from training.monitor import plot  # matplotlib takes a second to import
 
-    task, recipe = run.task, run.recipe
+    task = run.task
+    recipe = run.recipe
     speed = {"examples_per_second": run.progress.examples_per_second}
     write_json(os.path.join(model_dir, "results.json"), results | speed)
     picture = os.path.join(model_dir, plot.PICTURE)
@@ -483,7 +484,9 @@ def run(argv) -> int:
     except MemoryError:
         log(f"train.py: out of memory. {LESS_MEMORY}")
     except KeyboardInterrupt:
-        log("train.py: stopped. Nothing was saved after the last checkpoint.")
+        trains = not (FLAGS.preflight or FLAGS.rehearse)
+        kept = " Nothing was saved after the last checkpoint." if trains else ""
+        log(f"train.py: stopped.{kept}")
         return INTERRUPTED
     return 1
 
@@ -491,6 +494,8 @@ def run(argv) -> int:
 def describe_error(error: Exception) -> str:
     """Describes an error of the disk, another worker or the data; raises any other error."""
     disk_error = manager.describe_disk_error(error)
+    if disk_error and (FLAGS.preflight or FLAGS.rehearse):
+        return f"{disk_error} ({first_line(error)}). Free some space or repair the disk."
     if disk_error:
         return (
             f"{disk_error}, while logs or the export were written "

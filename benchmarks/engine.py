@@ -80,8 +80,11 @@ class Turns:
     """
 
     def __init__(self, others, blocks, steps, model_dir):
-        self._others, self._blocks, self._steps = others, blocks, steps
-        self._model_dir, self._begun = model_dir, None
+        self._others = others
+        self._blocks = blocks
+        self._steps = steps
+        self._model_dir = model_dir
+        self._begun = None
         self.seconds = {name: [] for name in ("engine", *others)}
         self.saved = []  # whether each block of the engine starts with a checkpoint
 
@@ -133,7 +136,8 @@ def time_blocks(options):
     """
     steps = options.steps_per_loop
     with tempfile.TemporaryDirectory() as folder:
-        where, recipe = strategy.connect(""), make_recipe(options.global_batch_size, SAVE_EVERY)
+        where = strategy.connect("")
+        recipe = make_recipe(options.global_batch_size, SAVE_EVERY)
         made = {name: make_parts(recipe, where) for name in ("bare", "jit", "fit")}
         turns = Turns(
             {
@@ -203,7 +207,8 @@ def main():
     parser.add_argument("--starts", type=int, default=3, help="pairs of a new and a resumed run")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
-    size, figures = bert.SIZES["tiny"], {}
+    size = bert.SIZES["tiny"]
+    figures = {}
     print(f"BERT-tiny ({size.layers} x {size.width}), {options.global_batch_size} sequences of 64")
     if options.rounds:
         steps, host, save = time_blocks(options)

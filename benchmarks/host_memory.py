@@ -28,8 +28,12 @@ from inputs.text.chunks import FULL, TABLE
 from inputs.text.examples import Examples
 from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
-TOKENS, LENGTH, VOCABULARY = 3_300_000_000, 128, 30_522
-FILES, IMAGES_PER_FILE, SIDE = 1_024, 1_251, 224
+TOKENS = 3_300_000_000
+LENGTH = 128
+VOCABULARY = 30_522
+FILES = 1_024
+IMAGES_PER_FILE = 1_251
+SIDE = 224
 STEPS = 20
 CASES = (("text", 1, 4_096), ("text", 16, 32_768), ("images", 1, 256), ("images", 16, 4_096))
 
@@ -40,7 +44,8 @@ class SyntheticCorpus:
     def __init__(self, folder):
         self.tokens: Pages
         arrays, _ = open_pages(folder)
-        self.tokens, self._table = arrays["tokens"], arrays[TABLE]
+        self.tokens = arrays["tokens"]
+        self._table = arrays[TABLE]
 
     def chunks(self, sequence_length, packing):
         """The table of chunks, which was made for `LENGTH` tokens and full sentences."""
@@ -50,7 +55,8 @@ class SyntheticCorpus:
 
 def write_corpus(folder: str) -> None:
     """Writes the arrays of a corpus."""
-    room, rng = LENGTH - 2, np.random.default_rng(0)
+    room = LENGTH - 2
+    rng = np.random.default_rng(0)
     tokens = rng.integers(len(SPECIAL_TOKENS), VOCABULARY, 2**22).astype(np.uint16)
     with PagesWriter(folder, {"tokens": np.uint16, TABLE: np.int64}, {TABLE: 2}) as writer:
         for first in range(0, TOKENS, len(tokens)):

@@ -7,7 +7,6 @@ The limit is a pipeline that only decodes, crops drawn in the same way.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from official.core import config_definitions, input_reader
 from official.vision.dataloaders import classification_input
 
 from inputs.images import decoding, examples
+from inputs.storage.files import write_json
 
 IMAGE_SIZE, CLASSES = 224, 1_000
 
@@ -77,7 +77,9 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
             start = time.perf_counter()
             while time.perf_counter() - start < seconds / 2:  # warm-up, until buffers are in use
                 next(iterator)
-            count, wall, cpu = 0, time.perf_counter(), time.process_time()
+            count = 0
+            wall = time.perf_counter()
+            cpu = time.process_time()
             while time.perf_counter() - wall < seconds:
                 next(iterator)
                 count += batch_size
@@ -116,13 +118,13 @@ def main() -> None:
             flags.rounds,
             flags.seconds,
         )
-    limit, own = figures["decoding alone"][1], figures["tf_lamb, uint8"][1]
+    limit = figures["decoding alone"][1]
+    own = figures["tf_lamb, uint8"][1]
     print(f"{'':22}{'images/s':>10}{'per core':>10}{'of limit':>10}{'ours':>10}")
     for name, (wall, cpu) in figures.items():
         print(f"{name:22}{wall:10.0f}{cpu:10.0f}{cpu / limit:10.2f}{own / cpu:9.2f}x")
     if flags.json:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+        write_json(flags.json, figures)
 
 
 if __name__ == "__main__":

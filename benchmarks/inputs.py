@@ -24,6 +24,7 @@ import tensorflow as tf
 from official.nlp.data import pretrain_text_dataloader
 
 from inputs.bad_records import BadRecords
+from inputs.storage.files import write_json
 from inputs.text import documents
 from inputs.text import examples as text
 from inputs.text.corpus import load_prepared
@@ -51,7 +52,8 @@ def read(path):
 
 def cpu_seconds(command) -> tuple[float, float]:
     """(wall, CPU) seconds of a command and all its child processes."""
-    start, spent = time.perf_counter(), {}
+    start = time.perf_counter()
+    spent = {}
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         family = [process]
@@ -78,7 +80,9 @@ def tokenizing(path, vocab, folder) -> dict:
         tokens = json.load(file)["tokens"]
     _, _, vocabulary, _ = load_prepared(folder, "", BadRecords(0, skip=False, log=print))
     tokenizer = Tokenizer(vocabulary, lower_case=not is_cased(vocabulary))
-    alone, both, seen = 0.0, 0.0, 0
+    alone = 0.0
+    both = 0.0
+    seen = 0
     for batch in batch_documents(read(path)):
         start = time.thread_time()
         seen += len(tokenizer(batch).tokens)
@@ -115,7 +119,8 @@ def write_records(path, vocabulary, file, line_tokens) -> str:
         for document in itertools.islice(read(path), ARTICLES):
             sentences = tokenizer.break_sentences(document).flat_values
             lengths = tokenizer.pieces(sentences).row_lengths().numpy()
-            lines, room = [], 0
+            lines = []
+            room = 0
             for sentence, length in zip(sentences.numpy(), lengths, strict=True):
                 if length > room:
                     lines.append(sentence)
@@ -163,7 +168,10 @@ def rate(iterator) -> tuple[float, float, float]:
         if other programs use the cores: wall time then favours pipelines with more threads.
     """
     wait_for_idle()
-    start, sequences, tokens, cpu = time.perf_counter(), 0, 0, time.process_time()
+    start = time.perf_counter()
+    sequences = 0
+    tokens = 0
+    cpu = time.process_time()
     while (spent := time.perf_counter() - start) < ROUND_SECONDS:
         mask = next(iterator)["input_mask"].numpy()
         sequences += len(mask)
@@ -185,7 +193,8 @@ def copy_rate(batch) -> float:
     """Sequences per second of copying a batch's arrays, on one thread."""
     arrays = [array.numpy() for array in batch.values()]
     targets = [np.empty_like(array) for array in arrays]
-    start, rounds = time.perf_counter(), 0
+    start = time.perf_counter()
+    rounds = 0
     while time.perf_counter() - start < 0.2:
         for target, array in zip(targets, arrays, strict=True):
             np.copyto(target, array)
@@ -251,8 +260,7 @@ def main():
                     flush=True,
                 )
     if flags.json:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+        write_json(flags.json, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import threading
@@ -28,6 +27,7 @@ from official.modeling.optimization import lars as tfm_lars
 
 import tf_lamb
 from benchmarks import shapes
+from inputs.storage.files import write_json
 from tf_lamb import tf_keras as tf_lamb_2
 
 FLOATS_MOVED = {"lamb": 10, "lars": 7}
@@ -222,8 +222,7 @@ def main():
                     flush=True,
                 )
     if flags.json:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        write_json(flags.json, rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ ten minutes on two cores.
 
 import argparse
 import gc
-import json
 import math
 import os
 
@@ -24,6 +23,7 @@ import tensorflow as tf
 
 import tf_lamb
 from benchmarks import shapes
+from inputs.storage.files import write_json
 from preflight.compiler.traffic import count_traffic
 from preflight.estimate import counts_main_memory
 
@@ -187,8 +187,7 @@ def main():
                     flush=True,
                 )
     if flags.json:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        write_json(flags.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Estimates a whole step on a TPU, ours and tf-models': python -m benchmarks.tpu_step
+"""Estimates a training step on a TPU, this project's and tf-models': python -m benchmarks.tpu_step
 
 The TPU compiler's estimates of a replica's training step (`preflight.compiler.program`) and of
 its update alone, in variants: ours; ours with `skip_nonfinite=False`; ours with tf-models'
@@ -11,7 +11,6 @@ quarter of an hour.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 from unittest import mock
 
@@ -23,6 +22,7 @@ import tf_keras
 from official.modeling.optimization import lamb, lars
 
 import recipes
+from inputs.storage.files import write_json
 from models import bert
 from preflight.compiler.program import Replica
 from preflight.compiler.topology import parse_topologies
@@ -143,8 +143,7 @@ def main():
             flush=True,
         )
     if flags.json:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+        write_json(flags.json, found)
 
 
 if __name__ == "__main__":

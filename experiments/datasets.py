@@ -74,10 +74,14 @@ class Batches(keras.utils.PyDataset):
 
     def __init__(self, images, labels, batch, steps, seed, crop=False):
         super().__init__()
-        self._images, self._labels = images, labels
-        self._batch, self._seed, self._crop = batch, seed, crop
+        self._images = images
+        self._labels = labels
+        self._batch = batch
+        self._seed = seed
+        self._crop = crop
         self._first, self._end = steps
-        self._epoch, self._order = None, None
+        self._epoch = None
+        self._order = None
 
     def __len__(self):
         return self._end - self._first
@@ -97,7 +101,8 @@ class Batches(keras.utils.PyDataset):
     def _permutation(self, epoch):
         if epoch != self._epoch:
             generator = np.random.default_rng((self._seed, 0, int(epoch)))
-            self._epoch, self._order = epoch, generator.permutation(len(self._images))
+            self._epoch = epoch
+            self._order = generator.permutation(len(self._images))
         return self._order
 
 

@@ -137,7 +137,8 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
         tuned = progress(table, source, metrics).best
         if tuned is None:
             return Progress([], len(group.seeds), None)
-        best, at_edge = _rounded(tuned * group.rate_from[1]), False
+        best = _rounded(tuned * group.rate_from[1])
+        at_edge = False
     else:
         rates = list(group.rates)
         for _ in range(MOST_EXTENSIONS + 1):

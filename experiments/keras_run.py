@@ -78,7 +78,8 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     keras.utils.set_random_seed(cell.seed)
     train = datasets.load(settings["data"], data_dir, "train")
     test = datasets.load(settings["data"], data_dir, "validation")
-    batch, epochs = settings["batch"], settings["epochs"]
+    batch = settings["batch"]
+    epochs = settings["epochs"]
     ends = [round(epoch * len(train[0]) / batch) for epoch in range(epochs + 1)]
     schedule = tf_lamb.WarmupPolynomialDecay(
         cell.rate, settings["warmup_steps"], ends[-1], power=settings["power"]

@@ -42,7 +42,8 @@ def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
         raise InputError(
             f"--data_dir={source}: {error}. Give a tar with its CSV and classes.csv beside it."
         ) from None
-    data, model_dir = os.path.join(folder, "data"), os.path.join(folder, "run")
+    data = os.path.join(folder, "data")
+    model_dir = os.path.join(folder, "run")
     prepare = ["-m", "inputs.images.prepare", f"--source={source}", f"--output={data}"]
     train = ["train.py", f"--recipe={cell.group.settings['recipe']}", f"--seed={cell.seed}"]
     train += [f"--data_dir={data}", f"--model_dir={model_dir}", "--steps_per_loop=1"]

@@ -120,7 +120,8 @@ def _rows(table, groups, seeds, values):
     head += ["first seed, by rate"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group in table.groups:
-        own, found = groups[group.name], seeds[group.name]
+        own = groups[group.name]
+        found = seeds[group.name]
         tried = {
             float(name.rpartition("-rate")[2].rpartition("-seed")[0]): value
             for name, value in values.items()
@@ -214,8 +215,11 @@ def _pictures(table, groups, seeds, now, places):
 def _draw_sweep(table, done, seeds, path):
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lines: dict[str, list] = {}
+    lost = []
     for group in done:
         found = [value for value in seeds[group.name] if not math.isinf(value)]
+        if len(found) < len(seeds[group.name]):
+            lost.append(group.settings[table.x])
         if found:
             label = group.name.removesuffix(f"-{group.settings[table.x]}").replace("-", ", ")
             lines.setdefault(label, []).append((group.settings[table.x], found))
@@ -225,6 +229,9 @@ def _draw_sweep(table, done, seeds, path):
         below = [mean - min(found) for mean, (_, found) in zip(means, points, strict=True)]
         above = [max(found) - mean for mean, (_, found) in zip(means, points, strict=True)]
         axes.errorbar([x for x, _ in points], means, (below, above), label=label, capsize=3)
+    if lost:  # at the lower edge; the means are those of the other seeds
+        edge = axes.get_xaxis_transform()
+        axes.plot(lost, [0.02] * len(lost), "kx", transform=edge, label="some seeds diverged")
     axes.set(xscale="log", xlabel=table.x, ylabel=f"test {table.metric}")
     ticks = sorted({group.settings[table.x] for group in done})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -239,7 +246,7 @@ def _curves(run, metric):
     """Returns (steps, loss, metric) of a run: held out if it was evaluated on the way."""
     if run.get("evaluations", {}).get("step"):
         found = run["evaluations"]
-        loss = next(name for name in found if name.endswith("_loss"))
+        loss = run["settings"]["evaluations"][0]
         return found["step"], found[loss], found[metric]
     curve = run["curve"]
     return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))

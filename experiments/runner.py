@@ -142,7 +142,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
 
 
 def _device(table, places):
-    """What a run was given, for its file."""
+    """Describes the devices of a run, for its file."""
     if table.one_core:
         return "one core"
     return ", ".join([f"{os.cpu_count()} cores", *places.train_flags])

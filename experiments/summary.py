@@ -94,7 +94,8 @@ def _differences(table, now, pages):
 
 def _single(table, now, pages):
     """Rows of the groups that have runs and are in no difference."""
-    seeds, values = best_values(table, now), metrics(table, now.runs)
+    seeds = best_values(table, now)
+    values = metrics(table, now.runs)
     compared = {
         name for pair in table.pairs if compare(*(seeds[name] for name in pair)) for name in pair
     }

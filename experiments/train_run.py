@@ -20,7 +20,7 @@ def command(cell: Cell, data_dir: str, folder: str, flags=()) -> list[str]:
         cell: its settings are `recipe`; `flags`, name -> value; `set`, recipe field -> value;
             `rates`, recipe field -> factor, for fields that are set to the cell's rate times the
             factor; and `curve` and `evaluations`, the fields of history.jsonl and evaluations.jsonl
-            to keep.
+            to keep, the loss first.
         data_dir: as train.py expects it.
         folder: the run's `model_dir`.
         flags: further flags, such as --tpu=NAME.

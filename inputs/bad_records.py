@@ -132,7 +132,7 @@ class BadRecords:
     def _check(self) -> None:
         if self.bad > self._max_share * self._total:
             raise InputError(
-                f"{self._first} With it {self._count} are damaged, more than the share of "
+                f"{self._first} Including it, {self._count} are damaged, more than the share of "
                 f"{self._max_share:g} that may be skipped. Repair the data, or raise the limit "
                 f"with {self._limit_flag}."
             )
@@ -142,7 +142,7 @@ class BadRecords:
         bad, good = self.bad - file.bad, self.good - file.good
         if bad > max(MAX_SHARE_OF_FILE, self._max_share) * (bad + good):
             raise InputError(
-                f"{file.first} With it {bad:,} of {bad + good:,} records of the file are damaged, "
-                "so that it is a wrong file, not one with records to skip. Repair it, or take it "
-                "out of the data."
+                f"{file.first} Including it, {bad:,} of {bad + good:,} records of the file are "
+                "damaged, so the file probably has another format. Repair it, or take it out of "
+                "the data."
             )

@@ -50,6 +50,8 @@ MEMORY_WORDS = (
     "std::bad_alloc",
     "ResourceExhaustedError",
     "Cannot allocate memory",
+    "LLVM ERROR: out of memory",
+    "can't start new thread",
     "failed to map segment from shared object",
     "pthread_create() failed",  # there is no room for the stack of a thread
 )
@@ -115,7 +117,8 @@ def _groups(base) -> list[int | None]:
 
 
 def _left(group, limit, usage, reclaimable) -> int | None:
-    limits, used = _lines(group / limit), _lines(group / usage)
+    limits = _lines(group / limit)
+    used = _lines(group / usage)
     if not limits or not used or not limits[0].isdecimal():  # "max"
         return None
     statistics = dict(line.split(maxsplit=1) for line in _lines(group / "memory.stat"))

@@ -1,4 +1,4 @@
-"""Which example stands at which place of which step: the order of a run's training data.
+"""Defines the order in which the training examples of a run are read.
 
 The examples of a run are numbered from 0: step s of a phase with a global batch of G has the ids
 s G to (s + 1) G - 1, and the ids e N to (e + 1) N - 1 are epoch e of a data set of N examples. The
@@ -9,8 +9,8 @@ A batch consists of `lanes` equal parts, of consecutive ids. In each epoch, a la
 range of the data set of its own, 1/lanes of it, so that a host reads only the ranges of its lanes.
 Within its range, a lane reads blocks of `block` consecutive examples, as they lie in the files, in
 random order, and mixes the examples of `window` blocks at random, or of fewer at the start of an
-epoch. So the order neither depends on the number of hosts and replicas, nor does it need more
-memory than one window for each lane.
+epoch. The order does not depend on the number of hosts or replicas, and memory is limited to one
+window for each lane.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class Order:
         lanes: the number of lanes, a divisor of `batch`.
         block: the number of examples that lie together and are read together.
         window: the number of blocks whose examples are mixed.
-        seed: an integer; None for the order of the data set, in which ids from N on have no
-            example (of an evaluation, whose last batch is not full).
+        seed: an integer; None keeps the order of the data set. Ids from N on have no example; they
+            occur in the last batch of an evaluation.
     """
 
     examples: int
@@ -100,10 +100,10 @@ class Order:
         return tf.maximum(window * self.window_size - self._shift(lane), 0)
 
     def _shift(self, lane):
-        """By how much a lane's first window is shorter than the others.
+        """How many examples a lane's first window is shorter than the others.
 
         Whole blocks, of which neighbouring lanes have different numbers: otherwise all lanes of a
-        host would need a new window at the same step, which would wait for them. A lane that has
+        host would load a new window at the same step, which would be slow. A lane that has
         only one window in an epoch mixes all of it.
         """
         if self.seed is None or self.examples <= self.lanes * self.window_size:

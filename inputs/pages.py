@@ -281,7 +281,7 @@ def read_consecutive(path, offset, count):
     pages = records_op(path, offset)
     pages = tf.raw_ops.TakeDataset(input_dataset=pages, count=count, **of_strings)
     pages = tf.raw_ops.IgnoreErrorsDataset(input_dataset=pages, **of_strings)
-    # With a last element, because no single element can be made of none.
+    # A last element is added, because `DatasetToSingleElement` fails on an empty data set.
     last = tf.raw_ops.TensorDataset(components=[tf.constant("")], output_shapes=[[]])
     pages = tf.raw_ops.ConcatenateDataset(input_dataset=pages, another_dataset=last, **of_strings)
     of_strings["output_shapes"] = [[None]]

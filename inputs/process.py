@@ -8,6 +8,7 @@ TensorFlow and Keras read environment variables when they are imported. `tensorf
 import gc
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,8 +17,8 @@ ASKED_BACKEND = os.environ.get("KERAS_BACKEND", "")  # what the user set; ignore
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-# Imports and graphs make millions of objects that stay. To look through them as often as Python
-# does takes 7 % of the processor time of a small run.
+# Imports and graphs create millions of objects that stay. Scanning them as often as Python does by
+# default takes 7 % of the processor time of a small run.
 gc.set_threshold(50_000, 10, 10)
 
 
@@ -27,15 +28,26 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 def run(main: Callable[..., int], *arguments) -> None:
     """Calls the `main` function of a command and exits with the status that it returns.
 
-    Ctrl-C ends a command that does not handle it in one line, without a traceback.
+    An empty argument or flag, mostly that of a shell variable which is not set, is refused: it
+    would be taken for the default. Ctrl-C ends a command that does not handle it in one line,
+    without a traceback.
     """
     escape_output()
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = (spec.name if spec else os.path.basename(sys.argv[0])).removesuffix(".__main__")
+    for argument in sys.argv[1:]:
+        if re.fullmatch(r"(--?[\w-]+=)?\s*", argument):
+            what = argument.strip().removesuffix("=") or "an argument"
+            print(
+                f"{name}: {what} is empty, perhaps because a shell variable is not set. Give a "
+                "value, or leave it out.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
     try:
         status = main(*arguments)
     except KeyboardInterrupt:
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        name = spec.name if spec else os.path.basename(sys.argv[0])
-        print(f"{name.removesuffix('.__main__')}: stopped.", file=sys.stderr)
+        print(f"{name}: stopped.", file=sys.stderr)
         status = INTERRUPTED
     sys.exit(status)
 

@@ -164,7 +164,8 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
         float32 scalars. `image_loss`: summed cross-entropy in nats. `image_top1`, `image_top5`:
         numbers of images whose class has the largest logit, or one of the five largest.
     """
-    images, weights = tf.cast(batch["image"], model.input.dtype), batch["example_weights"]
+    images = tf.cast(batch["image"], model.input.dtype)
+    weights = batch["example_weights"]
     targets = tf.one_hot(batch["label"], model.output.shape[-1])
     if training:
         own = batch["mixup"]
@@ -173,7 +174,8 @@ def classification_sums(model, batch, training: bool, *, label_smoothing: float)
         targets = targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
     logits = tf.cast(model(images, training=training), tf.float32)
     losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-    label, numbers = batch["label"][:, None], tf.range(logits.shape[-1], dtype=batch["label"].dtype)
+    label = batch["label"][:, None]
+    numbers = tf.range(logits.shape[-1], dtype=batch["label"].dtype)
     own_logit = tf.gather(logits, label, axis=1, batch_dims=1)
     # Of equal logits, which are common in bfloat16, the lower class comes first, as in the export's
     # top k. Comparisons with NaN are False, so a NaN logit never counts as a hit.

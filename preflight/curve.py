@@ -146,22 +146,29 @@ def draw(evidence: Evidence, points: list[Point], path: str) -> None:
     ideal = [first.minutes() * first.topology.chips / number for number in chips]
     time.plot(chips, ideal, "k:", label="in proportion to the chips")
     for panel in (time, examples):
-        panel.axvline(end.topology.chips, color="tab:red", linestyle="--")
+        if end is not points[-1]:
+            panel.axvline(
+                end.topology.chips,
+                color="tab:red",
+                linestyle="--",
+                label=f"twice as many chips save less than {SAVING:.0%}",
+            )
         panel.grid(alpha=0.3)
-    time.axvline(
-        end.topology.chips,
-        color="tab:red",
-        linestyle="--",
-        label=f"twice as many chips save less than {SAVING:.0%}",
-    )
     time.set(yscale="log", ylabel="minutes to the target", title=evidence.subject)
+    time.yaxis.set_major_formatter("{x:g}")
     time.legend()
     values = [point.prediction.examples / 1e6 for point in points]
     examples.plot(chips, values, "o-")
     for point, number, value in zip(points, chips, values, strict=True):
         examples.annotate(
-            f"{point.batch:,}", (number, value), textcoords="offset points", xytext=(0, 6), size=8
+            f"{point.batch:,}",
+            (number, value),
+            textcoords="offset points",
+            xytext=(0, 6),
+            size=8,
+            ha="center",
         )
+    examples.margins(x=0.08, y=0.15)  # room for the batch sizes
     examples.set(
         xscale="log",
         xlabel=f"{first.topology.chip.name} chips",

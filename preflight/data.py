@@ -66,7 +66,9 @@ def _examples_per_core(input_fn, context) -> float:
     batch makes all of a window.
     """
     batches = iter(with_infinite_cardinality(input_fn)(context))
-    examples, begin, spent = 0, time.perf_counter(), time.process_time()
+    examples = 0
+    begin = time.perf_counter()
+    spent = time.process_time()
     while not examples or time.perf_counter() - begin < MEASURED_SECONDS:
         examples += int(tf.nest.flatten(next(batches))[0].shape[0])
     return examples / (time.process_time() - spent)

@@ -15,6 +15,7 @@ from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
+from inputs.storage.files import atomic_write, check_file_writable
 from preflight import estimate
 from preflight import run as preflight
 from preflight.compiler.children import check_installed, show_progress
@@ -247,9 +248,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
     parser.add_argument("--output", default=str(PATH), help="the page (default: %(default)s)")
     flags = parser.parse_args(arguments)
-    names, path = flags.names, pathlib.Path(flags.output)
+    names = flags.names
+    path = flags.output
     command = f"python -m preflight.document {' '.join(names)}" if names else "make preflight"
     try:
+        check_file_writable(path, f"--output={path}")
         check_installed()
         for name in names:
             if name not in PODS:
@@ -268,8 +271,9 @@ def main(arguments: list[str]) -> int:
                     search=name in SEARCHED,
                 )
                 # Write after each recipe: all of them together take an hour.
-                path.write_text(format_page(results_of, command), encoding="utf-8")
-    except ValueError as error:
+                with atomic_write(path) as file:
+                    file.write(format_page(results_of, command))
+    except (ValueError, OSError) as error:
         _print_line(f"preflight.document: {error}")
         return 1
     _print_line(f"Written: {path}")

@@ -18,7 +18,7 @@ MAX_EXCESS = 0.1  # of the compiler's count of bytes over that of HBM, where it 
 MAX_TRIES = 2  # compilations per search after the first; one takes minutes for a large model
 
 
-def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
+def all_reduce_seconds(topology: Topology, num_bytes: int, link_bandwidth: float = 0.0) -> float:
     """Returns the time of a sum over all replicas on the torus, with the links at their peak rate.
 
     Each of n chips reduces a part of the sum and receives the other parts over all its links at
@@ -28,6 +28,7 @@ def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
     Args:
         topology: the slice.
         num_bytes: bytes that each replica contributes.
+        link_bandwidth: bytes/s of a link in one direction; 0 for that of the chip.
 
     Returns:
         Seconds.
@@ -36,7 +37,7 @@ def all_reduce_seconds(topology: Topology, num_bytes: int) -> float:
     if chips == 1:
         return 0.0
     sent = 2 * num_bytes * (chips - 1) / chips
-    sending = sent / (topology.links_per_chip * topology.chip.link_bandwidth)
+    sending = sent / (topology.links_per_chip * (link_bandwidth or topology.chip.link_bandwidth))
     return sending + 2 * topology.diameter * HOP_SECONDS
 
 

@@ -20,6 +20,7 @@ from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
+from inputs.storage.files import check_file_writable
 from preflight import curve as curves
 from preflight import run as preflight
 from preflight.compiler.children import check_installed, show_progress
@@ -235,7 +236,8 @@ def describe(plan: Plan, results, examples: int | None = None) -> str:
         results: list with a `preflight.run.PhaseResult` for each phase.
         examples: number of training examples, to say how often they are repeated; None if unknown.
     """
-    recipe, prediction = plan.recipe, plan.prediction
+    recipe = plan.recipe
+    prediction = plan.prediction
     lines = [f"Plan from {recipe.name}, {recipe.optimizer}, {recipe.compute_dtype}"]
     for phase, result in zip(recipe.phases, results, strict=True):
         if result.error:
@@ -353,6 +355,8 @@ def main(arguments) -> int:
             value = getattr(flags, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+        if flags.picture:
+            check_file_writable(flags.picture, f"--picture={flags.picture}")
         plan = make_plan(
             members,
             topology,

@@ -1,5 +1,7 @@
 """Shows the results of a pre-flight as text."""
 
+from preflight.estimate import all_reduce_seconds
+
 GIB = 2**30
 MIB = 2**20
 LEGEND = """
@@ -78,13 +80,23 @@ def _describe_figures(recipe, result):
     yield _line(
         "all-reduce",
         f"{format_seconds(time.all_reduce)} for {program['all_reduce_bytes'] / 1e6:,.1f} MB over "
-        f"{topology.links_per_chip} links of {topology.chip.link_bandwidth / 1e9:.0f} GB/s, "
+        f"{topology.links_per_chip} links of {topology.chip.link_bandwidth / 1e9:.0f} GB/s"
+        f"{_describe_other_links(topology, program['all_reduce_bytes'])}, "
         f"{topology.diameter} hops; {format_seconds(time.hideable)} could overlap with the "
         f"backward pass, {format_seconds(time.hidden)} does",
     )
     yield _line("input", _describe_input(recipe, result))
     yield from _describe_data(result)
     yield _line("phase", format_minutes(result.minutes))
+
+
+def _describe_other_links(topology, num_bytes) -> str:
+    """Returns the time of the all-reduce by another published rate of the links, in brackets."""
+    other = topology.chip.other_link_bandwidth
+    if other == topology.chip.link_bandwidth or topology.chips == 1:
+        return ""
+    seconds = format_seconds(all_reduce_seconds(topology, num_bytes, other))
+    return f" ({seconds} at {other / 1e9:.0f} GB/s, which is published, too)"
 
 
 def _describe_compiler_bytes(result) -> str:

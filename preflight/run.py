@@ -16,10 +16,7 @@ from inputs.errors import InputError
 from inputs.process import INTERRUPTED
 from inputs.storage.files import (
     atomic_write,
-    check_writable,
-    is_folder,
-    is_remote,
-    parent,
+    check_file_writable,
     temporary_folder,
 )
 from preflight import estimate, report
@@ -371,23 +368,23 @@ def run(
                 dataclasses.replace(result, data=one)
                 for result, one in zip(results, checked, strict=True)
             ]
+        print(report.describe(recipe, results))
+        if json_path:
+            _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
+            picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
+            try:
+                from preflight import picture  # Matplotlib takes a second to import
+
+                picture.draw(recipe, results, picture_path)
+            except OSError as error:
+                raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
+            print(f"\nWritten    {json_path}, {picture_path}")
     except KeyboardInterrupt:
         log(
             f"--preflight: stopped. Nothing is written except what has been compiled, in {CACHE}; "
             "the same command goes on from there."
         )
         return INTERRUPTED
-    print(report.describe(recipe, results))
-    if json_path:
-        _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
-        picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
-        try:
-            from preflight import picture  # Matplotlib takes a second to import
-
-            picture.draw(recipe, results, picture_path)
-        except OSError as error:
-            raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
-        print(f"\nWritten    {json_path}, {picture_path}")
     return int(any(result.error or (result.data and result.data.problems) for result in results))
 
 
@@ -457,16 +454,8 @@ def _check_json_path(path: str) -> None:
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."
         )
-    folder = parent(path)
-    if not is_remote(path) and not is_folder(folder):
-        raise InputError(f"--preflight_json={path}: there is no folder {folder}. Create it first.")
-    check_writable(folder, f"--preflight_json={path}")
     for written in (path, os.path.splitext(path)[0] + PICTURE_SUFFIX):
-        if is_folder(written):
-            raise InputError(
-                f"--preflight_json={path}: {written} is a folder. Give the name of a file, such as "
-                f"{os.path.join(path, 'preflight.json')}."
-            )
+        check_file_writable(written, f"--preflight_json={path}")
 
 
 def _write(path: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What published reference runs say of a batch size: examples to the target, and settings.
+"""Estimates settings and examples to the target for a batch size from published runs.
 
 Between two reference points, each quantity is interpolated linearly in the logarithm of the batch
 size. The paper's rule and the linear rule are here to be compared: `Evidence.leave_one_out`
@@ -59,7 +59,8 @@ class LeftOut:
     Attributes:
         reference: The point.
         predictions: Rule -> pair of examples and learning rate, by "evidence", "sqrt" and "linear".
-            The evidence says nothing (`None`) of the smallest and the largest batch size.
+            The estimate is `None` for the smallest and the largest batch size, which have no
+            neighbours on both sides.
     """
 
     reference: Reference

@@ -229,7 +229,8 @@ class Recipe:
             every = self.evaluate_every_examples
             start, before = 0, 0  # the phase's first step, and the examples of earlier phases
             for phase in self.phases:
-                batch, end = phase.global_batch_size, before + phase.steps * phase.global_batch_size
+                batch = phase.global_batch_size
+                end = before + phase.steps * phase.global_batch_size
                 multiples = range(before // every + 1, end // every + 1)
                 if every <= batch:
                     steps.update(range(start + 1, start + phase.steps + 1))

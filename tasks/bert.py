@@ -172,13 +172,15 @@ class BertPretraining(Task):
         del model, strategy, output_dir
         counts = np.zeros(len(self.vocabulary))
         for batch in self.evaluation_batches(len(self.recipe.phases) - 1)(None):
-            labels, weights = batch["masked_lm_ids"].numpy(), batch["masked_lm_weights"].numpy()
+            labels = batch["masked_lm_ids"].numpy()
+            weights = batch["masked_lm_weights"].numpy()
             counts += np.bincount(labels.ravel(), weights.ravel(), minlength=len(counts))
         return {"frequent_token": counts.max() / counts.sum()}
 
     def describe(self, results):
         """Masked-token accuracy compared with the most-frequent-token baseline."""
-        accuracy, baseline = results["masked_accuracy"], results["frequent_token"]
+        accuracy = results["masked_accuracy"]
+        baseline = results["frequent_token"]
         line = (
             f"masked-token accuracy {accuracy:.3f}, {accuracy / baseline:.1f} times the "
             f"{baseline:.3f} of always guessing the most frequent token"

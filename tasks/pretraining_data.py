@@ -1,4 +1,4 @@
-"""The examples of BERT pre-training: from text, from masked records, or made up."""
+"""The examples of BERT pre-training: from text, from masked records, or synthetic."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ from inputs.text.prepare import prepare_in_cache
 from inputs.text.record_files import find_record_files
 from inputs.text.shards import load_manifest
 from inputs.text.tokenization import casing, vocabulary
-from tasks import synthetic as made_up
+from tasks import synthetic as synthetic_data
 
 SHOWN_SENTENCES = 4
 SEARCHED_SENTENCES = 20_000
@@ -240,13 +240,13 @@ class Records(_Source):
 class Synthetic:
     """Random word pieces in sequences of the phase's length."""
 
-    description = fingerprint = amount = made_up.DESCRIPTION
+    description = fingerprint = amount = synthetic_data.DESCRIPTION
 
     def __init__(self, recipe, vocab, seed):
         if vocab:
             self.vocabulary = vocabulary.load_vocabulary(vocab)
         else:
-            self.vocabulary = made_up.synthetic_vocabulary(recipe.vocabulary_size)
+            self.vocabulary = synthetic_data.synthetic_vocabulary(recipe.vocabulary_size)
         self.lower_case = casing.choose(recipe.lower_case, self.vocabulary)
         self._per_row = recipe.sequences_per_row
         self._seed = seed
@@ -275,7 +275,7 @@ class Synthetic:
             "masked_lm_positions": phase.sequence_length,
             "next_sentence_labels": 2,
         }
-        return made_up.SyntheticExamples(spec, upper_bounds | (bounds or {}), self._seed)
+        return synthetic_data.SyntheticExamples(spec, upper_bounds | (bounds or {}), self._seed)
 
     def check(self):
         """Nothing can be damaged."""

@@ -13,7 +13,7 @@ from inputs.errors import InputError
 from inputs.images import examples
 from inputs.images.sources import check_same_classes
 from models import resnet
-from tasks import synthetic as made_up
+from tasks import synthetic as synthetic_data
 from tasks.task import Metric, Task, loss_metric
 
 IMAGENET_CLASSES = 1_000
@@ -226,14 +226,14 @@ class _Images:
 class _SyntheticImages:
     """Random pixels."""
 
-    description = fingerprint = amount = made_up.DESCRIPTION
+    description = fingerprint = amount = synthetic_data.DESCRIPTION
     padding = 0
     training_examples = 1_281_167  # those of ImageNet
 
     def __init__(self, recipe, seed):
         count = CIFAR10_CLASSES if recipe.normalization == "cifar10" else IMAGENET_CLASSES
         self.classes = [(f"class{i}", f"class{i}") for i in range(count)]
-        self.training = self.held_out = made_up.SyntheticExamples(
+        self.training = self.held_out = synthetic_data.SyntheticExamples(
             lambda size: examples.element_spec(size, recipe.image_size),
             {"image": 256, "label": count},
             seed,

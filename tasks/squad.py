@@ -15,7 +15,7 @@ from inputs.text.tokenization import casing, vocabulary
 from models import bert
 from models import squad as span_model
 from tasks import initial_weights, squad_answers
-from tasks import synthetic as made_up
+from tasks import synthetic as synthetic_data
 from tasks.task import Metric, Task, loss_metric
 
 SHOWN_CHARACTERS = 2_000
@@ -199,7 +199,7 @@ def _find_vocabulary(vocab, encoder, synthetic, log) -> list[str]:
     known = bool(beside) and exists(beside)
     if not vocab and not known:
         if synthetic and not encoder:
-            return made_up.synthetic_vocabulary(PUBLISHED_VOCABULARY_SIZE)
+            return synthetic_data.synthetic_vocabulary(PUBLISHED_VOCABULARY_SIZE)
         raise InputError(
             "--vocab is needed: there is no vocab.txt beside the checkpoint of --set init_from."
             if encoder
@@ -299,11 +299,11 @@ class _Questions:
 class _SyntheticQuestions:
     """Random windows."""
 
-    description = fingerprint = amount = made_up.DESCRIPTION
+    description = fingerprint = amount = synthetic_data.DESCRIPTION
 
     def __init__(self, recipe, vocabulary_size, seed):
         length = recipe.sequence_length
-        self.training = self.dev = made_up.SyntheticExamples(
+        self.training = self.dev = synthetic_data.SyntheticExamples(
             lambda size: examples.element_spec(size, length),
             {
                 "input_word_ids": vocabulary_size,

@@ -33,9 +33,14 @@ STARTING = 100  # operations of the storage before the first step of a run, abou
 ROOT = pathlib.Path(__file__).parents[1]
 DEFAULT = "--synthetic --steps=3000 --steps_per_loop=20 --global_batch_size=8"
 SETTINGS = (
-    "vocabulary_size=100", "max_sequence_length=16", "sequence_length=16", "predictions=2",
-    "save_every_steps=100", "evaluate_every_steps=500", "dropout=0.1",
-)  # fmt: skip
+    "vocabulary_size=100",
+    "max_sequence_length=16",
+    "sequence_length=16",
+    "predictions=2",
+    "save_every_steps=100",
+    "evaluate_every_steps=500",
+    "dropout=0.1",
+)
 
 
 def start(flags, folder, log):

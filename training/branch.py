@@ -119,7 +119,8 @@ def settings_flags(trunk: Trunk) -> list[str]:
         for name in (field.name for field in dataclasses.fields(known)):
             if name in NOT_SETTABLE or name in OWN_FIELDS or name not in values:
                 continue
-            value, default = values[name], getattr(known, name)
+            value = values[name]
+            default = getattr(known, name)
             if isinstance(value, list):
                 value = tuple(value)
             if value != default and name not in ("steps", "reference", "expected"):

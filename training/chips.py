@@ -25,7 +25,8 @@ Published figures that contradict each other:
 - Peak of v2: Google announced 180 TFLOP/s for a board of four chips and 11.5 PFLOP/s for a pod of
   64 boards, so 45 for a chip. CACM has 46.
 - Memory bandwidth of v5e: 819 GB/s; later versions of the docs have 800 GiB/s, which is 859.
-- Chips per host of v5e and v6e: the docs' 8 is the physical machine, and the virtual machine of a
+- Chips per host of v5e and v6e: the 8 of the documentation is the physical machine, and the virtual
+  machine of a
   slice of up to 8 chips. The virtual machines of larger slices have 4.
 
 GPUs: NVIDIA's data sheets, without sparsity.

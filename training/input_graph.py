@@ -62,7 +62,8 @@ def examine(
         nodes += function.node_def
     operations = frozenset(node.op for node in nodes) - functions
     problems = [*_operation_problems(operations)]
-    sizes, paths = [0], set()
+    sizes = [0]
+    paths = set()
     for node in nodes:
         if node.op == "Const":
             value = node.attr["value"].tensor

@@ -1,8 +1,8 @@
-"""Rehearses a pod: its hosts are processes of this machine, which make and use the real batches.
+"""Rehearses a pod: each host is a process of this machine that reads the real data.
 
 A pod slice is driven by one process, the coordinator, which sends each host the graph of the
-host's data set. So does `rehearse`: each of N TensorFlow servers gets the very data set that it
-would get on a pod, all make the batches of some steps at the same time, and one runs a few steps
+host's data set. So does `rehearse`: each of N TensorFlow servers gets the same data set as on a
+pod, all make the batches of some steps at the same time, and one runs a few steps
 of the training program. Only what needs a TPU is left out.
 """
 
@@ -26,7 +26,7 @@ import tensorflow as tf
 import tf_keras
 
 from inputs.errors import InputError
-from inputs.storage.files import atomic_write, temporary_folder
+from inputs.storage.files import atomic_write, check_file_writable, temporary_folder
 from training import input_graph
 from training.host import JOB
 from training.monitor.progress import HISTORY, read_rows
@@ -302,7 +302,7 @@ def rehearse_phase(
     contexts = [tf.distribute.InputContext(count, i, count * replicas) for i in range(count)]
     graph = input_graph.examine(input_fn, contexts[0], shared_dir)
     problems = list(graph.problems)
-    if problems:  # it would fail, in a way that is harder to understand
+    if problems:  # it would fail with an error that is harder to understand
         return PhaseReport(
             phase_index,
             phase.global_batch_size,
@@ -317,7 +317,8 @@ def rehearse_phase(
             equal=False,
             problems=tuple(problems),
         )
-    sent, own = sent_bytes(), measure("self")["read_bytes"]
+    sent = sent_bytes()
+    own = measure("self")["read_bytes"]
     before = hosts.measure()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         made = list(map(Batches, [input_fn] * count, contexts, hosts.devices))
@@ -391,7 +392,8 @@ def compare(examples, tensors, expected, expected_tensors, names) -> list[str]:
         A sentence about the first difference; [] if there is none.
     """
     own = examples[0].shape[1]
-    found, found_tensors = np.concatenate(examples, 1), np.concatenate(tensors, 1)
+    found = np.concatenate(examples, 1)
+    found_tensors = np.concatenate(tensors, 1)
     differing = np.argwhere(found != expected)
     if not len(differing):
         return []
@@ -501,6 +503,8 @@ def run(make_task: Callable, recipe, count: int, *, seed: int, json_path: str, l
     """
     if not 1 <= count <= MAX_HOSTS:
         raise InputError(f"--rehearse must lie in [1, {MAX_HOSTS}]. Received: --rehearse={count}.")
+    if json_path:
+        check_file_writable(json_path, f"--rehearse_json={json_path}")
     replicas = replicas_per_host(recipe, count)
     log(f"Starting {count} hosts as processes of this machine")
     with temporary_folder("rehearsal-") as folder, Hosts(count) as hosts:

@@ -255,7 +255,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         """Whether an evaluation is as good as the recipe's target, or better."""
         if self.recipe.target is None or not results:
             return False
-        value, metric = results[self.task.best_metric.name], self.task.best_metric
+        value = results[self.task.best_metric.name]
+        metric = self.task.best_metric
         if value is None:  # not finite
             return False
         better = value >= self.recipe.target
@@ -263,7 +264,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     def _train_phases(self, missed: bool) -> dict[str, float]:
         """Runs a missed evaluation, if any, and trains the remaining phases."""
-        start, resumed = 0, self._step
+        start = 0
+        resumed = self._step
         for index, phase in enumerate(self.recipe.phases):
             end = start + phase.steps
             if resumed < end or end == self.recipe.steps or (missed and resumed == end):
@@ -319,7 +321,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     def _roll_back(self, error: Diverged) -> None:
         """Restores the newest checkpoint with a lower learning rate, or raises `error`."""
-        recipe, state = self.recipe, self.state
+        recipe = self.recipe
+        state = self.state
         rollbacks = int(state.rollbacks.numpy()) + 1
         if recipe.on_divergence != "rollback" or rollbacks > recipe.max_rollbacks:
             raise error

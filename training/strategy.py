@@ -188,7 +188,8 @@ def _connect_tpu(tpu: str) -> tf.distribute.Strategy:
 
 def check_topology(topology: tf.tpu.experimental.Topology, tpu: str) -> None:
     """Raises `InputError` if cores of the TPU's mesh are missing."""
-    missing, cores = len(topology.missing_devices), int(np.prod(topology.mesh_shape))
+    missing = len(topology.missing_devices)
+    cores = int(np.prod(topology.mesh_shape))
     if missing:
         shape = "x".join(map(str, topology.mesh_shape))
         raise InputError(

@@ -214,11 +214,16 @@ def _type_name(annotation) -> str:
 
 def _attribute_docs(doc: str) -> dict[str, str]:
     """Reads `name: text` entries of the sections "Attributes:" and "Args:"."""
-    found, name, inside, indent = {}, None, False, 0
+    found = {}
+    name = None
+    inside = False
+    indent = 0
     for line in doc.splitlines():
         bare = line.strip()
         if bare in ("Attributes:", "Args:"):
-            inside, name, indent = True, None, 0
+            inside = True
+            name = None
+            indent = 0
         elif inside and bare:
             width = len(line) - len(line.lstrip())
             if width == 0:
@@ -237,7 +242,8 @@ def _attribute_docs(doc: str) -> dict[str, str]:
 def _field_comments(cls: type) -> dict[str, str]:
     """Reads the comments of the fields: on the line itself, or on the lines above it."""
     source = inspect.getsource(cls)
-    comments, only = {}, set()
+    comments = {}
+    only = set()
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -248,7 +254,8 @@ def _field_comments(cls: type) -> dict[str, str]:
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign):
             continue
-        above, line = [], node.lineno - 1
+        above = []
+        line = node.lineno - 1
         while line in only:
             above.insert(0, comments[line])
             line -= 1

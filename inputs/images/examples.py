@@ -219,7 +219,8 @@ class Images:
 
     def _group(self, training, rows):
         """Reads and decodes some images; a damaged one becomes black, with weight 0."""
-        count, ids = tf.shape(rows)[0], tf.bitcast(rows[:, 5:7], tf.int64)
+        count = tf.shape(rows)[0]
+        ids = tf.bitcast(rows[:, 5:7], tf.int64)
         places = tf.range(count)
         read = functools.partial(self._read, training)
         found = self._each({"place": places, "row": rows}, read)
@@ -232,7 +233,9 @@ class Images:
             )
             found["flip"] = tf.gather(flips, found["place"])
         found = self._each(found, functools.partial(self._decode, training))
-        places, images, labels = found["place"], found["image"], found["label"]
+        places = found["place"]
+        images = found["image"]
+        labels = found["label"]
 
         def with_gaps():
             at = places[:, tf.newaxis]
@@ -325,7 +328,8 @@ class Images:
     def _finished(self, training, batch):
         """Augments raw pixels, replaces what could not be read, and adds the mixup weights."""
         ids = batch["id"]
-        images, readable = batch["image"], batch.pop("readable")
+        images = batch["image"]
+        readable = batch.pop("readable")
         if training and self._is_pixels:
             images = decoding.random_shifts(images, seed=self._seed, ids=ids)
             flip = decoding.random_flips(seed=self._seed, ids=ids)

@@ -557,6 +557,21 @@ def temporary_folder(prefix: str) -> Iterator[str]:
         yield path
 
 
+def check_file_writable(path: str, flag: str) -> None:
+    """Checks that a file can be written, before the work whose result it will hold.
+
+    Raises:
+        InputError: there is no such folder, it cannot be written, or the path is that of a folder.
+            The message starts with `flag`.
+    """
+    folder = parent(path)
+    if not is_remote(path) and not is_folder(folder):
+        raise InputError(f"{flag}: there is no folder {folder}. Create it first.")
+    check_writable(folder, flag)
+    if is_folder(path):
+        raise InputError(f"{flag}: {path} is a folder. Give the name of a file.")
+
+
 def check_writable(folder: str, flag: str) -> None:
     """Checks that a folder can be written; it is created if it is missing.
 

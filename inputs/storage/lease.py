@@ -169,7 +169,8 @@ def _take_when_free(lease, path, flag, wait, log) -> None:
 
 def _wait_until_free(path, flag, wait, log) -> None:
     """Returns when there is no lease, or it is stale."""
-    content, since = _read(path), time.monotonic()
+    content = _read(path)
+    since = time.monotonic()
     if content is None or _is_over(content):
         return
     log(
@@ -187,7 +188,8 @@ def _wait_until_free(path, flag, wait, log) -> None:
         if now != content and not wait:
             raise _in_use(path, flag, now)
         if now != content:
-            content, since = now, time.monotonic()
+            content = now
+            since = time.monotonic()
 
 
 def _read(path: str) -> bytes | None:
@@ -224,7 +226,8 @@ def _is_over(content: bytes) -> bool:
     """Whether the owner has certainly ended, or this is a lock that was copied from a disk."""
     if DISK_LOCK.match(content):
         return True
-    facts, own = _parse(content), _this_process()
+    facts = _parse(content)
+    own = _this_process()
     if own["boot"] and facts.get("boot") == own["boot"] and isinstance(facts.get("pid"), int):
         return _start_of(facts["pid"]) != facts.get("start")
     age = time.time() - facts["time"] if isinstance(facts.get("time"), int | float) else 0

@@ -71,8 +71,8 @@ def _explain(path: str, error, errors) -> tuple[int, str]:
         return errno.ENOSPC, os.strerror(errno.ENOSPC)
     denied = errors.PermissionDeniedError, errors.UnauthenticatedError
     if isinstance(error, denied) or re.search(r"\b40[13]\b", reason):
-        cure = f": {CREDENTIALS}" if scheme and scheme[1] == "gs" else ""
-        return errno.EACCES, f"no access, {reason}{cure}"
+        advice = f": {CREDENTIALS}" if scheme and scheme[1] == "gs" else ""
+        return errno.EACCES, f"no access, {reason}{advice}"
     return errno.EIO, reason
 
 

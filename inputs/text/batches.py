@@ -198,8 +198,8 @@ class Batches(abc.ABC):
         first, stop = block * size, tf.minimum(block * size + size, len(self.plan))
         planned, readable = self.plan.read(first, stop, self.damage, first, stop - first)
         present = (planned >= 0) & readable
-        # All that the rows of the block need is read at once, whichever of them are asked for, so
-        # that the other documents among which a random segment is chosen are the same.
+        # Always reads all that the block needs, even for a few rows, so that random segments are
+        # chosen from the same documents.
         start = tf.reduce_min(tf.where(present, planned, self.num_examples - 1))
         end = tf.reduce_max(tf.where(present, planned, start)) + 1
         members, present = (tf.gather(values, rows - first) for values in (planned, present))

@@ -164,7 +164,8 @@ class _Full:
 
 def _orbits(starts, stops, following):
     """The sorted x, f(x), f(f(x)), ... that are below `stop`, for each x in `starts`."""
-    found, current = [], starts
+    found = []
+    current = starts
     while len(current):
         found.append(current)
         current = following(current)

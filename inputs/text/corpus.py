@@ -286,7 +286,7 @@ def open_layout(home: str, fingerprint: str, cache: str = "") -> list[Corpus] | 
 
 
 class _Unchanged(Exception):
-    """The same documents are laid out already. Other processes may be reading the files."""
+    """Ends the writing: the same layout exists already, and other processes may be reading it."""
 
 
 def lay_out(

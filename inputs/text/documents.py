@@ -56,7 +56,8 @@ def read_documents(
         WIKI_JSON: functools.partial(_json_documents, decode=unescape),
     }
     for path in files:
-        count, bad = 0, records.bad
+        count = 0
+        bad = records.bad
         read = readers.get(format_of(path, by_name=False), _text_documents)
         with records.of_file():
             for document in read(path, records, advance):
@@ -70,20 +71,23 @@ def read_documents(
 
 def _split_long(document: list[str]) -> Iterator[list[str]]:
     """Yields the document, split into parts if it is too long; no part is empty."""
-    part, size = [], 0
+    part = []
+    size = 0
     for paragraph in document:
         part.append(paragraph)
         size += len(paragraph)
         if size >= MAX_DOCUMENT_CHARACTERS:
             yield part
-            part, size = [], 0
+            part = []
+            size = 0
     if part:
         yield part
 
 
 def _lines(path: str, records: BadRecords, advance) -> Iterator[tuple[str, str]]:
     """Yields ("FILE, line N", line without its line end) of each line that is UTF-8."""
-    offset, read = 0, 0
+    offset = 0
+    read = 0
     try:
         with open_bytes(path) as raw, opened(raw, path) as file:
             for number, line in enumerate(_raw_lines(file, raw, path, records), start=1):

@@ -87,7 +87,9 @@ class Examples(Batches):
         chunks -= first
         if self.packing == FULL:
             start, end = (tf.gather(column, chunks) for column in tf.unstack(table, axis=1))
-            a_start, a_length, b_start = start, end - start, tf.zeros_like(start)
+            a_start = start
+            a_length = end - start
+            b_start = tf.zeros_like(start)
             b_length, is_random = b_start - 1, b_start > 0  # length -1: no [SEP] of B either
             a_start -= base
         else:
@@ -204,7 +206,8 @@ class Examples(Batches):
         """See `Batches.make_batch`."""
         place = tf.range(self.sequence_length)[tf.newaxis]
         counts, a_length, b_length, is_random = tf.unstack(rows[:, :4], axis=1)
-        ids, tokens = tf.bitcast(rows[:, 4:FIELDS], tf.int64), rows[:, FIELDS:]
+        ids = tf.bitcast(rows[:, 4:FIELDS], tf.int64)
+        tokens = rows[:, FIELDS:]
         weights = tf.cast(counts, tf.float32)
         a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
         is_text = ((place >= 1) & (place < a_end)) | ((place > a_end) & (place < b_end))

@@ -232,7 +232,8 @@ def prepare_in_cache(
     else:
         found = list(read_installed_text())
         content = hashlib.sha256(repr(found).encode()).hexdigest()
-        inputs, size = [{"file": "installed text", "sha256": content}], len(found)
+        inputs = [{"file": "installed text", "sha256": content}]
+        size = len(found)
 
         def read(advance):
             for document in found:
@@ -353,7 +354,8 @@ class _Preparation:
     def _verify(self, shard, log):
         records = BadRecords(1.0, skip=True, log=log)
         dtype = self.manifest["token_dtype"]
-        found, unknown_tokens = [], 0
+        found = []
+        unknown_tokens = 0
         for tokens, lengths in read_shard(self._folder, shard, dtype, records):
             found.append((document_key(tokens), lengths))
             unknown_tokens += self._count_unknown(tokens)

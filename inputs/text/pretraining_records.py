@@ -1,4 +1,4 @@
-"""Pre-training examples that another program masked and wrote as TFRecords, read where they lie.
+"""Pre-training examples that another program masked and wrote as TFRecords, read in place.
 
 MLPerf's data, and that of google-research/bert's `create_pretraining_data.py`, have the keys of the
 first column of `NAMES`; tf-models' program writes those of the second with
@@ -331,7 +331,8 @@ class RecordExamples(Batches):
         found = tf.TensorArray(tf.string, tf.size(numbers), infer_shape=False, element_shape=[None])
 
         def of_file(i, found):
-            path, places = tf.gather(paths, numbers[i]), offsets[ends[i] - counts[i] : ends[i]]
+            path = tf.gather(paths, numbers[i])
+            places = offsets[ends[i] - counts[i] : ends[i]]
 
             def one_by_one():
                 def one(place):
@@ -357,7 +358,9 @@ class RecordExamples(Batches):
             A tuple of the rows without their first field, [n, C - 1] int32; whether each record is
             an example of this vocabulary, [n] bool; and whether it fits the phase, [n] bool.
         """
-        names, length, predictions = self._files.names, self.sequence_length, self.predictions
+        names = self._files.names
+        length = self.sequence_length
+        predictions = self.predictions
         kinds = {names[ours]: tf.io.RaggedFeature(tf.int64) for ours in NAMES}
         kinds[names["masked_lm_weights"]] = tf.io.RaggedFeature(tf.float32)
         parsed = tf.io.parse_example(records, kinds)
@@ -423,7 +426,8 @@ class RecordExamples(Batches):
 
     def make_batch(self, rows):
         """See `Batches.make_batch`."""
-        length, predictions = self.sequence_length, self.predictions
+        length = self.sequence_length
+        predictions = self.predictions
         parts = [1, 1, 1, length, *[predictions] * 3]
         counts, tokens, labels, words, positions, ids, weights = tf.split(rows, parts, axis=1)
         counts = tf.cast(counts, tf.float32)

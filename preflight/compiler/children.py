@@ -6,6 +6,7 @@ cached in `~/.cache/tf_lamb/preflight`, by program, compiler version and topolog
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -275,7 +276,7 @@ class Children:
 
         Raises:
             ChildFailed: the exit status is not 0.
-            InputError: the host's memory is not sufficient.
+            InputError: the host's memory or disk is not sufficient.
         """
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             job_path = os.path.join(folder, "job")
@@ -306,6 +307,11 @@ class Children:
                 printed = output.read().decode(errors="replace").strip()
             if ran_out_of_memory(printed, child.returncode):
                 raise _host_memory_error(task)
+            if child.returncode and os.strerror(errno.ENOSPC) in printed:
+                raise InputError(
+                    f"{task} failed: the disk of this host is full. Free some space for temporary "
+                    f"files ({tempfile.gettempdir()}) and in {CACHE}; the same command goes on."
+                )
             if child.returncode:
                 raise ChildFailed(f"{task} failed: {_reason(printed, child.returncode)}")
             with open(answer_path, encoding="utf-8") as file:

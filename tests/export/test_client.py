@@ -4,12 +4,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import tensorflow as tf
 
 from export import client, saved_model
 
+OLD = pathlib.Path(__file__).parents[1] / "data/export_v0_1_0/files.zip"
 TEXT = {"text": ([None], tf.string)}
 QUESTION = {"question": ([None], tf.string), "context": ([None], tf.string)}
 IMAGE = {"image": ([None], tf.string)}
@@ -41,6 +43,17 @@ def test_masks_are_filled(tmp_path, capsys):
     assert client.main([folder, "no mask", "[MASK] and [MASK]"]) == 0
     line = "     word 75 %, word 25 %\n"
     assert capsys.readouterr().out == f"  no mask\n  [MASK] and [MASK]\n{line}{line}"
+
+
+def test_a_savedmodel_of_version_0_1_0_fills_masks(tmp_path, capsys):
+    """See tests/data/export_v0_1_0/make.py. The words after the first have nearly equal odds."""
+    with zipfile.ZipFile(OLD) as archive:
+        archive.extractall(tmp_path)
+    asked, answer = (tmp_path / "answer.txt").read_text().splitlines()
+    assert client.main([str(tmp_path / "export"), asked.strip()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == asked and len(lines) == 2
+    assert lines[1].split(",")[0] == answer.split(",")[0] == "     ##r 3 %"
 
 
 @pytest.mark.slow

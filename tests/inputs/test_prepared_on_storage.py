@@ -72,9 +72,14 @@ def places(tmp_path, ram):
 
 def prepare_at(place, **more):
     prepare_text.prepare(
-        f"{place}/source/text", f"{place}/source/vocab.txt", f"{place}/out",
-        workers=0, shard_tokens=1500, sequence_lengths=[32], **more,
-    )  # fmt: skip
+        f"{place}/source/text",
+        f"{place}/source/vocab.txt",
+        f"{place}/out",
+        workers=0,
+        shard_tokens=1500,
+        sequence_lengths=[32],
+        **more,
+    )
 
 
 def strict():
@@ -190,8 +195,11 @@ def test_tfrecords_are_indexed_where_they_lie(ram, tmp_path, capsys):
         assert opened.paths == [f"{ram}/records/train-{i:05d}-of-00002" for i in range(2)]
         data = examples.Images(f"{output}/train", 16, seed=1)
         assert sorted(data.training_batches(4).take(1).get_single_element()["label"]) == [
-            0, 0, 1, 1
-        ]  # fmt: skip
+            0,
+            0,
+            1,
+            1,
+        ]
         assert [found for found, _ in data.files(4)] == pictures
     capsys.readouterr()
     assert index.main([f"--source={ram}/nowhere", f"--output={ram}/other"]) == 1

@@ -93,6 +93,17 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     process.escape_output()  # not a stream with an encoding
 
 
+@pytest.mark.parametrize("argument", ["", " ", "--output=", "--data_dir= "])
+def test_an_empty_argument_is_not_taken_for_the_default(monkeypatch, capsys, argument):
+    monkeypatch.setattr(sys, "argv", ["command", "--batch=8", argument])
+    with pytest.raises(SystemExit) as end:
+        process.run(pytest.fail)
+    said = capsys.readouterr().err
+    name = argument.strip().removesuffix("=") or "an argument"
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert f": {name} is empty, perhaps because a shell variable is not set. Give" in said
+
+
 def test_ctrl_c_is_one_line(capsys):
     def interrupt():
         raise KeyboardInterrupt

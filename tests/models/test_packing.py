@@ -41,8 +41,10 @@ def batch():
     weights = (rng.random([count, PREDICTIONS]) < 0.8).astype(np.float32)
     ones = np.ones([count], np.float32)
     return arrays | {
-        "masked_lm_weights": weights, "next_sentence_weights": ones, "example_weights": ones,
-    }  # fmt: skip
+        "masked_lm_weights": weights,
+        "next_sentence_weights": ones,
+        "example_weights": ones,
+    }
 
 
 def tensors(batch):

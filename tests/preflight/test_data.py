@@ -27,9 +27,15 @@ def check(monkeypatch, tmp_path, capsys):
     def run(recipe, folder, topologies):
         def make_task(shared_dir):
             return TASKS[recipe.task](
-                recipe, data_dir=folder, vocab="", resume_dir=None, seed=1, synthetic=False,
-                log=print, shared_dir=shared_dir,
-            )  # fmt: skip
+                recipe,
+                data_dir=folder,
+                vocab="",
+                resume_dir=None,
+                seed=1,
+                synthetic=False,
+                log=print,
+                shared_dir=shared_dir,
+            )
 
         path = tmp_path / "rows.json"
         status = preflight.run(
@@ -47,9 +53,14 @@ def text_of(text, tmp_path):
     def prepare(recipe):
         records = BadRecords(0.0, skip=False, log=print)
         return prepare_in_cache(
-            str(text), "", recipe, known_case=None, records=records,
-            cache_dir=str(tmp_path / "cache"), log=print,
-        )  # fmt: skip
+            str(text),
+            "",
+            recipe,
+            known_case=None,
+            records=records,
+            cache_dir=str(tmp_path / "cache"),
+            log=print,
+        )
 
     return prepare
 

@@ -59,9 +59,16 @@ def result(batch=12_288, topology="v3-2048", **fields):
     work = 5e-4 * replica_batch + 1e-3
     time = StepTime(work, "compiler", work, 1e-3, 0.0, 0.0, 2e-3, 2e-3, 1e-3)
     return preflight.PhaseResult(
-        1, 500, batch, slice_, replica_batch, accumulation=1,
-        program={"all_reduce_bytes": 1_340_000_000}, time=time, **fields,
-    )  # fmt: skip
+        1,
+        500,
+        batch,
+        slice_,
+        replica_batch,
+        accumulation=1,
+        program={"all_reduce_bytes": 1_340_000_000},
+        time=time,
+        **fields,
+    )
 
 
 BERT = plan.family("mlperf-bert")

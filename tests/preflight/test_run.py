@@ -14,7 +14,7 @@ import pytest
 import recipes
 from inputs.errors import InputError
 from inputs.storage import files
-from preflight import document, picture, report
+from preflight import document, picture, plan, report
 from preflight import run as preflight
 from preflight.compiler import children as preflight_children
 from preflight.compiler.topology import parse_topologies
@@ -145,6 +145,45 @@ def test_a_folder_instead_of_a_json_file_is_an_error_before_compilation(
     with pytest.raises(InputError, match=f"preflight_json=.*{name}.* is a folder. Give the name"):
         recipe = recipes.find_recipe("bert-mini-demo")
         preflight.run(recipe, "v3:2x2", json_path=str(tmp_path / name), log=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (document.main, ["bert-mini-demo", "--output={}"]),
+        (plan.main, ["--recipe=mlperf-bert", "--topology=v3-2048", "--picture={}"]),
+    ],
+)
+@pytest.mark.parametrize(("name", "said"), [("no/x.png", "no folder"), ("", "is a folder")])
+def test_a_bad_output_of_other_commands_is_said_before_compilation(
+    tmp_path, monkeypatch, capsys, main, arguments, name, said
+):
+    monkeypatch.setattr(preflight, "examine", pytest.fail)
+    path = str(tmp_path / name)
+    assert main([argument.format(path) for argument in arguments]) == 1
+    assert f"={path}: " in (error := capsys.readouterr().err) and said in error
+
+
+def test_ctrl_c_while_the_report_is_made_says_the_same(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    monkeypatch.setattr(report, "describe", interrupt)
+    lines = []
+    recipe = recipes.find_recipe("bert-mini-demo")
+    assert preflight.run(recipe, "v3:2x2", json_path="", log=lines.append) == 130
+    assert "stopped" in lines[-1] and "checkpoint" not in lines[-1]
+
+
+def test_both_published_rates_of_the_links_are_shown(monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    recipe = recipes.find_recipe("bert-mini-demo")
+    assert preflight.run(recipe, "v3:2x2", json_path="", log=lambda line: None) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"links of 100 GB/s \([\d.]+ .?s at 70 GB/s, which is published, too\)", said)
 
 
 def test_ctrl_c_says_what_is_kept(tmp_path, monkeypatch, capsys):

@@ -51,8 +51,12 @@ def source(tmp_path_factory):
 def test_capitals_reach_the_shards(source):
     assert load_manifest(str(source / "shards"))["lower_case"] is False
     said = []
-    raw = make(recipe_of("bert-mini-demo", *SMALL), source / "a.txt", vocab=source / "vocab.txt",
-               log=said.append)  # fmt: skip
+    raw = make(
+        recipe_of("bert-mini-demo", *SMALL),
+        source / "a.txt",
+        vocab=source / "vocab.txt",
+        log=said.append,
+    )
     shards = make(recipe_of("bert-mini-demo", *SMALL), source / "shards")
     for task in (raw, shards):
         assert task.recipe.lower_case is False

@@ -113,11 +113,21 @@ def test_train_py_learns_three_classes_and_reports_it(tmp_path):
     settings = ("model=cifar-resnet-10", "image_size=32", "label_smoothing=0", "augmentation=none")
     settings += ("warmup_steps=2", "evaluate_every_steps=10", "peak_learning_rate=0.05")
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--recipe=cifar10-momentum-128", f"--data_dir={data}",
-         f"--model_dir={tmp_path}/run", "--global_batch_size=12", "--steps=20",
-         "--steps_per_loop=10", *(f"--set={setting}" for setting in settings)],
-        capture_output=True, text=True, cwd="/",
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--recipe=cifar10-momentum-128",
+            f"--data_dir={data}",
+            f"--model_dir={tmp_path}/run",
+            "--global_batch_size=12",
+            "--steps=20",
+            "--steps_per_loop=10",
+            *(f"--set={setting}" for setting in settings),
+        ],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "12 images of 3 classes to train on, 12 held out" in done.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -133,9 +143,14 @@ def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capf
     data = prepared(tmp_path, size=(40, 40))
     shard, offset = damage(data / "train", 5)
     arguments = [
-        "--recipe=cifar10-momentum-128", f"--data_dir={data}", f"--model_dir={tmp_path}/run",
-        "--global_batch_size=12", "--steps=2", "--set=image_size=32", "--set=model=cifar-resnet-10",
-    ]  # fmt: skip
+        "--recipe=cifar10-momentum-128",
+        f"--data_dir={data}",
+        f"--model_dir={tmp_path}/run",
+        "--global_batch_size=12",
+        "--steps=2",
+        "--set=image_size=32",
+        "--set=model=cifar-resnet-10",
+    ]
     assert in_process([*arguments, "--set=on_bad_record=fail"]) == 1
     said = capfd.readouterr().err.splitlines()
     assert f"train.py: --data_dir: {shard}, byte {offset}: damaged" in said[-1]

@@ -156,9 +156,14 @@ def test_a_run_gives_weights_and_moments(tmp_path, trained):
 
 def test_an_encoder_of_tf_models_leaves_the_heads_random(tmp_path):
     encoder = networks.BertEncoder(
-        vocab_size=WORDS, hidden_size=128, num_layers=2, num_attention_heads=2,
-        max_sequence_length=POSITIONS, intermediate_size=512, type_vocab_size=2,
-    )  # fmt: skip
+        vocab_size=WORDS,
+        hidden_size=128,
+        num_layers=2,
+        num_attention_heads=2,
+        max_sequence_length=POSITIONS,
+        intermediate_size=512,
+        type_vocab_size=2,
+    )
     tf.train.Checkpoint(model=encoder).write(str(tmp_path / "bert_model.ckpt"))
     start = initial_pretraining.Start(str(tmp_path / "bert_model.ckpt"), slots=False)
     model = build()
@@ -166,10 +171,9 @@ def test_an_encoder_of_tf_models_leaves_the_heads_random(tmp_path):
     assert {name.split("/")[0] for name in missing} == {"masked_lm", "next_sentence"}
     assert len(missing) == 7 and start.read_slots(model) is None
     np.testing.assert_array_equal(
-        model.trainable_variables[0].numpy(), bert.encoder_variables(encoder)[
-            "word_embeddings/embeddings"
-        ].numpy(),
-    )  # fmt: skip
+        model.trainable_variables[0].numpy(),
+        bert.encoder_variables(encoder)["word_embeddings/embeddings"].numpy(),
+    )
 
 
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, trained):
@@ -199,9 +203,14 @@ def pretrain(text, folder, lines, *changes):
     recipe = recipes.override(demo, [*settings, *changes])
     recipe.check()
     task = BertPretraining(
-        recipe, data_dir=str(text), vocab="", resume_dir=None, seed=1, synthetic=False,
+        recipe,
+        data_dir=str(text),
+        vocab="",
+        resume_dir=None,
+        seed=1,
+        synthetic=False,
         log=lines.append,
-    )  # fmt: skip
+    )
     one = tf.distribute.OneDeviceStrategy("/cpu:0")
     Run(task, task.recipe, one, model_dir=folder, seed=1, steps_per_loop=20, log=lines.append).fit()
     return [row["loss"] for row in read_rows(f"{folder}/history.jsonl")]

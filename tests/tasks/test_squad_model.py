@@ -89,10 +89,15 @@ def test_sums_match_values_computed_from_the_logits():
 
 def tfm_encoder(layers=SIZE.layers, width=SIZE.width, rows=None):
     return networks.BertEncoder(
-        vocab_size=rows or len(VOCABULARY), hidden_size=width, num_layers=layers,
-        num_attention_heads=2, inner_dim=4 * width, max_sequence_length=POSITIONS,
-        type_vocab_size=2, dict_outputs=True,
-    )  # fmt: skip
+        vocab_size=rows or len(VOCABULARY),
+        hidden_size=width,
+        num_layers=layers,
+        num_attention_heads=2,
+        inner_dim=4 * width,
+        max_sequence_length=POSITIONS,
+        type_vocab_size=2,
+        dict_outputs=True,
+    )
 
 
 def tfm_pretrainer(encoder):

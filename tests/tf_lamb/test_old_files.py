@@ -92,6 +92,15 @@ def test_hdf5_loads_without_custom_objects(make, files, expected, case):
     check(make, model, expected, f"tf_keras/{case}/")
 
 
+def test_a_saved_model_loads_without_custom_objects(make, files, expected):
+    path = files / "tf_keras" / "lamb.saved_model"
+    model = make.tf_keras.models.load_model(path)
+    # tf_keras saves the optimizer, but neither builds nor restores it here.
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(str(path / "variables" / "variables"))
+    check(make, model, expected, "tf_keras/lamb/")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("telemetry", [False, True])
 @pytest.mark.parametrize(("flavour", "case"), CASES)

@@ -224,8 +224,13 @@ def test_workers_restore_the_same_checkpoint_where_one_sees_an_old_listing(tmp_p
         step.assign(value)
         manager.save()
     (tmp_path / "checkpoint").unlink()
-    with workers(folder, program=("-c", "import training.checkpoint.manager as m\n"
-                 "m.APPEAR_SECONDS = 0.1\n" + AGREEING)) as processes:  # fmt: skip
+    with workers(
+        folder,
+        program=(
+            "-c",
+            "import training.checkpoint.manager as m\nm.APPEAR_SECONDS = 0.1\n" + AGREEING,
+        ),
+    ) as processes:
         for newest, process in zip((20, 10), processes, strict=True):
             printed, said = process.communicate(timeout=SECONDS)
             assert process.returncode == 0, said

@@ -29,10 +29,17 @@ TEXT_STEPS = 20
 def rehearse(folder, *arguments):
     """Runs the command, which must connect before any operation; returns (report, figures)."""
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--rehearse=2", f"--rehearse_json={folder}/r.json",
-         *arguments],
-        capture_output=True, text=True, cwd=folder,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--rehearse=2",
+            f"--rehearse_json={folder}/r.json",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
     assert "Traceback" not in done.stderr and "E0000" not in done.stderr
     assert not (folder / "runs").exists()  # of --model_dir
@@ -87,10 +94,15 @@ def test_two_hosts_of_text_and_the_losses_of_a_remote_host(text, tmp_path):
 def test_two_hosts_of_images(tmp_path):
     data = prepared(tmp_path, size=(40, 40))
     _, figures = rehearse(
-        tmp_path, "--recipe=cifar10-momentum-128", f"--data_dir={data}", "--global_batch_size=8",
-        "--steps=2", "--set=image_size=32", "--set=model=cifar-resnet-10",
+        tmp_path,
+        "--recipe=cifar10-momentum-128",
+        f"--data_dir={data}",
+        "--global_batch_size=8",
+        "--steps=2",
+        "--set=image_size=32",
+        "--set=model=cifar-resnet-10",
         "--set=augmentation=crop",
-    )  # fmt: skip
+    )
     phase = check_figures(figures, 2)
     assert phase["replicas"] == 4 and figures["training"]["batch"] == 8
 
@@ -124,9 +136,15 @@ def test_tf_config_is_refused(in_process, capfd, monkeypatch):
 def test_raw_text_is_refused_with_the_command_that_prepares_it(text, tmp_path):
     with pytest.raises(InputError, match="python -m inputs.text.prepare --input=.*animals.txt"):
         TASKS["bert"](
-            recipes.find_recipe("bert-mini-demo"), data_dir=str(text), vocab="", resume_dir=None,
-            seed=1, synthetic=False, log=print, shared_dir=str(tmp_path),
-        )  # fmt: skip
+            recipes.find_recipe("bert-mini-demo"),
+            data_dir=str(text),
+            vocab="",
+            resume_dir=None,
+            seed=1,
+            synthetic=False,
+            log=print,
+            shared_dir=str(tmp_path),
+        )
 
 
 def test_the_replicas_of_a_host_divide_the_batches_of_all_phases():
@@ -223,8 +241,11 @@ def test_what_a_host_cannot_run_is_named(tmp_path):
 def test_a_server_ends_with_the_process_that_started_it():
     started = subprocess.Popen(
         [sys.executable, "-m", "training.host", "0"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
     assert started.stdout.readline().startswith("127.0.0.1:")
     assert started.poll() is None
     started.stdin.close()  # as when the other process is killed

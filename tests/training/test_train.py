@@ -338,9 +338,13 @@ def test_two_phases_on_two_replicas_with_synthetic_data(
 
     monkeypatch.setattr(strategy, "connect", lambda tpu: mirrored)
     small = {
-        "model": "tiny", "vocabulary_size": 100, "max_sequence_length": 32, "predictions": 4,
-        "phase1.sequence_length": 16, "phase2.sequence_length": 32,
-    }  # fmt: skip
+        "model": "tiny",
+        "vocabulary_size": 100,
+        "max_sequence_length": 32,
+        "predictions": 4,
+        "phase1.sequence_length": 16,
+        "phase2.sequence_length": 32,
+    }
     changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     flags = ["--recipe=bert-large-32k", "--synthetic", "--steps=20", "--global_batch_size=8"]
     assert in_process([*flags, *changes, f"--model_dir={tmp_path}/run", "--steps_per_loop=5"]) == 0

@@ -123,8 +123,9 @@ class CheckpointManager(tf.train.CheckpointManager):
         scratch: None in the chief. In another worker, a folder that no other process uses: saving
             is a collective operation, so this worker writes there and deletes the files.
         check: raises if this process must not write to `model_dir` any more; see `files.locked`.
-        before_write: called before a checkpoint is written, to write what belongs to it. (Not
-            after it: a complete checkpoint is used after a kill, even if it was not visible yet.)
+        before_write: called before a checkpoint is written, to write what belongs to it. It is
+            written first because a complete checkpoint is used after a kill, even if it was not
+            visible yet.
         agree: `(step) -> step`, the largest of the steps that the workers pass to it.
         check_agreement: `(step) -> None`, raises unless all workers pass the same step.
     """
@@ -184,7 +185,8 @@ class CheckpointManager(tf.train.CheckpointManager):
             SaveFailed: the checkpoint could not be written or not be read back.
         """
         del checkpoint_number  # the step is used instead
-        step, every = int(self._step_counter.numpy()), self.checkpoint_interval
+        step = int(self._step_counter.numpy())
+        every = self.checkpoint_interval
         due = step // every > (self._saved or 0) // every
         if step == self._saved or (check_interval and not due):
             return None

@@ -409,8 +409,10 @@ class ObjectStore(Store):
                 self._remove(other)
 
     def find_lost(self, log):
-        """Also marks what is complete: copied from a disk, or of a run killed before the mark."""
-        once_visible, in_state, errors = self._candidates(), self._in_state(), {}
+        """Also marks complete checkpoints without a mark, such as copies from a disk."""
+        once_visible = self._candidates()
+        in_state = self._in_state()
+        errors = {}
         for step in self._begun():
             if self.has(step):
                 continue
@@ -456,7 +458,7 @@ class ObjectStore(Store):
         return read_error(self.prefix(step))  # again, as the first error may have passed
 
     def set_aside(self, step):
-        """See `Store`; of a checkpoint that is not complete, what there is."""
+        """See `Store`. Of an incomplete checkpoint, the files that exist are moved."""
         folder = os.path.join(self.folder, DAMAGED)
         try:
             names = self._marked(step) or self._own(step)

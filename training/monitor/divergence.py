@@ -68,7 +68,9 @@ class DivergenceMonitor:
             Diverged: a step of the loop diverged; the message names it, and its layers if known.
         """
         self._skipped_in_row.assign(record["skipped_in_row"])
-        step, in_row, loss = int(record["step"]), int(record["in_row"]), float(record["loss"])
+        step = int(record["step"])
+        in_row = int(record["in_row"])
+        loss = float(record["loss"])
         if step < 0:
             return
         if in_row > self._max_skipped:

@@ -93,7 +93,8 @@ class Rows:
         self._check()
         with atomic_write(self._path) as file:
             file.writelines(map(_line, self._rows))
-        self._written, self._time = True, time.perf_counter()
+        self._written = True
+        self._time = time.perf_counter()
 
 
 def _line(row: dict) -> str:
@@ -173,8 +174,10 @@ class Progress:
 
     def __call__(self, output):
         """Adds the loop's speed to its output, and displays and saves it."""
-        step, now = int(self._step.numpy()), time.perf_counter()
-        seconds, steps = now - self._last_time, step - self._last_step
+        step = int(self._step.numpy())
+        now = time.perf_counter()
+        seconds = now - self._last_time
+        steps = step - self._last_step
         waited = float(output.pop("input_wait_seconds"))
         values = {name: np.asarray(value).item() for name, value in output.items()}
         measured = {"loss": values.pop("loss")} | self._measure_speed(steps, seconds)
@@ -182,7 +185,8 @@ class Progress:
         if self._loops > COMPILING_LOOPS:
             measured["input_wait_share"] = waited / seconds
             if self._loops <= SLOW_LOOPS + 1:  # the mean begins again with each of the first loops
-                self._examples, self._seconds = 0, 0.0
+                self._examples = 0
+                self._seconds = 0.0
             self._examples += steps * self._batch_size
             self._seconds += seconds
         output |= measured
@@ -192,7 +196,8 @@ class Progress:
         examples_left = (self._total_steps - step) * self._batch_size
         self._display.show(step, row, examples_left / per_second if per_second else None)
         # The next loop's time includes that for display and files, so that no time is left out.
-        self._last_step, self._last_time = step, now
+        self._last_step = step
+        self._last_time = now
 
     def evaluated(self, output):
         """Appends an evaluation's means; excludes its time from that of the next loop."""

@@ -116,7 +116,8 @@ class RunMonitor:
 
     def _flush_at_end(self, kind, error, trace):
         del kind, trace
-        with contextlib.suppress(OSError):  # what a storage that fails loses is trained again
+        # Rows that are lost because the storage fails are computed again after a resume.
+        with contextlib.suppress(OSError):
             if not isinstance(error, InputError):  # after `check_lock`, nothing may be written
                 self.flush()
 

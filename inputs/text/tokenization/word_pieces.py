@@ -205,13 +205,15 @@ def _near_punctuation(text: np.ndarray) -> np.ndarray:
 
 def batch_documents(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
     """Groups documents into batches of about `BATCH_CHARACTERS`; the result is deterministic."""
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += sum(map(len, document)) + DOCUMENT_CHARACTERS
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 

@@ -1,4 +1,4 @@
-"""TFRecords of ImageNet that are read where they lie, and the command that indexes them."""
+"""TFRecords of ImageNet that are read in place, and the command that indexes them."""
 
 import numpy as np
 import pytest
@@ -92,8 +92,10 @@ def test_the_layout_of_tensorflow_datasets(tmp_path):
     (source / "label.labels.txt").write_text("a\nb\nc\n")
     assert run(source, classes=None) == 0
     assert manifest(tmp_path / "out/train")["layout"] == {
-        "image": "image", "label": "label", "label_base": 0,
-    }  # fmt: skip
+        "image": "image",
+        "label": "label",
+        "label_base": 0,
+    }
     (labels,) = (part for part in evaluated("out/train", 7) if part.dtype == np.int32)
     assert labels[:7].tolist() == LABELS
 

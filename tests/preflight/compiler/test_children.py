@@ -62,6 +62,7 @@ def test_a_crash_and_low_memory_are_reported_in_one_sentence(children, monkeypat
         "import os; os.kill(os.getpid(), 9)",
         "bytearray(2**60)",
         "import os, sys; print('terminate called: std::bad_alloc', flush=True); os.abort()",
+        "import os; print('LLVM ERROR: out of memory', flush=True); os.abort()",
     ],
 )
 def test_a_host_without_memory_is_not_a_program_that_does_not_compile(
@@ -73,6 +74,16 @@ def test_a_host_without_memory_is_not_a_program_that_does_not_compile(
         children._run("large_child.run", "the task", {})
     assert not isinstance(error.value, children_module.ChildFailed)
     assert "says nothing about the memory of the TPU" in str(error.value)
+
+
+def test_a_full_disk_is_not_a_program_that_does_not_compile(children, monkeypatch, tmp_path):
+    (tmp_path / "writing_child.py").write_text(
+        "import errno, os\ndef run():\n raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match="the disk of this host is full. Free some") as error:
+        children._run("writing_child.run", "the task", {})
+    assert not isinstance(error.value, children_module.ChildFailed)
 
 
 PARENT = """

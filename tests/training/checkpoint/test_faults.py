@@ -17,9 +17,13 @@ from training.run import Run
 ROOT = pathlib.Path(__file__).parents[3]
 SYNTHETIC = ["--synthetic", "--global_batch_size=8", "--steps_per_loop=5"]
 SETTINGS = {
-    "model": "tiny", "vocabulary_size": 60, "max_sequence_length": 16, "sequence_length": 16,
-    "predictions": 2, "evaluation_examples": 32,
-}  # fmt: skip
+    "model": "tiny",
+    "vocabulary_size": 60,
+    "max_sequence_length": 16,
+    "sequence_length": 16,
+    "predictions": 2,
+    "evaluation_examples": 32,
+}
 
 
 def flags(*more, **settings):
@@ -118,9 +122,14 @@ def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_after_it(
 def test_a_run_that_diverges_rolls_back_with_a_lower_rate(in_process, capfd, tmp_path, no_export):
     """The learning rate is 1e30 times too high before the rollback, and right after it."""
     arguments = flags(
-        "--steps=30", f"--model_dir={tmp_path}/run", peak_learning_rate=1e28, warmup_steps=0,
-        max_skipped_in_row=3, on_divergence="rollback", rollback_rate_factor=1e-30,
-    )  # fmt: skip
+        "--steps=30",
+        f"--model_dir={tmp_path}/run",
+        peak_learning_rate=1e28,
+        warmup_steps=0,
+        max_skipped_in_row=3,
+        on_divergence="rollback",
+        rollback_rate_factor=1e-30,
+    )
     assert in_process(arguments) == 0
     said = capfd.readouterr().err
     assert (
@@ -130,8 +139,10 @@ def test_a_run_that_diverges_rolls_back_with_a_lower_rate(in_process, capfd, tmp
     assert [row["step"] for row in rows] == list(range(5, 31, 5))
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["skipped_steps"] == 0
     reader = tf.train.load_checkpoint(f"{tmp_path}/run/ckpt-30")
-    kept = [reader.get_tensor(f"state/{n}/.ATTRIBUTES/VARIABLE_VALUE") for n in
-            ("step", "rate_factor", "rollbacks")]  # fmt: skip
+    kept = [
+        reader.get_tensor(f"state/{n}/.ATTRIBUTES/VARIABLE_VALUE")
+        for n in ("step", "rate_factor", "rollbacks")
+    ]
     assert kept == [30, tf.constant(1e-30).numpy(), 1]
     recipe = json.loads(reader.get_tensor("settings/.ATTRIBUTES/py_state"))
     assert recipe["name"] == "bert-mini-demo" and recipe["seed"] == 1

@@ -78,8 +78,9 @@ def test_the_newest_checkpoints_are_kept_and_marked(ram):
     assert tf.train.latest_checkpoint(ram) == f"{ram}/ckpt-30"
     parts = ("complete", "data-00000-of-00001", "index")
     assert files.list_names(ram) == [
-        "checkpoint", *(f"ckpt-{step}.{part}" for step in (20, 30) for part in parts)
-    ]  # fmt: skip
+        "checkpoint",
+        *(f"ckpt-{step}.{part}" for step in (20, 30) for part in parts),
+    ]
     mark = files.read_json(f"{ram}/ckpt-30.complete")
     assert mark["step"] == 30 and mark["files"].keys() == {f"ckpt-30.{p}" for p in parts[1:]}
 
@@ -393,8 +394,11 @@ class Sums(SmallTask):
 
 RECIPE = small_recipe(
     Phase(steps=60, global_batch_size=4, peak_learning_rate=0.01, warmup_steps=0),
-    save_every_steps=4, evaluate_every_steps=12, keep_checkpoints=2, jit_compile=False,
-)  # fmt: skip
+    save_every_steps=4,
+    evaluate_every_steps=12,
+    keep_checkpoints=2,
+    jit_compile=False,
+)
 
 
 def train(folder):
@@ -445,10 +449,18 @@ def test_twenty_interruptions_lose_nothing(monkeypatch):
 
 
 SETTINGS = {
-    "model": "tiny", "vocabulary_size": 300, "max_sequence_length": 16, "sequence_length": 16,
-    "predictions": 2, "evaluation_examples": 32, "dropout": 0.1, "save_every_steps": 10,
-    "evaluate_every_steps": 10, "profile": "12:14", "jit_compile": "false",
-}  # fmt: skip
+    "model": "tiny",
+    "vocabulary_size": 300,
+    "max_sequence_length": 16,
+    "sequence_length": 16,
+    "predictions": 2,
+    "evaluation_examples": 32,
+    "dropout": 0.1,
+    "save_every_steps": 10,
+    "evaluate_every_steps": 10,
+    "profile": "12:14",
+    "jit_compile": "false",
+}
 RATIOS = "telemetry/trust_ratios.jsonl"
 FLAGS = ["--steps=30", "--global_batch_size=8", "--steps_per_loop=5"]
 FLAGS += [part for k, v in SETTINGS.items() for part in ("--set", f"{k}={v}")]

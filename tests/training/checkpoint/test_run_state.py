@@ -252,8 +252,11 @@ def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, mo
 def python(code, *arguments, stderr=subprocess.PIPE):
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    )
 
 
 def test_a_second_run_is_refused_while_the_first_is_running(tmp_path):

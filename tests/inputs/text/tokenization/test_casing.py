@@ -14,7 +14,7 @@ from inputs.squad.offsets import OffsetTokenizer
 from inputs.text.tokenization import casing, vocabulary
 from inputs.text.tokenization.word_pieces import WordPieces
 
-SHARED = pathlib.Path(__file__).parents[4] / "shared/data"
+SHARED = pathlib.Path(__file__).parents[5] / "shared/data"
 LETTERS = "abcenABCéÉñÑßẞ東京한글ệİıǅΣσςЖж\u212b½ﬁकिٱﾊﾟ々\u3400\U00020000"
 PUNCTUATION = ",.!'-^`$🙂。"
 INVISIBLE = "\u00ad\u200b\u200c\u200d\ufeff\u0600\u2060\U000e0001\U00013430"
