@@ -7,6 +7,7 @@ replicas is that of `preflight.estimate`. A compiler does better or worse at ver
 
 import dataclasses
 import math
+import textwrap
 
 from inputs.errors import InputError
 from inputs.storage.files import atomic_write
@@ -154,7 +155,9 @@ def draw(evidence: Evidence, points: list[Point], path: str) -> None:
                 label=f"twice as many chips save less than {SAVING:.0%}",
             )
         panel.grid(alpha=0.3)
-    time.set(yscale="log", ylabel="minutes to the target", title=evidence.subject)
+    time.set(
+        yscale="log", ylabel="minutes to the target", title=textwrap.fill(evidence.subject, 70)
+    )
     time.yaxis.set_major_formatter("{x:g}")
     time.legend()
     values = [point.prediction.examples / 1e6 for point in points]
@@ -168,6 +171,7 @@ def draw(evidence: Evidence, points: list[Point], path: str) -> None:
             size=8,
             ha="center",
         )
+    examples.set_title("at each point: the batch size", size="medium")
     examples.margins(x=0.08, y=0.15)  # room for the batch sizes
     examples.set(
         xscale="log",
