@@ -127,7 +127,7 @@ def test_a_misplaced_answer(tmp_path, field, value, said):
     assert [question.id for question in training.questions] == ["q1"]
     assert f"{path}, data[0].paragraphs[0].qas[1].answers[0]: {said}" in told[0]
     assert told[1] == "1 of 2 records were damaged and skipped"
-    with pytest.raises(InputError, match="With it 1 of 2 records are damaged, more than"):
+    with pytest.raises(InputError, match="Including it, 1 of 2 records are damaged, more than"):
         squad.read_squad(path, BadRecords(0.1, skip=True, log=print))
     with pytest.raises(InputError, match="Repair it, or skip"):
         squad.read_squad(path, BadRecords(0.5, skip=False, log=print))
@@ -145,7 +145,7 @@ def test_misplaced_answers_beside_right_ones(tmp_path):
     first["answers"].insert(0, {"answer_start": 3, "text": "Ada wrote"})
     second["answers"] = [{"answer_start": 0, "text": "1843"}, {"answer_start": 0, "text": "in"}]
     path = write(tmp_path / "x.json", content)
-    with pytest.raises(InputError, match="With it 3 of 4 records of the file are damaged"):
+    with pytest.raises(InputError, match="Including it, 3 of 4 records of the file are damaged"):
         squad.read_squad(path, BadRecords(0.1, skip=True, log=print))
     training = squad.read_squad(path, BadRecords(0.75, skip=True, log=print))
     assert [question.placed for question in training.questions] == [(0, "Ada")]

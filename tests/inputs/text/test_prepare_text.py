@@ -271,7 +271,7 @@ def test_a_missing_or_truncated_shard_is_named(folder, size):
     path = folder / "shard-00001.tfrecord"
     path.unlink() if size is None else path.write_bytes(path.read_bytes()[:size])
     said = "is missing" if size is None else "records, but the manifest says"
-    lost = "of the file are damaged, so that it is a wrong file"
+    lost = "of the file are damaged, so the file probably has another format"
     with pytest.raises(InputError, match=f"shard-00001.tfrecord.*{said}.*{lost}"):
         load(folder, share=0.4)
 
