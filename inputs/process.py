@@ -7,6 +7,7 @@ TensorFlow and Keras read environment variables when they are imported. `tensorf
 
 import gc
 import io
+import itertools
 import os
 import re
 import sys
@@ -28,16 +29,17 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 def run(main: Callable[..., int], *arguments) -> None:
     """Calls the `main` function of a command and exits with the status that it returns.
 
-    An empty argument or flag, mostly that of a shell variable which is not set, is refused: it
-    would be taken for the default. Ctrl-C ends a command that does not handle it in one line,
+    An empty argument or flag, usually from a shell variable that is not set, is refused: it would
+    be taken for the default. Ctrl-C ends a command that does not handle it in one line,
     without a traceback.
     """
     escape_output()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = (spec.name if spec else os.path.basename(sys.argv[0])).removesuffix(".__main__")
-    for argument in sys.argv[1:]:
+    for before, argument in itertools.pairwise(sys.argv):
         if re.fullmatch(r"(--?[\w-]+=)?\s*", argument):
-            what = argument.strip().removesuffix("=") or "an argument"
+            flag = before if re.fullmatch(r"--?[\w-]+", before) else "an argument"
+            what = argument.strip().removesuffix("=") or flag
             print(
                 f"{name}: {what} is empty, perhaps because a shell variable is not set. Give a "
                 "value, or leave it out.",

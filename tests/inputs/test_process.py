@@ -93,13 +93,21 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     process.escape_output()  # not a stream with an encoding
 
 
-@pytest.mark.parametrize("argument", ["", " ", "--output=", "--data_dir= "])
-def test_an_empty_argument_is_not_taken_for_the_default(monkeypatch, capsys, argument):
-    monkeypatch.setattr(sys, "argv", ["command", "--batch=8", argument])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([""], "an argument"),
+        (["--batch=8", " "], "an argument"),
+        (["--output="], "--output"),
+        (["--data_dir= "], "--data_dir"),
+        (["--output", ""], "--output"),
+    ],
+)
+def test_an_empty_argument_is_not_taken_for_the_default(monkeypatch, capsys, arguments, name):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as end:
         process.run(pytest.fail)
     said = capsys.readouterr().err
-    name = argument.strip().removesuffix("=") or "an argument"
     assert end.value.code == 1 and said.count("\n") == 1
     assert f": {name} is empty, perhaps because a shell variable is not set. Give" in said
 
