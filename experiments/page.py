@@ -218,10 +218,10 @@ def _draw_sweep(table, done, seeds, path):
     lost = []
     for group in done:
         found = [value for value in seeds[group.name] if not math.isinf(value)]
-        if len(found) < len(seeds[group.name]):
-            lost.append(group.settings[table.x])
+        label = group.name.removesuffix(f"-{group.settings[table.x]}").replace("-", ", ")
+        if diverged := len(seeds[group.name]) - len(found):
+            lost.append((group.settings[table.x], label, diverged, len(seeds[group.name])))
         if found:
-            label = group.name.removesuffix(f"-{group.settings[table.x]}").replace("-", ", ")
             lines.setdefault(label, []).append((group.settings[table.x], found))
     for label, points in lines.items():
         points.sort()
@@ -229,9 +229,9 @@ def _draw_sweep(table, done, seeds, path):
         below = [mean - min(found) for mean, (_, found) in zip(means, points, strict=True)]
         above = [max(found) - mean for mean, (_, found) in zip(means, points, strict=True)]
         axes.errorbar([x for x, _ in points], means, (below, above), label=label, capsize=3)
-    if lost:  # at the lower edge; the means are those of the other seeds
-        edge = axes.get_xaxis_transform()
-        axes.plot(lost, [0.02] * len(lost), "kx", transform=edge, label="some seeds diverged")
+    for x, label, diverged, count in lost:  # at the lower edge; a mean is that of the other seeds
+        said = f"{label} at {x:,}: {diverged} of {count} seeds diverged"
+        axes.plot(x, 0.02, "kx", transform=axes.get_xaxis_transform(), label=said)
     axes.set(xscale="log", xlabel=table.x, ylabel=f"test {table.metric}")
     ticks = sorted({group.settings[table.x] for group in done})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

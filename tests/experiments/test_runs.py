@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import ROOT, datasets, keras_run, networks
+from experiments import ROOT, datasets, keras_run, networks, page
 from experiments.__main__ import main
 from experiments.grid import Cell, Group, Table
 from experiments.page import compare, write_page
@@ -361,3 +361,16 @@ def test_the_page_of_the_command_counts_the_runs(tmp_path):
     counts = {row[0].strip("`"): int(row[2]) for row in rows}
     empty = {name: state(table, str(tmp_path)) for name, table in TABLES.items()}
     assert counts == {name: len(now.todo) + now.later for name, now in empty.items()}
+
+
+def test_a_sweep_names_the_runs_that_diverged(tmp_path, monkeypatch):
+    table = TABLES["mnist-batches"]
+    done = [group for group in table.groups if group.name in ("lamb-1024", "lars-1024")]
+    seeds = {"lamb-1024": [0.99, -math.inf, 0.98], "lars-1024": [-math.inf] * 3}
+    drawn = []
+    monkeypatch.setattr(page.pyplot, "close", drawn.append)
+    page._draw_sweep(table, done, seeds, str(tmp_path / "sweep.png"))
+    (axes,) = drawn[0].axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert "lamb at 1,024: 1 of 3 seeds diverged" in labels
+    assert "lars at 1,024: 3 of 3 seeds diverged" in labels and "lars" not in labels
