@@ -1,7 +1,7 @@
 """One run of a small Keras model: `model.compile` with the optimizer, `fit`, `evaluate`.
 
-This runs on every Keras backend; KERAS_BACKEND selects it. Only the CIFAR-10 reader needs
-TensorFlow.
+This runs on every Keras backend; KERAS_BACKEND selects it. With JAX, TensorFlow need not be
+installed, except to read CIFAR-10 from PNG strips.
 """
 
 import math
@@ -65,7 +65,8 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
 
     Args:
         cell: its settings are `model` (and `width` for davidnet), `data`, `optimizer`,
-            `weight_decay`, `batch`, `epochs`, `warmup_steps`, `power` and `crop`.
+            `weight_decay`, `batch`, `epochs`, `warmup_steps`, `power`, `crop` and `dtype`: the
+            name of a Keras dtype policy, float32 by default.
         data_dir: as in `datasets.load`.
         records: a folder for the trust ratios of LAMB and LARS.
         say: receives a line for each epoch.
@@ -76,6 +77,7 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     """
     settings = dict(cell.group.settings)
     keras.utils.set_random_seed(cell.seed)
+    keras.config.set_dtype_policy(settings.get("dtype", "float32"))
     train = datasets.load(settings["data"], data_dir, "train")
     test = datasets.load(settings["data"], data_dir, "validation")
     batch = settings["batch"]

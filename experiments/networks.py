@@ -93,4 +93,5 @@ def davidnet(width: int = 64) -> keras.Model:
     x = residual(layers.MaxPooling2D()(convolution(x, 8 * width)), 8 * width)
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(10, use_bias=False, kernel_initializer=initializer)(x)
-    return keras.Model(inputs, layers.Rescaling(0.125)(x), name="davidnet")
+    logits = layers.Rescaling(0.125, dtype="float32")(x)  # also under a policy of less precision
+    return keras.Model(inputs, logits, name="davidnet")

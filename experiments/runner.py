@@ -1,5 +1,6 @@
 """Runs the cells of a table, several at a time, and keeps one file for each run."""
 
+import collections
 import dataclasses
 import datetime
 import importlib
@@ -145,7 +146,15 @@ def _device(table, places):
     """Describes the devices of a run, for its file."""
     if table.one_core:
         return "one core"
-    return ", ".join([f"{os.cpu_count()} cores", *places.train_flags])
+    devices = [f"{os.cpu_count()} cores"]
+    if "jax" in sys.modules and table.program == "keras":
+        import jax
+
+        kinds = collections.Counter(
+            device.device_kind for device in jax.devices() if device.platform != "cpu"
+        )
+        devices += [f"{count} x {kind}" for kind, count in kinds.items()]
+    return ", ".join([*devices, *places.train_flags])
 
 
 def _finished_twin(table, cell, places):

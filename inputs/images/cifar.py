@@ -11,7 +11,6 @@ import zipfile
 import zlib
 
 import numpy as np
-import tensorflow as tf
 
 from inputs.errors import InputError
 from inputs.images.sources import Class, Item, Part, Source
@@ -38,7 +37,6 @@ NOT_CIFAR = (
     AttributeError,
     IndexError,
     pickle.UnpicklingError,
-    tf.errors.OpError,
 )
 
 
@@ -154,7 +152,12 @@ def _read_binary(path, name, index):
 
 
 def _read_strip(path, name, index):
-    strip = tf.io.decode_png(_content(path, name), channels=3).numpy()
+    import tensorflow as tf  # the archives are read without it: see experiments/datasets.py
+
+    try:
+        strip = tf.io.decode_png(_content(path, name), channels=3).numpy()
+    except tf.errors.OpError as error:
+        raise ValueError(error.message) from None
     with np.load(io.BytesIO(_content(path, LABELS))) as arrays:
         labels = arrays["y_test" if name == STRIPS["validation"][0] else "y_train"]
     size = len(strip) // SHAPE[0]
