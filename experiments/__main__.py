@@ -110,7 +110,9 @@ def _table(options):
         print(f"{options.cell}: {run['result']}")
         return 0
     run_table(table, places, jobs, options.limit, names)
-    from experiments.page import write_page  # imports matplotlib and SciPy
+    # The page imports Keras, whose other backends need not be installed.
+    os.environ["KERAS_BACKEND"] = table.groups[0].settings.get("backend", "tensorflow")
+    from experiments.page import write_page  # imports matplotlib and SciPy, too
     from experiments.summary import write_summary
 
     now = state(table, output)

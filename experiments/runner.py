@@ -119,7 +119,8 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
             write_json(path, run, indent=None)
         if not os.path.exists(path):
             backend = cell.group.settings.get("backend", "tensorflow")
-            os.environ.update(ENVIRONMENT if table.one_core else {}, KERAS_BACKEND=backend)
+            one_core = table.one_core or (table.program, backend) == ("keras", "tensorflow")
+            os.environ.update(ENVIRONMENT if one_core else {}, KERAS_BACKEND=backend)
             program = importlib.import_module(PROGRAMS[table.program])
             start, processor = time.perf_counter(), _processor_seconds()
             extra = {"flags": places.train_flags} if places.train_flags else {}
@@ -133,7 +134,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
                 "seed": cell.seed,
                 "date": datetime.date.today().isoformat(),
                 "commit": _commit(),
-                "machine": f"{platform.system()} {platform.machine()}, {_device(table, places)}",
+                "machine": f"{platform.system()} {platform.machine()}, {_device(one_core, places)}",
                 "versions": {"python": platform.python_version(), **_versions()},
                 "seconds": round(seconds, 1),  # since the last start, if the run was resumed
                 "processor_seconds": round(_processor_seconds() - processor, 1),
@@ -142,12 +143,12 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
     return read_json(path)
 
 
-def _device(table, places):
+def _device(one_core, places):
     """Describes the devices of a run, for its file."""
-    if table.one_core:
+    if one_core:
         return "one core"
     devices = [f"{os.cpu_count()} cores"]
-    if "jax" in sys.modules and table.program == "keras":
+    if os.environ["KERAS_BACKEND"] == "jax":
         import jax
 
         kinds = collections.Counter(

@@ -103,6 +103,15 @@ def test_the_paper_s_table_8_is_as_published():
     assert table.published["lamb"] == 0.9945
 
 
+@pytest.mark.parametrize("table", [t for t in TABLES.values() if t.program == "keras"])
+def test_every_run_trains_for_longer_than_its_warm_up(table):
+    images = {"mnist": 60_000, "cifar10": 50_000}
+    for group in table.groups:
+        settings = group.settings
+        steps = round(settings["epochs"] * images[settings["data"]] / settings["batch"])
+        assert 0 <= settings["warmup_steps"] < steps, group.name
+
+
 def test_the_untuned_rates_follow_the_paper_s_square_root_rule():
     group = TABLES["mnist-batches"].group("lamb-untuned-16384")
     assert group.rate_from == ("lamb-1024", 4.0)

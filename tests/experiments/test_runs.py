@@ -139,6 +139,37 @@ def test_jax_and_tensorflow_train_alike_from_the_same_weights(mnist, tmp_path):
     assert one == other and groups[0].rates == groups[1].rates == (0.01,)
 
 
+@pytest.mark.slow
+def test_a_run_on_jax_and_its_page_need_no_tensorflow(mnist, tmp_path):
+    program = f"""
+import sys
+sys.modules["tensorflow"] = None  # as if it were not installed
+import dataclasses
+from experiments import __main__ as command
+from experiments.grid import Table
+group = command.TABLES["mnist-batches"].group("lamb-1024")
+settings = dict(group.settings) | {{"batch": 32, "epochs": 2, "warmup_steps": 2}}
+group = dataclasses.replace(group, settings=settings)
+table = Table("toy", "Toy", "keras", "accuracy", (group,), heat_maps=("lamb-1024",),
+    one_core=False)
+command.TABLES["toy"] = table
+for rate in group.rates:
+    command.main(["toy", "--data_dir={mnist}", "--runs={tmp_path}/runs",
+        "--output={tmp_path}/out", "--page={tmp_path}/page.md",
+        f"--cell=lamb-1024-rate{{rate:g}}-seed1"])
+sys.exit(command.main(["toy", "--runs={tmp_path}/runs", "--output={tmp_path}/out",
+    "--page={tmp_path}/page.md", "--limit=0"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lamb 1024" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    run = json.loads((tmp_path / "out" / "lamb-1024-rate0.01-seed1.json").read_text())
+    assert run["versions"].keys() >= {"keras", "jax"}
+    assert "cores" in run["machine"]
+
+
 def test_every_image_is_seen_once_in_an_epoch_whatever_the_batch():
     images = np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1)
     labels = np.arange(10, dtype=np.int32)
