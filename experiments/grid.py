@@ -69,6 +69,8 @@ class Table:
         x: The setting on the horizontal axis of the plot of `metric`; an empty string for no plot.
         heat_maps: Names of groups whose trust ratios are drawn, at the best rate and first seed.
         text: The introduction of the page.
+        chance: A run whose metric is not above this has learned nothing, and counts as diverged in
+            the choice of rates.
         one_core: Whether a run is made for one core of a CPU. Otherwise it is for an accelerator:
             it may use all cores, and by default one run is done at a time.
     """
@@ -83,6 +85,7 @@ class Table:
     x: str = ""
     heat_maps: tuple[str, ...] = ()
     text: str = ""
+    chance: float = -math.inf
     one_core: bool = True
 
     def group(self, name: str) -> Group:
@@ -120,8 +123,9 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
     """Applies the tuning rule, which is the same for all groups, to the runs that are done.
 
     Each rate of the group is tried with the first seed. While the best rate is the lowest or the
-    highest one, the next rate beyond it is tried, at the same ratio. A run that diverged is worse
-    than all others. The best rate is then run with the other seeds.
+    highest one, the next rate beyond it is tried, at the same ratio. A run that diverged, or whose
+    metric is not above `table.chance`, is worse than all others; if all runs of a group are such,
+    the next lower rate is tried. The best rate is then run with the other seeds.
 
     Args:
         table: The table of the group.
@@ -146,10 +150,13 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
             todo = [cell for cell in cells if cell.name not in metrics]
             if todo:
                 return Progress(todo, len(group.seeds) - 1, None)
-            best = max(cells, key=lambda cell: metrics[cell.name]).rate
+            values = [metrics[cell.name] for cell in cells]
+            if max(values) > table.chance:
+                best = rates[values.index(max(values))]
+            else:
+                best = rates[0]
             at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-            found = metrics[Cell(group, best, group.seeds[0]).name]
-            if not (at_edge and group.extended) or math.isinf(found):
+            if not (at_edge and group.extended):
                 break
             if best == rates[-1]:
                 rates.append(_rounded(best * rates[-1] / rates[-2]))

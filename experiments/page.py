@@ -18,9 +18,9 @@ from inputs.storage.files import atomic_write
 
 RULE = """\
 The rule of tuning is the same for all: each learning rate of the grid with the first seed; while
-the best is the lowest or the highest, the next one beyond it; then the best one with the other
-seeds. The best one is chosen by the metric of this table, on the same test data, so that all values
-are slightly too high, for each optimizer alike."""
+the best is the lowest or the highest, the next one beyond it; while none learns, the next lower
+one; then the best one with the other seeds. The best one is chosen by the metric of this table, on
+the same test data, so that all values are slightly too high, for each optimizer alike."""
 
 
 def write_page(table: Table, now: State, path: str, places: Places) -> None:
@@ -194,7 +194,7 @@ def _pictures(table, groups, seeds, now, places):
     if table.x:
         _draw_sweep(table, done, seeds, os.path.join(places.output, "sweep.png"))
         yield "sweep.png", f"{table.metric} over {table.x}, mean and range of the seeds"
-    _draw_curves(table, done, groups, now, os.path.join(places.output, "curves.png"))
+    _draw_curves(table, done, groups, seeds, now, os.path.join(places.output, "curves.png"))
     yield "curves.png", "loss and metric of the best rate, first seed"
     for name in table.heat_maps:
         best = groups[name].best
@@ -212,30 +212,67 @@ def _pictures(table, groups, seeds, now, places):
             yield os.path.basename(picture), f"trust ratios of {group_label(group)}, layers × steps"
 
 
+def _line_label(table, group):
+    """The name of a group without its batch size."""
+    return group.name.removesuffix(f"-{group.settings.get(table.x)}").replace("-", ", ")
+
+
+def _color(table, group):
+    """The color of a group, the same for all batch sizes and in all figures."""
+    labels = list(dict.fromkeys(_line_label(table, other) for other in table.groups))
+    return f"C{labels.index(_line_label(table, group))}"
+
+
+def _is_error_shown(seeds):
+    """Whether a metric is drawn as 1 - metric on a logarithmic axis: if it is close to 1."""
+    found = [value for values in seeds.values() for value in values]
+    return 0.8 < max(found) < 1
+
+
 def _draw_sweep(table, done, seeds, path):
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lines: dict[str, list] = {}
     lost = []
+    error = _is_error_shown(seeds)
     for group in done:
-        found = [value for value in seeds[group.name] if not math.isinf(value)]
-        label = group.name.removesuffix(f"-{group.settings[table.x]}").replace("-", ", ")
+        found = [1 - value if error else value for value in seeds[group.name]]
+        found = [value for value in found if math.isfinite(value)]
+        label = _line_label(table, group)
         if diverged := len(seeds[group.name]) - len(found):
             lost.append((group.settings[table.x], label, diverged, len(seeds[group.name])))
         if found:
-            lines.setdefault(label, []).append((group.settings[table.x], found))
+            color = _color(table, group)
+            lines.setdefault(label, []).append((group.settings[table.x], found, color))
     for label, points in lines.items():
         points.sort()
-        means = [statistics.mean(found) for _, found in points]
-        below = [mean - min(found) for mean, (_, found) in zip(means, points, strict=True)]
-        above = [max(found) - mean for mean, (_, found) in zip(means, points, strict=True)]
-        axes.errorbar([x for x, _ in points], means, (below, above), label=label, capsize=3)
-    for x, label, diverged, count in lost:  # at the lower edge; a mean is that of the other seeds
+        means = [statistics.mean(found) for _, found, _ in points]
+        below = [mean - min(found) for mean, (_, found, _) in zip(means, points, strict=True)]
+        above = [max(found) - mean for mean, (_, found, _) in zip(means, points, strict=True)]
+        # The untuned runs lie on the tuned ones where the rule gives the best rate.
+        style = {"linestyle": "--", "marker": "o"} if "untuned" in label else {}
+        axes.errorbar(
+            [x for x, _, _ in points],
+            means,
+            (below, above),
+            label=label,
+            capsize=3,
+            color=points[0][2],
+            **style,
+        )
+    for x, label, diverged, count in lost:  # at the edge; a mean is that of the other seeds
         said = f"{label} at {x:,}: {diverged} of {count} seeds diverged"
-        axes.plot(x, 0.02, "kx", transform=axes.get_xaxis_transform(), label=said)
-    axes.set(xscale="log", xlabel=table.x, ylabel=f"test {table.metric}")
+        worst = 0.98 if error else 0.02
+        axes.plot(x, worst, "kx", transform=axes.get_xaxis_transform(), label=said)
+    if error:
+        axes.set(yscale="log", ylabel=f"1 − test {table.metric}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axes.set(ylabel=f"test {table.metric}")
+    axes.set(xscale="log", xlabel=table.x)
     ticks = sorted({group.settings[table.x] for group in done})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -252,37 +289,58 @@ def _curves(run, metric):
     return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))
 
 
-def _draw_curves(table, done, groups, now, path):
-    """Draws loss and metric over steps; also over examples if the groups differ in batch size."""
-    batches = {group.settings.get("batch") for group in done}
-    scales = ["step", "examples"] if len(batches) > 1 else ["step"]
-    figure, rows = pyplot.subplots(
-        len(scales), 2, figsize=(11, 4.5 * len(scales)), layout="constrained", squeeze=False
-    )
+def _draw_curves(table, done, groups, seeds, now, path):
+    """Draws loss and metric over steps, with a column for each value of `table.x`."""
+    values = sorted({group.settings[table.x] for group in done}) if table.x else [None]
+    error = _is_error_shown(seeds)
+    width = 11 if len(values) < 3 else 3.2 * len(values)
+    if table.x:
+        figure, axes = pyplot.subplots(
+            2, len(values), figsize=(width, 7), layout="constrained", squeeze=False, sharey="row"
+        )
+    else:
+        figure, row = pyplot.subplots(1, 2, figsize=(width, 4.5), layout="constrained")
+        axes = row.reshape(2, 1)
+    for panel in axes[0] if not error else axes.flat:
+        panel.set_yscale("log")
     held_out = False
-    for group in done:
-        run = now.runs.get(Cell(group, groups[group.name].best, group.seeds[0]).name)
-        if run is None:
-            continue
-        steps, loss, values = _curves(run, table.metric)
-        held_out = held_out or "evaluations" in run
-        for scale, (left, right) in zip(scales, rows, strict=True):
-            factor = group.settings["batch"] if scale == "examples" else 1
-            places = [step * factor for step in steps]
-            left.plot(places, loss, label=group_label(group))
-            right.plot(places, values, label=group_label(group))
-    for scale, (left, right) in zip(scales, rows, strict=True):
-        kind = "held-out" if held_out else "training"
-        left.set(xlabel=scale, ylabel=f"{kind} loss, nats", yscale="log")
-        right.set(xlabel=scale, ylabel=table.metric)
-        ends = [line.get_ydata()[-1] for line in right.lines if len(line.get_ydata())]
-        ends = [end for end in ends if end is not None and math.isfinite(end)]
-        if ends:  # not those of runs that diverged
-            right.set_ylim(bottom=min(ends) - 0.05)
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            if scale == "step" and len(scales) > 1:
-                axes.set_xscale("log")
-    rows[0][1].legend(fontsize="small")
+    ends = []
+    for value, (top, bottom) in zip(values, axes.T, strict=True):
+        for group in done:
+            run = now.runs.get(Cell(group, groups[group.name].best, group.seeds[0]).name)
+            if run is None or (table.x and group.settings[table.x] != value):
+                continue
+            held_out = held_out or "evaluations" in run
+            steps, loss, metric = _curves(run, table.metric)
+            metric = [math.nan if point is None else point for point in metric]
+            style = {"label": _line_label(table, group), "color": _color(table, group)}
+            style |= {"linestyle": "--"} if "untuned" in group.name else {}
+            top.plot(steps, loss, **style)
+            bottom.plot(steps, [1 - y if error else y for y in metric], **style)
+            ends += [metric[-1]] if metric and math.isfinite(metric[-1]) else []
+        top.set_xlabel("" if table.x else "step")
+        top.set_title(f"{table.x} {value:,}" if table.x else "")
+        bottom.set(xlabel="step")
+        for panel in (top, bottom):
+            panel.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"{'held-out' if held_out else 'training'} loss, nats")
+    axes[1][0].set_ylabel(f"1 − {table.metric}" if error else table.metric)
+    for panel in axes[1]:
+        if error:
+            panel.yaxis.set_major_formatter("{x:g}")
+        elif ends:  # not those of runs that diverged
+            panel.set_ylim(bottom=min(ends) - 0.05)
+    handles = {
+        label: handle
+        for panel in axes.flat
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize="small",
+    )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -59,6 +59,18 @@ def test_a_run_that_diverged_is_worse_than_all_others():
     assert progress(_table(GROUP), GROUP, metrics).best == 0.2
 
 
+def test_if_no_rate_learns_the_next_lower_one_is_tried():
+    table = Table("toy", "Toy", "keras", "accuracy", (GROUP,), chance=0.12)
+    metrics = {"lamb-rate0.1-seed1": 0.09, "lamb-rate0.2-seed1": 0.11, "lamb-rate0.4-seed1": 0.1}
+    assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.05-seed1"]
+    metrics |= {"lamb-rate0.05-seed1": -math.inf}
+    assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.025-seed1"]
+    metrics |= {"lamb-rate0.025-seed1": 0.9}  # the lowest of five
+    assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.013-seed1"]
+    metrics |= {"lamb-rate0.013-seed1": 0.8}
+    assert progress(table, GROUP, metrics).best == 0.025
+
+
 def test_the_search_ends_if_every_rate_is_at_the_edge():
     metrics = {}
     while todo := progress(_table(GROUP), GROUP, metrics).todo:
