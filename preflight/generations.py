@@ -34,19 +34,33 @@ GIB = 2**30
 PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
 RESULTS = PAGE.with_suffix(".json")
 FIRST_TRY = 16  # examples per replica that are compiled first, to see how much memory one takes
-# Fields of recipes and phases that do not change the operations of a step.
-WITHOUT_EFFECT = {"name", "reference", "expected", "phases", "evaluation_examples"} | {
-    f"{name}_every_steps" for name in ("save", "evaluate")
+# Fields of recipes that do not change the operations of a step: what is read, evaluated and saved.
+WITHOUT_EFFECT = {
+    *("name", "reference", "expected", "phases", "evaluation_examples", "evaluate_every_examples"),
+    *(
+        "evaluate_every_steps",
+        "target",
+        "save_every_steps",
+        "keep_checkpoints",
+        "profile",
+        "init_from",
+        "init_slots",
+    ),
+    *("max_skipped_in_row", "max_loss", "on_divergence", "rollback_rate_factor", "max_rollbacks"),
+    *("lanes", "max_bad_record_share", "on_bad_record", "lower_case", "whole_word", "packing"),
+    *("augmentation", "normalization"),
 }
 HEAD = """# Every recipe on every generation
 
 Written by `make preflight`, without a TPU: the training step of each phase, compiled with the TPU
 compiler (libtpu {version}) for the smallest slice, of one host or more, on which a replica's share
 of the batch fits in memory. A cell has the slice, the examples per replica ("in" so many
-micro-batches, where no slice is large enough for one), and the memory of a replica. An empty cell
-has not been compiled yet. The compiler leaves out optimizations that take long, and so the memory
-may differ by some percent from that of a run. Recipes that differ only in batch size, rates and
-steps run the same program; the one with the largest batch stands for them.
+micro-batches, where no slice is large enough for one), the memory of a replica, and the bytes that
+a step of a replica moves: in HBM, and in all memories by the compiler's own count, which includes
+on-chip ones. An empty cell has not been compiled yet. The compiler leaves out optimizations that
+take long, and so the figures may differ by some percent from those of a run. Recipes that differ
+only in batch size, steps and the values of rates and coefficients run the same program; the one
+with the largest batch stands for them.
 """
 CHIPS = """
 ## The chips
@@ -72,6 +86,8 @@ class Cell:
         accumulation: micro-batches per step.
         state_bytes: memory of weights and slots.
         hbm_bytes: memory of a replica.
+        main_bytes, bytes_accessed: traffic of a step of a replica, in HBM and in all memories; see
+            `preflight.compiler.compile.figures`.
         error: why it does not compile, or None.
     """
 
@@ -84,6 +100,8 @@ class Cell:
     accumulation: int = 1
     state_bytes: int = 0
     hbm_bytes: int = 0
+    main_bytes: float = 0
+    bytes_accessed: float = 0
     error: str | None = None
 
     @property
@@ -98,14 +116,22 @@ class Cell:
             return where + self.error.replace("|", "/")
         parts = f" in {self.accumulation}" if self.accumulation > 1 else ""
         sides = self.topology.partition(":")[2]
-        return f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB"
+        moved = " / ".join(f"{x / 1e9:.3g}" for x in (self.main_bytes, self.bytes_accessed))
+        return (
+            f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB, "
+            f"{moved} GB"
+        )
 
 
 def programs() -> dict[str, list[str]]:
     """Returns the recipes whose programs differ, each with the others that run the same program."""
     groups = {}
     for recipe in recipes.RECIPES.values():
-        fields = dataclasses.asdict(recipe)
+        # A coefficient changes the operations only if it becomes 0.
+        fields = {
+            name: value != 0 if isinstance(value, float) else value
+            for name, value in dataclasses.asdict(recipe).items()
+        }
         shapes = [
             tuple(getattr(phase, name, None) for name in ("sequence_length", "predictions"))
             for phase in recipe.phases
@@ -204,6 +230,8 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
             cell,
             state_bytes=children.facts["weight_bytes"] + children.facts["slot_bytes"],
             hbm_bytes=result.get("hbm_bytes", 0),
+            main_bytes=result.get("main_bytes", 0),
+            bytes_accessed=result.get("bytes_accessed", 0),
             error=result.get("error"),
         )
         if not cell.hbm_bytes:  # it does not compile, and more memory would not help
@@ -213,12 +241,22 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
 
 
 def read_results() -> dict[tuple, Cell]:
-    """Returns the cells of `RESULTS` that this version of the compiler made, by their keys."""
+    """Returns the cells of `RESULTS` that this version of the compiler made, by their keys.
+
+    Cells of recipes that no longer stand for a program, and those without traffic, are left out.
+    """
     if not RESULTS.exists():
         return {}
     cells = [Cell(**entry) for entry in json.loads(RESULTS.read_text(encoding="utf-8"))]
     version = REQUIRED_VERSIONS["libtpu"]
-    return {(c.recipe, c.phase, c.chip): c for c in cells if c.compiler == version}
+    known = programs()
+    return {
+        (cell.recipe, cell.phase, cell.chip): cell
+        for cell in cells
+        if cell.compiler == version
+        and cell.recipe in known
+        and (cell.error or not cell.hbm_bytes or cell.main_bytes)
+    }
 
 
 def write_results(cells: dict[tuple, Cell]) -> None:
