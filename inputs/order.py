@@ -195,13 +195,16 @@ class Share:
     """What a host contributes to each global batch.
 
     Attributes:
-        lanes: the numbers of its lanes, a range.
-        part, parts: of several hosts with the same lane, this one has part `part` of `parts`.
+        first_lane: the number of its first lane, an integer or an int64 scalar.
+        lanes: the number of its lanes, which are consecutive.
+        part, parts: of several hosts with the same lane, this one has part `part` of `parts`;
+            `part` is an integer or an int64 scalar.
         replica_batch: the number of examples of each of its replicas.
     """
 
-    lanes: range
-    part: int
+    first_lane: int | tf.Tensor
+    lanes: int
+    part: int | tf.Tensor
     parts: int
     replica_batch: int
 
@@ -211,22 +214,22 @@ def share_of(order: Order, context: tf.distribute.InputContext | None) -> Share:
 
     Args:
         order: an `Order`.
-        context: `tf.distribute.InputContext` of this host; None means a single replica.
+        context: `tf.distribute.InputContext` of this host, whose `input_pipeline_id` may be an
+            int64 scalar, so that all hosts can have the same graph; None means a single replica.
 
     Raises:
         InputError: the hosts cannot share the lanes equally.
     """
     if context is None:
-        return Share(range(order.lanes), 0, 1, order.batch)
+        return Share(0, order.lanes, 0, 1, order.batch)
     hosts, host = context.num_input_pipelines, context.input_pipeline_id
     replica_batch = order.batch // context.num_replicas_in_sync
     if order.lanes % hosts == 0:
         lanes = order.lanes // hosts
-        return Share(range(host * lanes, (host + 1) * lanes), 0, 1, replica_batch)
+        return Share(host * lanes, lanes, 0, 1, replica_batch)
     if hosts % order.lanes == 0:
         parts = hosts // order.lanes
-        lane = host // parts
-        return Share(range(lane, lane + 1), host % parts, parts, replica_batch)
+        return Share(host // parts, 1, host % parts, parts, replica_batch)
     raise InputError(
         f"--set lanes={order.lanes}: {hosts} hosts cannot share {order.lanes} lanes of the data "
         f"equally. Set lanes to a multiple of {hosts} that divides the batch, {order.batch:,}."
@@ -253,7 +256,7 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
     """
     share = share_of(order, context)
     per_host = order.per_lane // share.parts
-    per_step = len(share.lanes) * per_host
+    per_step = share.lanes * per_host
     steps = 1
     if order.seed is not None:  # an evaluation ends, and its last group would not be full
         steps = max(1, min(ROWS_TOGETHER // per_step, order.examples // order.batch))
@@ -297,14 +300,15 @@ def row_batches(order: Order, context, first_step: int, make_rows, make_batch=No
         rows = tf.transpose(lanes, [1, 0, 2, 3])  # [steps, lanes, examples, C]
         return tf.reshape(rows, [-1, rows.shape[-1]])
 
-    lanes = tf.data.Dataset.range(share.lanes.start, share.lanes.stop).interleave(
+    first = share.first_lane
+    lanes = tf.data.Dataset.range(first, first + share.lanes).interleave(
         _graph(lane_rows),
-        cycle_length=len(share.lanes),
+        cycle_length=share.lanes,
         block_length=1,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    lanes = lanes.batch(len(share.lanes), drop_remainder=True)
+    lanes = lanes.batch(share.lanes, drop_remainder=True)
     if steps * per_step > ROWS_TOGETHER:
         rows = lanes.map(_graph(lambda lanes: in_batches(all_rows(lanes)))).unbatch()
         return rows.map(_graph(make_batch), num_parallel_calls=tf.data.AUTOTUNE)

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -31,7 +32,12 @@ from training import input_graph
 from training.host import JOB
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run
-from training.strategy import FATAL, silence_tensorflow, with_infinite_cardinality
+from training.strategy import (
+    FATAL,
+    silence_tensorflow,
+    with_infinite_cardinality,
+    with_one_graph,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_HOSTS = 64  # each is a process
@@ -187,22 +193,18 @@ class Batches:
     """The batches of a host, as fingerprints.
 
     Args:
-        input_fn: `(context) -> tf.data.Dataset`.
+        input_fn: `(context) -> tf.data.Dataset`, of infinite cardinality.
         context: `tf.distribute.InputContext` of the host.
         device: name of its CPU device.
     """
 
     def __init__(self, input_fn, context, device):
         self.device = device
-        # Iterated as by `TPUStrategy`, but each host apart, so that its rate can be measured.
-        where = tf.distribute.OneDeviceStrategy(device)
-        batches = with_infinite_cardinality(lambda own: input_fn(context))
-        self._iterator = iter(where.distribute_datasets_from_function(batches))
         self._replicas = context.num_replicas_in_sync // context.num_input_pipelines
-        self.names: list[str] = []
+        # Each host apart, so that its rate can be measured.
         with tf.device(device):
-            read = tf.function(self._steps, autograph=False)
-            self._read = read.get_concrete_function(tf.TensorSpec([], tf.int32))
+            self._iterator = iter(input_fn(context))
+        self.names = sorted(self._iterator.element_spec)
 
     def read(self, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Makes the batches of the next steps; only fingerprints leave the host.
@@ -213,28 +215,31 @@ class Batches:
         """
         begin = time.perf_counter()
         with tf.device(self.device):
-            examples, tensors = self._read(tf.constant(steps))
+            examples, tensors = _fingerprints(self._iterator, tf.constant(steps), self._replicas)
         return examples.numpy(), tensors.numpy(), time.perf_counter() - begin
 
-    def _steps(self, steps):
-        def step(i, examples, tensors):
-            made = [self._fingerprints(next(self._iterator)) for _ in range(self._replicas)]
-            return (
-                i + 1,
-                examples.write(i, tf.concat([example for example, _ in made], 0)),
-                tensors.write(i, tf.stack([tensor for _, tensor in made])),
-            )
 
-        arrays = [tf.TensorArray(tf.int64, steps) for _ in range(2)]
-        _, examples, tensors = tf.while_loop(lambda i, *_: i < steps, step, (0, *arrays))
-        return examples.stack(), tensors.stack()
+@functools.partial(tf.function, autograph=False)  # one graph for all hosts
+def _fingerprints(iterator, steps, replicas: int):
+    """Fingerprints of the next steps' batches: those of examples, and of tensors."""
 
-    def _fingerprints(self, batch):
-        """[B] int64 of the examples, and [K] of the tensors."""
-        self.names = sorted(batch)
-        each = [_fingerprint(batch[name]) for name in self.names]
-        examples = _fingerprint(tf.stack(each, 1))
-        return examples, _fingerprint(tf.stack(each))
+    def step(i, examples, tensors):
+        made = [_batch_fingerprints(next(iterator)) for _ in range(replicas)]
+        return (
+            i + 1,
+            examples.write(i, tf.concat([example for example, _ in made], 0)),
+            tensors.write(i, tf.stack([tensor for _, tensor in made])),
+        )
+
+    arrays = [tf.TensorArray(tf.int64, steps) for _ in range(2)]
+    _, examples, tensors = tf.while_loop(lambda i, *_: i < steps, step, (0, *arrays))
+    return examples.stack(), tensors.stack()
+
+
+def _batch_fingerprints(batch):
+    """[B] int64 of the examples, and [K] of the tensors, by name."""
+    each = [_fingerprint(batch[name]) for name in sorted(batch)]
+    return _fingerprint(tf.stack(each, 1)), _fingerprint(tf.stack(each))
 
 
 def _fingerprint(values):
@@ -298,7 +303,7 @@ def rehearse_phase(
     phase = task.recipe.phases[phase_index]
     count = len(hosts.devices)
     steps = max(2, min(STEPS, phase.steps))  # the first one is measured apart
-    input_fn = task.train_batches(phase_index, 0)
+    input_fn = with_infinite_cardinality(task.train_batches(phase_index, 0))
     contexts = [tf.distribute.InputContext(count, i, count * replicas) for i in range(count)]
     graph = input_graph.examine(input_fn, contexts[0], shared_dir)
     problems = list(graph.problems)
@@ -321,7 +326,7 @@ def rehearse_phase(
     own = measure("self")["read_bytes"]
     before = hosts.measure()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        made = list(map(Batches, [input_fn] * count, contexts, hosts.devices))
+        made = list(map(Batches, [with_one_graph(input_fn)] * count, contexts, hosts.devices))
         first = list(pool.map(lambda batches: batches.read(1), made))
         set_up, sent = sent_bytes() - sent, sent_bytes()
         rest = list(pool.map(lambda batches: batches.read(steps - 1), made))

@@ -344,8 +344,9 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         train_batches = strategy.with_infinite_cardinality(
             self.task.train_batches(phase_index, first_step)
         )
-        self._train_dataset = distribute(train_batches)
-        self._eval_dataset = distribute(self.task.evaluation_batches(phase_index))
+        evaluation_batches = self.task.evaluation_batches(phase_index)
+        self._train_dataset = distribute(strategy.with_one_graph(train_batches))
+        self._eval_dataset = distribute(strategy.with_one_graph(evaluation_batches))
         self._train_iterator = None
         # New functions, because each phase has its own shapes.
         self._train_loop = tf.function(self._run_steps, autograph=False)

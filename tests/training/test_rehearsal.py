@@ -17,9 +17,11 @@ import recipes
 from inputs.bad_records import BadRecords
 from inputs.damage import scratch_folder
 from inputs.errors import InputError
+from inputs.order import Order, row_batches
 from inputs.text.prepare import prepare_in_cache
 from tasks import TASKS
 from training import input_graph, rehearsal
+from training.strategy import with_one_graph
 
 ROOT = pathlib.Path(__file__).parents[2]
 ONE = tf.distribute.InputContext(1, 0, 1)
@@ -195,6 +197,24 @@ def test_a_difference_is_found_and_named():
     )
     assert "1 of 24 examples differ" in problem
     assert "example 7 of step 0, on host 1, in b." in problem
+
+
+def test_all_hosts_have_one_graph_and_their_own_batches():
+    order = Order(examples=500, batch=32, lanes=4, block=4, window=3, seed=7)
+    traced = []
+
+    def numbers(context):
+        traced.append(context)
+        return row_batches(order, context, 3, lambda examples, ids: tf.stack([examples, ids], 1))
+
+    shared = with_one_graph(numbers)
+    contexts = [tf.distribute.InputContext(8, i, 8) for i in range(8)]  # two for each lane
+    found = [[*shared(context).take(6).as_numpy_iterator()] for context in contexts]
+    assert len(traced) == 1
+    np.testing.assert_array_equal(found[-1], [*numbers(contexts[-1]).take(6).as_numpy_iterator()])
+    ids = np.concatenate(found)[..., 1]
+    first = 3 * order.batch
+    assert sorted(ids.ravel()) == list(range(first, first + ids.size))
 
 
 def problems(dataset, shared_dir=""):

@@ -232,7 +232,10 @@ class Progress:
             return "not measured: nothing was left to train"
         if not self._seconds:
             return "not measured: there was only one loop of steps, which includes compilation"
-        return f"{self.examples_per_second:,.0f} examples/s"
+        speed = f"{self.examples_per_second:,.0f} examples/s"
+        if self._loops <= SLOW_LOOPS:
+            speed += " in the second loop of steps; later ones are usually faster"
+        return speed
 
 
 def format_row(row: dict) -> str:
