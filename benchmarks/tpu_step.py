@@ -131,7 +131,7 @@ def main():
     print(
         "variant           program  estimated ms       GB     floats/parameter   GiB  all-reduces"
     )
-    for row in rows(recipe, flags.phase - 1, flags.batch, flags.topology):
+    for row in rows(recipe, flags.phase - 1, flags.batch, topology.name):
         found.append(row)
         moved, seconds = row["bytes_accessed"], row["seconds"]
         if not counts_main_memory(row):

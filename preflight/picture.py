@@ -39,8 +39,9 @@ REASON_LINES = 9
 def draw(recipe, results, path: str) -> None:
     """Writes a PNG: memory as a share of HBM, time of a step, minutes, and efficiency.
 
-    A phase that does not compile is drawn as a hatched bar in the panel of memory. The efficiency
-    is drawn if there are several sizes of a generation.
+    A phase that does not compile, does not fit, or has no kernel for an operation is drawn as a
+    hatched bar in the panel of memory; one whose data hosts could not read has a red name. The
+    efficiency is drawn if there are several sizes of a generation.
 
     Args:
         recipe: a checked recipe.
@@ -90,7 +91,7 @@ def _draw_memory(panel, results):
     panel.set_ylim(0, 145)
     panel.set_yticks(range(0, 101, 25))
     failed = any(result.error for result in results)
-    last = Patch(label="does not compile", **FAILED) if failed else None
+    last = Patch(label="cannot run", **FAILED) if failed else None
     _finish(panel, results, MEMORY_COLORS, last)
 
 
@@ -100,7 +101,7 @@ def _draw_time(panel, results):
     for place, result in enumerate(results):
         time = result.time
         if time is None:
-            _print_above(panel, place, 0, "does not\ncompile", FAILED_COLOR)
+            _print_above(panel, place, 0, "cannot\nrun", FAILED_COLOR)
             continue
         compute = min(time.compute, time.work - time.update)
         parts = {
@@ -123,7 +124,7 @@ def _draw_minutes(panel, results):
     factor = 60 if in_seconds else 1
     for place, result in enumerate(results):
         if result.time is None:
-            _print_above(panel, place, 0, "does not\ncompile", FAILED_COLOR)
+            _print_above(panel, place, 0, "cannot\nrun", FAILED_COLOR)
             continue
         panel.bar(place, factor * result.minutes, BAR_WIDTH, color=TOTAL_COLOR)
         _print_above(panel, place, factor * result.minutes, format_minutes(result.minutes))
@@ -203,7 +204,14 @@ def _finish(panel, results, colors, last=None):
         f"{result.topology.name}\nphase {result.phase}" if several else result.topology.name
         for result in results
     ]
+    refused = [bool(result.data and result.data.problems) for result in results]
+    labels = [
+        f"{label}\ndata: see report" if bad else label
+        for label, bad in zip(labels, refused, strict=True)
+    ]
     panel.set_xticks(range(len(results)), labels, fontsize=9)
+    for text, bad in zip(panel.get_xticklabels(), refused, strict=True):
+        text.set_color(FAILED_COLOR if bad else "black")
     panel.set_xlim(-0.6, len(results) - 0.4)
     handles = [Patch(color=color, label=name) for name, color in reversed(colors.items())]
     if last is not None:

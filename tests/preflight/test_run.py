@@ -1,6 +1,7 @@
 """The pre-flight: results without a compiler, and with the TPU compiler on small recipes."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -18,6 +19,7 @@ from preflight import document, picture, plan, report
 from preflight import run as preflight
 from preflight.compiler import children as preflight_children
 from preflight.compiler.topology import parse_topologies
+from preflight.data import DataResult
 from recipes import mlperf
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -218,13 +220,14 @@ def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, mon
     monkeypatch.setattr(picture.plt, "close", drawn.append)
     recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
 
-    def draw(topologies):
+    def draw(topologies, data=None):
         results = preflight.examine(
             recipe,
             parse_topologies(topologies),
             progress=preflight_children.ProgressLines(print),
             search=False,
         )
+        results[-1] = dataclasses.replace(results[-1], data=data)
         picture.draw(recipe, results, str(tmp_path / "picture.png"))
         return drawn[-1]
 
@@ -233,7 +236,7 @@ def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, mon
     names = [label.get_text() for label in memory.get_xticklabels()]
     assert names == ["v2:2x2", "v3:2x2", "v4:2x2x2"]
     texts = find_texts(figure)
-    assert "no kernel for Foo" in texts and texts.count("does not\ncompile") == 2
+    assert "no kernel for Foo" in texts and texts.count("cannot\nrun") == 2
     hatched = [bar for bar in memory.patches if bar.get_hatch()]
     assert len(hatched) == 1 and hatched[0].get_height() == 100
     # 8 examples of 1 GiB and 12,000 bytes of the 15.48 GiB of a v3 core.
@@ -245,6 +248,10 @@ def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, mon
     assert len(several.axes) == 4
     sizes = [label.get_text() for label in several.axes[-1].get_xticklabels()]
     assert sizes == ["4", "16"]
+    refused = draw("v2:2x2,v3:4x4", DataResult(4, None, ("a path of one machine",), None))
+    labels = refused.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["v2:2x2", "v3:4x4\ndata: see report"]
+    assert [label.get_color() for label in labels] == ["black", picture.FAILED_COLOR]
     monkeypatch.undo()
     for figure in drawn:
         picture.plt.close(figure)

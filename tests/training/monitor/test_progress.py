@@ -74,11 +74,16 @@ def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
         flops_per_step=lambda: 5e5,
     )
     progress.begin_phase(2, 32)
+    speeds = []
     for seconds in (10.0, 8.0, 4.0, 4.0):
         clock.seconds += seconds
         step.assign_add(10)
         output = loop_output()
         progress(output)
+        speeds.append(progress.describe_speed())
+    assert speeds[0].startswith("not measured: there was only one loop")
+    assert speeds[1].startswith("40 examples/s in the second loop of steps")
+    assert speeds[2:] == ["80 examples/s"] * 2
     rows = read_rows(tmp_path / "history.jsonl")
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     expected = {
@@ -399,6 +404,17 @@ def test_curves_are_readable(tmp_path, figures):
     (points,) = accuracy.lines
     assert points.get_ydata().tolist() == [0.1, 0.2] and points.get_label() == "masked accuracy"
     assert accuracy.get_ylabel() == "held-out accuracy" and rate.get_ylabel() == "learning rate"
+
+
+def test_a_late_divergence_does_not_flatten_the_losses_before_it(tmp_path, figures):
+    losses = [9.0, *[3.0 - 0.01 * i for i in range(30)], 40.0, 5_000.0]
+    plot.draw([write_run(tmp_path / "run", losses)], str(tmp_path / "picture.png"))
+    low, high = figures[0].axes[0].get_ylim()
+    assert 2.2 < low < 2.71 and 9.0 < high < 9.5
+    # A run that begins with the lowest loss.
+    plot.draw([write_run(tmp_path / "other", [2.0, 3.0, 4.0])], str(tmp_path / "picture.png"))
+    low, high = figures[1].axes[0].get_ylim()
+    assert low < 3.0 and high > 4.0
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path, figures):
