@@ -215,24 +215,26 @@ class Batches:
         """
         begin = time.perf_counter()
         with tf.device(self.device):
-            examples, tensors = _fingerprints(self._iterator, tf.constant(steps), self._replicas)
-        return examples.numpy(), tensors.numpy(), time.perf_counter() - begin
+            found = _fingerprints(self._iterator, tf.constant(steps * self._replicas))
+        examples, tensors = (values.numpy() for values in found)
+        seconds = time.perf_counter() - begin
+        return (
+            examples.reshape(steps, self._replicas * examples.shape[1]),
+            tensors.reshape(steps, self._replicas, tensors.shape[1]),
+            seconds,
+        )
 
 
 @functools.partial(tf.function, autograph=False)  # one graph for all hosts
-def _fingerprints(iterator, steps, replicas: int):
-    """Fingerprints of the next steps' batches: those of examples, and of tensors."""
+def _fingerprints(iterator, count):
+    """Fingerprints of the next batches' examples, [count, B], and of their tensors, [count, K]."""
 
-    def step(i, examples, tensors):
-        made = [_batch_fingerprints(next(iterator)) for _ in range(replicas)]
-        return (
-            i + 1,
-            examples.write(i, tf.concat([example for example, _ in made], 0)),
-            tensors.write(i, tf.stack([tensor for _, tensor in made])),
-        )
+    def batch(i, examples, tensors):
+        example, tensor = _batch_fingerprints(next(iterator))
+        return i + 1, examples.write(i, example), tensors.write(i, tensor)
 
-    arrays = [tf.TensorArray(tf.int64, steps) for _ in range(2)]
-    _, examples, tensors = tf.while_loop(lambda i, *_: i < steps, step, (0, *arrays))
+    arrays = [tf.TensorArray(tf.int64, count) for _ in range(2)]
+    _, examples, tensors = tf.while_loop(lambda i, *_: i < count, batch, (0, *arrays))
     return examples.stack(), tensors.stack()
 
 
