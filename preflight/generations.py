@@ -60,7 +60,7 @@ a step of a replica moves: in HBM, and in all memories by the compiler's own cou
 on-chip ones. An empty cell has not been compiled yet. The compiler leaves out optimizations that
 take long, and so the figures may differ by some percent from those of a run. Recipes that differ
 only in batch size, steps and the values of rates and coefficients run the same program; the one
-with the largest batch stands for them.
+with the largest batch stands for them (listed below).
 """
 CHIPS = """
 ## The chips
@@ -279,8 +279,10 @@ def format_page(cells: dict[tuple, Cell]) -> str:
         for phase in range(1, len(recipes.find_recipe(name).phases) + 1):
             row = [cells.get((name, phase, chip)) for chip in TPU_CHIPS]
             texts = [cell.describe() if cell else "" for cell in row]
-            label = name + "".join(f", {other}" for other in others)
+            label = f"{name} and {len(others)} more" if others else name
             lines.append(f"| {label} | {phase} | {' | '.join(texts)} |")
+    lines += ["", "The same program as", ""]
+    lines += [f"- {name}: {', '.join(others)}" for name, others in programs().items() if others]
     return "\n".join(lines) + "\n" + CHIPS + "\n".join(map(format_chip, TPU_CHIPS.values())) + "\n"
 
 
