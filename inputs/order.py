@@ -14,6 +14,7 @@ window for each lane.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -234,6 +235,34 @@ def share_of(order: Order, context: tf.distribute.InputContext | None) -> Share:
         f"--set lanes={order.lanes}: {hosts} hosts cannot share {order.lanes} lanes of the data "
         f"equally. Set lanes to a multiple of {hosts} that divides the batch, {order.batch:,}."
     )
+
+
+def with_one_graph(input_fn):
+    """Returns an input function with one graph for all hosts, which takes the number of a host.
+
+    Otherwise TensorFlow sends the graph of each host's data set to all other hosts, too: traffic
+    that grows with the square of the number of hosts.
+
+    Args:
+        input_fn: `(tf.distribute.InputContext) -> tf.data.Dataset`. The `input_pipeline_id` that it
+            gets is an int64 scalar if there are several hosts.
+    """
+
+    @functools.cache
+    def traced(hosts, replicas):
+        @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
+        def dataset(host):
+            return input_fn(tf.distribute.InputContext(hosts, host, replicas))
+
+        return dataset
+
+    def dataset_of(context):
+        if context.num_input_pipelines == 1:
+            return input_fn(context)
+        dataset = traced(context.num_input_pipelines, context.num_replicas_in_sync)
+        return dataset(tf.constant(context.input_pipeline_id, tf.int64))
+
+    return dataset_of
 
 
 def row_batches(order: Order, context, first_step: int, make_rows, make_batch=None):

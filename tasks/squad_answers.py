@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from official.nlp.tools import squad_evaluate_v1_1
 
+from inputs.order import with_one_graph
 from inputs.storage.files import atomic_write
 from models import squad as span_model
 
@@ -34,7 +35,7 @@ def predict_spans(model, strategy, features, recipe, global_batch_size: int) -> 
         return {key: strategy.gather(value, axis=0) for key, value in spans.items()}
 
     batches = strategy.distribute_datasets_from_function(
-        lambda context: features.prediction_batches(global_batch_size, context)
+        with_one_graph(lambda context: features.prediction_batches(global_batch_size, context))
     )
     parts = [{key: value.numpy() for key, value in step(batch).items()} for batch in batches]
     spans = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -27,17 +27,13 @@ import tensorflow as tf
 import tf_keras
 
 from inputs.errors import InputError
+from inputs.order import with_one_graph
 from inputs.storage.files import atomic_write, check_file_writable, temporary_folder
 from training import input_graph
 from training.host import JOB
 from training.monitor.progress import HISTORY, read_rows
 from training.run import Run
-from training.strategy import (
-    FATAL,
-    silence_tensorflow,
-    with_infinite_cardinality,
-    with_one_graph,
-)
+from training.strategy import FATAL, silence_tensorflow, with_infinite_cardinality
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAX_HOSTS = 64  # each is a process

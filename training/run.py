@@ -8,6 +8,7 @@ import numpy as np
 import orbit
 import tensorflow as tf
 
+from inputs.order import with_one_graph
 from tasks.task import loss_terms, means
 from training import optimizers, strategy
 from training.checkpoint import compatibility
@@ -345,8 +346,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             self.task.train_batches(phase_index, first_step)
         )
         evaluation_batches = self.task.evaluation_batches(phase_index)
-        self._train_dataset = distribute(strategy.with_one_graph(train_batches))
-        self._eval_dataset = distribute(strategy.with_one_graph(evaluation_batches))
+        self._train_dataset = distribute(with_one_graph(train_batches))
+        self._eval_dataset = distribute(with_one_graph(evaluation_batches))
         self._train_iterator = None
         # New functions, because each phase has its own shapes.
         self._train_loop = tf.function(self._run_steps, autograph=False)

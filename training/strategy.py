@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 
 import numpy as np
@@ -103,30 +102,6 @@ def with_infinite_cardinality(input_fn):
     """
     infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     return lambda context: input_fn(context).apply(infinite)
-
-
-def with_one_graph(input_fn):
-    """Returns `input_fn` with one graph for all hosts, whose argument is the number of the host.
-
-    Otherwise TensorFlow sends the graph of each host's data set to all other hosts, too: traffic
-    that grows with the square of the number of hosts.
-    """
-
-    @functools.cache
-    def traced(hosts, replicas):
-        @tf.function(input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-        def dataset(host):
-            return input_fn(tf.distribute.InputContext(hosts, host, replicas))
-
-        return dataset
-
-    def dataset_of(context):
-        if context.num_input_pipelines == 1:
-            return input_fn(context)
-        dataset = traced(context.num_input_pipelines, context.num_replicas_in_sync)
-        return dataset(tf.constant(context.input_pipeline_id, tf.int64))
-
-    return dataset_of
 
 
 def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:

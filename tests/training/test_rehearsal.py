@@ -17,11 +17,10 @@ import recipes
 from inputs.bad_records import BadRecords
 from inputs.damage import scratch_folder
 from inputs.errors import InputError
-from inputs.order import Order, row_batches
+from inputs.order import Order, row_batches, with_one_graph
 from inputs.text.prepare import prepare_in_cache
 from tasks import TASKS
 from training import input_graph, rehearsal
-from training.strategy import with_one_graph
 
 ROOT = pathlib.Path(__file__).parents[2]
 ONE = tf.distribute.InputContext(1, 0, 1)
