@@ -104,7 +104,7 @@ class Progress:
     Attributes:
         todo: Cells that can be run now.
         later: The minimum number of cells that follow when those of `todo` are done.
-        best: The best rate, or `None` if rates are still to be tried.
+        best: The best rate, or `None` if rates are still to be tried or none learns.
         at_edge: Whether the best rate is the lowest or highest of those that were tried.
     """
 
@@ -124,8 +124,9 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
 
     Each rate of the group is tried with the first seed. While the best rate is the lowest or the
     highest one, the next rate beyond it is tried, at the same ratio. A run that diverged, or whose
-    metric is not above `table.chance`, is worse than all others; if all runs of a group are such,
-    the next lower rate is tried. The best rate is then run with the other seeds.
+    metric is not above `table.chance`, is worse than all others. If all runs of a group are such,
+    the next lower rate is tried, up to `MOST_EXTENSIONS` times; the group has no best rate if none
+    of these learns either. The best rate is then run with the other seeds.
 
     Args:
         table: The table of the group.
@@ -164,6 +165,8 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
                 rates.insert(0, _rounded(best * rates[0] / rates[1]))
         else:
             at_edge = True
+        if max(values) <= table.chance:
+            return Progress([], 0, None)
     cells = [Cell(group, best, seed) for seed in group.seeds]
     return Progress([cell for cell in cells if cell.name not in metrics], 0, best, at_edge)
 

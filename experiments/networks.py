@@ -93,5 +93,5 @@ def davidnet(width: int = 64) -> keras.Model:
     x = residual(layers.MaxPooling2D()(convolution(x, 8 * width)), 8 * width)
     x = layers.GlobalMaxPooling2D()(x)
     x = layers.Dense(10, use_bias=False, kernel_initializer=initializer)(x)
-    logits = layers.Rescaling(0.125, dtype="float32")(x)  # also under a policy of less precision
+    logits = layers.Rescaling(0.125, dtype="float32")(x)  # for a loss in float32 under any policy
     return keras.Model(inputs, logits, name="davidnet")

@@ -1,5 +1,7 @@
 """Writes the results page of a table from its run files: settings, table, tests and figures."""
 
+import collections
+import dataclasses
 import math
 import os
 import re
@@ -18,9 +20,9 @@ from inputs.storage.files import atomic_write
 
 RULE = """\
 The rule of tuning is the same for all: each learning rate of the grid with the first seed; while
-the best is the lowest or the highest, the next one beyond it; while none learns, the next lower
-one; then the best one with the other seeds. The best one is chosen by the metric of this table, on
-the same test data, so that all values are slightly too high, for each optimizer alike."""
+the best is the lowest or the highest, the next one beyond it; while none learns{chance}, the next
+lower one; then the best one with the other seeds. The best one is chosen with the first seed by the
+metric of this table, on the same test data, so that all values are slightly too high."""
 
 
 def write_page(table: Table, now: State, path: str, places: Places) -> None:
@@ -36,14 +38,14 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     groups = {group.name: progress(table, group, values) for group in table.groups}
     seeds = best_values(table, now)
     left = len(now.todo) + now.later
-    parts = [f"# {table.title}", table.text, RULE if _tuned(table) else ""]
+    parts = [f"# {table.title}", table.text, _rule(table)]
     if left:
         parts.append(f"**{len(now.runs)} runs are done; at least {left} are still to be run.**")
     parts += [_command(table), _about(now)]
     parts.append(_rows(table, groups, seeds, values))
     parts.append(_lines(table, values))
     if table.pairs:
-        parts.append(_tests(table, seeds))
+        parts.append(_tests(table, now))
     os.makedirs(places.output, exist_ok=True)
     for name, caption in _pictures(table, groups, seeds, now, places):
         parts.append(f"![{caption}]({os.path.basename(places.output)}/{name})")
@@ -51,6 +53,53 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     parts.append(f"Each run is a file in `{folder}/`: settings, seed, versions, curve and result.")
     with atomic_write(path) as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The difference between two groups of a table, each at its best rate.
+
+    Attributes:
+        first, second: names of the groups.
+        mean: difference of the means.
+        p: of Welch's test, two-sided.
+        corrected: `p` corrected by Holm's method for the number of tests of the table.
+    """
+
+    first: str
+    second: str
+    mean: float
+    p: float
+    corrected: float
+
+
+def differences(table: Table, now: State) -> list[Difference]:
+    """Returns the differences of `table.pairs` that can be tested.
+
+    A pair is left out if a group has fewer than two seeds of its best rate, if one of them
+    diverged, or if both groups have the same settings and best rate, and so the same runs.
+    """
+    values = metrics(table, now.runs)
+    seeds = best_values(table, now)
+    found = []
+    for names in table.pairs:
+        groups = [table.group(name) for name in names]
+        one, other = ((group.settings, progress(table, group, values).best) for group in groups)
+        result = compare(*(seeds[name] for name in names))
+        if result is not None and one != other:
+            found.append((*names, *result))
+    order = sorted(range(len(found)), key=lambda i: found[i][3])
+    corrected = [0.0] * len(found)
+    least = 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(found) - rank) * found[i][3]))
+        corrected[i] = least
+    return [Difference(*row, p) for row, p in zip(found, corrected, strict=True)]
+
+
+def format_p(p: float) -> str:
+    """Returns a probability as text."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def best_values(table: Table, now: State) -> dict[str, list[float]]:
@@ -80,8 +129,11 @@ def compare(one: list[float], other: list[float]) -> tuple[float, float] | None:
     return difference, float(stats.ttest_ind(one, other, equal_var=False).pvalue)
 
 
-def _tuned(table):
-    return any(len(group.rates) > 1 and group.extended for group in table.groups)
+def _rule(table):
+    if not any(len(group.rates) > 1 and group.extended for group in table.groups):
+        return ""
+    known = math.isfinite(table.chance)
+    return RULE.format(chance=f" ({table.metric} above {table.chance:g})" if known else "")
 
 
 def _command(table):
@@ -101,7 +153,9 @@ def _about(now):
     hours = sum(run["processor_seconds"] for run in runs) / 3600
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     lines = ["| | |", "|---|---|", f"| date | {span('date')} |", f"| commit | {commits} |"]
-    lines.append(f"| machine | {span('machine')} for each run |")
+    machines = collections.Counter(run["machine"] for run in runs)
+    for machine, count in machines.items():
+        lines.append(f"| machine | {machine} ({count} runs) |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
     lines.append(f"| processor time | {hours:.1f} h for {len(runs)} runs |")
@@ -166,24 +220,20 @@ def format_mean(found: list[float]) -> str:
     return f"{statistics.mean(found):.4f}{spread} ({len(found)})"
 
 
-def _tests(table, seeds):
-    lines = [
-        "Welch's test of the difference of means, two-sided, without correction for the number of "
-        "tests:",
-        "",
-        "| difference | mean | p |",
-        "|---|---|---|",
+def _tests(table, now):
+    rows = [
+        f"| {group_label(table.group(one.first))} − {group_label(table.group(one.second))} "
+        f"| {one.mean:+.4f} | {format_p(one.p)} | {format_p(one.corrected)} |"
+        for one in differences(table, now)
     ]
-    rows = 0
-    for first, second in table.pairs:
-        found = compare(seeds[first], seeds[second])
-        if found is None:
-            continue
-        difference, p = found
-        names = f"{group_label(table.group(first))} − {group_label(table.group(second))}"
-        lines.append(f"| {names} | {difference:+.4f} | {p:.3f} |")
-        rows += 1
-    return "\n".join(lines) if rows else ""
+    head = [
+        "Welch's test of the difference of means, two-sided. The last column is corrected for the "
+        "number of tests here by Holm's method:",
+        "",
+        "| difference | mean | p | p, corrected |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows]) if rows else ""
 
 
 def _pictures(table, groups, seeds, now, places):

@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
     "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "-1",
 }
 PACKAGES = ("keras", "tensorflow", "tf_keras", "jax", "numpy")
 
@@ -163,7 +164,7 @@ def _finished_twin(table, cell, places):
     for group in table.groups:
         twin = Cell(group, cell.rate, cell.seed)
         path = places.run_file(twin)
-        if group != cell.group and group.settings == cell.group.settings and os.path.exists(path):
+        if group != cell.group and _same_run(cell, twin) and os.path.exists(path):
             return read_json(path)
     return None
 
@@ -262,7 +263,7 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, names=(), say
     failed: list[str] = []
     now = state(table, places.output, names)
     while True:
-        waiting = [cell for cell in now.todo if cell.name not in running]
+        waiting = [cell for cell in now.todo if not _is_running(table, cell, running)]
         while waiting and len(running) < jobs and limit and not failed:
             cell = waiting.pop(0)
             running[cell.name] = (_start(table, cell, places), time.monotonic())
@@ -287,6 +288,17 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, names=(), say
         logs = os.path.join(places.runs, table.name, "CELL", "log.txt")
         raise RuntimeError(f"failed: {', '.join(failed)}; see {logs}")
     return now
+
+
+def _is_running(table, cell, running):
+    """Whether a cell is running, or one of another group that is the same run."""
+    cells = [find_cell(table, name) for name in running]
+    return any(_same_run(cell, other) for other in cells)
+
+
+def _same_run(one, other):
+    own, others = (cell.group.settings for cell in (one, other))
+    return (one.rate, one.seed) == (other.rate, other.seed) and own == others
 
 
 def _start(table, cell, places):

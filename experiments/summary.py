@@ -4,7 +4,14 @@ import os
 from collections.abc import Iterable
 
 from experiments.grid import Table, progress
-from experiments.page import best_values, compare, format_mean, format_value, group_label
+from experiments.page import (
+    best_values,
+    differences,
+    format_mean,
+    format_p,
+    format_value,
+    group_label,
+)
 from experiments.runner import State, metrics, state
 from inputs.storage.files import atomic_write
 
@@ -63,16 +70,19 @@ def write_summary(tables: Iterable[Table], results: str, path: str) -> None:
     parts = [HEAD, "## Differences"]
     rows = [row for table, now in states for row in _differences(table, now, pages)]
     parts.append(
-        "Welch's test, two-sided, without correction for the number of tests. With p below "
-        f"{SIGNIFICANT}\nthe first of the two wins or loses; else it is a tie, which says no more "
-        "than that these seeds show\nno difference."
+        "Welch's test, two-sided, and its p corrected by Holm's method for the number of tests of "
+        f"the\ntable. With a corrected p below {SIGNIFICANT} the first of the two wins or loses; "
+        "else it is a tie, which says no\nmore than that these seeds show no difference."
     )
-    head = ["| | first | second | difference | p | the first |", "|---|---|---|---|---|---|"]
+    head = [
+        "| | first | second | difference | p | corrected | the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
     parts.append("\n".join([*head, *rows]) if rows else "No pair has two seeds of each yet.")
     so_far = [row for table, now in states for row in _single(table, now, pages)]
     if so_far:
-        parts.append("## Runs that no test has yet")
-        parts.append("Rates that were tried with the first seed. A grid is not finished.")
+        parts.append("## Runs that are in no test")
+        parts.append("One of the two groups is not finished, or none of its rates learns.")
         parts.append("\n".join(["| | group | runs |", "|---|---|---|", *so_far]))
     parts += ["## Not run", "\n".join(_not_run(table, now, pages) for table, now in states)]
     with atomic_write(path) as file:
@@ -87,34 +97,32 @@ def _page(table, results):
 
 def _differences(table, now, pages):
     seeds = best_values(table, now)
-    for first, second in table.pairs:
-        found = compare(seeds[first], seeds[second])
-        if found is None:
-            continue
-        difference, p = found
-        verdict = "ties" if p >= SIGNIFICANT else "wins" if difference > 0 else "loses"
+    for one in differences(table, now):
+        verdict = "ties" if one.corrected >= SIGNIFICANT else "wins" if one.mean > 0 else "loses"
         cells = [pages[table.name]]
-        for name in (first, second):
+        for name in (one.first, one.second):
             cells.append(f"{group_label(table.group(name))}: {format_mean(seeds[name])}")
-        cells += [f"{difference:+.4f}", f"{p:.3f}", verdict]
+        cells += [f"{one.mean:+.4f}", format_p(one.p), format_p(one.corrected), verdict]
         yield f"| {' | '.join(cells)} |"
 
 
 def _single(table, now, pages):
     """Rows of the groups that have runs and are in no difference."""
-    seeds = best_values(table, now)
     values = metrics(table, now.runs)
-    compared = {
-        name for pair in table.pairs if compare(*(seeds[name] for name in pair)) for name in pair
-    }
+    compared = {name for one in differences(table, now) for name in (one.first, one.second)}
     for group in table.groups:
         own = {n: v for n, v in values.items() if n.rpartition("-rate")[0] == group.name}
         if own and group.name not in compared:
             runs = [
                 f"{name.rpartition('-rate')[2].replace('-seed', ', seed ')}: {format_value(found)}"
-                for name, found in own.items()
+                for name, found in sorted(own.items(), key=_rate_and_seed)
             ]
             yield f"| {pages[table.name]} | {group_label(group)} | {'; '.join(runs)} |"
+
+
+def _rate_and_seed(run):
+    rate, _, seed = run[0].rpartition("-rate")[2].partition("-seed")
+    return float(rate), int(seed)
 
 
 def _not_run(table, now: State, pages) -> str:

@@ -35,21 +35,13 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
 RESULTS = PAGE.with_suffix(".json")
 FIRST_TRY = 16  # examples per replica that are compiled first, to see how much memory one takes
 # Fields of recipes that do not change the operations of a step: what is read, evaluated and saved.
-WITHOUT_EFFECT = {
-    *("name", "reference", "expected", "phases", "evaluation_examples", "evaluate_every_examples"),
-    *(
-        "evaluate_every_steps",
-        "target",
-        "save_every_steps",
-        "keep_checkpoints",
-        "profile",
-        "init_from",
-        "init_slots",
-    ),
-    *("max_skipped_in_row", "max_loss", "on_divergence", "rollback_rate_factor", "max_rollbacks"),
-    *("lanes", "max_bad_record_share", "on_bad_record", "lower_case", "whole_word", "packing"),
-    *("augmentation", "normalization"),
-}
+WITHOUT_EFFECT = set(
+    """name reference expected phases evaluation_examples evaluate_every_examples
+    evaluate_every_steps target save_every_steps keep_checkpoints profile init_from init_slots
+    max_skipped_in_row max_loss on_divergence rollback_rate_factor max_rollbacks lanes
+    max_bad_record_share on_bad_record lower_case whole_word packing augmentation
+    normalization""".split()
+)
 HEAD = """# Every recipe on every generation
 
 Written by `make preflight`, without a TPU: the training step of each phase, compiled with the TPU
@@ -57,7 +49,8 @@ compiler (libtpu {version}) for the smallest slice, of one host or more, on whic
 of the batch fits in memory. A cell has the slice, the examples per replica ("in" so many
 micro-batches, where no slice is large enough for one), the memory of a replica, and the bytes that
 a step of a replica moves: in HBM, and in all memories by the compiler's own count, which includes
-on-chip ones. An empty cell has not been compiled yet. The compiler leaves out optimizations that
+on-chip ones. (The two counts are made apart, and the second can be smaller by some per mille.) An
+empty cell has not been compiled yet. The compiler leaves out optimizations that
 take long, and so the figures may differ by some percent from those of a run. Recipes that differ
 only in batch size, steps and the values of rates and coefficients run the same program; the one
 with the largest batch stands for them (listed below).

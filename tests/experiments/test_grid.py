@@ -65,6 +65,10 @@ def test_if_no_rate_learns_the_next_lower_one_is_tried():
     assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.05-seed1"]
     metrics |= {"lamb-rate0.05-seed1": -math.inf}
     assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.025-seed1"]
+    nothing = dict(metrics)
+    while todo := progress(table, GROUP, nothing).todo:
+        nothing |= {cell.name: 0.1 for cell in todo}
+    assert progress(table, GROUP, nothing).best is None  # none learns
     metrics |= {"lamb-rate0.025-seed1": 0.9}  # the lowest of five
     assert _names(progress(table, GROUP, metrics)) == ["lamb-rate0.013-seed1"]
     metrics |= {"lamb-rate0.013-seed1": 0.8}

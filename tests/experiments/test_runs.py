@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import ROOT, datasets, keras_run, networks, page
+from experiments import ROOT, datasets, keras_run, networks, page, runner
 from experiments.__main__ import main
 from experiments.grid import Cell, Group, Table
 from experiments.page import compare, write_page
@@ -351,6 +351,51 @@ def test_the_difference_is_tested_with_welch_s_test():
     assert compare([0.5, 0.5], [0.4, 0.4]) == (pytest.approx(0.1), 0.0)
 
 
+def _finished(group, best, values, folder):
+    """Writes the run files of a group whose best rate is the second of its rates."""
+    table = TABLES["mnist-batches"]
+    for rate in group.rates or (best,):
+        for seed, value in zip(group.seeds, values, strict=True):
+            if rate == best or seed == group.seeds[0]:
+                cell = Cell(group, rate, seed)
+                run = _run_file(table, cell, accuracy=value if rate == best else 0.5)
+                (folder / f"{cell.name}.json").write_text(json.dumps(run))
+
+
+def test_differences_are_corrected_and_a_group_is_not_compared_with_itself(tmp_path):
+    table = TABLES["mnist-batches"]
+    table = dataclasses.replace(
+        table, pairs=(*table.pairs, ("lamb-untuned-4096", "lamb-4096"), ("lamb-4096", "lars-4096"))
+    )
+    for name, best, values in (
+        ("lamb-1024", 0.01, (0.990, 0.991, 0.992)),
+        ("adamw-1024", 0.003, (0.980, 0.981, 0.982)),
+        ("lamb-4096", 0.02, (0.989, 0.990, 0.991)),
+        ("lamb-untuned-4096", 0.02, (0.9891, 0.990, 0.991)),
+        ("lars-4096", 20.0, (0.981, 0.984, 0.990)),
+    ):
+        _finished(table.group(name), best, values, tmp_path)
+    found = page.differences(table, state(table, str(tmp_path)))
+    names = [(one.first, one.second) for one in found]
+    assert ("lamb-untuned-4096", "lamb-1024") in names
+    assert ("lamb-untuned-4096", "lamb-4096") not in names  # the same settings and rate
+    smallest, *_, largest = sorted(found, key=lambda one: one.p)
+    assert smallest.corrected == pytest.approx(len(found) * smallest.p)
+    assert largest.corrected == pytest.approx(largest.p) or largest.corrected <= 1
+    assert all(one.p <= one.corrected <= 1 for one in found)
+    order = [one.corrected for one in sorted(found, key=lambda one: one.p)]
+    assert order == sorted(order)
+
+
+def test_a_run_that_another_group_is_running_is_not_begun():
+    table = TABLES["mnist-batches"]
+    group, untuned = table.group("lamb-16384"), table.group("lamb-untuned-16384")
+    running = {Cell(group, 0.04, 2).name: None}
+    assert runner._is_running(table, Cell(untuned, 0.04, 2), running)
+    assert not runner._is_running(table, Cell(untuned, 0.04, 3), running)
+    assert not runner._is_running(table, Cell(untuned, 0.05, 2), running)
+
+
 def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
     table = TABLES["mnist"]
     accuracies = {
@@ -376,7 +421,7 @@ def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
     page = (tmp_path / "summary.md").read_text().splitlines()
     (tie,) = [line for line in page if "lamb: " in line and "adamw: " in line]
     (win,) = [line for line in page if "lamb: " in line and "adam: " in line]
-    assert tie.endswith("ties |") and win.endswith("+0.0200 | 0.000 | wins |")
+    assert tie.endswith("ties |") and win.endswith("+0.0200 | < 0.001 | < 0.001 | wins |")
     assert any("| momentum | 0.1, seed 1: 0.9876 |" in line for line in page)
     (left,) = [line for line in page if line.startswith("- [MNIST and LeNet")]
     assert "of adagrad, momentum (`mnist`)" in left

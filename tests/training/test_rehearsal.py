@@ -198,22 +198,31 @@ def test_a_difference_is_found_and_named():
     assert "example 7 of step 0, on host 1, in b." in problem
 
 
-def test_all_hosts_have_one_graph_and_their_own_batches():
-    order = Order(examples=500, batch=32, lanes=4, block=4, window=3, seed=7)
+@pytest.mark.parametrize(("hosts", "seed"), [(8, 7), (2, None)])  # 8: two hosts for each lane
+def test_all_hosts_have_one_graph_and_their_own_batches(hosts, seed):
+    order = Order(examples=200, batch=32, lanes=4, block=4, window=3, seed=seed)
     traced = []
 
     def numbers(context):
         traced.append(context)
-        return row_batches(order, context, 3, lambda examples, ids: tf.stack([examples, ids], 1))
+        return row_batches(order, context, 0, lambda examples, ids: tf.stack([examples, ids], 1))
 
     shared = with_one_graph(numbers)
-    contexts = [tf.distribute.InputContext(8, i, 8) for i in range(8)]  # two for each lane
-    found = [[*shared(context).take(6).as_numpy_iterator()] for context in contexts]
+    contexts = [tf.distribute.InputContext(hosts, i, 8) for i in range(hosts)]
+    count = (6 if seed else 7) * 8 // hosts  # an evaluation ends after 7 steps
+    found = []
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():  # traces for each device
+        for i, context in enumerate(contexts):
+            with tf.device(f"CPU:{i % 2}"):
+                batches = shared(context).take(1000 if seed is None else count)
+                found.append([*batches.as_numpy_iterator()])
     assert len(traced) == 1
-    np.testing.assert_array_equal(found[-1], [*numbers(contexts[-1]).take(6).as_numpy_iterator()])
-    ids = np.concatenate(found)[..., 1]
-    first = 3 * order.batch
-    assert sorted(ids.ravel()) == list(range(first, first + ids.size))
+    found = np.array(found)
+    assert found.shape == (hosts, count, 4, 2)
+    own = [*numbers(contexts[-1]).take(count).as_numpy_iterator()]
+    np.testing.assert_array_equal(found[-1], own)
+    ids = found[..., 1].ravel()
+    assert sorted(ids) == list(range(ids.size))
 
 
 def problems(dataset, shared_dir=""):

@@ -92,11 +92,11 @@ def _style(place: int, rows) -> dict:
 
 
 def _draw_loss(panel, histories, evaluations):
-    drawn, first = [], []
+    drawn, first = [], []  # the latter: of each curve
     for place, (label, rows) in enumerate(histories.items()):
         steps, losses = _curve(rows, "loss")
         panel.plot(steps, losses, **_style(place, rows), label=label)
-        first.append(losses[0])
+        first += losses[np.isfinite(losses)][:1].tolist()
         later = np.array(steps) > FIRST_SHARE * steps[-1]
         drawn.append(losses[later] if later.any() else losses)
         points = [row | {"loss": _loss(row)} for row in evaluations[label]]
@@ -104,13 +104,14 @@ def _draw_loss(panel, histories, evaluations):
             held_out = _curve(points, "loss")
             panel.plot(*held_out, color=f"C{place}", label=f"{label}, held out", **HELD_OUT)
             drawn.append(held_out[1])
+            first += held_out[1][np.isfinite(held_out[1])][:1].tolist()
     values = np.concatenate(drawn)
     values = values[np.isfinite(values)]
     if values.size:
         low, high = values.min(), values.max()
         # A loss above the first one, of a run that diverges, does not set the scale.
-        if low < (bound := np.nan_to_num(max(first), nan=np.inf)):
-            high = min(high, bound)
+        if low < max(first):
+            high = min(high, max(first))
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
         panel.set_ylim(low - margin, high + margin)
     panel.set_ylabel("loss (nats)")
