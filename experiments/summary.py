@@ -23,9 +23,9 @@ HEAD = """\
 The [paper](https://arxiv.org/abs/1904.00962) says: a larger batch, the same epochs, the same
 accuracy, without tuning anew. [Nado et al.](https://arxiv.org/abs/2102.06356) say: a tuned Nesterov
 or Adam does as well. This page says what two CPU cores, and fifteen minutes of an H100 that up to
-fourteen runs shared, showed of both. Where a table tunes, it tunes every optimizer by the same rule;
-the rule, and what was not tuned, is on the table's page. The differences and the lists of runs are
-written from the run files by `python -m experiments summary`.
+fourteen runs shared, showed of both. Where a table tunes, it tunes every optimizer by the same
+rule; the rule, and what was not tuned, is on the table's page. The differences and the lists of
+runs are written from the run files by `python -m experiments summary`.
 
 **In short, up to November 2026:**
 
