@@ -1,7 +1,7 @@
 # make demo   installs the stack, pre-trains a small BERT, exports it and fills in some masks;
 #             ARGS=--steps=40 for a short one
 # make test   installs what tests need, lints, builds the documentation, runs the tests
-# make test-slow  the tests that `make test` leaves out, 24 minutes on two free cores
+# make test-slow  the tests that `make test` leaves out, 13 to 25 minutes on two free cores
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
 # make soak   kills a run twenty times, and compares it with one that nothing stopped;
