@@ -47,8 +47,13 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     if table.pairs:
         parts.append(_tests(table, now))
     os.makedirs(places.output, exist_ok=True)
-    for name, caption in _pictures(table, groups, seeds, now, places):
-        parts.append(f"![{caption}]({os.path.basename(places.output)}/{name})")
+    pictures = [
+        f"![{caption}]({os.path.basename(places.output)}/{name})"
+        for name, caption in _pictures(table, groups, seeds, now, places)
+    ]
+    if table.x and pictures:  # the picture of the sweep goes first
+        parts.insert(parts.index(table.text) + 1, pictures.pop(0))
+    parts += pictures
     folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
     parts.append(f"Each run is a file in `{folder}/`: settings, seed, versions, curve and result.")
     with atomic_write(path) as file:
@@ -173,7 +178,10 @@ def _rows(table, groups, seeds, values):
     head += ["published"] if published else []
     head += ["first seed, by rate"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for group in table.groups:
+    in_order = table.groups
+    if table.x:
+        in_order = sorted(table.groups, key=lambda group: group.settings[table.x])
+    for group in in_order:
         own = groups[group.name]
         found = seeds[group.name]
         tried = {

@@ -42,6 +42,8 @@ runs are written from the run files by `python -m experiments summary`.
 - **LARS** is behind LAMB on MNIST up to 4,096; above that its rates are not tuned yet.
 - **Not decided**: BERT with enough steps at the large batch, CIFAR-10 above batch 512, ImageNet.
 
+![test error over the batch size on MNIST](mnist-batches/sweep.png)
+
 Only the learning rate is tuned. Warm-up is the same for all optimizers and follows the rule that
 the paper has for LAMB; on CIFAR-10 λ of LAMB is its author's best. A Nesterov whose warm-up,
 momentum and decay are tuned, as Nado et al. have it, is not among these runs.
