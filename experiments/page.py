@@ -10,7 +10,7 @@ import statistics
 import matplotlib
 
 matplotlib.use("Agg")  # before pyplot is imported, which would look for a display
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 from scipy import stats
 
 import tf_lamb
@@ -18,6 +18,7 @@ from experiments.grid import Cell, Group, Table, chip_hours, find_cell, progress
 from experiments.runner import Places, State, metrics
 from inputs.storage.files import atomic_write
 
+SWEEP = "sweep.png"
 RULE = """\
 The rule of tuning is the same for all: each learning rate of the grid with the first seed; while
 the best is the lowest or the highest, the next one beyond it; while none learns{chance}, the next
@@ -51,7 +52,7 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
         f"![{caption}]({os.path.basename(places.output)}/{name})"
         for name, caption in _pictures(table, groups, seeds, now, places)
     ]
-    if table.x and pictures:  # the picture of the sweep goes first
+    if pictures and SWEEP in pictures[0]:  # it goes first
         parts.insert(parts.index(table.text) + 1, pictures.pop(0))
     parts += pictures
     folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
@@ -249,9 +250,9 @@ def _pictures(table, groups, seeds, now, places):
     done = [group for group in table.groups if seeds[group.name]]
     if not done:
         return
-    if table.x:
-        _draw_sweep(table, done, seeds, os.path.join(places.output, "sweep.png"))
-        yield "sweep.png", f"{table.metric} over {table.x}, mean and range of the seeds"
+    if table.x and len({group.settings[table.x] for group in done}) > 1:
+        _draw_sweep(table, done, seeds, os.path.join(places.output, SWEEP))
+        yield SWEEP, f"{table.metric} over {table.x}, mean and range of the seeds"
     _draw_curves(table, done, groups, seeds, now, os.path.join(places.output, "curves.png"))
     yield "curves.png", "loss and metric of the best rate, first seed"
     for name in table.heat_maps:
@@ -324,6 +325,7 @@ def _draw_sweep(table, done, seeds, path):
     if error:
         axes.set(yscale="log", ylabel=f"1 − test {table.metric}")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
     else:
         axes.set(ylabel=f"test {table.metric}")
