@@ -227,8 +227,7 @@ class PhaseExaminer:
         accumulation = recipe_accumulation
         micro_batch = batch // recipe_accumulation
         if self._search or micro_batch > MAX_START:
-            start = min(micro_batch, MAX_START)
-            largest = self._largest_batch(phase_index, topology, start, update)
+            largest = self._largest_batch(phase_index, topology, micro_batch, update)
             accumulation = estimate.needed_accumulation(batch, largest, recipe_accumulation)
         while True:
             result = dataclasses.replace(
@@ -244,9 +243,9 @@ class PhaseExaminer:
             step = program
             if accumulation > 1:
                 step = self._figures(phase_index, topology, batch, accumulation)
-            # The accumulated gradients need memory, too. If the step does not fit because of them,
-            # try smaller micro-batches.
-            if largest is None or accumulation == 1 or not {"error", "hbm_bytes"} <= step.keys():
+            # The accumulated gradients need memory, too, and the search compiles less carefully. If
+            # the step does not fit, try smaller micro-batches.
+            if largest is None or not {"error", "hbm_bytes"} <= step.keys():
                 break
             accumulation = estimate.needed_accumulation(batch, largest, accumulation + 1)
         error = step.get("error") or program.get("error") or update.get("error")
@@ -266,11 +265,12 @@ class PhaseExaminer:
         sizes = sorted({min(size // self._recipe.accumulation, MAX_START) for size in sizes})
         return [(None, 1), *((size, 1) for size in sizes)]
 
-    def _figures(self, phase_index, topology, batch, accumulation):
+    def _figures(self, phase_index, topology, batch, accumulation, quick=False):
         """Returns the figures of a program, compiled for this topology.
 
         The update alone, which does not communicate, is compiled for the first topology with the
-        same chips.
+        same chips. With `quick`, the figures are those of the program without the optimizations
+        that take long, if it has not been compiled with them.
         """
         self._children.lower(self._recipe, phase_index, [(batch, accumulation)])
         if batch is None:
@@ -278,18 +278,27 @@ class PhaseExaminer:
         name = topology.name
         # The update is the same in all phases.
         key = (batch, accumulation, name, None if batch is None else phase_index)
+        if quick and key not in self._compiled:
+            key = (*key, quick)
         if key not in self._compiled:
-            self._compiled[key] = self._children.compile(phase_index, batch, accumulation, name)
+            self._compiled[key] = self._children.compile(
+                phase_index, batch, accumulation, name, quick=quick
+            )
         return self._compiled[key]
 
-    def _largest_batch(self, phase_index, topology, start, update):
-        """Returns the largest batch that fits on these chips. It is searched for once."""
+    def _largest_batch(self, phase_index, topology, micro_batch, update):
+        """Returns the largest batch that fits on these chips. It is searched for once.
+
+        The search starts with the recipe's batch, if that is small.
+        """
         key = (phase_index, topology.chip.name)
         if key not in self._largest:
             limit = topology.chip.hbm_bytes
 
             def memory_needed(batch):
-                program = self._figures(phase_index, topology, batch, 1)
+                # Only the memory counts here. The step that is estimated is compiled in full.
+                quick = batch != micro_batch
+                program = self._figures(phase_index, topology, batch, 1, quick=quick)
                 if "error" in program and "hbm_bytes" not in program:
                     raise _CompileError(program["error"])
                 size = program["hbm_bytes"]
@@ -299,7 +308,7 @@ class PhaseExaminer:
 
             self._largest[key] = estimate.largest_batch(
                 memory_needed,
-                start,
+                min(micro_batch, MAX_START),
                 fixed_bytes=update.get("argument_bytes", 0),
                 limit_bytes=limit,
                 max_examples=self._recipe.phases[phase_index].global_batch_size,

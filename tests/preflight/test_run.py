@@ -54,7 +54,7 @@ class Compiler:
     def lower(self, recipe, phase_index, programs):
         pass
 
-    def compile(self, phase_index, batch, accumulation, topology):
+    def compile(self, phase_index, batch, accumulation, topology, *, quick):
         if topology.startswith("v2"):
             return {"error": "no kernel for Foo"}
         examples = 0 if batch is None else batch // accumulation
@@ -95,13 +95,54 @@ def test_errors_are_rows_and_accumulated_gradients_need_memory(tmp_path, monkeyp
     assert "NO: no kernel for Foo" in capsys.readouterr().out
 
 
+def test_the_search_leaves_out_slow_optimizations_and_the_step_does_not(monkeypatch):
+    compiled = []
+
+    class Recorder(Compiler):
+        def compile(self, phase_index, batch, accumulation, topology, *, quick):
+            compiled.append((batch, accumulation, quick))
+            return super().compile(phase_index, batch, accumulation, topology, quick=quick)
+
+    monkeypatch.setattr(preflight, "Children", Recorder)
+    (result,) = preflight.examine(
+        recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=120),
+        parse_topologies("v3:2x2"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=True,
+    )
+    assert (result.largest, result.accumulation, result.error) == (8, 3, None)
+    update, recipe, search, micro_batch, step = compiled
+    assert update == (None, 1, False)
+    assert recipe == (15, 1, False)
+    assert search == (8, 1, True)
+    assert (micro_batch, step) == ((5, 1, False), (15, 3, False))
+
+
+def test_a_batch_that_only_the_search_found_to_fit_is_split(monkeypatch):
+    class Generous(Compiler):
+        def compile(self, phase_index, batch, accumulation, topology, *, quick):
+            if not quick and accumulation == 1 and batch == 40:
+                return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": 2**40}
+            found = super().compile(phase_index, 1, 1, topology, quick=quick)
+            return found | {"hbm_bytes": 2**20 * (batch or 1)}
+
+    monkeypatch.setattr(preflight, "Children", Generous)
+    (result,) = preflight.examine(
+        recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=320),
+        parse_topologies("v3:2x2"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=True,
+    )
+    assert (result.replica_batch_size, result.accumulation, result.error) == (40, 2, None)
+
+
 def test_each_slice_is_compiled_as_itself(monkeypatch):
     compiled = []
 
     class Recorder(Compiler):
-        def compile(self, phase_index, batch, accumulation, topology):
+        def compile(self, phase_index, batch, accumulation, topology, *, quick):
             compiled.append((batch, topology))
-            return super().compile(phase_index, batch, accumulation, topology)
+            return super().compile(phase_index, batch, accumulation, topology, quick=quick)
 
     monkeypatch.setattr(preflight, "Children", Recorder)
     results = preflight.examine(
