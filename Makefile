@@ -4,6 +4,7 @@
 # make test-slow  the tests that `make test` leaves out, 13 to 25 minutes on two free cores
 # make lint   ruff, and mypy on the library
 # make docs   builds the documentation site into docs/_build; a warning is an error
+# make links  asks each other site that the documentation links to; needs a network
 # make soak   kills a run twenty times, and compares it with one that nothing stopped;
 #             ARGS=--storage=ram or file: on object storage
 # make tpu    a TPU VM's packages into .venv-tpu, then looks whether training can start
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test test-slow lint docs soak tpu preflight preflight-tpu bench clean
+.PHONY: demo test test-slow lint docs links soak tpu preflight preflight-tpu bench clean
 
 demo: $(VENV)/train
 	$(BIN)/python train.py $(ARGS)
@@ -45,6 +46,9 @@ lint: $(VENV)/test
 
 docs: $(VENV)/docs
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs docs/_build
+
+links: $(VENV)/docs
+	$(BIN)/sphinx-build -q -b linkcheck docs docs/_build/links
 
 tpu: $(TPU_VENV)/installed
 	$(TPU_VENV)/bin/python -m preflight.doctor
