@@ -282,7 +282,7 @@ class TelemetryWriter:
             path: Path of the PNG file. Defaults to `log_dir/trust_ratios.png`.
 
         Raises:
-            ValueError: If there are no records.
+            FileNotFoundError: If there are no records.
             RuntimeError: If matplotlib is not installed.
         """
         self.flush()
@@ -343,8 +343,9 @@ class TelemetryCallbackMixin:
 
     def on_train_end(self, logs=None):
         """Draws the heat map and closes the files."""
-        if self._heat_map and (self.writer.log_dir / RECORDS).exists():
-            self.writer.heat_map()
+        if self._heat_map:
+            with contextlib.suppress(FileNotFoundError):  # Nothing was recorded.
+                self.writer.heat_map()
         self.writer.close()
 
 
@@ -367,7 +368,8 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
         figure: matplotlib `Figure` or `SubFigure` to draw on. `None` creates a figure.
 
     Raises:
-        ValueError: If there are no records.
+        FileNotFoundError: If there is no file with records.
+        ValueError: If there is no complete record in it.
         RuntimeError: If matplotlib is not installed.
     """
     _check_matplotlib()

@@ -366,3 +366,13 @@ def test_the_callback_runs_after_each_execution(flavour, tmp_path):
 def test_telemetry_callback_is_a_keras_3_callback(keras3, tmp_path):
     fit(keras3, telemetry.TelemetryCallback(tmp_path), compiled=True)
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
+
+
+def test_the_callback_writes_to_object_storage(keras3):
+    folder = "ram://callback/logs"
+    fit(keras3, telemetry.TelemetryCallback(folder), compiled=True)
+    steps = [record["step"] for record in read_records(f"{folder}/trust_ratios.jsonl")]
+    assert steps == list(range(1, 13))
+    assert tf.io.gfile.exists(f"{folder}/trust_ratios.png")
+    fit(keras3, telemetry.TelemetryCallback("ram://callback/rare", every_steps=100), compiled=True)
+    assert not tf.io.gfile.exists("ram://callback/rare/trust_ratios.png")
