@@ -95,7 +95,6 @@ LESS_MEMORY = (
     "--global_batch_size in another --model_dir."
 )
 NOT_LOST = "Checkpoints that were saved are complete; the same command goes on from the newest."
-INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
 def log(line: str) -> None:
@@ -487,7 +486,7 @@ def run(argv) -> int:
         trains = not (FLAGS.preflight or FLAGS.rehearse)
         kept = " Nothing was saved after the last checkpoint." if trains else ""
         log(f"train.py: stopped.{kept}")
-        return INTERRUPTED
+        return process.INTERRUPTED
     return 1
 
 

@@ -188,7 +188,8 @@ def first_step(model_dir, batch):
 
 def time_starts(options):
     """Median [2] seconds to the first step of a new run and of a resumed run."""
-    fresh, resumed = [], []
+    fresh = []
+    resumed = []
     for _ in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
             fresh.append(first_step(folder, options.global_batch_size))

@@ -21,7 +21,8 @@ from official.vision.dataloaders import classification_input
 from inputs.images import decoding, examples
 from inputs.storage.files import write_json
 
-IMAGE_SIZE, CLASSES = 224, 1_000
+IMAGE_SIZE = 224
+CLASSES = 1_000
 
 
 def write_records(data: examples.Images, path: str) -> None:

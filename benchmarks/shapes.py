@@ -8,7 +8,9 @@ def bert_base(vocabulary: int = 30_522, blocks: int = 12) -> list[tuple[str, tup
         vocabulary: number of word pieces.
         blocks: number of encoder layers.
     """
-    width, inner, heads = 768, 3072, 12
+    width = 768
+    inner = 3072
+    heads = 12
     layers = [
         ("embeddings/word", (vocabulary, width)),
         ("embeddings/position", (512, width)),

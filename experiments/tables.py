@@ -341,7 +341,8 @@ def _bert_table() -> Table:
             scaled = rate * math.sqrt(batch / BERT_SMALL_BATCH)
             rates = tuple(float(f"{scaled * factor:.2g}") for factor in (0.5, 1, 2))
             groups.append(Group(f"{optimizer}-{batch}", settings(optimizer, batch), rates))
-    large, small = BERT_LARGE_BATCH, BERT_SMALL_BATCH
+    large = BERT_LARGE_BATCH
+    small = BERT_SMALL_BATCH
     untuned = f"lamb-untuned-{large}"
     rule = (f"lamb-{small}", math.sqrt(large / small))
     groups.append(Group(untuned, settings("lamb", large), rate_from=rule))

@@ -27,7 +27,8 @@ LANES = 256  # the most hosts that can each read a part of the data of their own
 EXAMPLES_PER_LANE = 512  # at least, so that a lane reads more than it mixes
 ROWS_TOGETHER = 512  # examples of a host that are made together, if a step has fewer
 # Streams of random numbers, see `inputs.batching.random_bits`.
-_WINDOWS, _BLOCKS = 62, 63
+_WINDOWS = 62
+_BLOCKS = 63
 
 
 def number_of_lanes(global_batch_size: int, examples: int) -> int:

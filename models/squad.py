@@ -52,7 +52,8 @@ def span_sums(model, batch, training: bool) -> dict[str, tf.Tensor]:
         end, in nats, as in google-research/bert. `span_accuracy`: windows with both correct.
     """
     outputs = model({key: batch[key] for key in model.input}, training=training)
-    losses, hits = 0.0, 1.0
+    losses = 0.0
+    hits = 1.0
     for key in ("start", "end"):
         logits = tf.cast(outputs[f"{key}_logits"], tf.float32)
         labels = batch[f"{key}_positions"]

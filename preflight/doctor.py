@@ -41,6 +41,7 @@ from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out
 from inputs.storage.files import check_writable, is_remote
 from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
+from preflight.tpu_vm import ERROR, OK, WARNING
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The first supported Python version, and the first that is too new. For other versions, TensorFlow
@@ -82,9 +83,6 @@ MORE_MEMORY = (
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
 GOOGLE_PCI_VENDOR = "0x1ae0"
 
-OK = "ok"
-WARNING = "warning"
-ERROR = "error"
 STYLES = {OK: "green", WARNING: "yellow", ERROR: "bold red"}
 
 

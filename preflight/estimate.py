@@ -232,7 +232,8 @@ def step_time(topology: Topology, program: dict, update: dict, accumulation: int
     whole = whole_step(topology, program, update, accumulation)
     if counts_main_memory(program) and counts_main_memory(update):
         source = "compiler"
-        program_seconds, update_seconds = program["seconds"], update["seconds"]
+        program_seconds = program["seconds"]
+        update_seconds = update["seconds"]
     else:
         source = "model"
         program_seconds, update_seconds = (

@@ -12,7 +12,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-OK, WARNING, ERROR = "ok", "warning", "error"
+# Levels of a finding.
+OK = "ok"
+WARNING = "warning"
+ERROR = "error"
 PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/"
 BUCKETS = "https://storage.googleapis.com/storage/v1/b/"

@@ -227,7 +227,8 @@ class Recipe:
             steps.update(range(every, last + 1, every))
         if self.evaluate_every_examples:
             every = self.evaluate_every_examples
-            start, before = 0, 0  # the phase's first step, and the examples of earlier phases
+            start = 0  # the phase's first step
+            before = 0  # examples of earlier phases
             for phase in self.phases:
                 batch = phase.global_batch_size
                 end = before + phase.steps * phase.global_batch_size
@@ -236,7 +237,8 @@ class Recipe:
                     steps.update(range(start + 1, start + phase.steps + 1))
                 else:  # the quotient is rounded up
                     steps.update(start - (before - n * every) // batch for n in multiples)
-                start, before = start + phase.steps, end
+                start += phase.steps
+                before = end
         return sorted(step for step in steps if first < step <= last)
 
     def compiles(self, on_cpu: bool) -> bool:

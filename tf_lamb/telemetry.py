@@ -32,7 +32,9 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a 
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
-NOT_FINITE, NO_UPDATE = "black", "darkgrey"  # Colors of the heat map.
+# Colors of the heat map.
+NOT_FINITE = "black"
+NO_UPDATE = "darkgrey"
 
 
 class TrustRatioAlarm(RuntimeError):

@@ -75,10 +75,12 @@ def make_optimizer(recipe: Recipe, learning_rate):
             settings[name] = getattr(recipe, name)
     settings["epsilon"] = recipe.epsilon
     if recipe.optimizer == "lars":
-        chosen, settings = ours.LARS, settings | {"momentum": recipe.momentum}
+        chosen = ours.LARS
+        settings = settings | {"momentum": recipe.momentum}
     else:
         betas = {"beta_1": recipe.beta_1, "beta_2": recipe.beta_2}
-        chosen, settings = ours.LAMB, settings | betas
+        chosen = ours.LAMB
+        settings = settings | betas
     if recipe.variant:
         return chosen.variant(recipe.variant, learning_rate, **settings)
     return chosen(learning_rate, **settings)

@@ -564,7 +564,8 @@ def describe(task, reports: list[PhaseReport], training: dict | None) -> str:
     """Formats the report."""
     lines = []
     for report in reports:
-        graph, count = report.graph, len(report.hosts)
+        graph = report.graph
+        count = len(report.hosts)
         lines += [
             f"Phase {report.phase_index + 1}    {report.batch:,} {task.example_unit} per step, "
             f"{report.replicas} replicas per host; {report.steps} steps of batches were made",

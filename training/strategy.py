@@ -11,7 +11,9 @@ from inputs.errors import InputError, first_line
 from inputs.storage.files import temporary_folder
 from training import cluster
 
-ERROR, FATAL = 2, 3  # of absl::LogSeverityAtLeast
+# Of absl::LogSeverityAtLeast.
+ERROR = 2
+FATAL = 3
 
 
 def silence_tensorflow(level: int = ERROR) -> None:

@@ -13,7 +13,8 @@ WIDTH = 16  # floats of the widest vector register
 # which bilinear scaling skips no pixel.
 SHRINK = (1, 2, 4, 8)
 # RandAugment: the defaults of tf-models 2.20. The magnitude is on a scale of 0 to 10.
-LAYERS, MAGNITUDE = 2, 10
+LAYERS = 2
+MAGNITUDE = 10
 FILL = [128, 128, 128]
 # Streams of random numbers, see `uniform`.
 WINDOW_STREAMS = (10, 11, 12, 13)

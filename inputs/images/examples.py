@@ -95,7 +95,8 @@ class Images:
         bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
         self.damage = Damage(bad_records, self.num_examples, damage_folder)
         layout = self.manifest.get("layout", OWN_LAYOUT)
-        self._image, self._label = layout["image"], layout["label"]
+        self._image = layout["image"]
+        self._label = layout["label"]
         self._label_base = layout["label_base"]
         self._size = image_size
         self._seed = seed

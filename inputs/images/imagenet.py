@@ -14,7 +14,8 @@ DEMO_LABELS = "imagenet_2012_validation_synset_labels.txt"
 LABELS = (KAGGLE_LABELS, DEMO_LABELS)
 KAGGLE_CLASSES = "LOC_synset_mapping.txt"  # Kaggle's: "n01440764 tench, Tinca tinca"
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # below what Kaggle's archive unpacks to
-TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 CLS_LOC = "CLS-LOC"
 CLS_LOC_PARENTS = 4  # from CLS-LOC/val to the files of Kaggle's archive
 

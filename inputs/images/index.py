@@ -23,7 +23,6 @@ from inputs.storage.files import absolute, check_writable, file_size, locked, wr
 
 NAME = "inputs.images.index"
 FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."
-STOPPED = 130  # exit status of a shell after Ctrl-C
 
 
 def index(source: str, output: str, classes_csv: str, label_base: int | None, log=log) -> dict:
@@ -120,7 +119,7 @@ def main(arguments=None) -> int:
         return 1
     except KeyboardInterrupt:
         log(f"{NAME}: stopped. The same command begins again.")
-        return STOPPED
+        return process.INTERRUPTED
     for split, manifest in made.items():
         print(
             f"{flags.output}/{split}: {manifest['count']:,} images of "

@@ -43,7 +43,6 @@ from inputs.storage.files import (
 )
 
 NAME = "inputs.images.prepare"
-STOPPED = 130  # exit status of a shell after Ctrl-C
 OFFICIAL = {imagenet.TRAIN_TAR: "train", imagenet.VALIDATION_TAR: "validation"}
 CHECKED_AT_ONCE = 64  # images decoded in parallel
 
@@ -424,7 +423,7 @@ def main(arguments=None) -> int:
         return 1
     except KeyboardInterrupt:
         log(f"{NAME}: stopped. The same command continues with the next shard.")
-        return STOPPED
+        return process.INTERRUPTED
     return 0
 
 

@@ -19,7 +19,9 @@ COLUMNS = {
     PAIRS: ("start", "end", "first", "sentences", "document_end", "next_document"),
     FULL: ("start", "end"),
 }
-TABLE, SENTENCE_STARTS = "table", "sentence_starts"  # names of the arrays
+# Names of the arrays.
+TABLE = "table"
+SENTENCE_STARTS = "sentence_starts"
 SPECIAL = {PAIRS: 3, FULL: 2}  # tokens of a sequence besides those of its chunk: [CLS], [SEP]
 
 
@@ -94,7 +96,8 @@ class _Pairs:
             counts: [D] int64, sentences of each document.
         """
         room = self._room
-        starts, ends = bounds[:-1], bounds[1:].copy()
+        starts = bounds[:-1]
+        ends = bounds[1:].copy()
         last = np.cumsum(counts)
         ends[last - 1] -= 1  # without the [SEP] after each document
         cuts = np.maximum(1, -(-(ends - starts) // room))  # long sentences are cut to fit
@@ -110,7 +113,10 @@ class _Pairs:
         after = following[firsts]
         start, end = piece_starts[firsts], piece_ends[after - 1]
         enough = end - start >= 2  # a pair needs a token on each side
-        firsts, after, start, end = firsts[enough], after[enough], start[enough], end[enough]
+        firsts = firsts[enough]
+        after = after[enough]
+        start = start[enough]
+        end = end[enough]
         document = of_piece[firsts]
         chunks = np.bincount(document, minlength=len(counts))
         block = {

@@ -11,7 +11,10 @@ from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 # The fields of a row before its tokens: whether the example could be read, lengths of A and B,
 # whether B is random, and the two halves of its id.
 FIELDS = 6
-MASKED_SHARE, AS_MASK, AS_RANDOM = 0.15, 0.8, 0.1  # Devlin et al., arXiv:1810.04805, section 3.1
+# Devlin et al., arXiv:1810.04805, section 3.1.
+MASKED_SHARE = 0.15
+AS_MASK = 0.8
+AS_RANDOM = 0.1
 
 
 class Examples(Batches):
@@ -98,7 +101,8 @@ class Examples(Batches):
             )
             readable &= others_readable
         place = tf.range(self.sequence_length, dtype=tf.int64)[tf.newaxis]
-        a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
+        a_end = a_length[:, tf.newaxis] + 1
+        b_end = (a_length + b_length)[:, tf.newaxis] + 2
         in_a = (place >= 1) & (place < a_end)
         in_b = (place > a_end) & (place < b_end)
         source = tf.where(
@@ -171,7 +175,9 @@ class Examples(Batches):
 
         own, other_columns = columns(tf.gather(table, chunks)), columns(others)
         draws = random_bits(self.seed, 0, ids, 4)
-        start, end, sentences = own["start"], own["end"], own["sentences"]
+        start = own["start"]
+        end = own["end"]
+        sentences = own["sentences"]
         # A ends after any sentence but the last, or inside it if there is only one.
         cut_sentence = own["first"] + 1 + integers_below(draws[:, 0], sentences - 1)
         at_sentence = tf.gather(
@@ -209,7 +215,8 @@ class Examples(Batches):
         ids = tf.bitcast(rows[:, 4:FIELDS], tf.int64)
         tokens = rows[:, FIELDS:]
         weights = tf.cast(counts, tf.float32)
-        a_end, b_end = a_length[:, tf.newaxis] + 1, (a_length + b_length)[:, tf.newaxis] + 2
+        a_end = a_length[:, tf.newaxis] + 1
+        b_end = (a_length + b_length)[:, tf.newaxis] + 2
         is_text = ((place >= 1) & (place < a_end)) | ((place > a_end) & (place < b_end))
         # A full sequence also has a [SEP] between documents.
         is_text &= (tokens != self._sep) & (tokens != self._unk) & (tokens != self._pad)

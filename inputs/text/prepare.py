@@ -56,7 +56,6 @@ LISTED_CHARACTERS = 100  # of a shard's unknown characters, in the manifest
 CASES = {"auto": None, "true": True, "false": False}
 LARGE = 2**27  # bytes of raw text from which processes pay
 MIN_LENGTH = 8  # [CLS] A [SEP] B [SEP] with some text
-STOPPED = 130  # exit status of a shell after Ctrl-C
 
 
 def prepare(
@@ -522,7 +521,7 @@ def main(arguments=None) -> int:
         return 1
     except KeyboardInterrupt:
         log(f"{NAME}: stopped. The same command continues after the last finished shard.")
-        return STOPPED
+        return process.INTERRUPTED
     print(
         f"{flags['output']}: {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, "
         f"{manifest['held_out_documents']:,} of them held out, in {len(manifest['shards'])} "

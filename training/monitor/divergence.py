@@ -3,7 +3,9 @@
 import numpy as np
 import tensorflow as tf
 
-NORM_X, NORM_U = 0, 1  # columns of the optimizer's telemetry
+# Columns of the optimizer's telemetry.
+NORM_X = 0
+NORM_U = 1
 
 
 class Diverged(Exception):

@@ -41,7 +41,8 @@ def noise_sums(parts_sum, gradients, replica_batch: int, replicas: int, accumula
         accumulation: micro-batches of each replica; there are at least 2 micro-batches in all.
     """
     parts = replicas * accumulation
-    large, small = replica_batch * replicas, replica_batch // accumulation
+    large = replica_batch * replicas
+    small = replica_batch // accumulation
     large_norm = squared_norm(gradients) / replicas
     small_norm = parts_sum * parts  # the mean over all parts of (parts x gradient)^2
     # A step whose gradient is not finite, on any replica, is left out of the mean.
