@@ -56,7 +56,10 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
         parts.insert(parts.index(table.text) + 1, pictures.pop(0))
     parts += pictures
     folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
-    parts.append(f"Each run is a file in `{folder}/`: settings, seed, versions, curve and result.")
+    if now.runs:
+        parts.append(
+            f"Each run is a file in `{folder}/`: settings, seed, versions, curve and result."
+        )
     with atomic_write(path) as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
 

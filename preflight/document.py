@@ -7,6 +7,7 @@ was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped g
 """
 
 import argparse
+import datetime
 import math
 import pathlib
 import sys
@@ -18,7 +19,7 @@ from inputs.errors import InputError
 from inputs.storage.files import atomic_write, check_file_writable
 from preflight import estimate
 from preflight import run as preflight
-from preflight.compiler.children import check_installed, show_progress
+from preflight.compiler.children import REQUIRED_VERSIONS, check_installed, show_progress
 from preflight.compiler.topology import parse_topologies
 from preflight.report import LEGEND
 from recipes import mlperf
@@ -214,15 +215,21 @@ def scaling_table(results) -> list[str]:
     return lines
 
 
-def format_page(results_of: dict, command: str = "make preflight") -> str:
+def format_page(results_of: dict, names=()) -> str:
     """Returns the page in Markdown.
 
     Args:
         results_of: recipe name -> list of `PhaseResult`.
-        command: what writes the page.
+        names: the recipes that were asked for; () if all were.
     """
     table = [format_row(name, result) for name, results in results_of.items() for result in results]
-    text = ["# Pre-flight", "", f"Written by `{command}`, without a TPU.", "", HEAD, *table]
+    command = f"python -m preflight.document {' '.join(names)}" if names else "make preflight"
+    written = (
+        f"Written by `{command}` on {datetime.date.today()}, without a TPU (libtpu "
+        f"{REQUIRED_VERSIONS['libtpu']})."
+    )
+    title = f"# Pre-flight{' of ' if names else ''}{' and '.join(names)}"
+    text = [title, "", written, "", HEAD, *table]
     text += ["", *LEGEND.strip().splitlines()]
     if results_of.keys() & PUBLISHED.keys():
         text += ["", "## Next to the published runs", "", *published_table(results_of), ""]
@@ -250,7 +257,6 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     names = flags.names
     path = flags.output
-    command = f"python -m preflight.document {' '.join(names)}" if names else "make preflight"
     try:
         check_file_writable(path, f"--output={path}")
         check_installed()
@@ -272,7 +278,7 @@ def main(arguments: list[str]) -> int:
                 )
                 # Write after each recipe: all of them together take an hour.
                 with atomic_write(path) as file:
-                    file.write(format_page(results_of, command))
+                    file.write(format_page(results_of, names))
     except (ValueError, OSError) as error:
         _print_line(f"preflight.document: {error}")
         return 1

@@ -44,8 +44,8 @@ WITHOUT_EFFECT = set(
 )
 HEAD = """# Every recipe on every generation
 
-Written by `make preflight`, without a TPU: the training step of each phase, compiled with the TPU
-compiler (libtpu {version}) for the smallest slice, of one host or more, on which a replica's share
+Written by `python -m preflight.generations`, which `make preflight` runs, without a TPU: the training
+step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest slice, of one host or more, on which a replica's share
 of the batch fits in memory. A cell has the slice, the examples per replica ("in" so many
 micro-batches, where no slice is large enough for one), the memory of a replica, and the bytes that
 a step of a replica moves: in HBM, and in all memories by the compiler's own count, which includes

@@ -317,8 +317,11 @@ def test_a_page_of_mlperfs_runs_has_their_minutes(monkeypatch):
         progress=preflight_children.ProgressLines(print),
         search=False,
     )
-    page = document.format_page({published.recipe.name: results}, command="a command")
-    assert "Written by `a command`, without a TPU." in page
+    name = published.recipe.name
+    page = document.format_page({name: results}, [name])
+    assert page.startswith(
+        f"# Pre-flight of {name}\n\nWritten by `python -m preflight.document {name}` on 20"
+    )
     (row,) = page.partition("## Next to MLPerf")[2].splitlines()[4:5]
     # 3,512,678 sequences in batches of 6,912.
     minutes = 509 * results[0].time.step / 60
