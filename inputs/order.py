@@ -103,7 +103,7 @@ class Order:
     def _shift(self, lane):
         """How many examples a lane's first window is shorter than the others.
 
-        Whole blocks, of which neighbouring lanes have different numbers: otherwise all lanes of a
+        Whole blocks, of which neighboring lanes have different numbers: otherwise all lanes of a
         host would load a new window at the same step, which would be slow. A lane that has
         only one window in an epoch mixes all of it.
         """

@@ -108,7 +108,7 @@ class ImageClassification(Task):
         )
 
     def evaluation_batches(self, phase_index):
-        """Centre crops of the held-out images."""
+        """Center crops of the held-out images."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context

@@ -142,7 +142,7 @@ class SquadFineTuning(Task):
         )
 
     def final_metrics(self, model, strategy, output_dir):
-        """Answers all dev questions; returns `exact_match` and `f1`, in per cent.
+        """Answers all dev questions; returns `exact_match` and `f1`, in percent.
 
         Writes predictions.json and nbest.json to `output_dir`.
         """
