@@ -158,7 +158,10 @@ class ImageClassification(Task):
                 with open(paths[-1], "wb") as file:
                     file.write(data)
             if paths:
-                print("Held-out images, by the SavedModel in a process of its own:", flush=True)
+                print(
+                    "Held-out images, classified by the SavedModel in a separate process:",
+                    flush=True,
+                )
                 run_client(export_dir, *paths)
 
 
