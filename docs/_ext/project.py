@@ -220,15 +220,15 @@ class Variants(FromCode):
 def public_names() -> list[str]:
     """Returns the full names of everything public in the library."""
     library = importlib.import_module("tf_lamb")
-    flavour = importlib.import_module("tf_lamb.tf_keras")
+    flavor = importlib.import_module("tf_lamb.tf_keras")
     names = [name for name in library.__all__ if not name.startswith("__")]
-    flavour_names = getattr(flavour, "__all__", None) or [
+    flavor_names = getattr(flavor, "__all__", None) or [
         name
         for name in names
-        if isinstance(getattr(flavour, name, None), type)
-        and getattr(flavour, name).__module__.startswith("tf_lamb")
+        if isinstance(getattr(flavor, name, None), type)
+        and getattr(flavor, name).__module__.startswith("tf_lamb")
     ]
-    return [f"tf_lamb.{n}" for n in names] + [f"tf_lamb.tf_keras.{n}" for n in flavour_names]
+    return [f"tf_lamb.{n}" for n in names] + [f"tf_lamb.tf_keras.{n}" for n in flavor_names]
 
 
 def check_complete(app, env):
