@@ -42,8 +42,8 @@ flags.DEFINE_string("recipe", "bert-mini-demo", f"What to train: {', '.join(reci
 flags.DEFINE_string(
     "data_dir",
     "",
-    "Text, or TFRecords of masked examples: files, globs or folders, comma-separated. SQuAD, "
-    "prepared text or images: a folder.",
+    "Text, or TFRecords of masked examples: files, globs or folders, comma-separated. For SQuAD, "
+    "prepared text and images: a folder.",
 )
 flags.DEFINE_string(
     "vocab", "", "A BERT vocab.txt. Default: learned from the text, or the checkpoint's."
@@ -52,7 +52,7 @@ flags.DEFINE_string(
     "cache_dir",
     "",
     "Folder for prepared raw text, and for index files that prepared data does not have. "
-    "Default: inside --data_dir if that is prepared and can be written, else ~/.cache/tf_lamb.",
+    "Default: inside --data_dir if that is prepared and writable, else ~/.cache/tf_lamb.",
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
@@ -68,7 +68,7 @@ flags.DEFINE_string(
     "How --global_batch_size changes learning rate and steps: none, sqrt, linear or evidence.",
 )
 flags.DEFINE_string(
-    "grow_batch", "", "Batch sizes such as 32,64,128: batch warm-up, in phases of equal length."
+    "grow_batch", "", "Batch warm-up: sizes such as 32,64,128, with equal numbers of examples."
 )
 flags.DEFINE_integer("steps_per_loop", 50, "Steps on the device between two logs or checkpoints.")
 flags.DEFINE_integer("seed", 1, "Seed of weights, data order, sentence pairs and masks.")
@@ -77,13 +77,15 @@ flags.DEFINE_bool("dry_run", False, "Two steps of each phase, then export; keeps
 flags.DEFINE_string(
     "preflight", "", "Do not train; report what the recipe needs on TPUs such as v3:32x32,v3-64."
 )
-flags.DEFINE_string("preflight_json", "", "File for the pre-flight's figures; its picture too.")
+flags.DEFINE_string(
+    "preflight_json", "", "JSON file for the pre-flight's figures; a PNG is written beside it."
+)
 flags.DEFINE_bool("preflight_strict", False, "Also check that TensorFlow has all TPU kernels.")
 flags.DEFINE_string("mllog", "", "A new file for MLPerf's log of the run.")
 flags.DEFINE_integer(
     "rehearse",
     None,
-    "Do not train; simulate a pod with so many hosts, as processes of this machine, and report.",
+    "Do not train; simulate a pod with this many hosts, as processes of this machine, and report.",
 )
 flags.DEFINE_string("rehearse_json", "", "File for the figures of the rehearsal.")
 flags.DEFINE_multi_string("set", [], "field=value: sets any field of the recipe; repeatable.")

@@ -203,8 +203,10 @@ def main():
         prog="python -m benchmarks.engine", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of 500 steps each")
-    parser.add_argument("--steps_per_loop", type=int, default=100)
-    parser.add_argument("--global_batch_size", type=int, default=64)
+    parser.add_argument(
+        "--steps_per_loop", type=int, default=100, help="training steps in one call on the device"
+    )
+    parser.add_argument("--global_batch_size", type=int, default=64, help="sequences per step")
     parser.add_argument("--starts", type=int, default=3, help="pairs of a new and a resumed run")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()

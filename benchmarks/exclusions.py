@@ -146,7 +146,12 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="only models whose name (LIBRARY/MODEL) contains one of the words",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the paths to this file (.json.gz)")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -96,11 +96,19 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.image_inputs", description=__doc__)
-    parser.add_argument("data_dir")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="per pipeline and round")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.image_inputs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "data_dir", metavar="DATA_DIR", help="folder that `inputs.images.prepare` wrote"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each pipeline; the medians are printed"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of a turn")
     parser.add_argument("--json", default="", help="write the figures to this file")
     flags = parser.parse_args()
     folder = os.path.join(flags.data_dir, "train")

@@ -165,7 +165,7 @@ def rate(iterator) -> tuple[float, float, float]:
 
     Returns:
         Sequences per second, tokens per second, and sequences per CPU second. Prefer the last one
-        if other programs use the cores: wall time then favours pipelines with more threads.
+        if other programs use the cores: wall time then favors pipelines with more threads.
     """
     wait_for_idle()
     start = time.perf_counter()
@@ -235,11 +235,15 @@ def reading(path, folder, records, vocab, length, rounds) -> list[dict]:
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inputs", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.inputs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--text", required=True, help="files, globs or folders")
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each pipeline; the medians are printed"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

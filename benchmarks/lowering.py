@@ -118,8 +118,13 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.lowering", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--recipe", default="bert-large-64k-32k")
-    parser.add_argument("--replicas", type=int, default=REPLICAS)
+    parser.add_argument("--recipe", default="bert-large-64k-32k", help="the recipe to lower")
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=REPLICAS,
+        help="number of replicas that share the global batch",
+    )
     options = parser.parse_args(arguments)
     try:
         measure(replica_recipe(recipes.find_recipe(options.recipe), max(options.replicas, 1)))

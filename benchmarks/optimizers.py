@@ -186,10 +186,22 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.optimizers", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--model", choices=shapes.MODELS, action="append")
-    parser.add_argument("--rule", choices=FLOATS_MOVED, action="append")
+    parser.add_argument(
+        "--model",
+        choices=shapes.MODELS,
+        action="append",
+        help="model whose variables are updated; repeatable (default: all)",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=FLOATS_MOVED,
+        action="append",
+        help="optimizer to measure; repeatable (default: all)",
+    )
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="number of measurements; the median is printed"
+    )
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
     if not importlib.util.find_spec("optax"):

@@ -83,10 +83,14 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("squad")
-    parser.add_argument("vocab")
-    parser.add_argument("--size", default="mini", choices=bert.SIZES)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("squad", metavar="SQUAD", help="a SQuAD v1.1 file, gzipped or not")
+    parser.add_argument("vocab", metavar="VOCAB", help="a BERT vocab.txt")
+    parser.add_argument(
+        "--size", default="mini", choices=bert.SIZES, help="size of BERT, with random weights"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="calls of each signature; the median is printed"
+    )
     arguments = parser.parse_args()
     pieces = vocabulary.load_vocabulary(arguments.vocab)
     read = squad.read_squad(arguments.squad)

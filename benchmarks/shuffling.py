@@ -2,12 +2,12 @@
 
 Compares one epoch in the order of `inputs.order` with true random permutations, in two figures:
 
-- neighbours: the mean number of pairs in a batch that lie at most `--distance` examples from each
-  other in the data set, which are likely to be of one document or class;
-- drift: the correlation between the time at which an example comes and its place in the data set.
+- neighbors: the mean number of pairs in a batch that are at most `--distance` examples apart in the
+  data set, and so are likely to be from one document or class;
+- drift: the correlation between the step of an example and its position in the data set.
 
-As each part of a batch comes from a lane of its own, a batch has fewer neighbours than chance
-gives, unless lanes are few.
+Each lane supplies its own share of a batch. A batch therefore has fewer neighbors than a random
+permutation, unless there are few lanes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def epoch(order: Order) -> np.ndarray:
     return np.stack([batch[:, 0] for batch in rows.take(steps).as_numpy_iterator()])
 
 
-def neighbours(batches: np.ndarray, distance: int) -> float:
+def neighbors(batches: np.ndarray, distance: int) -> float:
     """The mean number of pairs in a batch that are at most `distance` apart."""
     total = 0
     for batch in batches:
@@ -50,13 +50,20 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--examples", type=int, default=500_000)
-    parser.add_argument("--batches", default="64,4096,32768", help="comma-separated")
-    parser.add_argument("--block", type=int, default=256, help="of text at a length of 128")
+    parser.add_argument(
+        "--examples", type=int, default=500_000, help="number of examples in the data set"
+    )
+    parser.add_argument("--batches", default="64,4096,32768", help="batch sizes, comma-separated")
+    parser.add_argument("--block", type=int, default=256, help="examples per block")
     parser.add_argument("--window", type=int, default=8, help="blocks whose examples are mixed")
-    parser.add_argument("--distance", type=int, default=256)
+    parser.add_argument(
+        "--distance",
+        type=int,
+        default=256,
+        help="largest distance of two neighbors in the data set",
+    )
     flags = parser.parse_args()
-    print(f"{'batch':>8}{'lanes':>7}  neighbours: order, permutation   drift: order, permutation")
+    print(f"{'batch':>8}{'lanes':>7}   neighbors: order, permutation   drift: order, permutation")
     rng = np.random.default_rng(0)
     for batch in map(int, flags.batches.split(",")):
         lanes = number_of_lanes(batch, flags.examples)
@@ -66,10 +73,10 @@ def main() -> None:
             rng.permutation(flags.examples)[: ours.size].reshape(ours.shape)
             for _ in range(PERMUTATIONS)
         ]
-        chance = np.mean([neighbours(one, flags.distance) for one in shuffled])
+        chance = np.mean([neighbors(one, flags.distance) for one in shuffled])
         most = max(abs(drift(one)) for one in shuffled)
         print(
-            f"{batch:8,}{lanes:7}  {neighbours(ours, flags.distance):17.2f}, {chance:11.2f}   "
+            f"{batch:8,}{lanes:7}  {neighbors(ours, flags.distance):17.2f}, {chance:11.2f}   "
             f"{drift(ours):12.4f}, up to {most:.4f}"
         )
 

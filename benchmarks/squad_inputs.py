@@ -53,8 +53,8 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.squad_inputs", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("squad")
-    parser.add_argument("vocab")
+    parser.add_argument("squad", metavar="SQUAD", help="a SQuAD v1.1 file, gzipped or not")
+    parser.add_argument("vocab", metavar="VOCAB", help="a BERT vocab.txt")
     parser.add_argument("--batches", type=int, default=500, help="batches of 64 windows to time")
     arguments = parser.parse_args()
     pieces = vocabulary.load_vocabulary(arguments.vocab)

@@ -162,9 +162,21 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tpu_bytes", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--topology", default="v3:2x2")
-    parser.add_argument("--model", choices=shapes.MODELS, action="append")
-    parser.add_argument("--rule", choices=OPTIMIZERS, action="append")
+    parser.add_argument(
+        "--topology", default="v3:2x2", help="TPU to compile for, such as v3:2x2 or v5e:2x2"
+    )
+    parser.add_argument(
+        "--model",
+        choices=shapes.MODELS,
+        action="append",
+        help="model whose variables are updated; repeatable (default: all)",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=OPTIMIZERS,
+        action="append",
+        help="optimizer to compile; repeatable (default: all)",
+    )
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
     device = tpu(flags.topology)

@@ -116,10 +116,12 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tpu_step", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--recipe", default="bert-large-64k-32k")
-    parser.add_argument("--phase", type=int, default=1)
+    parser.add_argument("--recipe", default="bert-large-64k-32k", help="the recipe to compile")
+    parser.add_argument("--phase", type=int, default=1, help="phase of the recipe, from 1")
     parser.add_argument("--batch", type=int, default=32, help="examples per replica")
-    parser.add_argument("--topology", default="v3:2x2")
+    parser.add_argument(
+        "--topology", default="v3:2x2", help="TPU to compile for, such as v3:2x2 or v3-2048"
+    )
     parser.add_argument("--set", action="append", default=[], help="field=value of the recipe")
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()

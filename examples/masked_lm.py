@@ -105,7 +105,7 @@ def main(epochs=5, steps_per_epoch=40):
         optimizer=tf_lamb.LAMB(
             schedule,
             weight_decay=0.01,
-            # Biases and layer normalisation are neither decayed nor adapted.
+            # Biases and layer normalization are neither decayed nor adapted.
             exclude_from_weight_decay=tf_lamb.BERT_EXCLUSIONS,
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

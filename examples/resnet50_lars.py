@@ -2,7 +2,7 @@
 
 It shows three things that a large-batch run of ResNet-50 needs: a schedule known at one batch
 size, scaled to another with `scale_batch`; linear warm-up with polynomial decay; and the
-exclusions under which biases and batch normalisation are neither decayed nor adapted. The images
+exclusions under which biases and batch normalization are neither decayed nor adapted. The images
 are tiny and made up, so nothing is downloaded.
 
 Install in the project's folder, and run (under a minute on two cores, most of it before the first
@@ -33,13 +33,13 @@ KNOWN_BATCH_SIZE = 4  # the batch size for which the learning rate below was fou
 def make_images(count):
     """Returns float32 images [count, size, size, 3] and int labels [count].
 
-    Each class has a colour of its own, under noise.
+    Each class has its own color, under noise.
     """
     rng = np.random.default_rng(1)
-    colours = rng.normal(size=(CLASSES, 3))
+    colors = rng.normal(size=(CLASSES, 3))
     labels = rng.integers(CLASSES, size=count)
     noise = rng.normal(size=(count, IMAGE_SIZE, IMAGE_SIZE, 3))
-    return (colours[labels][:, np.newaxis, np.newaxis] + noise).astype("float32"), labels
+    return (colors[labels][:, np.newaxis, np.newaxis] + noise).astype("float32"), labels
 
 
 def main(epochs=3, steps_per_epoch=4):

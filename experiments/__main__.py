@@ -1,7 +1,7 @@
 """Runs a table of experiments, and writes its page: `python -m experiments TABLE`.
 
 Finished runs are kept in OUTPUT, one file each with settings, seed, versions, curve and result. A
-stopped command goes on where it was; runs of train.py resume from their last checkpoint. The page
+stopped command resumes; runs of train.py resume from their last checkpoint. The page
 is written at the end, also when only some of the runs are done, and so is the summary of all tables
 in docs/results, unless --output or --page is given. `python -m experiments summary` writes that
 alone.
@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
         help="runs at the same time; by default one for each core, or one alone if the table's "
         "runs are for an accelerator",
     )
-    result.add_argument("--limit", type=int, default=-1, help="the most runs to do now; -1: all")
+    result.add_argument(
+        "--limit", type=int, default=-1, help="maximum number of runs; -1 for no limit"
+    )
     result.add_argument("--groups", default="", help="run these only; names separated by commas")
     result.add_argument("--list", action="store_true", help="list runs and the time still needed")
     result.add_argument("--cell", help="run one cell, GROUP-rateRATE-seedSEED, in this process")
@@ -62,7 +64,7 @@ def main(arguments=None) -> int:
             return _summary(options)
         return _table(options)
     except KeyboardInterrupt:
-        print("experiments: stopped. The same command goes on.", file=sys.stderr)
+        print("experiments: stopped. The same command resumes.", file=sys.stderr)
         return 130
     except (InputError, RuntimeError, ValueError) as error:
         print(f"experiments: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ layers = keras.layers
 
 
 def lenet5() -> keras.Model:
-    """LeNet-5 for 28x28 grey images, with ReLU and max pooling: 61,706 parameters.
+    """LeNet-5 for 28x28 gray images, with ReLU and max pooling: 61,706 parameters.
 
     Returns:
         A model from images (batch, 28, 28, 1) to logits (batch, 10), float32.

@@ -20,22 +20,23 @@ SIGNIFICANT = 0.05  # of the p of Welch's test
 HEAD = """\
 # What large-batch training gives you, measured here
 
-The [paper](https://arxiv.org/abs/1904.00962) says: a larger batch, the same epochs, the same
-accuracy, without tuning anew. [Nado et al.](https://arxiv.org/abs/2102.06356) say: a tuned Nesterov
-or Adam does as well. This page says what two CPU cores, and fifteen minutes of an H100 that up to
-fourteen runs shared, showed of both. Where a table tunes, it tunes every optimizer by the same
-rule; the rule, and what was not tuned, is on the table's page. The differences and the lists of
-runs are written from the run files by `python -m experiments summary`.
+The [paper](https://arxiv.org/abs/1904.00962) claims that a larger batch reaches the same accuracy
+in the same number of epochs without retuning. [Nado et al.](https://arxiv.org/abs/2102.06356) claim
+that a tuned Nesterov or Adam does as well. This page compares both claims with what was measured on
+two CPU cores, and in fifteen minutes on an H100 that up to fourteen runs shared. If a table tunes,
+it tunes every optimizer by the same rule; the table's page states the rule and what was not tuned.
+The differences and the lists of runs are written from the run files by
+`python -m experiments summary`.
 
 **In short, up to November 2026:**
 
-- **On MNIST, LAMB loses the least as the batch grows** ([picture](mnist-batches.md)). With the
-  learning rate of batch 1,024 times the square root of the factor, and not tuned anew, its test
-  error is 0.88 % at 1,024, 0.89 % at 4,096, 1.12 % at 16,384 (110 steps) and 7.2 % at 60,000 (30
-  steps). That rate is also the best of three, a factor of 3.2 apart, at each of these sizes. AdamW,
-  tuned at each size, has 0.85 %, 1.14 %, 2.8 % and 8.8 %; momentum has 1.5 %, 2.8 %, 6.4 % and
-  45 %; Nesterov has 1.2 %, 2.7 % and 7.6 % up to 16,384. These are means of three seeds, and few of
-  the differences are significant once p is corrected for the number of tests.
+- **On MNIST, LAMB loses the least as the batch grows** ([picture](mnist-batches.md)). Tuned at
+  batch 1,024, then with its learning rate only rescaled (by the square root of the factor), its
+  test error is 0.88 % at 1,024, 0.89 % at 4,096, 1.12 % at 16,384 (110 steps) and 7.2 % at 60,000
+  (30 steps). At each of these sizes this rate also beats the rates 3.2 times lower and higher
+  (first seed). AdamW, tuned at each size, has 0.85 %, 1.14 %, 2.8 % and 8.8 %; momentum has 1.5 %,
+  2.8 %, 6.4 % and 45 %; Nesterov has 1.2 %, 2.7 % and 7.6 % up to 16,384. These are means of three
+  seeds, and few of the differences are significant once p is corrected for the number of tests.
 - **At the usual batch sizes LAMB and AdamW tie**: MNIST at 256 and 1,024 (Table 8 of the paper has
   LAMB first), DavidNet on CIFAR-10 at 512 (LAMB has the highest mean, as in Table 7, by less than
   the spread of the seeds).
@@ -44,9 +45,9 @@ runs are written from the run files by `python -m experiments summary`.
 
 ![test error over the batch size on MNIST](mnist-batches/sweep.png)
 
-Only the learning rate is tuned. Warm-up is the same for all optimizers and follows the rule that
-the paper has for LAMB; on CIFAR-10 λ of LAMB is its author's best. A Nesterov whose warm-up,
-momentum and decay are tuned, as Nado et al. have it, is not among these runs.
+Only the learning rate is tuned. Warm-up is the same for all optimizers and follows the paper's
+rule for LAMB; on CIFAR-10, LAMB's λ is its author's best. These runs do not include a Nesterov with
+tuned warm-up, momentum and decay, as in Nado et al.
 
 ## Earlier comparisons, with too few steps at the large batch to decide
 
@@ -81,7 +82,7 @@ def write_summary(tables: Iterable[Table], results: str, path: str) -> None:
     parts.append(
         "Welch's test, two-sided, and its p corrected by Holm's method for the number of tests of "
         f"the\ntable. With a corrected p below {SIGNIFICANT} the first of the two wins or loses; "
-        "else it is a tie, which says no\nmore than that these seeds show no difference."
+        "otherwise they tie, which\nonly means that these seeds show no significant difference."
     )
     head = [
         "| | first | second | difference | p | corrected | the first |",
@@ -90,7 +91,7 @@ def write_summary(tables: Iterable[Table], results: str, path: str) -> None:
     parts.append("\n".join([*head, *rows]) if rows else "No pair has two seeds of each yet.")
     so_far = [row for table, now in states for row in _single(table, now, pages)]
     if so_far:
-        parts.append("## Runs that are in no test")
+        parts.append("## Runs that are not in a test")
         parts.append("One of the two groups is not finished, or none of its rates learns.")
         parts.append("\n".join(["| | group | runs |", "|---|---|---|", *so_far]))
     parts += ["## Not run", "\n".join(_not_run(table, now, pages) for table, now in states)]

@@ -5,8 +5,8 @@ s G to (s + 1) G - 1, and the ids e N to (e + 1) N - 1 are epoch e of a data set
 example of an id is a function of (seed, id) alone, so that any host can make any step without the
 steps before it.
 
-A batch consists of `lanes` equal parts, of consecutive ids. In each epoch, a lane has a contiguous
-range of the data set of its own, 1/lanes of it, so that a host reads only the ranges of its lanes.
+A batch consists of `lanes` equal parts, of consecutive ids. In each epoch, a lane has its own
+contiguous range of the data set, 1/lanes of it, so that a host reads only the ranges of its lanes.
 Within its range, a lane reads blocks of `block` consecutive examples, as they lie in the files, in
 random order, and mixes the examples of `window` blocks at random, or of fewer at the start of an
 epoch. The order does not depend on the number of hosts or replicas, and memory is limited to one
@@ -104,7 +104,7 @@ class Order:
     def _shift(self, lane):
         """How many examples a lane's first window is shorter than the others.
 
-        Whole blocks, of which neighbouring lanes have different numbers: otherwise all lanes of a
+        Whole blocks, of which neighboring lanes have different numbers: otherwise all lanes of a
         host would load a new window at the same step, which would be slow. A lane that has
         only one window in an epoch mixes all of it.
         """

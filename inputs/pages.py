@@ -1,7 +1,7 @@
 """Arrays in files that a TensorFlow graph reads in parts, on any of TensorFlow's file systems.
 
 A file is a TFRecord file. Each record is a page: `PAGE_BYTES` of the array, fewer in the last one.
-As all pages but the last have one size, the place of each is known, and the check sum that
+As all pages but the last have one size, the place of each is known, and the checksum that
 TFRecord keeps of each record finds damage when the page is read.
 """
 

@@ -11,7 +11,7 @@ def log(line: str) -> None:
 
 
 class Progress:
-    """Progress towards a known total, on standard error. A context manager.
+    """Progress toward a known total, on standard error. A context manager.
 
     Args:
         total: amount of work.

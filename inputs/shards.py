@@ -1,7 +1,7 @@
 """Shards: TFRecord files in a folder, with a manifest that describes them.
 
 The formats of text and images are in `inputs.text.shards` and `inputs.images.shards`. TFRecord
-keeps a check sum of each record, so damage is found when the record is read.
+keeps a checksum of each record, so damage is found when the record is read.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ OLD_SUFFIX = ".arrayrecord"  # of versions up to 0.1.0
 # The (field, value) that identifies a manifest as one of this program, by the kind of data.
 TEXT = ("format", "tf_lamb tokenised text")
 IMAGES = ("kind", "images")
-FRAME_BYTES = 16  # of each record: its length, and the check sums of length and data
-HEADER_BYTES = 12  # the length, and its check sum
+FRAME_BYTES = 16  # of each record: its length, and the checksums of length and data
+HEADER_BYTES = 12  # the length, and its checksum
 RECORDS_PER_READ = 256
 SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
@@ -109,7 +109,7 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _next_record(file, offset, size) -> int:
-    """Where the next record begins after a place, as its length has the right check sum."""
+    """Where the next record begins after a place, as its length has the right checksum."""
     start = offset + 1
     while start < size:
         file.seek(start)
@@ -135,7 +135,7 @@ def _next_record(file, offset, size) -> int:
 
 def _readable(path, offset):
     """Yields the records from `offset` on, up to the first that is damaged."""
-    # Within `flat_map`, as TensorFlow 2.20 cannot serialise a data set that begins with the op.
+    # Within `flat_map`, as TensorFlow 2.20 cannot serialize a data set that begins with the op.
     records = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
         lambda start: records_from(path, start, buffer_bytes=2**20).ignore_errors()
     )
@@ -183,7 +183,7 @@ def record_offsets(
 
 
 def record_length(file, offset: int) -> int | None:
-    """The length of a record's data in bytes, or None if its check sum is wrong.
+    """The length of a record's data in bytes, or None if its checksum is wrong.
 
     Args:
         file: an open file.
@@ -207,7 +207,7 @@ _CRC_TABLE = np.array([_crc_of_byte(byte) for byte in range(256)], np.uint32)
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """The check sum of TFRecord: CRC-32C, rotated and with a constant added; little-endian."""
+    """The checksum of TFRecord: CRC-32C, rotated and with a constant added; little-endian."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ int(_CRC_TABLE[(crc ^ byte) & 255])
@@ -245,6 +245,6 @@ def damaged(path: str, offset: int, reason: str = "") -> str:
     Args:
         path: the shard.
         offset: where the record begins in it, in bytes.
-        reason: what is wrong, if it is not the check sum.
+        reason: what is wrong, if it is not the checksum.
     """
     return f"{path}, byte {offset}: damaged{reason and f' ({reason})'}."

@@ -3,7 +3,7 @@
     python -m preflight.document [RECIPE...] [--output=FILE]
 
 `make preflight` runs it for all recipes. With names it writes a page of those recipes only. What
-was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped goes on from there.
+was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped resumes from there.
 """
 
 import argparse
@@ -253,7 +253,9 @@ def main(arguments: list[str]) -> int:
         prog="python -m preflight.document", description=__doc__.splitlines()[0]
     )
     parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
-    parser.add_argument("--output", default=str(PATH), help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--output", default=str(PATH), help="the page (default: docs/results/preflight.md)"
+    )
     flags = parser.parse_args(arguments)
     names = flags.names
     path = flags.output

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from inputs.storage.files import atomic_write
 from preflight.report import efficiencies, format_bytes, format_minutes, format_seconds
 
-# Each colour has one meaning in all panels.
+# Each color has one meaning in all panels.
 MEMORY_COLORS = {
     "parameters": "#1f77b4",
     "slots": "#17becf",
@@ -198,7 +198,7 @@ def _print_above(panel, place, height, text, color="black"):
 
 
 def _finish(panel, results, colors, last=None):
-    """Adds the names of topologies and phases, and a legend of the colours."""
+    """Adds the names of topologies and phases, and a legend of the colors."""
     several = len({result.phase for result in results}) > 1
     labels = [
         f"{result.topology.name}\nphase {result.phase}" if several else result.topology.name

@@ -338,7 +338,8 @@ def main(arguments) -> int:
     parser.add_argument(
         "--examples",
         type=int,
-        help="training examples: the data of runs with evidence, else the length of the run",
+        help="number of training examples: with evidence, the size of the training set; otherwise, "
+        "the batch size times the steps of the run",
     )
     parser.add_argument(
         "--picture", help="a PNG of time and examples to the target over the chips (evidence only)"

@@ -33,7 +33,7 @@ from preflight.data import DataResult, examine_data
 
 GIB = 2**30
 PICTURE_SUFFIX = ".png"
-MAX_START = 32  # the search for the largest batch starts with at most so many examples per replica
+MAX_START = 32  # most examples per replica with which the search for the largest batch starts
 
 
 @dataclasses.dataclass(frozen=True)

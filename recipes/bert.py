@@ -48,8 +48,8 @@ class BertRecipe(Recipe):
     initializer_stddev: float = 0.02  # of matrices and embeddings, truncated at two deviations
     whole_word: bool = False  # mask whole words instead of word pieces
     packing: str = "pairs"  # of segments; or "full-sentences", without next-sentence labels
-    # Up to so many sequences are packed into a row of a training batch, each as if it were alone.
-    # If it is more than 1, examples and `global_batch_size` are rows.
+    # Maximum number of sequences that are packed into a row of a training batch, each as if it were
+    # alone. If it is more than 1, examples and `global_batch_size` are rows.
     sequences_per_row: int = 1
     init_from: str = ""  # weights to start from: a run's folder, or a BERT checkpoint (TF 1 or 2)
     init_slots: bool = False  # also start with the moments in `init_from`

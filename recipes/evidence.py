@@ -60,7 +60,7 @@ class LeftOut:
         reference: The point.
         predictions: Rule -> pair of examples and learning rate, by "evidence", "sqrt" and "linear".
             The estimate is `None` for the smallest and the largest batch size, which have no
-            neighbours on both sides.
+            neighbors on both sides.
     """
 
     reference: Reference

@@ -50,8 +50,8 @@ INSTEAD = {
     **dict.fromkeys(("name", "task"), "It belongs to the recipe. Choose one with --recipe."),
     "recipe": "Choose the recipe with --recipe.",
     "phases": "Set the fields of a phase, such as phase1.steps.",
-    **dict.fromkeys(("model_dir", "data_dir", "export_dir", "vocab"), "It is a flag of its own."),
-    **dict.fromkeys(("seed", "steps_per_loop", "tpu", "scaling"), "It is a flag of its own."),
+    **dict.fromkeys(("model_dir", "data_dir", "export_dir", "vocab"), "Use the flag of that name."),
+    **dict.fromkeys(("seed", "steps_per_loop", "tpu", "scaling"), "Use the flag of that name."),
 }
 
 

@@ -23,7 +23,8 @@ class ImageRecipe(Recipe):
     augmentation: str = "crop"  # random crop and flip; "randaugment": the same and more; "none"
     label_smoothing: float = 0.1  # share of the uniform distribution in the labels
     mixup_alpha: float = 0.0  # of the Beta distribution of the mixing weights; 0: no mixup
-    batch_norm_momentum: float = 0.9  # arXiv:1706.02677, section 5.1; MLPerf v0.7
+    # Weight of the old value in the moving averages (arXiv:1706.02677, section 5.1; MLPerf v0.7).
+    batch_norm_momentum: float = 0.9
     sync_batch_norm: bool = False  # statistics over all replicas instead of each replica's batch
     space_to_depth: bool = False  # compute the stem in a shape that is faster on a TPU
 

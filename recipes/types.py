@@ -66,7 +66,7 @@ def profile_window(profile: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of training with a constant batch size and a schedule of its own.
+    """A part of training with its own batch size and learning-rate schedule.
 
     The learning rate is `WarmupPolynomialDecay(peak_learning_rate, warmup_steps, steps, ...)`, or
     `WarmupStepDecay` if `decay_steps` is set. It counts the updates of this phase from 0. A phase

@@ -1,4 +1,4 @@
-"""BERT pre-training with masked language modelling and next-sentence prediction."""
+"""BERT pre-training with masked language modeling and next-sentence prediction."""
 
 import dataclasses
 import os
@@ -203,7 +203,7 @@ class BertPretraining(Task):
     def demonstrate(self, export_dir):
         """Prints the SavedModel's predictions for masked words in held-out sentences."""
         print(
-            "Filled in, by the SavedModel in a process of its own, in held-out sentences:",
+            "Masks filled by the SavedModel, in a separate process:",
             flush=True,
         )
         sentences, words = zip(*self._source.masked_sentences(), strict=True)

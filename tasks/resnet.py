@@ -108,7 +108,7 @@ class ImageClassification(Task):
         )
 
     def evaluation_batches(self, phase_index):
-        """Centre crops of the held-out images."""
+        """Center crops of the held-out images."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
@@ -158,7 +158,10 @@ class ImageClassification(Task):
                 with open(paths[-1], "wb") as file:
                     file.write(data)
             if paths:
-                print("Held-out images, by the SavedModel in a process of its own:", flush=True)
+                print(
+                    "Held-out images, classified by the SavedModel in a separate process:",
+                    flush=True,
+                )
                 run_client(export_dir, *paths)
 
 

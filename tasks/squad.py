@@ -142,7 +142,7 @@ class SquadFineTuning(Task):
         )
 
     def final_metrics(self, model, strategy, output_dir):
-        """Answers all dev questions; returns `exact_match` and `f1`, in per cent.
+        """Answers all dev questions; returns `exact_match` and `f1`, in percent.
 
         Writes predictions.json and nbest.json to `output_dir`.
         """
@@ -171,7 +171,7 @@ class SquadFineTuning(Task):
         question, context = (
             text[:SHOWN_CHARACTERS].replace("\0", " ") for text in self._source.sample_question()
         )
-        print("Answered, by the SavedModel in a process of its own:", flush=True)
+        print("Questions answered by the SavedModel, in a separate process:", flush=True)
         run_client(export_dir, context, question)
 
 

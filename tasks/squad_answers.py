@@ -103,7 +103,7 @@ def n_best_answers(features, spans: dict, n_best: int) -> dict[str, list[dict]]:
 
 
 def metrics(squad, answered: dict[str, str]) -> dict[str, float]:
-    """Returns exact match and F1, in per cent, over all questions, by the official script.
+    """Returns exact match and F1, in percent, over all questions, by the official script.
 
     Args:
         squad: an `inputs.squad.files.Squad`.

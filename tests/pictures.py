@@ -90,7 +90,7 @@ def damage(folder, number):
 
 
 def example(**features):
-    """A serialised tf.train.Example; `a__b` names the feature a/b."""
+    """A serialized tf.train.Example; `a__b` names the feature a/b."""
     values = {}
     for name, value in features.items():
         if isinstance(value, bytes):

@@ -1,6 +1,7 @@
 """The documentation: the README's length, links, and that no flag or field is left out."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import sys
@@ -19,7 +20,6 @@ PAGES = sorted(
     ]
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-TARGET = re.compile(r"^\(([\w-]+)\)=$", re.MULTILINE)
 MAX_README_LINES = 150
 
 
@@ -40,15 +40,21 @@ def _without_code(text: str) -> str:
 
 
 def _anchors(page: pathlib.Path) -> set[str]:
-    """The anchors of the page's headings, as Markdown viewers and the site make them."""
+    """The anchors of the page's headings, as GitHub makes them; MyST makes the same.
+
+    Labels, `(label)=`, are anchors only on the site.
+    """
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
-    slugs = {re.sub(r"[^\w\- ]", "", h.lower().strip()).replace(" ", "-") for h in headings}
-    return slugs | {h.lower() for h in TARGET.findall(text)} | _sphinx_slugs(headings)
-
-
-def _sphinx_slugs(headings) -> set[str]:
-    return {re.sub(r"[^a-z0-9]+", "-", h.lower()).strip("-") for h in headings}
+    found: set[str] = set()
+    for heading in headings:
+        slug = re.sub(r"[^\w\- ]", "", heading.lower().strip()).replace(" ", "-")
+        copies = itertools.count(1)
+        anchor = slug
+        while anchor in found:
+            anchor = f"{slug}-{next(copies)}"
+        found.add(anchor)
+    return found
 
 
 def test_the_readme_stays_one_page():
@@ -142,6 +148,14 @@ def test_every_flag_of_train_is_described(commands):
     flags = commands.command_flags("train")
     assert [flag.name for flag in flags] == [f"--{name}" for name in defined]
     assert all(flag.help for flag in flags)
+
+
+def test_every_flag_of_every_command_is_described(commands):
+    names = commands.command_modules()
+    flags = [(name, flag) for name in names for flag in commands.command_flags(name)]
+    assert [f"{name} {flag.name}" for name, flag in flags if not flag.help.strip()] == []
+    paths = [f"{name} {flag.name}" for name, flag in flags if str(ROOT) in flag.default + flag.help]
+    assert paths == []
 
 
 def test_flags_of_a_command_are_read_from_its_parser(commands):

@@ -35,9 +35,9 @@ def check_learning_rate(rate, schedule_class):
         return number
     elif _is_callable_without_arguments(rate):
         return rate
-    flavour = schedule_class.__module__.split(".")[0]
+    flavor = schedule_class.__module__.split(".")[0]
     raise ValueError(
-        f"`learning_rate` must be a LearningRateSchedule of {flavour}, a callable without "
+        f"`learning_rate` must be a LearningRateSchedule of {flavor}, a callable without "
         "arguments, a scalar float variable, or a number in [0, inf). "
         f"Received: learning_rate={rate!r}."
     )

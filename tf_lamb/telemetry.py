@@ -34,7 +34,7 @@ MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averag
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 # Colors of the heat map.
 NOT_FINITE = "black"
-NO_UPDATE = "darkgrey"
+NO_UPDATE = "darkgray"
 
 
 class TrustRatioAlarm(RuntimeError):
@@ -358,10 +358,10 @@ class TelemetryCallback(TelemetryCallbackMixin, keras.callbacks.Callback):  # no
 def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
-    The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others have the
-    color of the end of the scale. Prefixes that most names share are left out. Layers with a ratio
-    of 1 in all steps are not adapted, and are left out. If a step was recorded twice because a run
-    was resumed, the later record is drawn.
+    The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others are
+    clipped to the ends of the color scale. Prefixes that most names share are left out, as are
+    layers with a ratio of 1 in all steps, which are not adapted. If a step was recorded twice
+    because a run was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`. Beside it there may be files
@@ -525,7 +525,7 @@ def _draw_on(figure, labels, steps, logs):
     bar.set_ticks(between[np.abs(between) < end], minor=True)
     bar.ax.set_xlim(-end, end)
     bar.ax.tick_params(labelsize=8)
-    bar.set_label(f"trust ratio; {NOT_FINITE}: not finite, grey: no update", fontsize=9)
+    bar.set_label(f"trust ratio; {NOT_FINITE}: not finite, gray: no update", fontsize=9)
 
 
 def _scale_end(logs) -> float:

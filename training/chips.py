@@ -45,7 +45,7 @@ class TpuChip:
         name: the compiler's name, such as "v5e".
         flops: peak bfloat16 FLOP/s of a chip. The matrix unit multiplies float32 in bfloat16, too.
         hbm_bandwidth: bytes/s of a chip.
-        link_bandwidth: bytes/s of one link to a neighbour, in one direction.
+        link_bandwidth: bytes/s of one link to a neighbor, in one direction.
         other_link_bandwidth: the same by another publication; equal if there is no conflict.
         hbm_bytes: memory that one program can use, on one device.
         devices_per_chip: devices, each of which runs a program: one per core, or a single one

@@ -127,7 +127,7 @@ class ReplicaStep:
         return sums, counts
 
     def _add_l2(self, gradients, summands):
-        """Adds the gradient of the L2 term, of which each of `summands` equal parts is summed."""
+        """Adds the L2 term's gradient / `summands`: that many gradients are summed afterward."""
         variables = self.model.trainable_variables
         return [
             gradient + tf.cast(self._l2 / summands * x, gradient.dtype) if added else gradient
@@ -138,7 +138,7 @@ class ReplicaStep:
         """Clips a replica's gradients, of the mean over the global batch, to `clipnorm`.
 
         The gradient of the mean over the replica's own examples is `replicas` times as large. (This
-        takes the divisors of the loss, numbers of masked tokens, as equal on all replicas.)
+        assumes that the divisors of the loss, numbers of masked tokens, are equal on all replicas.)
         """
         norm = tf.sqrt(squared_norm(gradients)) * replicas
         factor = self._clipnorm / tf.maximum(norm, self._clipnorm)

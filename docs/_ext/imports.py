@@ -58,11 +58,11 @@ def draw(edges: dict[str, set[str]], path: pathlib.Path) -> None:
         for column, name in enumerate(row)
     }
     figure, axes = pyplot.subplots(figsize=(8, 1.3 * len(rows)), layout="constrained")
-    colours = dict(zip(PACKAGES, matplotlib.color_sequences["tab10"] * 2, strict=False))
+    colors = dict(zip(PACKAGES, matplotlib.color_sequences["tab10"] * 2, strict=False))
     boxes = {}
     for name, (x, y) in places.items():
         label = "train.py" if name == "train" else name
-        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colours[name]}
+        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": colors[name]}
         text = axes.text(
             x, y, label, ha="center", va="center", bbox=box, family="monospace", zorder=3
         )
@@ -71,7 +71,7 @@ def draw(edges: dict[str, set[str]], path: pathlib.Path) -> None:
         for other in sorted(others):
             style = {
                 "arrowstyle": "-|>",
-                "color": colours[name],
+                "color": colors[name],
                 "patchA": boxes[name],
                 "patchB": boxes[other],
                 "shrinkA": 0,

@@ -75,7 +75,9 @@ class Command(FromCode):
                 lines += [f"**`{flag.section}`**", ""]
             section = flag.section
             usage = f"{flag.name}={flag.value}" if flag.value else flag.name
-            text = sentence(escape(flag.help.strip() or "No description."))
+            if not flag.help.strip():
+                LOG.warning("%s of the command %s has no help text", flag.name, name)
+            text = sentence(escape(flag.help.strip()))
             if flag.choices:
                 text += " One of " + ", ".join(code(choice) for choice in flag.choices) + "."
             if flag.required:
@@ -185,10 +187,10 @@ class LeaveOneOut(FromCode):
     """`{leave-one-out} BERT`: errors of each reference point predicted from the others."""
 
     def markdown(self, name):
-        """Returns a table of relative errors, in per cent."""
+        """Returns a table of relative errors, in percent."""
         evidence = getattr(importlib.import_module("recipes.evidence"), name)
         rules = ("evidence", "sqrt", "linear")
-        titles = ["between its neighbours", "the paper's rule", "the linear rule"]
+        titles = ["between its neighbors", "the paper's rule", "the linear rule"]
         names = [f"{what}: {t}" for what in ("examples", "rate") for t in titles]
         lines = [f"| batch | {' | '.join(names)} |", "|" + "---|" * (1 + len(names))]
         for row in evidence.leave_one_out():
@@ -218,15 +220,15 @@ class Variants(FromCode):
 def public_names() -> list[str]:
     """Returns the full names of everything public in the library."""
     library = importlib.import_module("tf_lamb")
-    flavour = importlib.import_module("tf_lamb.tf_keras")
+    flavor = importlib.import_module("tf_lamb.tf_keras")
     names = [name for name in library.__all__ if not name.startswith("__")]
-    flavour_names = getattr(flavour, "__all__", None) or [
+    flavor_names = getattr(flavor, "__all__", None) or [
         name
         for name in names
-        if isinstance(getattr(flavour, name, None), type)
-        and getattr(flavour, name).__module__.startswith("tf_lamb")
+        if isinstance(getattr(flavor, name, None), type)
+        and getattr(flavor, name).__module__.startswith("tf_lamb")
     ]
-    return [f"tf_lamb.{n}" for n in names] + [f"tf_lamb.tf_keras.{n}" for n in flavour_names]
+    return [f"tf_lamb.{n}" for n in names] + [f"tf_lamb.tf_keras.{n}" for n in flavor_names]
 
 
 def check_complete(app, env):

@@ -1,1 +1,1 @@
-"""Labelled images: files → shards → batches."""
+"""Labeled images: files → shards → batches."""

@@ -102,7 +102,7 @@ def decode_crop(data, window, image_size: int):
 
     A JPEG is decoded only in the window, and at a lower resolution if both sides are still at least
     S. Other formats (PNG, BMP, GIF, WebP) are decoded completely, then cropped. The format is
-    detected from the content. Grey and CMYK images become RGB.
+    detected from the content. Gray and CMYK images become RGB.
 
     Args:
         data: scalar string, an image file.
@@ -118,7 +118,7 @@ def decode_crop(data, window, image_size: int):
 
 
 def decode_centre(data, image_size: int, padding: int):
-    """Decodes the centre of an image and scales it bilinearly: [S, S, 3] uint8.
+    """Decodes the center of an image and scales it bilinearly: [S, S, 3] uint8.
 
     The crop is the central square with S / (S + padding) of the shorter side. With S = 224 and
     padding = 32 this equals scaling that side to 256 and cropping the central 224 pixels.

@@ -1,4 +1,4 @@
-"""Batches of labelled images from prepared shards.
+"""Batches of labeled images from prepared shards.
 
 A training example (its image, crop and flip) is a function of (seed, example id) alone, so any host
 can compute any step without the steps before it. Only mixup depends on the batch, too. Each host
@@ -124,7 +124,7 @@ class Images:
         return self._batches(order, context, first_step, training)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """The centre of each of the first `limit` images, once.
+        """The center of each of the first `limit` images, once.
 
         The last batch is filled up with examples of weight 0.
 

@@ -1,4 +1,4 @@
-"""Turns labelled images into shards: python -m inputs.images.prepare --source=PATH --output=DIR
+"""Turns labeled images into shards: python -m inputs.images.prepare --source=PATH --output=DIR
 
 The source may be
   a folder of ImageNet TFRecords, train-*-of-01024, in the layout of the TPU demos or of
@@ -50,7 +50,7 @@ CHECKED_AT_ONCE = 64  # images decoded in parallel
 def find_sources(
     path: str, split: str, classes_csv: str, label_base: int | None, log=log
 ) -> list[Source]:
-    """Recognises the layout of a file or folder.
+    """Recognizes the layout of a file or folder.
 
     Args:
         path: file or folder.
@@ -63,7 +63,7 @@ def find_sources(
         A source for each split.
 
     Raises:
-        InputError: no layout is recognised, or a file, label or class is missing.
+        InputError: no layout is recognized, or a file, label or class is missing.
     """
     if not exists(path):
         raise InputError(f"--source: {path} does not exist.")
@@ -164,8 +164,8 @@ def _splits(path, folders):
     others = []
     for folder in folders:
         name = sources.split_of(os.path.basename(folder))
-        is_labelled = name == "validation" and imagenet.find_labels(folder) is not None
-        if not name or not (_is_nested(folder) or is_labelled):
+        is_labeled = name == "validation" and imagenet.find_labels(folder) is not None
+        if not name or not (_is_nested(folder) or is_labeled):
             others.append(folder)
         elif name in splits:
             raise InputError(
@@ -229,7 +229,7 @@ def _decode(data):
 
 
 def encode(item: Item, height: int, width: int) -> bytes:
-    """Serialises a record: a `tf.train.Example` with the features below."""
+    """Serializes a record: a `tf.train.Example` with the features below."""
 
     def feature(value):
         if isinstance(value, bytes):

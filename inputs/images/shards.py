@@ -62,7 +62,7 @@ def write_shard(folder: str, name: str, records: Iterable[bytes], facts: dict) -
     Args:
         folder: an existing folder.
         name: name of the file, without a suffix.
-        records: serialised records; read only if the shard is missing.
+        records: serialized records; read only if the shard is missing.
         facts: JSON values about the records; may be filled while `records` is read.
 
     Raises:

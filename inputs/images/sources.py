@@ -1,4 +1,4 @@
-"""Sources of labelled images, and sources that read folders of image files.
+"""Sources of labeled images, and sources that read folders of image files.
 
 A source is read in parts, and each part becomes one shard. `tars.py`, `tfrecords.py` and `cifar.py`
 make sources from tars, TFRecords and CIFAR-10.

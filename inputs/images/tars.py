@@ -1,4 +1,4 @@
-"""Reads labelled images from tars: with a CSV of labels, or the tars of image-net.org."""
+"""Reads labeled images from tars: with a CSV of labels, or the tars of image-net.org."""
 
 import os
 import posixpath

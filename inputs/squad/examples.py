@@ -17,7 +17,7 @@ from inputs.squad.offsets import OffsetTokenizer
 from inputs.text.tokenization import unknown
 from inputs.text.tokenization.vocabulary import CLS, PAD, SEP, UNK
 
-TEXTS_PER_CALL = 4096  # tokenised, or cut into windows, at once; limits the memory
+TEXTS_PER_CALL = 4096  # tokenized, or cut into windows, at once; limits the memory
 ROWS = "rows"  # name of the array
 BLOCK = 64  # windows read together
 WINDOW_BLOCKS = 16  # whose windows are mixed
@@ -46,7 +46,7 @@ def element_spec(batch_size: int, sequence_length: int):
 
 
 class _Texts:
-    """N tokenised strings, end to end.
+    """N tokenized strings, end to end.
 
     Attributes:
         ids: [T] int32 word pieces.

@@ -49,7 +49,7 @@ class OffsetTokenizer(tf.Module):
         """
         normal, origin = self._normalized(text)
         ids, first, end = self._pieces.tokenize_with_offsets(normal)
-        # `origin` has, for each byte of the normalised string, the byte where its character begins
+        # `origin` has, for each byte of the normalized string, the byte where its character begins
         # in the original, and at the end the length of the original. A character ends where the
         # next different one begins.
         row = origin.value_rowids()
@@ -71,7 +71,7 @@ class OffsetTokenizer(tf.Module):
         return ids, ids.with_flat_values(starts), ids.with_flat_values(ends)
 
     def _normalized(self, text):
-        """The normalised strings [N], and for each of their bytes its origin in the original.
+        """The normalized strings [N], and for each of their bytes its origin in the original.
 
         The origin is an [N, (bytes + 1)] ragged tensor: for each byte, the byte where its character
         begins in the original; at the end, the length of the original.

@@ -115,7 +115,7 @@ def may_answer(windows: Windows, sequence_length):
 
     inside = (position >= 0) & (position < length)
     own = around(position, length)
-    # Only the neighbours are compared, because windows beyond them have less context.
+    # Only the neighbors are compared, because windows beyond them have less context.
     previous = tf.where(start > 0, around(position + step, room), -1)
     next_length = tf.minimum(room, total - start - step)
     following = tf.where(start + length < total, around(position - step, next_length), -1)

@@ -1,12 +1,12 @@
 """A lease: the lock of a folder on object storage, where there are no file locks.
 
-The lease is the object FOLDER/.lock. Its owner writes it again every `HEARTBEAT_SECONDS`. Another
+The lease is the object FOLDER/.lock. Its owner rewrites it every `HEARTBEAT_SECONDS`. Another
 process takes it over after it did not change for `STALE_SECONDS`, or at once if the owner ran on
 this machine and has ended, or if the lease is older than `OLD_SECONDS` by this machine's clock.
 
-Object storage has no operation that TensorFlow offers and that only one of two processes can do.
-Two processes that start within `SETTLE_SECONDS` find each other out, because each reads the lease
-again after that time. If a write takes longer than that, both go on until one of them calls
+TensorFlow offers no atomic create-if-absent on object storage. Two processes that start within
+`SETTLE_SECONDS` detect each other, because each reads the lease again after that time. If a write
+takes longer than that, both continue until one of them calls
 `Lease.check`, which is done before each write of a run. A process that was suspended between such a
 check and its write still writes.
 """

@@ -53,7 +53,7 @@ class Batches(abc.ABC):
         seed: int, decides the order.
         plan: [R, K] int64 `Pages` of `packing.write_plan`: which sequences are packed into each
             row of a training batch. None for one sequence in each.
-        lanes: at most so many hosts can each read a part of the data of their own; None for
+        lanes: the largest number of hosts that each read their own part of the data; None for
             `order.number_of_lanes` of the batch.
         bad_records: counts damaged examples, which get weight 0; None: the first raises an error.
         damage_folder: see `inputs.damage.Damage`.

@@ -1,4 +1,4 @@
-"""A corpus: tokenised documents end to end, split into training and held-out documents.
+"""A corpus: tokenized documents end to end, split into training and held-out documents.
 
 `inputs.text.prepare` writes shards of documents. `load_prepared` opens them as a corpus. Examples
 are made of runs of tokens, not of documents, so the tokens are laid out once more, in arrays that
@@ -33,7 +33,7 @@ DOCUMENTS_PER_BLOCK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents, end to end.
+    """Tokenized documents, end to end.
 
     Attributes:
         tokens: [T] int32 or uint16 ids; after each document there is one [SEP].

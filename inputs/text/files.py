@@ -1,4 +1,4 @@
-"""Finds text files, recognises their formats and encodings, and opens them."""
+"""Finds text files, recognizes their formats and encodings, and opens them."""
 
 import bz2
 import codecs

@@ -116,7 +116,7 @@ def plan_rows(lengths: Iterable[np.ndarray], row_length: int, per_row: int) -> I
         rows = []
         for start in range(0, whole, GROUP):
             group = assign_rows(rest[start : min(start + GROUP, whole)], row_length, per_row)
-            # Rows of neighbours are neighbours.
+            # Rows of neighbors are neighbors.
             rows += [[first + start + i for i in sorted(row)] for row in sorted(group, key=min)]
         if rows:
             plan = np.full([len(rows), per_row], -1, np.int64)

@@ -1,4 +1,4 @@
-"""Tokenises text once, for many runs: python -m inputs.text.prepare --input=... --output=DIR
+"""Tokenizes text once, for many runs: python -m inputs.text.prepare --input=... --output=DIR
 
 Writes shards that train.py takes as --data_dir. If it is stopped, the same command continues after
 the last finished shard.
@@ -51,7 +51,7 @@ from inputs.text.tokenization.word_pieces import tokenize_in_order
 
 NAME = "inputs.text.prepare"
 SHARD_TOKENS = 2**24
-COMPARED_BYTES = 2**20  # at each end of an input file, to recognise the same file again
+COMPARED_BYTES = 2**20  # at each end of an input file, to recognize the same file again
 LISTED_CHARACTERS = 100  # of a shard's unknown characters, in the manifest
 CASES = {"auto": None, "true": True, "false": False}
 LARGE = 2**27  # bytes of raw text from which processes pay
@@ -72,14 +72,14 @@ def prepare(
     log=lambda line: None,
     show_progress: bool = False,
 ) -> dict:
-    """Tokenises text into shards, and lays its tokens out for training.
+    """Tokenizes text into shards, and lays its tokens out for training.
 
     Args:
         text: files, globs or folders, comma-separated.
         vocab: path of a vocab.txt.
         output: folder for the shards. It may be missing, empty, or from an earlier call with the
             same arguments, stopped or finished.
-        workers: number of processes that tokenise; 0 to tokenise in threads of this process.
+        workers: number of processes that tokenize; 0 to tokenize in threads of this process.
         lower_case: whether to lower-case the text; None to lower-case unless the vocabulary has
             capitals or accents.
         shard_tokens: number of tokens after which a shard ends.
@@ -137,7 +137,7 @@ def prepare_documents(
     show_progress: bool = False,
     wait: bool = False,
 ) -> dict:
-    """Tokenises documents into shards, and lays their tokens out for training.
+    """Tokenizes documents into shards, and lays their tokens out for training.
 
     Args:
         read: takes a function to call with amounts of work; returns an iterator of documents, lists
@@ -372,7 +372,7 @@ class _Preparation:
         return True
 
     def write(self, batches, progress):
-        """Writes batches of tokenised documents into shards."""
+        """Writes batches of tokenized documents into shards."""
         shards = self.manifest["shards"]
         done = shards[-1]["batches"] if shards else 0
         counted = enumerate(batches, start=done + 1)
@@ -462,7 +462,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--input",
         required=True,
-        help=f"text: files, globs or folders, comma-separated; read are {READ}",
+        help=f"text: files, globs or folders, comma-separated; formats: {READ}",
     )
     parser.add_argument("--vocab", required=True, help="a BERT vocab.txt")
     parser.add_argument("--output", required=True, help="folder for the shards")
@@ -477,7 +477,7 @@ def main(arguments=None) -> int:
         "--workers",
         type=int,
         default=os.cpu_count(),
-        help="processes that tokenise (default: the number of cores)",
+        help="processes that tokenize (default: the number of cores)",
     )
     parser.add_argument(
         "--shard_tokens",
@@ -489,8 +489,8 @@ def main(arguments=None) -> int:
         "--sequence_lengths",
         default="",
         metavar="LENGTHS",
-        help="lengths in tokens, comma-separated, for which sequences are cut already, such as "
-        "128,512; training does it at its start for others",
+        help="lengths in tokens, comma-separated, for which sequences are cut in advance, such as "
+        "128,512; for other lengths they are cut when training starts",
     )
     parser.add_argument(
         "--packing",

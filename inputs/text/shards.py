@@ -1,4 +1,4 @@
-"""Shards of tokenised documents, and the manifest of a folder of them.
+"""Shards of tokenized documents, and the manifest of a folder of them.
 
 A record is one document, little-endian: the number S of its sentences (uint32), their lengths in
 tokens (S uint32), and its ids (uint16, or int32 if the vocabulary is larger).
@@ -56,7 +56,7 @@ def load_manifest(folder: str) -> dict:
     manifest = read_json(path, fix=PREPARE_AGAIN)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(
-            f"{path} is not a manifest of tokenised text: its `format` is not {FORMAT!r}. Give a "
+            f"{path} is not a manifest of tokenized text: its `format` is not {FORMAT!r}. Give a "
             "folder that `python -m inputs.text.prepare` made."
         )
     if manifest.get("version") not in (ARRAY_RECORD_VERSION, VERSION):

@@ -81,7 +81,7 @@ def test_image_files(folder):
     assert batch["label"].numpy().tolist() == [0, 1]
     for image, (file, label) in zip(batch["image"].numpy(), data.files(2), strict=True):
         assert file.startswith(b"\xff\xd8")
-        # The centre of 16 x 20 pixels, scaled by 1.5, differs a little from the whole.
+        # The center of 16 x 20 pixels, scaled by 1.5, differs a little from the whole.
         difference = image.astype(int).mean() - smooth(16, 20, seed=label).astype(int).mean()
         assert abs(difference) < 3
 

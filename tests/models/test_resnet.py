@@ -170,7 +170,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_synchronised_batch_norm_uses_statistics_of_all_replicas(mirrored, synchronised):
-    """If synchronised, moving averages of two half batches equal those of the whole batch."""
+    """If synchronized, moving averages of two half batches equal those of the whole batch."""
     whole, batch = build(), made_up(8)
     weights = whole.get_weights()
     # The first half is darker, so that the halves have other statistics than the whole.

@@ -212,7 +212,7 @@ def test_a_phase_field_is_set_in_all_phases_or_in_one():
         ("max-seq-length=128", "Did you mean 'sequence_length'?"),
         ("Beta_1=0.8", "Did you mean 'beta_1'?"),
         ("epochs=3", "Runs are measured in steps"),
-        ("seed=3", "It is a flag of its own."),
+        ("seed=3", "Use the flag of that name."),
         ("task=squad", "It belongs to the recipe."),
         ("phase3.steps=1", "no field is called 'phase3.steps'"),
         ("examples=1", "no field is called 'examples'"),

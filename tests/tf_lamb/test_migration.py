@@ -310,7 +310,7 @@ def test_a_checkpoint_needs_exactly_one_optimizer(keras3, tmp_path):
         migrate(named, ours)
 
 
-# `migrate` recognises optax's state by the names of its types, so these need no optax.
+# `migrate` recognizes optax's state by the names of its types, so these need no optax.
 ScaleByAdamState = collections.namedtuple("ScaleByAdamState", "count mu nu")
 TraceState = collections.namedtuple("TraceState", "trace")
 ScaleByScheduleState = collections.namedtuple("ScaleByScheduleState", "count")

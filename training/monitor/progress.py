@@ -259,10 +259,10 @@ def format_row(row: dict) -> str:
 
 
 def format_left(seconds: float | None) -> str:
-    """Formats the time left, for example as "left 1 day, 2:03:04"; None is not known yet."""
+    """Formats the time left, for example as "time left: 1 day, 2:03:04"; None is unknown."""
     if seconds is None:
-        return "left: not known yet"
-    return f"left {datetime.timedelta(seconds=round(seconds))}"
+        return "time left: unknown"
+    return f"time left: {datetime.timedelta(seconds=round(seconds))}"
 
 
 class LineDisplay:

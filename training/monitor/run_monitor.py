@@ -196,7 +196,7 @@ class TelemetryRecorder:
         self._last = step
 
     def begin_phase(self):
-        """Does nothing: of a step that is recorded twice, the heat map uses the later record."""
+        """Does nothing, because the heat map uses the later of two records of a step."""
 
     def flush(self):
         """Writes the records that are kept in memory."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 STDERR = 2
 POLL_SECONDS = 0.1
-# Runs in a process of its own: if this process dies, it writes the lines that have not been shown,
+# Runs in a separate process: if this process dies, it writes the lines that have not been shown,
 # such as the message of a crash, and shows the cursor, which the bar has hidden. Its standard input
 # is a pipe that ends with this process. Its argument is a descriptor of the captured lines, whose
 # position is that of the first line that has not been shown.

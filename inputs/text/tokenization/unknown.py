@@ -17,7 +17,7 @@ class UnknownCharacters:
 
     Args:
         vocabulary: word pieces.
-        lower_case: whether the texts are lower-cased before they are tokenised.
+        lower_case: whether the texts are lower-cased before they are tokenized.
     """
 
     def __init__(self, vocabulary: list[str], *, lower_case: bool):

@@ -25,7 +25,7 @@ from inputs.text.tokenization.vocabulary import UNK
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
 DOCUMENT_CHARACTERS = 100  # added per document, as even a short one takes memory
-THREADS = 2  # if a process tokenises by itself
+THREADS = 2  # if a process tokenizes by itself
 QUEUED_BATCHES = 3  # per worker
 
 # The rules of StateBasedSentenceBreaker (tensorflow-text 2.20) depend only on punctuation,
@@ -117,7 +117,7 @@ class Tokenizer:
         self.pieces = WordPieces(vocabulary, lower_case=lower_case).tokenize
 
     def __call__(self, documents: list[list[str]]) -> Tokenized:
-        """Tokenises documents, each a list of paragraphs."""
+        """Tokenizes documents, each a list of paragraphs."""
         with tf.device("/cpu:0"):
             paragraphs = list(itertools.chain.from_iterable(documents))
             sentences = self.break_sentences(paragraphs)
@@ -226,14 +226,14 @@ def tokenize_in_order(
     workers: int,
     skip: int = 0,
 ) -> Iterator[Tokenized]:
-    """Tokenises batches of documents, in order, in worker processes or threads.
+    """Tokenizes batches of documents, in order, in worker processes or threads.
 
     Args:
         documents: lists of paragraphs.
         vocabulary: word pieces, ids by position.
         lower_case: see `WordPieces`.
-        workers: number of processes; 0 to tokenise in threads of this process.
-        skip: number of batches to read without tokenising them.
+        workers: number of processes; 0 to tokenize in threads of this process.
+        skip: number of batches to read without tokenizing them.
 
     Raises:
         InputError: a worker process was killed, or `documents` raised it.

@@ -159,7 +159,7 @@ FORMATS = [
 
 @pytest.mark.parametrize(("kind", "mode"), FORMATS)
 def test_every_format_decodes_to_its_colours(kind, mode):
-    """Compared with Pillow: a crop as in training, and the centre as in evaluation."""
+    """Compared with Pillow: a crop as in training, and the center as in evaluation."""
     data = encoded(smooth(96, 96, seed=7), kind, mode)
     exact = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     whole = tf.constant([0, 0, 96, 96])

@@ -46,7 +46,7 @@ def test_the_metric_by_hand(tmp_path):
     ]
     read = squad.read_squad(write(tmp_path / "dev.json", article(context, *questions)))
     answered = {
-        "a": "THE Quick brown  fox!",  # equal once normalised: 1, 1
+        "a": "THE Quick brown  fox!",  # equal once normalized: 1, 1
         "b": "the fox ran",  # with "fox": 1 of 2 and 1 of 1 words, F1 2/3; with the other one 2/5
         "c": "lazy lazy dog",  # 2 of 3 and 2 of 2: 4/5
         "d": "andrés",  # 1, 1
@@ -167,7 +167,7 @@ def test_misplaced_answers_beside_right_ones(tmp_path):
 
 
 def test_utf_16_is_json_too(tmp_path):
-    """JSON says which encodings it may have, and `json` recognises them."""
+    """JSON says which encodings it may have, and `json` recognizes them."""
     for encoding in ("utf-8-sig", "utf-16", "utf-32-le"):
         (tmp_path / "x.json").write_bytes(json.dumps(GOOD).encode(encoding))
         assert squad.read_squad(str(tmp_path / "x.json")).contexts == ["Ada wrote it in 1843."]

@@ -290,7 +290,7 @@ def test_a_record_whose_length_is_damaged_hides_no_other(folder):
     shutil.rmtree(folder / "pages")
     path = folder / "shard-00001.tfrecord"
     places = [offset for offset, _ in read_records(str(path))]
-    for changed in range(12):  # the length, and its check sum
+    for changed in range(12):  # the length, and its checksum
         content = bytearray(path.read_bytes())
         content[places[3] + changed] ^= 4
         (folder / "changed").write_bytes(content)
@@ -309,7 +309,7 @@ def test_a_truncated_array_is_written_again(folder):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": "other"}, "is not a manifest of tokenised text"),
+        ({"format": "other"}, "is not a manifest of tokenized text"),
         ({"version": 1}, "`version` is 1, but this program reads 3"),
         ({"shards": None}, "`shards` is missing or not of type list"),
         ({"fingerprint": 3}, "`fingerprint` is missing or not of type str"),

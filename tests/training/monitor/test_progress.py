@@ -166,7 +166,7 @@ def test_a_file_gets_a_line_every_few_seconds_and_the_last_one(clock):
         for step in (10, 20, 30):
             shown.show(step, ROW, 3661.0)
             clock.seconds += 1
-    assert lines == [f"step 10/30  {LINE}  left 1:01:01", f"step 30/30  {LINE}  left 1:01:01"]
+    assert lines == [f"step {step}/30  {LINE}  time left: 1:01:01" for step in (10, 30)]
     shortest = {"loss": 1.0, "learning_rate": 0.5, "examples_per_second": 7.0}
     assert format_row(shortest) == "loss 1.0000  lr 5.000e-01  7 examples/s"
 
@@ -184,7 +184,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     printed = stream.getvalue()
     assert "15/30" in printed and "50%" in printed and "1:01:01" in printed
     assert "1,600 examples/s" in printed
-    assert format_left(None) == "left: not known yet"
+    assert format_left(None) == "time left: unknown"
 
 
 LINES_ON_A_TERMINAL = """

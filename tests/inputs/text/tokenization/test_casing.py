@@ -1,4 +1,4 @@
-"""Cased and multilingual vocabularies: found out, tokenised as google-research/bert does."""
+"""Cased and multilingual vocabularies: found out, tokenized as google-research/bert does."""
 
 import json
 import pathlib
