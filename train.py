@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 import sys
 import time
 
@@ -24,7 +23,7 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
 from inputs import memory
-from inputs.errors import InputError, first_line, refuse_empty
+from inputs.errors import InputError, first_line, message_in, refuse_empty
 from inputs.storage import files
 from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
@@ -513,10 +512,9 @@ def describe_error(error: Exception) -> str:
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
             "same command on all of them again; it resumes from the newest checkpoint."
         )
-    # TensorFlow passes an exception of the input pipeline on only as the text of an `OpError`.
-    message = re.search(r"InputError: (.+)", str(error))
+    message = message_in(error)
     if message:
-        return message[1]
+        return message
     if any(path in str(error) for path in written):  # such as of TensorBoard's files
         return f"{first_line(error)}. {NOT_LOST}"
     raise error
