@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -145,10 +146,19 @@ def choose_recipe() -> Recipe:
         with blame("--scaling"):
             recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
     recipe = recipes.resized(recipe, steps=FLAGS.steps)
+    assignments = FLAGS.set
     if FLAGS.grow_batch:
+        # The schedule of the phases is made from the fields of the only phase of the recipe.
+        of_one_phase = [text for text in assignments if re.match(r"\s*phase\d*\.", text)]
+        with blame("--set"):
+            others = [text for text in assignments if text not in of_one_phase]
+            recipe = recipes.override(recipe, others)
+            for phase in recipe.phases:
+                phase.check(recipe)
         recipe = grow_batch(recipe, FLAGS.grow_batch)
+        assignments = of_one_phase
     with blame("--set"):
-        recipe = recipes.override(recipe, FLAGS.set)
+        recipe = recipes.override(recipe, assignments)
         recipe.check()
     on_tpu = FLAGS.tpu or FLAGS.preflight
     if on_tpu and not any(field.startswith("compute_dtype") for field in FLAGS.set):
