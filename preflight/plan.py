@@ -138,7 +138,10 @@ def parse_noise_scale(text: str) -> float:
     try:
         scale = float(text)
     except ValueError:
-        return noise_scale.measured(text)
+        try:
+            return noise_scale.measured(text)
+        except InputError as error:
+            raise InputError(f"--noise_scale: {error}") from None
     if not 0 < scale < float("inf"):
         raise InputError(
             f"--noise_scale must be positive and finite. Received: --noise_scale={text}."
