@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
 from inputs import memory
-from inputs.errors import InputError, first_line, refuse_empty
+from inputs.errors import InputError, first_line, message_in, refuse_empty
 from inputs.storage import files
 from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
@@ -147,10 +147,19 @@ def choose_recipe() -> Recipe:
         with blame("--scaling"):
             recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
     recipe = recipes.resized(recipe, steps=FLAGS.steps)
+    assignments = FLAGS.set
     if FLAGS.grow_batch:
+        # The schedule of the phases is made from the fields of the only phase of the recipe.
+        of_one_phase = [text for text in assignments if re.match(r"\s*phase\d*\.", text)]
+        with blame("--set"):
+            others = [text for text in assignments if text not in of_one_phase]
+            recipe = recipes.override(recipe, others)
+            for phase in recipe.phases:
+                phase.check(recipe)
         recipe = grow_batch(recipe, FLAGS.grow_batch)
+        assignments = of_one_phase
     with blame("--set"):
-        recipe = recipes.override(recipe, FLAGS.set)
+        recipe = recipes.override(recipe, assignments)
         recipe.check()
     on_tpu = FLAGS.tpu or FLAGS.preflight
     if on_tpu and not any(field.startswith("compute_dtype") for field in FLAGS.set):
@@ -514,10 +523,9 @@ def describe_error(error: Exception) -> str:
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
             "same command on all of them again; it resumes from the newest checkpoint."
         )
-    # TensorFlow passes an exception of the input pipeline on only as the text of an `OpError`.
-    message = re.search(r"InputError: (.+)", str(error))
+    message = message_in(error)
     if message:
-        return message[1]
+        return message
     if any(path in str(error) for path in written):  # such as of TensorBoard's files
         return f"{first_line(error)}. {NOT_LOST}"
     raise error

@@ -58,7 +58,7 @@ class Damage:
         message = tf.strings.format("{}, byte {}: damaged or missing.", (path, offset))
         message = tf.strings.regex_replace(message, '"', "")
         if not self._records.skip:
-            message = tf.strings.join(["InputError: --data_dir: ", message, " ", REPAIR, "\n"])
+            message = tf.strings.join(["InputError: --data_dir: ", message, " ", REPAIR])
             return tf.debugging.Assert(False, [message])
         key = tf.strings.to_hash_bucket_strong(
             tf.strings.format("{} {} {}", (path, offset, example)), 2**62, [1, 2]

@@ -1,5 +1,7 @@
 """The exception for bad input, shown to the user as one sentence without a stack trace."""
 
+import re
+
 
 class InputError(ValueError):
     """Bad input from the user. The message names the file, flag or value, and how to fix it."""
@@ -29,3 +31,18 @@ def first_line(error: Exception) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def message_in(error: Exception) -> str | None:
+    """Returns the message of an `InputError` that TensorFlow passed on as text, or None.
+
+    An `InputError` of the input pipeline ends as part of the text of an `OpError`. If it comes from
+    `tf.debugging.Assert`, TensorFlow puts it in brackets and escapes it as in C.
+    """
+    found = re.search(r"(\[?)InputError: (.+)", str(error))
+    if not found:
+        return None
+    bracket, message = found.groups()
+    if not bracket:
+        return message
+    return re.sub(r"\\(['\"\\])", r"\1", message.removesuffix("]"))

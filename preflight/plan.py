@@ -6,9 +6,9 @@ Where there are reference runs of the recipe's model, optimizer and target (MLPe
 ResNet-50), numbers are interpolated between them (`recipes.evidence`), and the command draws time
 and examples to the target over the number of chips. Elsewhere, learning rates and steps follow the
 paper's scaling rule (`recipes.scaling`). The batch size is --batch. Without it, it is the critical
-batch size of the evidence, or the largest one published for the same model; but at most the
-gradient noise scale, if that is given. Memory, accumulation and time come from the pre-flight
-(`preflight.run`).
+batch size of the evidence, or the largest one published for the same model, optimizer, target and
+sequence lengths; but at most the gradient noise scale, if that is given. Memory, accumulation and
+time come from the pre-flight (`preflight.run`).
 """
 
 import argparse
@@ -26,9 +26,11 @@ from preflight import run as preflight
 from preflight.compiler.children import check_installed, show_progress
 from preflight.compiler.topology import Topology, parse_topologies
 from preflight.report import format_minutes
-from recipes.evidence import Evidence, Prediction, find_evidence
+from recipes.evidence import Evidence, Prediction, find_evidence, kind_of
 from recipes.types import Recipe
 from training.monitor import noise_scale
+
+SMALL_ERROR = 0.1  # of a learning rate, below which no other rates need be tried
 
 
 def family(name: str) -> list[Recipe]:
@@ -58,32 +60,67 @@ def first_batch_size(recipe: Recipe) -> int:
     return recipe.phases[0].global_batch_size
 
 
-def propose_batch(members: list[Recipe], topology: Topology, scale: float | None) -> int:
-    """Returns the largest batch published for this model, but at most the noise scale.
+def propose_batch(
+    members: list[Recipe], topology: Topology, scale: float | None, rule: str = "sqrt"
+) -> tuple[int, str]:
+    """Returns the largest batch published for runs like these, but at most the noise scale.
 
-    Above the noise scale, training needs more than twice the examples that it needs with a very
-    small batch (McCandlish et al., arXiv:1812.06162, section 2.2).
+    Runs are alike if they have the same task, model, optimizer, target and sequence lengths. Above
+    the noise scale, training needs more than twice the examples that it needs with a very small
+    batch (McCandlish et al., arXiv:1812.06162, section 2.2).
 
     Args:
         members: recipes of one model and optimizer, from `family`.
         topology: the slice.
         scale: the gradient noise scale in examples; None if it is not known.
+        rule: the rule by which the recipes will be scaled, "sqrt" or "linear".
 
     Returns:
-        Examples per step, a multiple of the replicas; at least one example per replica.
+        A tuple of the examples per step, a multiple of the replicas with at least one example per
+        replica, and of where this number comes from.
+
+    Raises:
+        InputError: one example per replica is too large a batch for the recipes.
     """
-    task_and_model = (members[0].task, members[0].model)
-    published = [r for r in recipes.RECIPES.values() if (r.task, r.model) == task_and_model]
-    batch = max(map(first_batch_size, published))
-    if scale is not None:
-        batch = min(batch, int(scale))
-    batch = max(1, batch // topology.replicas) * topology.replicas
+    kinds = {kind_of(member) for member in members}
+    alike = [recipe for recipe in recipes.RECIPES.values() if kind_of(recipe) in kinds]
+    published = sorted({*map(first_batch_size, alike)}, reverse=True)
+    usable = next((batch for batch in published if _can_scale(members, batch, rule)), published[-1])
+    limit = f"the largest one published for this model and optimizer, {usable:,}"
+    source = limit
+    if usable < published[0]:
+        source += ", of those that leave this recipe steps after its warm-up"
+    wanted = usable
+    if scale is not None and scale < usable:
+        wanted = int(scale)
+        limit = f"the noise scale, {scale:,.0f}"
+        source = f"at most {limit}"
+    batch = wanted // topology.replicas * topology.replicas
+    if batch < topology.replicas:
+        batch = topology.replicas
+        source = f"one example per replica, which is above {limit}"
+        try:
+            scale_nearest(members, batch, rule)
+        except ValueError as error:
+            reason = str(error).removesuffix(" Use a smaller batch size.")
+            raise InputError(
+                f"--topology={topology.name}: with one example per replica, {reason} Give a "
+                "smaller slice, or another recipe."
+            ) from None
     while batch > topology.replicas and any(
         phase.global_batch_size % topology.replicas
-        for phase in scale_nearest(members, batch).phases
+        for phase in scale_nearest(members, batch, rule).phases
     ):
         batch -= topology.replicas  # the batches of later phases must be multiples, too
-    return batch
+    return batch, source
+
+
+def _can_scale(members, batch, rule):
+    try:
+        scale_nearest(members, batch, rule)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_noise_scale(text: str) -> float:
@@ -101,7 +138,10 @@ def parse_noise_scale(text: str) -> float:
     try:
         scale = float(text)
     except ValueError:
-        return noise_scale.measured(text)
+        try:
+            return noise_scale.measured(text)
+        except InputError as error:
+            raise InputError(f"--noise_scale: {error}") from None
     if not 0 < scale < float("inf"):
         raise InputError(
             f"--noise_scale must be positive and finite. Received: --noise_scale={text}."
@@ -122,7 +162,9 @@ def scale_nearest(members: list[Recipe], batch: int, rule: str = "sqrt") -> Reci
     return recipes.scale_recipe(nearest, batch, rule)
 
 
-def propose_batch_by_evidence(evidence: Evidence, topology: Topology, scale: float | None) -> int:
+def propose_batch_by_evidence(
+    evidence: Evidence, topology: Topology, scale: float | None
+) -> tuple[int, str]:
     """Returns the critical batch size of the evidence, but at most the noise scale.
 
     At the critical batch size, training needs twice the examples that it needs with a very small
@@ -134,7 +176,8 @@ def propose_batch_by_evidence(evidence: Evidence, topology: Topology, scale: flo
         scale: the gradient noise scale in examples; None if it is not known.
 
     Returns:
-        Examples per step, a multiple of the replicas within the evidence.
+        A tuple of the examples per step, a multiple of the replicas within the evidence, and of
+        where this number comes from.
 
     Raises:
         InputError: no multiple of the replicas is within the evidence.
@@ -148,10 +191,22 @@ def propose_batch_by_evidence(evidence: Evidence, topology: Topology, scale: flo
             f"{evidence.subject} goes from batch {low:,} to {high:,}. Give a slice of which a "
             "multiple of the replicas is in this range."
         )
-    wanted = min(critical, scale) if scale is not None else critical
+    wanted = critical
+    limit = f"critical batch size of the reference points, {critical:,.0f}"
+    source = limit
+    if scale is not None and scale < critical:
+        wanted = scale
+        limit = f"noise scale, {scale:,.0f}"
+        source = f"at most the {limit}"
     smallest = -(-low // topology.replicas) * topology.replicas
     batch = int(wanted) // topology.replicas * topology.replicas
-    return min(max(batch, smallest), largest)
+    if batch < smallest == topology.replicas:
+        source = f"one example per replica, which is above the {limit}"
+    elif batch < smallest:
+        source = f"the smallest of the evidence, {smallest:,}, which is above the {limit}"
+    elif batch > largest:
+        source = f"the largest of the evidence, {largest:,}, which is below the {limit}"
+    return min(max(batch, smallest), largest), source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,27 +250,22 @@ def make_plan(
             The evidence says itself how many the target needs.
 
     Raises:
-        InputError: the topology does not suit the evidence.
+        InputError: the topology does not suit the evidence, or is too large for the recipe.
         ValueError: the batch is outside the evidence, or there is none, or a rule leaves no steps.
     """
     evidence = find_evidence(members[0]) if rule in ("auto", "evidence") else None
     if rule == "evidence" and evidence is None:
         recipes.scale_recipe(members[0], batch or first_batch_size(members[0]), rule)  # raises
-    if batch is not None:
-        batch_source = "--batch"
-    elif scale is not None:
-        batch_source = f"at most the noise scale, {scale:,.0f}"
-    elif evidence:
-        batch_source = f"critical batch size of the reference points, {evidence.fit()[1]:,.0f}"
-    else:
-        batch_source = "the largest one published for this model"
+    rule = "sqrt" if rule == "auto" else rule
+    batch_source = "--batch"
+    if batch is None and evidence:
+        batch, batch_source = propose_batch_by_evidence(evidence, topology, scale)
+    elif batch is None:
+        batch, batch_source = propose_batch(members, topology, scale, rule)
     if evidence:
-        batch = batch or propose_batch_by_evidence(evidence, topology, scale)
         prediction = evidence.predict(batch)
         recipe = recipes.scale_recipe(members[0], batch, "evidence")
         return Plan(recipe, batch_source, prediction.source, evidence, prediction)
-    rule = "sqrt" if rule == "auto" else rule
-    batch = batch or propose_batch(members, topology, scale)
     recipe = scale_nearest(members, batch, rule)
     if examples is not None:
         recipe = recipes.resized(recipe, steps=max(1, round(examples / batch)))
@@ -226,6 +276,14 @@ def make_plan(
         ]
         source += f"; scaled by the {formula} of the batch sizes, which no run at this size checks"
     return Plan(recipe, batch_source, source)
+
+
+def describe_error(error: float) -> str:
+    """Returns how well the evidence knows the learning rate, for a relative error."""
+    basis = "the larger error of the two points, each predicted from the others"
+    if error <= SMALL_ERROR:
+        return f"known to {math.ceil(100 * error)}%, {basis}"
+    return f"known to a factor of {1 + error:.2g} only, {basis}; try some around it"
 
 
 def describe(plan: Plan, results, examples: int | None = None) -> str:
@@ -259,11 +317,7 @@ def describe(plan: Plan, results, examples: int | None = None) -> str:
     lines.append(f"Settings: {settings}, weight_decay {recipe.weight_decay:.5g}; the same source")
     if prediction:
         if prediction.rate_error:
-            lines.append(
-                "Learning rate: known to a factor of "
-                f"{1 + prediction.rate_error:.2g} only, the largest error of a point predicted "
-                "from the others; try some around it"
-            )
+            lines.append(f"Learning rate: {describe_error(prediction.rate_error)}")
         lines.append(
             f"To the target: {prediction.examples / 1e6:,.2f} million {plan.evidence.unit} "
             f"({prediction.low / 1e6:,.2f} to {prediction.high / 1e6:,.2f}), {prediction.steps:,} "

@@ -7,6 +7,7 @@ predicts each point from the others by all three.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from recipes import mlperf
 from recipes.mlperf import Reference
@@ -32,8 +33,8 @@ class Prediction:
         examples: Examples to the target.
         low, high: An interval of `examples`: at a reference point, `DEVIATIONS` standard
             deviations of its runs; between two, the largest error of `leave_one_out`.
-        rate_error: The relative error of the learning rate that leaving out a point showed; 0 at a
-            reference point.
+        rate_error: The relative error of the learning rate: 0 at a reference point; between two,
+            the larger error of the two in `leave_one_out`, whose interpolations include the batch.
         source: The reference points that it was made from, and what the interval is.
         exact: Whether the batch size is that of a reference point.
     """
@@ -121,7 +122,7 @@ class Evidence:
                     True,
                 )
         recipe, examples, pair = self._interpolate(self.references, batch)
-        worst, rate_error = (self.largest_error(index) for index in range(2))
+        worst, rate_error = self.largest_error(0), self.largest_error(1, pair)
         names = " and ".join(f"{point.batch:,}" for point in pair)
         file = pair[0].source.rpartition(",")[0]
         return Prediction(
@@ -135,13 +136,17 @@ class Evidence:
             False,
         )
 
-    def largest_error(self, index: int = 0) -> float:
+    def largest_error(self, index: int = 0, points: Sequence[Reference] | None = None) -> float:
         """Returns the largest relative error in `leave_one_out`, of either sign.
 
         Args:
             index: Integer. 0 for the error of the examples, 1 for that of the learning rate.
+            points: The reference points to take the errors of. `None`, or points that have no
+                estimate, means all.
         """
-        errors = [row.errors("evidence") for row in self.leave_one_out()]
+        left_out = [row for row in self.leave_one_out() if row.predictions["evidence"]]
+        chosen = [row for row in left_out if points is None or row.reference in points]
+        errors = [row.errors("evidence") for row in chosen or left_out]
         return max(max(1 + e[index], 1 / (1 + e[index])) - 1 for e in errors if e)
 
     def leave_one_out(self) -> list[LeftOut]:
@@ -253,14 +258,18 @@ RESNET = Evidence(
 EVIDENCE = (BERT, RESNET)
 
 
-def _kind(recipe: Recipe):
+def kind_of(recipe: Recipe) -> tuple:
+    """Returns what runs must have in common to be compared, besides their batch size.
+
+    These are the task, the model, the optimizer, the target and the sequence length of each phase.
+    """
     lengths = tuple(getattr(phase, "sequence_length", None) for phase in recipe.phases)
     return recipe.task, recipe.model, recipe.optimizer, recipe.target, lengths
 
 
 def find_evidence(recipe: Recipe) -> Evidence | None:
     """Returns the evidence on this recipe's task, model, optimizer and target, or `None`."""
-    return next((e for e in EVIDENCE if _kind(e.references[0].recipe) == _kind(recipe)), None)
+    return next((e for e in EVIDENCE if kind_of(e.references[0].recipe) == kind_of(recipe)), None)
 
 
 def scale_by_evidence(recipe: Recipe, batch: int) -> Recipe:

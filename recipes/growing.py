@@ -16,13 +16,18 @@ def grow_batch(recipe: Recipe, batches: Sequence[int]) -> Recipe:
     arXiv:1904.00962, and, for batch warm-up with Adam, Merrill et al., arXiv:2505.23971). Slots are
     kept from one phase to the next. The warm-up of the rate must end in the first phase.
 
+    Change fields of the phase, such as its learning rate, before this: `override` would give all
+    phases the same value. `train.py --grow_batch` does so with `--set`, except for fields such as
+    `phase2.peak_learning_rate`.
+
     Args:
         recipe: A `Recipe` with one phase and a linear decay.
         batches: The batch sizes, in the order of training.
 
     Raises:
         ValueError: If the recipe has several phases or another schedule, if a batch size is less
-            than 1, or if a phase would have no steps after the warm-up.
+            than 1, if the decay would begin after the last step, or if a phase would have no steps
+            after the warm-up.
     """
     if len(recipe.phases) != 1:
         raise ValueError(
@@ -41,6 +46,11 @@ def grow_batch(recipe: Recipe, batches: Sequence[int]) -> Recipe:
     decay_from = phase.decay_from
     if decay_from is None:
         decay_from = phase.warmup_steps + phase.warmup_from
+    if decay_from >= phase.steps:
+        raise ValueError(
+            f"the decay must begin before the end of the phase. Received: {phase.steps} steps, "
+            f"warmup_steps={phase.warmup_steps}, decay_from={phase.decay_from}."
+        )
 
     def rate(seen):
         """The recipe's rate after the warm-up, once `seen` examples were seen."""

@@ -63,7 +63,8 @@ def find_encoder(init_from: str) -> Encoder:
     if not queries or None in tables.values():
         raise InputError(
             f"--set init_from={init_from}: {checkpoint} has no BERT encoder in the layout of "
-            "train.py or tf-models. Convert a TensorFlow 1 checkpoint with "
+            "train.py or tf-models, nor, for pre-training, in that of google-research/bert and "
+            "MLPerf. Fine-tuning takes a TensorFlow 1 checkpoint that was converted with "
             "`python -m official.nlp.tools.tf2_bert_encoder_checkpoint_converter`."
         )
     functional = "/_transformer_layers/" not in queries[0]
@@ -114,7 +115,8 @@ def find_checkpoint(init_from: str) -> str:
         return init_from
     raise InputError(
         f"--set init_from={init_from}: there is no checkpoint. Give a pre-training run's "
-        "--model_dir, or the folder of a published BERT TF2 checkpoint."
+        "--model_dir, or the folder of a published BERT TF2 checkpoint. Pre-training also takes "
+        "a TensorFlow 1 checkpoint, such as MLPerf's."
     )
 
 

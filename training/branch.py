@@ -5,11 +5,13 @@ weights and moments, sees the same number of examples, and has the constant lear
 checkpoint times √k, where k is its batch size relative to the run's. The critical batch size is the
 largest one whose held-out loss is not worse than that of the smallest one (Merrill et al.,
 arXiv:2505.23971). Beside it stands the gradient noise scale of the branch with the run's own batch
-size. Branches are runs of train.py: a command that was stopped goes on where it was.
+size. Branches are runs of train.py: a command that was stopped goes on where it was. Finished
+branches are used again by a command with the same run, rate and data, and by no other.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import os
 import subprocess
@@ -19,7 +21,7 @@ from inputs import process  # isort: split
 
 import recipes
 from inputs.errors import InputError
-from inputs.storage.files import absolute, is_remote, read_json, write_json
+from inputs.storage.files import absolute, is_remote, read_file, read_json, write_json
 from recipes.overrides import NOT_SETTABLE
 from training.checkpoint.compatibility import RUN_CONFIG
 from training.checkpoint.manager import saved_steps
@@ -28,6 +30,8 @@ from training.monitor.progress import HISTORY, read_rows
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 REPORT = "branches.json"
+RESULTS = "results.json"  # of a run of train.py
+ORIGIN = "branch.json"  # in the folder of a branch: what it was made from, see `origin`
 LEAST_RATE = 0.01  # of the peak: a branch with a lower rate would learn nothing
 # Fields of a recipe that the command sets itself in each branch.
 OWN_FIELDS = (
@@ -63,6 +67,11 @@ class Trunk:
     def batch(self) -> int:
         """Examples per step."""
         return self.settings["phases"][0]["global_batch_size"]
+
+    @property
+    def checkpoint(self) -> str:
+        """The prefix of the checkpoint."""
+        return os.path.join(self.model_dir, f"ckpt-{self.step}")
 
 
 def read_trunk(model_dir: str, step: int | None, rate: float | None) -> Trunk:
@@ -134,10 +143,10 @@ def settings_flags(trunk: Trunk) -> list[str]:
 
 def branch_command(trunk: Trunk, batch: int, examples: int, data_dir: str, folder: str):
     """Returns the command of one branch, a list of arguments."""
-    steps = round(examples / batch)
+    steps = examples // batch
     rate = trunk.rate * math.sqrt(batch / trunk.batch)
     fields = {
-        "init_from": os.path.join(trunk.model_dir, f"ckpt-{trunk.step}"),
+        "init_from": trunk.checkpoint,
         "init_slots": "true",
         "global_batch_size": batch,
         "peak_learning_rate": f"{rate:.9g}",
@@ -162,29 +171,104 @@ def branch_command(trunk: Trunk, batch: int, examples: int, data_dir: str, folde
     ]
 
 
+def origin(trunk: Trunk, data_dir: str) -> dict:
+    """Returns what all branches of a command depend on, besides their batch size, as JSON values.
+
+    The index of a checkpoint has a checksum of each tensor, so that its hash identifies the weights
+    and moments.
+    """
+    index = read_file(f"{trunk.checkpoint}.index")
+    paths = data_dir.split(",") if data_dir else []
+    return {
+        "rate": trunk.rate,
+        "data": [absolute(path) for path in paths],
+        "checkpoint": hashlib.sha256(index).hexdigest(),
+        "settings": settings_flags(trunk),
+    }
+
+
+def check_origin(folder: str, expected: dict) -> None:
+    """Checks that a branch that was trained before, if there is one, belongs to this command.
+
+    Args:
+        folder: the folder of the branch, which may not exist.
+        expected: from `origin`.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not any(os.path.exists(os.path.join(folder, name)) for name in (RESULTS, RUN_CONFIG)):
+        return  # nothing was trained
+    path = os.path.join(folder, ORIGIN)
+    found = read_json(path) if os.path.exists(path) else {}
+    if not isinstance(found, dict):
+        found = {}
+    reasons = {
+        "rate": f"--rate ({found.get('rate')}, and now {expected['rate']})",
+        "data": "--data_dir",
+        "checkpoint": "weights in the checkpoint of --model_dir",
+        "settings": "settings of the run in --model_dir",
+    }
+    other = [reason for name, reason in reasons.items() if found.get(name) != expected[name]]
+    if other:
+        reason = f"other {' and other '.join(other)}" if found else "a run that is not known"
+        raise InputError(
+            f"--output: {folder} holds a branch from {reason}. Give another --output, or delete "
+            "that folder."
+        )
+
+
+def last_line(path: str, start: int) -> str:
+    """Returns the last message of train.py in a file of its output, else the last line.
+
+    Args:
+        path: the file.
+        start: where the output of the newest run begins, in bytes.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    own = [line for line in lines if line.startswith("train.py: ")]
+    return (own or lines or [""])[-1].removeprefix("train.py: ")
+
+
 def run_branch(trunk, batch, examples, data_dir, folder, log=print) -> dict:
     """Runs one branch, or reads its result if it is finished; returns a row of the report.
 
     Raises:
-        InputError: train.py failed.
+        InputError: train.py failed, or the folder holds another branch.
     """
-    results = os.path.join(folder, "results.json")
+    results = os.path.join(folder, RESULTS)
+    made_from = origin(trunk, data_dir)
+    check_origin(folder, made_from)
     if not os.path.exists(results):
         os.makedirs(folder, exist_ok=True)
+        write_json(os.path.join(folder, ORIGIN), made_from)
         path = os.path.join(folder, "train.log")
-        log(f"batch {batch:,}: {examples:,} examples in {round(examples / batch):,} steps; {path}")
+        log(f"batch {batch:,}: {examples:,} examples in {examples // batch:,} steps; {path}")
+        start = os.path.getsize(path) if os.path.exists(path) else 0
         with open(path, "a", encoding="utf-8") as file:
             command = branch_command(trunk, batch, examples, data_dir, folder)
             status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
         if status:
-            raise InputError(f"--batches: train.py ended with status {status}; see {path}.")
+            raise InputError(
+                f"batch {batch}: train.py ended with status {status}; see {path}. Its last line: "
+                f"{last_line(path, start)}"
+            )
     row = {
         "batch": batch,
-        "steps": round(examples / batch),
+        "steps": examples // batch,
         "learning_rate": trunk.rate * math.sqrt(batch / trunk.batch),
         "loss": read_json(results, flag="--output", fix="Delete the folder.")["loss"],
     }
-    if batch == trunk.batch:
+    if batch == trunk.batch and trunk.settings.get("clip_each_replica"):
+        log(
+            f"No noise scale: {trunk.model_dir} clips the gradient of each replica, and the noise "
+            "is measured in gradients that are not clipped. Branch a run with --set "
+            "clip_each_replica=false."
+        )
+    elif batch == trunk.batch:
         try:
             row["noise_scale"] = noise_scale.measured(folder)
         except InputError as error:
@@ -201,7 +285,7 @@ def critical_batch(rows: list[dict], tolerance: float) -> int:
     """
     best = rows[0]["batch"]
     for row in rows[1:]:
-        if row["loss"] > rows[0]["loss"] + tolerance:
+        if not row["loss"] <= rows[0]["loss"] + tolerance:  # also if a loss is NaN
             break
         best = row["batch"]
     return best
@@ -245,6 +329,39 @@ def parse_batches(text: str) -> list[int]:
     return batches
 
 
+def check_numbers(flags, batches: list[int]) -> None:
+    """Checks --examples, --rate and --tolerance.
+
+    Args:
+        flags: the flags of the command.
+        batches: the batch sizes, in ascending order.
+
+    Raises:
+        InputError: one is out of range, or the branches could not have as many examples each.
+    """
+    if flags.examples < 2 * batches[-1]:
+        raise InputError(
+            f"--examples={flags.examples}: the largest batch, {batches[-1]}, needs two steps or "
+            "more."
+        )
+    other = next((batch for batch in batches if flags.examples % batch), None)
+    if other:
+        common = math.lcm(*batches)
+        least = -(-2 * batches[-1] // common) * common
+        near = max(least, round(flags.examples / common) * common)
+        raise InputError(
+            f"--examples={flags.examples} is not a multiple of the batch size {other}, so that the "
+            f"branches would see different numbers of examples. Give a multiple of {common}, such "
+            f"as --examples={near}."
+        )
+    if flags.rate is not None and not 0 < flags.rate < math.inf:
+        raise InputError(f"--rate must be positive and finite. Received: --rate={flags.rate:g}.")
+    if not 0 <= flags.tolerance < math.inf:
+        raise InputError(
+            f"--tolerance must be finite and at least 0. Received: --tolerance={flags.tolerance:g}."
+        )
+
+
 def main(arguments) -> int:
     """Runs the command and returns its exit status.
 
@@ -257,7 +374,10 @@ def main(arguments) -> int:
     parser.add_argument("--model_dir", required=True, help="the run to branch")
     parser.add_argument("--batches", required=True, help="batch sizes, comma-separated")
     parser.add_argument(
-        "--examples", type=int, required=True, help="examples that each branch trains on"
+        "--examples",
+        type=int,
+        required=True,
+        help="examples that each branch trains on, a multiple of each batch size",
     )
     parser.add_argument("--data_dir", default="", help="the run's text, as train.py takes it")
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
@@ -277,11 +397,7 @@ def main(arguments) -> int:
                 "folder on a local disk."
             )
         batches = parse_batches(flags.batches)
-        if flags.examples < 2 * batches[-1]:
-            raise InputError(
-                f"--examples={flags.examples}: the largest batch, {batches[-1]}, needs two steps "
-                "or more."
-            )
+        check_numbers(flags, batches)
         trunk = read_trunk(flags.model_dir, flags.step, flags.rate)
         if trunk.batch not in batches:
             raise InputError(

@@ -21,6 +21,7 @@ from inputs.storage.files import (
     COMPRESSIONS,
     PassedOver,
     exists,
+    file_sizes,
     is_folder,
     is_remote,
     open_bytes,
@@ -28,6 +29,7 @@ from inputs.storage.files import (
 )
 
 VOCABULARY = "vocab.txt"
+DATA_DIR = "--data_dir"  # the flag of train.py
 # Formats, see `documents.read_documents`.
 PLAIN, JSON, WIKI, WIKI_JSON = ("plain", "json", "wiki", "wiki_json")
 SUFFIXES = {".txt": PLAIN, ".jsonl": JSON, ".ndjson": JSON}
@@ -61,6 +63,7 @@ ADVICE = {
         "If it is a dump of Wikipedia, extract its text first: python -m "
         "wikiextractor.WikiExtractor {path} -o extracted. Then give the folder `extracted`."
     ),
+    (".hdf5", ".h5"): "It is an HDF5 file. Write its content as text or as TFRecord files.",
     (".wet", ".warc", ".wat"): "It is a web archive. Convert its text to JSON lines.",
     (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"): (
         "It is an archive. Unpack it, and give the folder."
@@ -73,6 +76,8 @@ ADVICE = {
         "It holds more than text. Convert it to plain text, with a blank line between documents."
     ),
 }
+# Of --data_dir, which also takes the files of `inputs.text.record_files`.
+RECORDS = "TFRecord files of masked examples with MLPerf's features (input_ids, masked_lm_ids, ...)"
 OTHER_ADVICE = (
     "If it is plain text in UTF-8 with a blank line between documents, give it a name that ends in "
     ".txt."
@@ -80,7 +85,7 @@ OTHER_ADVICE = (
 
 
 def find_files(
-    data: str, flag: str = "--data_dir", log: Callable[[str], object] = lambda line: None
+    data: str, flag: str = DATA_DIR, log: Callable[[str], object] = lambda line: None
 ) -> list[str]:
     """Expands a comma-separated list of files, globs and folders into text files, in order.
 
@@ -119,10 +124,11 @@ def find_files(
                     passed_over.add(file)
         if not found:
             if others:
-                raise InputError(f"{flag}: {_refusal(sorted(others)[0])}")
+                raise InputError(f"{flag}: {_refusal(sorted(others), flag)}")
+            more = f"; or {RECORDS}" if flag == DATA_DIR else ""
             raise InputError(
                 f"{flag}: {entry!r} does not exist, or holds no text. Give a file, a glob or a "
-                f"folder with files that end in {READ}."
+                f"folder with files that end in {READ}{more}."
             )
         if found != [entry]:
             rest = passed_over.describe()
@@ -274,14 +280,21 @@ def _is_document(line: bytes) -> bool:
     return isinstance(record, dict) and ("text" in record or "paragraphs" in record)
 
 
-def _refusal(path: str) -> str:
-    """Why a file is not read, and what to do."""
+def _refusal(paths: list[str], flag: str) -> str:
+    """Why the first one of some files that has content is not read, and what to do."""
+    sizes = file_sizes(paths)
+    path = next((path for path, size in zip(paths, sizes, strict=True) if size != 0), None)
+    if path is None:
+        others = f" and {len(paths) - 1:,} more" if paths[1:] else ""
+        what = "no records and no text" if flag == DATA_DIR else "no text"
+        return f"{paths[0]}{others}: an empty file has {what}. Copy it again."
     name = os.path.basename(path).lower()
     stem = name.removesuffix(compression_of(name))
     suffixes = (os.path.splitext(stem)[1], os.path.splitext(name)[1])
     advice = next((text for ends, text in ADVICE.items() if {*ends} & {*suffixes}), OTHER_ADVICE)
     advice = advice.replace("{path}", path)
-    return f"{path} is not of a kind that is read as text: {READ}. {advice} See {GUIDE}."
+    more = f" --data_dir also takes {RECORDS}." if flag == DATA_DIR else ""
+    return f"{path} is not of a kind that is read as text: {READ}. {advice}{more} See {GUIDE}."
 
 
 def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: bool = False):

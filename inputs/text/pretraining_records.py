@@ -419,7 +419,7 @@ class RecordExamples(Batches):
             "InputError: --data_dir: {}, byte {}: the record has more than the "
             f"{self.sequence_length} tokens or {self.predictions} masked tokens of the phase. Set "
             "sequence_length, predictions and max_sequence_length to those that the records were "
-            "made with.\n",
+            "made with.",
             (path, offset),
         )
         return tf.debugging.Assert(fits, [tf.strings.regex_replace(message, '"', "")])

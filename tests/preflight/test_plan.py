@@ -25,6 +25,10 @@ def topology_of(name):
         (["--recipe=bert-large", "--batch=1001"], "--topology=v3:2x2: .* Try --batch=1000"),
         (["--recipe=bert-mini", "--batch=8"], "the batch of 4 of phase 2 .* Try --batch=16"),
         (["--recipe=bert-large", "--topology=v3-8,v3-32"], "give exactly one topology"),
+        (
+            ["--recipe=bert-mini-demo", "--topology=v3-2048"],
+            "--topology=v3:32x32: with one example per replica, .* Give a smaller slice",
+        ),
     ],
 )
 def test_an_impossible_plan_is_reported_in_one_sentence(arguments, message, capsys):
@@ -45,11 +49,49 @@ def test_the_nearest_recipe_of_a_family_is_scaled():
 
 def test_the_batch_is_the_largest_published_one_within_the_noise_scale():
     members, pod = plan.family("bert-large"), topology_of("v3-2048")
-    assert plan.propose_batch(members, pod, None) == 65_536
-    assert plan.propose_batch(members, pod, 10_000.0) == 8_192
-    assert plan.propose_batch(members, pod, 5.0) == 2_048
+    assert plan.propose_batch(members, pod, None)[0] == 65_536
+    assert plan.propose_batch(members, pod, 10_000.0) == (8_192, "at most the noise scale, 10,000")
     # The second phase's batch, half of it, must divide too.
-    assert plan.propose_batch(plan.family("bert-mini"), topology_of("v3:2x2"), 60.0) == 48
+    assert plan.propose_batch(plan.family("bert-mini"), topology_of("v3:2x2"), 60.0)[0] == 48
+
+
+@pytest.mark.parametrize(
+    ("family", "topology", "scale", "batch", "source"),
+    [
+        ("mlperf-bert", "v3-2048", 1e9, 12_288, "critical batch size .* points, 12,720$"),
+        ("mlperf-bert", "v3-512", 3_000.0, 2_560, "at most the noise scale, 3,000$"),
+        ("mlperf-bert", "v3-2048", 5.0, 2_048, "one example per replica, .* the noise scale, 5$"),
+        ("mlperf-bert", "v3-8", 100.0, 256, "smallest of the evidence, 256, .* noise scale, 100$"),
+        ("bert-large", "v3-2048", 1e9, 65_536, "the largest one published .*, 65,536$"),
+        ("bert-large", "v3-2048", 5.0, 2_048, "one example per replica, .* the noise scale, 5$"),
+        ("bert-base", "v3-2048", None, 2_048, "one example per replica, .* published .*, 256$"),
+    ],
+)
+def test_the_source_of_the_batch_is_what_limits_it(family, topology, scale, batch, source):
+    made = plan.make_plan(plan.family(family), topology_of(topology), scale=scale)
+    assert made.recipe.phases[0].global_batch_size == batch
+    assert re.search(source, made.batch_source)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        ("mlperf-bert", 16_384),
+        ("mlperf-v0.7", 8_192),  # the only one with its target
+        ("resnet50-lamb", 32_768),  # larger ones are published with LARS
+        ("cifar10-lars-128", 128),  # 4,096 is published, and leaves fewer steps than the warm-up
+    ],
+)
+def test_by_a_rule_the_batch_is_one_that_was_published_for_such_runs(family, batch):
+    for rule in ("sqrt", "linear")[: 1 if family.startswith("cifar") else 2]:
+        made = plan.make_plan(plan.family(family), topology_of("v3-8"), rule=rule)
+        assert made.recipe.phases[0].global_batch_size == batch
+        assert f"published for this model and optimizer, {batch:,}" in made.batch_source
+
+
+def test_every_recipe_can_be_planned_by_a_rule():
+    for name, rule in itertools.product(plan.recipes.RECIPES, ("sqrt", "linear")):
+        assert plan.make_plan(plan.family(name), topology_of("v3-8"), rule=rule).recipe
 
 
 def result(batch=12_288, topology="v3-2048", **fields):
@@ -93,7 +135,12 @@ def test_between_reference_points_the_plan_says_how_well_they_know():
     made = plan.make_plan(BERT, topology_of("v3-2048"), batch=10_240)
     text = plan.describe(made, [result(10_240)])
     assert "Batch: --batch" in text and "between the reference points 8,704 and 12,288" in text
-    assert "Learning rate: known to a factor of 1.7 only" in text
+    assert "Learning rate: known to 2%, the larger error of the two points" in text
+    # The figures of the guide on batch sizes.
+    errors = [evidence.BERT.predict(batch).rate_error for batch in (1_024, 5_000, 6_500, 15_000)]
+    assert plan.describe_error(errors[0]).startswith("known to a factor of 1.7 only")
+    assert plan.describe_error(errors[1]).endswith("try some around it")
+    assert plan.describe_error(errors[2]).startswith("known to 6%") and errors[3] < errors[2]
     assert "the largest error of a point predicted from the others, 9%" in text
 
 

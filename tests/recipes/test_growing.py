@@ -1,6 +1,7 @@
 """Batch warm-up: examples, rates and steps of the phases fit together."""
 
 import pytest
+from absl.testing import flagsaver
 
 import recipes
 from recipes.bert import BERT_MINI_DEMO as DEMO
@@ -58,3 +59,61 @@ def test_the_papers_decay_stays_its_line():
 def test_a_batch_that_cannot_grow(recipe, batches, message):
     with pytest.raises(ValueError, match=message):
         recipes.grow_batch(recipes.find_recipe(recipe), batches)
+
+
+def test_a_decay_that_begins_at_the_end_cannot_be_split():
+    recipe = recipes.override(DEMO, ["decay_from=2000"])
+    with pytest.raises(ValueError, match="decay must begin before .* 2000 steps, .*from=2000"):
+        recipes.grow_batch(recipe, [32, 64])
+
+
+@pytest.fixture
+def choose():
+    """A function of --set's values that returns the recipe of --grow_batch=32,64,128 with them."""
+    import train
+
+    train.FLAGS(["train.py"])
+
+    def choose(*assignments):
+        with flagsaver.flagsaver(grow_batch="32,64,128", set=list(assignments)):
+            return train.choose_recipe()
+
+    return choose
+
+
+def test_fields_are_set_before_the_batch_grows(choose):
+    grown = choose("peak_learning_rate=0.005", "steps=1000", "warmup_steps=100", "beta_2=0.9")
+    changed = ["peak_learning_rate=0.005", "steps=1000", "warmup_steps=100", "beta_2=0.9"]
+    assert grown == recipes.grow_batch(recipes.override(DEMO, changed), [32, 64, 128])
+    first, second, third = grown.phases
+    assert first.peak_learning_rate == pytest.approx(0.005 * 0.5**0.5)
+    assert second.peak_learning_rate == pytest.approx(2**0.5 * first.end_learning_rate)
+    assert third.peak_learning_rate == pytest.approx(2**0.5 * second.end_learning_rate)
+    assert [phase.warmup_steps for phase in grown.phases] == [200, 0, 0]
+    # The batch that rates and steps refer to.
+    half = choose("global_batch_size=32")
+    assert [phase.global_batch_size for phase in half.phases] == [32, 64, 128]
+    assert half.phases[0].peak_learning_rate == pytest.approx(DEMO.phases[0].peak_learning_rate)
+
+
+def test_fields_of_one_of_the_phases_are_set_afterwards(choose):
+    grown = choose("phase2.peak_learning_rate=0.1", "telemetry=false")
+    expected = [
+        phase.peak_learning_rate for phase in recipes.grow_batch(DEMO, [32, 64, 128]).phases
+    ]
+    expected[1] = 0.1
+    assert [phase.peak_learning_rate for phase in grown.phases] == expected
+    assert not grown.telemetry
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("global_batch_size=0", "--set: global_batch_size must be at least 1"),
+        ("power=2", "--grow_batch: .* a linear decay. Received: power=2"),
+        ("phase4.steps=3", "--set: no field is called 'phase4.steps'"),
+    ],
+)
+def test_fields_that_the_growing_batch_cannot_have(choose, assignment, message):
+    with pytest.raises(ValueError, match=message):
+        choose(assignment)

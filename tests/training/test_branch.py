@@ -1,12 +1,15 @@
 """Critical batch size by branching: settings of the branches, the report, and a small run."""
 
+import dataclasses
 import json
 import re
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import recipes
 from inputs.errors import InputError
 from training import branch
 from training.checkpoint import manager
@@ -59,6 +62,7 @@ def test_the_largest_batch_that_loses_nothing():
     assert branch.critical_batch(rows(5.0, 4.99, 5.005, 5.2, 5.0), 0.01) == 32
     assert branch.critical_batch(rows(5.0, 5.011), 0.01) == 8
     assert branch.critical_batch(rows(5.0, 5.1, 4.9), 0.2) == 32
+    assert branch.critical_batch(rows(5.0, float("nan")), 0.01) == 8
 
 
 @pytest.mark.slow
@@ -92,6 +96,23 @@ def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, t
     assert np.ptp(rates) == 0
     monkeypatch.setattr(branch.subprocess, "run", None)  # finished branches are not run again
     assert branch.main(arguments) == 0
+    # ... and not taken for those of another command.
+    capsys.readouterr()
+    before = (tmp_path / "out" / "branches.json").read_text()
+    for more, reason in (
+        (["--rate=0.5"], r"from other --rate \(0.00\d+, and now 0.5\)\. Give another --output"),
+        ([f"--data_dir={text}x"], r"from other --data_dir\."),
+    ):
+        assert branch.main([*arguments, *more]) == 1
+        error = capsys.readouterr().err
+        assert re.search(f"^training.branch: --output: .*batch-8 holds .* {reason}", error)
+    monkeypatch.setattr(branch, "read_file", lambda path: b"of another training")
+    assert branch.main(arguments) == 1
+    assert "from other weights in the checkpoint of --model_dir." in capsys.readouterr().err
+    (tmp_path / "out" / "step-5-64" / "batch-8" / "branch.json").unlink()
+    assert branch.main(arguments) == 1
+    assert "from a run that is not known." in capsys.readouterr().err
+    assert (tmp_path / "out" / "branches.json").read_text() == before
 
 
 @pytest.mark.slow
@@ -101,7 +122,6 @@ def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, t
         (["--batches=8"], "give at least two batch sizes"),
         (["--batches=8,x"], "give at least two batch sizes"),
         (["--batches=16,32"], "add the run's own batch size, 8"),
-        (["--batches=8,16", "--examples=20"], "the largest batch, 16, needs two steps"),
         (["--batches=8,16", "--step=7"], "no such checkpoint. There are: 5, 10"),
     ],
 )
@@ -110,6 +130,73 @@ def test_what_cannot_be_branched_is_said_in_one_sentence(trunk, arguments, messa
     error = capsys.readouterr().err
     assert re.search(message, error) and error.startswith("training.branch: --")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--examples=20"], "--examples=20: the largest batch, 16, needs two steps"),
+        (["--examples=72"], "--examples=72 is not a multiple of the batch size 16, .* --examples="),
+        (["--batches=8,12", "--examples=64"], "size 12, .* multiple of 24, such as --examples=72"),
+        (["--batches=8,12", "--examples=25"], "size 8, .* multiple of 24, such as --examples=24"),
+        (["--rate=-1"], "--rate must be positive and finite. Received: --rate=-1"),
+        (["--rate=nan"], "--rate must be positive and finite"),
+        (["--rate=inf"], "--rate must be positive and finite"),
+        (["--tolerance=nan"], "--tolerance must be finite and at least 0"),
+        (["--tolerance=-1"], "--tolerance must be finite and at least 0"),
+    ],
+)
+def test_wrong_numbers_are_said_before_the_run_is_read(arguments, message, capsys):
+    command = ["--model_dir=none", "--batches=8,16", "--examples=64", *arguments]
+    assert branch.main(command) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def invented_trunk(folder, recipe):
+    """A run without weights: a checkpoint of which only the index is there."""
+    (folder / "ckpt-5.index").write_bytes(b"checksums")
+    return branch.Trunk(str(folder), dataclasses.asdict(recipes.find_recipe(recipe)), 5, 0.1)
+
+
+def test_a_branch_that_fails_shows_why(tmp_path, monkeypatch):
+    def run(command, stdout, **unused):
+        stdout.write("train.py: --set lanes: wrong.\nException ignored\n")
+        return types.SimpleNamespace(returncode=1)
+
+    trunk = invented_trunk(tmp_path, "bert-mini-demo")
+    monkeypatch.setattr(branch.subprocess, "run", run)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.log").write_text("train.py: an earlier error\n")
+    message = "^batch 64: train.py ended with status 1; see .*train.log. .* --set lanes: wrong.$"
+    with pytest.raises(InputError, match=message):
+        branch.run_branch(trunk, 64, 640, "", str(tmp_path / "out"))
+    # Nothing was trained, so another rate may take the folder.
+    trunk = dataclasses.replace(trunk, rate=0.2)
+    with pytest.raises(InputError, match="ended with status 1"):
+        branch.run_branch(trunk, 64, 640, "", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "mlperf-bert-batch-256",
+            "^No noise scale: .* clips .* --set clip_each_replica=false",
+        ),
+        ("bert-mini-demo", "^No noise scale: .*history.jsonl has no gradient noise"),
+    ],
+)
+def test_a_run_without_a_noise_scale_is_told_why(recipe, message, tmp_path):
+    trunk = invented_trunk(tmp_path, recipe)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / branch.RESULTS).write_text('{"loss": 5.0}')
+    (folder / branch.ORIGIN).write_text(json.dumps(branch.origin(trunk, "")))
+    said = []
+    row = branch.run_branch(trunk, trunk.batch, 512, "", str(folder), said.append)
+    assert row["loss"] == 5.0 and "noise_scale" not in row
+    assert len(said) == 1 and re.search(message, said[0])
 
 
 @pytest.mark.slow

@@ -73,13 +73,12 @@ def measured(model_dir: str) -> float:
     rows = [row for row in rows if row["phase"] == rows[-1]["phase"]]
     if not rows:
         raise InputError(
-            f"--noise_scale: {path} has no gradient noise. Give the model_dir of a run with "
+            f"{path} has no gradient noise. Give the model_dir of a run with "
             "--set measure_noise_scale=true, or a number of examples."
         )
     signal, noise = (sum(row[n] for row in rows[len(rows) // 2 :]) for n in (SIGNAL, NOISE))
     if min(signal, noise) <= 0:
         raise InputError(
-            f"--noise_scale: in {path} the gradient is lost in its noise. Measure more steps, or a "
-            "larger batch."
+            f"in {path} the gradient is lost in its noise. Measure more steps, or a larger batch."
         )
     return noise / signal

@@ -9,7 +9,7 @@ import tensorflow as tf
 from batch_checks import joined
 
 from inputs.bad_records import BadRecords
-from inputs.errors import InputError
+from inputs.errors import InputError, message_in
 from inputs.shards import record_offsets
 from inputs.text import pretraining_records
 from inputs.text.batches import element_spec
@@ -166,8 +166,9 @@ def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
     with pytest.raises(
         tf.errors.InvalidArgumentError,
         match=f"InputError: --data_dir: {path}, byte {place}: damaged",
-    ):
+    ) as caught:
         joined(examples_of(files).evaluation_batches(8, 1_000))
+    assert message_in(caught.value).endswith("on_bad_record=skip.")
     with pytest.raises(InputError, match=f"{path}, byte {header}: damaged .* Repair it, or skip"):
         opened(tmp_path / "other", many, skip=False)
     data[header + 1] ^= 1
@@ -209,8 +210,9 @@ def test_records_that_do_not_fit_or_have_other_words_are_said(many, tmp_path):
     with pytest.raises(
         tf.errors.InvalidArgumentError,
         match=r"InputError: .* more than the 8 tokens or 4 masked tokens of the phase. Set seq",
-    ):
+    ) as caught:
         joined(examples_of(files, length=8).evaluation_batches(8, 1_000))
+    assert message_in(caught.value).endswith("that the records were made with.")
     with pytest.raises(tf.errors.InvalidArgumentError, match="the 16 tokens or 1 masked tokens"):
         joined(examples_of(files, predictions=1).evaluation_batches(8, 1_000))
     pieces = ["[PAD]", "[CLS]", "[SEP]", *map(str, range(WORDS))]

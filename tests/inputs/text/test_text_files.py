@@ -202,6 +202,7 @@ def test_json_with_a_document_per_line(tmp_path):
         ("books.tar.gz", "Unpack it"),
         ("a.json", "one such object per line"),
         ("page.HTML", "Convert it to plain text"),
+        ("part_0.hdf5", "is an HDF5 file"),
         ("wiki.train.tokens", "blank line between documents, give it a name that ends in .txt"),
     ],
 )
@@ -210,8 +211,26 @@ def test_the_advice_fits_the_kind_of_file(tmp_path, name, advice):
     for entry in (tmp_path / name, tmp_path, tmp_path / "*"):
         with pytest.raises(InputError, match=rf"^--data_dir: .*{name} is not of a kind.*{advice}"):
             read(entry)
-        with pytest.raises(InputError, match="See docs/guides/your-data.md"):
+        with pytest.raises(InputError, match="TFRecord files of masked .*See docs/guides/your"):
             read(entry)
+    with pytest.raises(InputError, match=f"^--input: .*{name} is not of a kind") as caught:
+        files.find_files(str(tmp_path), "--input")
+    assert "masked examples" not in str(caught.value)
+
+
+def test_empty_files_of_no_kind_are_said_to_be_empty(tmp_path):
+    """As after a download of MLPerf's records that failed."""
+    make(tmp_path, eval_10k="", **{"part-0": "", "vocab.txt": "[PAD]"})
+    message = "^--data_dir: .*eval_10k and 1 more: an empty file has no records and no text. Copy"
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
+    with pytest.raises(InputError, match="^--data_dir: .*part-0: an empty file has no records"):
+        read(tmp_path / "part-0")
+    make(tmp_path, **{"part-0": "x"})
+    with pytest.raises(InputError, match="part-0 is not of a kind that is read as text"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="does not exist, .* or TFRecord files of masked examples"):
+        read(tmp_path / "nothing")
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):

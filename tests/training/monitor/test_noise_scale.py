@@ -108,7 +108,7 @@ def test_the_planner_takes_a_number_or_a_run_that_measured(tmp_path):
     assert plan.parse_noise_scale("5000") == 5000.0
     with pytest.raises(InputError, match="--noise_scale must be positive"):
         plan.parse_noise_scale("-1")
-    with pytest.raises(InputError, match="history.jsonl has no gradient noise"):
+    with pytest.raises(InputError, match="^--noise_scale: .*history.jsonl has no gradient noise"):
         plan.parse_noise_scale(str(tmp_path))
     rows = [
         {"step": 1, "phase": 1, "gradient_signal": 1.0, "gradient_noise": 7.0},
