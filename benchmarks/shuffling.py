@@ -12,6 +12,8 @@ gives, unless lanes are few.
 
 import argparse
 
+from inputs import process  # isort: split
+
 import numpy as np
 import tensorflow as tf
 
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

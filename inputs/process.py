@@ -31,7 +31,7 @@ gc.set_threshold(50_000, 10, 10)
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
-def run(main: Callable[..., int], *arguments) -> None:
+def run(main: Callable[..., int | None], *arguments) -> None:
     """Calls the `main` function of a command and exits with the status that it returns.
 
     An empty argument or flag, usually from a shell variable that is not set, is refused: it would
@@ -49,7 +49,7 @@ def run(main: Callable[..., int], *arguments) -> None:
     call(main, *arguments)
 
 
-def call(main: Callable[..., int], *arguments) -> None:
+def call(main: Callable[..., int | None], *arguments) -> None:
     """Calls `main`, and exits with the status that it returns.
 
     Bad input that `main` does not report itself, Ctrl-C, and standard output that cannot be written
