@@ -531,6 +531,15 @@ def describe_error(error: Exception) -> str:
     raise error
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags as absl does, but ends --help and its like with status 0, not 1."""
+    try:
+        return FLAGS(argv)
+    except SystemExit:
+        sys.exit(0)
+    except flags.Error:
+        return app.parse_flags_with_usage(argv)  # prints the error and exits
+
+
 if __name__ == "__main__":
-    process.escape_output()  # also for --help
-    app.run(run)
+    process.call(app.run, run, None, parse_flags)

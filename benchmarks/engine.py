@@ -15,7 +15,6 @@ Then `train.py` is started, stopped after its first step, and started again.
 import argparse
 import contextlib
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 import numpy as np
 import psutil
@@ -244,4 +243,4 @@ def show_steps(steps, host, save, steps_per_loop):
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

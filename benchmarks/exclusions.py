@@ -26,11 +26,10 @@ import argparse
 import gc
 import gzip
 import json
-import os
 import re
 import warnings
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 import keras
 import tensorflow as tf
@@ -197,4 +196,4 @@ def write(found, file):
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 import numpy as np
 import psutil
@@ -268,4 +268,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

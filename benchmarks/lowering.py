@@ -8,11 +8,10 @@ a shape that is not static, is an error. Prints the seconds and peak memory of t
 """
 
 import argparse
-import os
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 import tensorflow as tf
 import tf_keras
@@ -135,4 +134,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

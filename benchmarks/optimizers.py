@@ -15,7 +15,8 @@ import statistics
 import threading
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX would wait for a TPU
 
 import keras
@@ -238,4 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -17,19 +17,21 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
+
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import numpy as np
 import tensorflow as tf
 
 import recipes
+from inputs.errors import InputError
 from inputs.text import packing
 from models import bert
 from models import packing as packed_bert
 from preflight import run as preflight
 from preflight.compiler.children import show_progress
-from preflight.compiler.topology import parse_topologies
+from preflight.compiler.topology import parse_topology
 
 WORDS = 1_000
 
@@ -70,14 +72,20 @@ def compiled(model, sums):
 
 def compile_steps(name: str, topology: str, per_row: int) -> None:
     """Prints the estimated time of a step of a recipe, padded and packed."""
-    recipe = recipes.find_recipe(name)
+    where = parse_topology(topology, "--topology")
+    try:
+        recipe = recipes.find_recipe(name)
+    except ValueError as error:
+        raise InputError(f"--recipe={name}: {error}") from None
+    if len(recipe.phases) > 1:
+        raise InputError(f"--recipe={name} has several phases; give a recipe of one phase.")
     (phase,) = recipe.phases
     packed = [f"sequences_per_row={per_row}", f"global_batch_size={rows_of(phase, per_row)}"]
     for form, settings in (("padded", []), ("packed", packed)):
         with show_progress(lambda line: print(line, file=sys.stderr), total=1) as progress:
             (result,) = preflight.examine(
                 recipes.override(recipe, ["compute_dtype=bfloat16", *settings]),
-                parse_topologies(topology),
+                [where],
                 progress=progress,
                 search=False,
             )
@@ -96,7 +104,7 @@ def rows_of(phase, per_row: int) -> int:
     """The number of rows of a phase's batch."""
     rows, rest = divmod(phase.global_batch_size, per_row)
     if rest:
-        raise SystemExit(f"--per_row={per_row} does not divide the {phase.global_batch_size}.")
+        raise InputError(f"--per_row={per_row} does not divide the {phase.global_batch_size}.")
     return rows
 
 
@@ -145,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

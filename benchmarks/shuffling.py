@@ -12,6 +12,8 @@ permutation, unless there are few lanes.
 
 import argparse
 
+from inputs import process  # isort: split
+
 import numpy as np
 import tensorflow as tf
 
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -9,10 +9,9 @@ that differ after encoding and decoding, by cause.
 import argparse
 import collections
 import dataclasses
-import os
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 from inputs.bad_records import BadRecords
 from inputs.squad import examples as squad_examples
@@ -89,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

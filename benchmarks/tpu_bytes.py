@@ -11,9 +11,8 @@ ten minutes on two cores.
 import argparse
 import gc
 import math
-import os
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 from preflight.compiler.compile import compile_program, from_hlo, open_topology  # isort: skip
 import jax
@@ -24,6 +23,7 @@ import tensorflow as tf
 import tf_lamb
 from benchmarks import shapes
 from inputs.storage.files import write_json
+from preflight.compiler.topology import parse_topology
 from preflight.compiler.traffic import count_traffic
 from preflight.estimate import counts_main_memory
 
@@ -179,7 +179,8 @@ def main():
     )
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
-    device = tpu(flags.topology)
+    topology = parse_topology(flags.topology, "--topology")
+    device = tpu(topology.name)
     rows = []
     print(f"{device.device_kind:36}moved    arguments    temporary")
     for model in flags.model or shapes.MODELS:
@@ -191,7 +192,7 @@ def main():
                 else:
                     row = our_figures(rule, case, layers, shapes.EXCLUDED[model], device)
                 rows.append(
-                    {"topology": flags.topology, "model": model, "rule": rule, "case": case} | row
+                    {"topology": topology.name, "model": model, "rule": rule, "case": case} | row
                 )
                 print(
                     f"{model:10} {rule:5} {case:16} {row['moved']:6.3f} N "
@@ -203,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

@@ -11,10 +11,9 @@ quarter of an hour.
 import argparse
 import contextlib
 import dataclasses
-import os
 from unittest import mock
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no start-up messages; read at import
+from inputs import process  # isort: split
 
 from preflight.compiler import compile as tpu  # isort: skip  sets the environment before JAX is imported
 import tensorflow as tf
@@ -22,10 +21,11 @@ import tf_keras
 from official.modeling.optimization import lamb, lars
 
 import recipes
+from inputs.errors import InputError
 from inputs.storage.files import write_json
 from models import bert
 from preflight.compiler.program import Replica
-from preflight.compiler.topology import parse_topologies
+from preflight.compiler.topology import parse_topology
 from preflight.estimate import counts_main_memory, modelled_seconds
 from training import dropout as randomness
 from training import optimizers
@@ -125,10 +125,15 @@ def main():
     parser.add_argument("--set", action="append", default=[], help="field=value of the recipe")
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
-    recipe = recipes.override(
-        recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
-    )
-    (topology,) = parse_topologies(flags.topology, "--topology")
+    try:
+        recipe = recipes.override(
+            recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
+        )
+    except ValueError as error:
+        raise InputError(f"--recipe or --set: {error}") from None
+    if not 1 <= flags.phase <= len(recipe.phases):
+        raise InputError(f"--phase={flags.phase}: the recipe has {len(recipe.phases)} phase(s).")
+    topology = parse_topology(flags.topology, "--topology")
     found = []
     print(
         "variant           program  estimated ms       GB     floats/parameter   GiB  all-reduces"
@@ -149,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

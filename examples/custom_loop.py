@@ -14,6 +14,7 @@ It prints the loss every 20 steps and the names of the files written: the record
 figures: `tensorboard --logdir=logs`.
 """
 
+import argparse
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: hides its start-up messages
@@ -81,4 +82,6 @@ def main(steps=200):
 
 
 if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

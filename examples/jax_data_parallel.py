@@ -13,6 +13,7 @@ It prints the devices, the loss and accuracy of each epoch, and on how many devi
 are.
 """
 
+import argparse
 import os
 
 # All of these must be set before Keras and JAX are imported.
@@ -74,4 +75,6 @@ def main(epochs=5, steps_per_epoch=40):
 
 
 if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

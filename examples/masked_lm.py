@@ -13,6 +13,7 @@ It prints the loss and the masked-token accuracy of each epoch, and the words th
 model puts in place of two `[MASK]`s.
 """
 
+import argparse
 import os
 import random
 
@@ -119,4 +120,6 @@ def main(epochs=5, steps_per_epoch=40):
 
 
 if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

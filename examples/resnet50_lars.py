@@ -15,6 +15,7 @@ It prints the scaled schedule, what LARS does to the first variables, and the lo
 and accuracy of each epoch.
 """
 
+import argparse
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: hides its start-up messages
@@ -94,4 +95,6 @@ def main(epochs=3, steps_per_epoch=4):
 
 
 if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

@@ -15,6 +15,7 @@ It prints the likeliest word pieces for each `[MASK]`, the answer to each questi
 the likeliest classes of each image, depending on what the model was trained for.
 """
 
+import argparse
 import os
 import sys
 
@@ -88,6 +89,9 @@ def main(export_dir, *arguments):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("export_dir", metavar="EXPORT_DIR")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+")
+    arguments = parser.parse_args()
+    main(arguments.export_dir, *arguments.inputs)

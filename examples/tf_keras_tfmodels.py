@@ -12,6 +12,7 @@ Install in the project's folder, and run (about half a minute on two cores):
 It prints the loss and accuracy of each epoch, and how many variables LAMB adapts.
 """
 
+import argparse
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow: hides its start-up messages
@@ -80,4 +81,6 @@ def main(epochs=4, steps_per_epoch=40):
 
 
 if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

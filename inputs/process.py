@@ -5,13 +5,18 @@ TensorFlow and Keras read environment variables when they are imported. `tensorf
 ~/.keras/keras.json selects for the user's other programs.
 """
 
+import contextlib
 import gc
 import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
+
+from inputs.errors import InputError
 
 ASKED_BACKEND = os.environ.get("KERAS_BACKEND", "")  # what the user set; ignored
 
@@ -26,39 +31,142 @@ gc.set_threshold(50_000, 10, 10)
 INTERRUPTED = 130  # exit status after Ctrl-C, as in a shell
 
 
-def run(main: Callable[..., int], *arguments) -> None:
+def run(main: Callable[..., int | None], *arguments) -> None:
     """Calls the `main` function of a command and exits with the status that it returns.
 
     An empty argument or flag, usually from a shell variable that is not set, is refused: it would
-    be taken for the default. Ctrl-C ends a command that does not handle it in one line,
-    without a traceback.
+    be taken for the default. See `call` for the rest.
     """
-    escape_output()
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = (spec.name if spec else os.path.basename(sys.argv[0])).removesuffix(".__main__")
     for before, argument in itertools.pairwise(sys.argv):
         if re.fullmatch(r"(--?[\w-]+=)?\s*", argument):
             flag = before if re.fullmatch(r"--?[\w-]+", before) else "an argument"
             what = argument.strip().removesuffix("=") or flag
-            print(
-                f"{name}: {what} is empty, perhaps because a shell variable is not set. Give a "
-                "value, or leave it out.",
-                file=sys.stderr,
+            _complain(
+                f"{what} is empty, perhaps because a shell variable is not set. Give a value, or "
+                "leave it out."
             )
             sys.exit(1)
+    call(main, *arguments)
+
+
+def call(main: Callable[..., int | None], *arguments) -> None:
+    """Calls `main`, and exits with the status that it returns.
+
+    Bad input that `main` does not report itself, Ctrl-C, and standard output that cannot be written
+    end the command in one line, without a traceback.
+    """
+    sys.unraisablehook = _UNRAISABLE_HOOK
+    prepare_output()
     try:
         status = main(*arguments)
+    except InputError as error:
+        _complain(str(error))
+        status = 1
     except KeyboardInterrupt:
-        print(f"{name}: stopped.", file=sys.stderr)
+        _complain("stopped.")
         status = INTERRUPTED
+    finally:
+        sys.stdout.flush()  # also after the `SystemExit` of --help
     sys.exit(status)
 
 
-def escape_output() -> None:
+@contextlib.contextmanager
+def sigterm_as_interrupt():
+    """Inside, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does, so that cleanup code runs."""
+    if threading.current_thread() is not threading.main_thread():  # where Python runs no handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def prepare_output() -> None:
     r"""Makes `print` escape characters that standard output cannot encode, for example as \u4e2d.
 
     By default `print` raises `UnicodeEncodeError` for them, as for Chinese text in the C locale or
     for a file name that is not UTF-8. Standard error escapes them by default.
+
+    If standard output is closed, the process exits. If it cannot be written, the process exits when
+    it writes.
     """
+    if sys.stdout is None:
+        _complain("standard output is closed. Redirect it to a file, or to /dev/null.")
+        sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout = _Output(sys.stdout)  # type: ignore[assignment]
+
+
+class _Output:
+    """A text stream that exits with one line on standard error if it cannot be written.
+
+    An `OSError` would be taken for one of another file by the command, or be ignored by argparse.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._exit_on_error():
+            return self._stream.write(text)
+
+    def writelines(self, lines) -> None:
+        with self._exit_on_error():
+            self._stream.writelines(lines)
+
+    def flush(self) -> None:
+        with self._exit_on_error():
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _exit_on_error(self):
+        try:
+            yield
+        except OSError as error:
+            # Python flushes the stream again at its exit; what is left goes nowhere.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            _complain(f"standard output cannot be written ({error.strerror}).")
+            sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    """Prints a line with the command's name to standard error."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = (spec.name if spec else os.path.basename(sys.argv[0])).removesuffix(".__main__")
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_interrupt(error) -> bool:
+    """Whether an error is a Ctrl-C, or what an extension module made of it during its imports."""
+    while isinstance(error, ImportError | SystemError):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _exit_on_interrupt(next_hook):
+    """Returns a hook of `sys` that ends the process after a Ctrl-C before `call`.
+
+    TensorFlow's imports take seconds, and some callbacks in them ignore an interrupt.
+    """
+
+    def hook(*arguments):
+        error = arguments[1] if len(arguments) > 1 else arguments[0].exc_value
+        if not _is_interrupt(error):
+            next_hook(*arguments)
+            return
+        _complain("stopped.")
+        os._exit(INTERRUPTED)  # Python itself would raise the signal again
+
+    return hook
+
+
+_UNRAISABLE_HOOK = sys.unraisablehook
+sys.excepthook = _exit_on_interrupt(sys.excepthook)
+sys.unraisablehook = _exit_on_interrupt(sys.unraisablehook)

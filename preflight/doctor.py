@@ -403,14 +403,18 @@ def check_machine(model_dir: str) -> list[Finding]:
         findings.append(_check_storage(model_dir))
         model_dir = tempfile.gettempdir()
     folder = pathlib.Path(model_dir).absolute()
-    while not folder.exists():
+    while not os.path.lexists(folder):
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    fix = "remove old runs, or use a --model_dir on another disk"
-    findings.append(_check_amount("Disk", free, MIN_DISK, f"free at {folder}", fix))
-    if not os.access(folder, os.W_OK):
-        message = f"{folder} is not writable"
+    if not folder.is_dir():  # a file, or a link to nothing
+        message = f"{folder} is not a folder"
         findings.append(Finding(ERROR, "Disk", message, "use another --model_dir"))
+    else:
+        free = shutil.disk_usage(folder).free
+        fix = "remove old runs, or use a --model_dir on another disk"
+        findings.append(_check_amount("Disk", free, MIN_DISK, f"free at {folder}", fix))
+        if not os.access(folder, os.W_OK):
+            message = f"{folder} is not writable"
+            findings.append(Finding(ERROR, "Disk", message, "use another --model_dir"))
     memory = free_memory()
     if memory is not None:
         fix = f"{MORE_MEMORY}, or use a smaller model or batch"

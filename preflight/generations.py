@@ -328,7 +328,7 @@ def main(arguments: list[str]) -> int:
         total = sum(len(recipe.phases) for recipe in chosen) * len(TPU_CHIPS)
         with show_progress(_print_line, total=total) as progress:
             for recipe in chosen:
-                with temporary_folder("generations-") as folder:
+                with process.sigterm_as_interrupt(), temporary_folder("generations-") as folder:
                     _examine_recipe(recipe, cells, Children(progress, folder), progress)
     except ValueError as error:
         _print_line(f"preflight.generations: {error}")

@@ -1,5 +1,6 @@
 """Draws the results of a pre-flight."""
 
+import math
 import textwrap
 
 import matplotlib
@@ -29,7 +30,10 @@ TIME_COLORS = {
 TOTAL_COLOR = "#7f7f7f"
 FAILED_COLOR = "#d62728"
 FAILED = {"facecolor": "none", "edgecolor": FAILED_COLOR, "hatch": "///", "linewidth": 1.0}
-MARKERS = "os^Dvp"
+MARKERS = "os^DvX"
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+LABEL_PERCENT = 7  # height of a label of a line of the efficiency
+LABEL_WIDTH = 0.14  # of such a label, as a share of the axis
 BAR_WIDTH = 0.6
 HIGHEST_SHARE = 120  # of HBM, in percent: a higher bar is cut off
 REASON_CHARACTERS = 19  # per line of a reason
@@ -77,7 +81,11 @@ def _draw_memory(panel, results):
             share = min(100 * needed / limit, HIGHEST_SHARE) if too_large else 100
             panel.bar(place, share, BAR_WIDTH, **FAILED)
             if too_large:
-                _print_above(panel, place, share, f"needs\n{format_bytes(needed)}", FAILED_COLOR)
+                percent = f"{100 * needed / limit:.3g} %"
+                if 100 * needed / limit > HIGHEST_SHARE:
+                    percent += ", cut off"
+                text = f"{format_bytes(needed)}\n{percent}"
+                _print_above(panel, place, share, text, FAILED_COLOR)
             else:
                 _print_reason(panel, place, result.error)
             continue
@@ -97,7 +105,7 @@ def _draw_memory(panel, results):
 
 def _draw_time(panel, results):
     """Draws the parts of a step in milliseconds. They add up to its time."""
-    tallest = max((result.time.step for result in results if result.time), default=1)
+    tallest = max((result.time.step for result in results if result.time), default=None)
     for place, result in enumerate(results):
         time = result.time
         if time is None:
@@ -113,14 +121,14 @@ def _draw_time(panel, results):
         _stack(panel, place, {name: 1e3 * part for name, part in parts.items()}, TIME_COLORS)
         _print_above(panel, place, 1e3 * time.step, format_seconds(time.step))
     panel.set_ylabel("ms per step")
-    panel.set_ylim(0, 1.2e3 * tallest)
+    _scale(panel, tallest and 1e3 * tallest)
     _finish(panel, results, TIME_COLORS)
 
 
 def _draw_minutes(panel, results):
     """Draws the time of each phase."""
-    longest = max((result.minutes for result in results if result.time), default=1)
-    in_seconds = longest < 1
+    longest = max((result.minutes for result in results if result.time), default=None)
+    in_seconds = longest is not None and longest < 1
     factor = 60 if in_seconds else 1
     for place, result in enumerate(results):
         if result.time is None:
@@ -129,7 +137,7 @@ def _draw_minutes(panel, results):
         panel.bar(place, factor * result.minutes, BAR_WIDTH, color=TOTAL_COLOR)
         _print_above(panel, place, factor * result.minutes, format_minutes(result.minutes))
     panel.set_ylabel("seconds of the phase" if in_seconds else "minutes of the phase")
-    panel.set_ylim(0, 1.2 * factor * longest)
+    _scale(panel, longest and factor * longest)
     _finish(panel, results, {})
 
 
@@ -147,18 +155,61 @@ def _generations_of_several_sizes(results) -> dict[str, list[tuple[int, float]]]
 def _draw_efficiency(panel, results):
     """Draws the speed per chip relative to the smallest slice, where there are several slices."""
     lines = _generations_of_several_sizes(results)
-    for marker, (kind, line) in zip(MARKERS, lines.items(), strict=False):
-        points = [(chips, 100 * efficiency) for chips, efficiency in line]
-        panel.plot(*zip(*points, strict=True), marker=marker, color="black", lw=1, label=kind)
-        last = points[-1]
-        panel.annotate(f"{last[1]:.1f} %", last, (6, 0), textcoords="offset points", va="center")
     sizes = sorted({chips for line in lines.values() for chips, _ in line})
+    span = math.log(sizes[-1] / sizes[0])
+    right = math.exp(0.015 * span)  # of a marker
+    ends = {}
+    for marker, style, (kind, line) in zip(MARKERS, LINES, lines.items(), strict=False):
+        points = [(chips, 100 * efficiency) for chips, efficiency in line]
+        panel.plot(*zip(*points, strict=True), marker=marker, linestyle=style, color="black", lw=1)
+        ends[kind] = points[-1]
+    for kind, height in _spread(ends, span * LABEL_WIDTH).items():
+        chips, percent = ends[kind]
+        panel.annotate(
+            f"{kind} {percent:.1f} %",
+            (chips, percent),
+            (chips * right, height),
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "grey", "shrinkA": 0},
+        )
     panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 119))
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{size:,}" for size in sizes]))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(axis="y", alpha=0.3)
-    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _spread(ends: dict[str, tuple[int, float]], width: float) -> dict[str, float]:
+    """Returns the heights of labels that do not overlap, near the (chips, percent) of each.
+
+    Args:
+        ends: label -> (chips, percent).
+        width: of a label, as a difference of the logarithms of chips.
+    """
+    heights = {kind: percent for kind, (_, percent) in ends.items()}
+    # Down from the highest one, and up again from the axis.
+    for sign in (1, -1):
+        placed: list[str] = []
+        for kind in sorted(heights, key=lambda kind: -sign * heights[kind]):
+            near = [
+                heights[other] - sign * LABEL_PERCENT
+                for other in placed
+                if abs(math.log(ends[other][0] / ends[kind][0])) < width
+            ]
+            limit = [] if sign > 0 else [LABEL_PERCENT / 2]
+            choose = min if sign > 0 else max
+            heights[kind] = choose([heights[kind], *near, *limit])
+            placed.append(kind)
+    return heights
+
+
+def _scale(panel, highest: float | None):
+    """Sets the scale of the times of the results; without any, there is no scale."""
+    if highest is None:
+        panel.set_yticks([])
+    panel.set_ylim(0, 1.2 * (highest or 1))
 
 
 def _print_reason(panel, place, reason):

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 from inputs.errors import InputError
-from inputs.process import INTERRUPTED
+from inputs.process import INTERRUPTED, sigterm_as_interrupt
 from inputs.storage.files import (
     atomic_write,
     check_file_writable,
@@ -377,16 +377,12 @@ def run(
                 dataclasses.replace(result, data=one)
                 for result, one in zip(results, checked, strict=True)
             ]
-        print(report.describe(recipe, results))
+        try:
+            print(report.describe(recipe, results), flush=True)
+        finally:  # also if standard output cannot be written
+            if json_path:
+                picture_path = _write_results(json_path, recipe, results)
         if json_path:
-            _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
-            picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
-            try:
-                from preflight import picture  # Matplotlib takes a second to import
-
-                picture.draw(recipe, results, picture_path)
-            except OSError as error:
-                raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
             print(f"\nWritten    {json_path}, {picture_path}")
     except KeyboardInterrupt:
         log(
@@ -401,7 +397,7 @@ def _check_data(make_task, recipe, topologies, log) -> list[DataResult]:
     """For each phase, one result for each topology."""
     log("Checking the data of a host")
     several = any(t.replicas > t.replicas_per_host for t in topologies)
-    with temporary_folder("preflight-data-") as folder:
+    with sigterm_as_interrupt(), temporary_folder("preflight-data-") as folder:
         shared_dir = folder if several else ""
         task = make_task(shared_dir)
         return [
@@ -424,7 +420,7 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
     Returns:
         A list of `PhaseResult`: for each phase, one for each topology.
     """
-    with temporary_folder("preflight-") as folder:
+    with sigterm_as_interrupt(), temporary_folder("preflight-") as folder:
         children = Children(progress, folder)
         examiner = PhaseExaminer(recipe, topologies, children, search)
         results = []
@@ -465,6 +461,19 @@ def _check_json_path(path: str) -> None:
         )
     for written in (path, os.path.splitext(path)[0] + PICTURE_SUFFIX):
         check_file_writable(written, f"--preflight_json={path}")
+
+
+def _write_results(json_path: str, recipe, results) -> str:
+    """Writes the results as JSON and as a picture; returns the picture's path."""
+    _write(json_path, json.dumps([result.to_json() for result in results], indent=1))
+    picture_path = os.path.splitext(json_path)[0] + PICTURE_SUFFIX
+    try:
+        from preflight import picture  # Matplotlib takes a second to import
+
+        picture.draw(recipe, results, picture_path)
+    except OSError as error:
+        raise InputError(f"{picture_path} cannot be written ({error.strerror}).") from None
+    return picture_path
 
 
 def _write(path: str, text: str) -> None:

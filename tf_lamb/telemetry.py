@@ -31,6 +31,8 @@ PICTURE = "trust_ratios.png"
 COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a record.
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
+MAX_TICKS = 10  # The maximum number of intervals between labels on the axis of the steps.
+SHARED_PREFIX = 0.9  # The share of names that a prefix must have to be left out.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 # Colors of the heat map.
 NOT_FINITE = "black"
@@ -359,7 +361,7 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
     The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others are
-    clipped to the ends of the color scale. Prefixes that most names share are left out, as are
+    clipped to the ends of the color scale. Prefixes that nearly all names share are left out, as are
     layers with a ratio of 1 in all steps, which are not adapted. If a step was recorded twice
     because a run was resumed, the later record is drawn.
 
@@ -513,8 +515,8 @@ def _draw_on(figure, labels, steps, logs):
     broken = np.ma.masked_where(~np.isinf(logs), np.ones_like(logs))
     axes.imshow(broken, cmap=colors.ListedColormap([NOT_FINITE]), **settings)
     axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-    round_steps, places = _round_steps(steps, logs.shape[1])
-    axes.set_xticks(places, [f"{step:,}" for step in round_steps], fontsize=8)
+    tick_steps, places = _tick_steps(steps, logs.shape[1])
+    axes.set_xticks(places, [f"{step:,}" for step in tick_steps], fontsize=8)
     axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel("step", fontsize=9)
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
@@ -540,21 +542,30 @@ def _scale_end(logs) -> float:
     return float(max(1.0, min(sizes.max(), 2 * np.percentile(sizes, 75))))
 
 
-def _round_steps(steps, columns):
-    """Returns round numbers of steps, and their places on the axis of the columns."""
+def _tick_steps(steps, columns):
+    """Returns steps to label, and their places on the axis of the columns.
+
+    They are round numbers, unless the steps are so uneven that their labels would overlap, or leave
+    a part of the axis without labels. Then they are the first steps of columns at equal distances.
+    """
     from matplotlib.ticker import MaxNLocator
 
     firsts = [steps[i * len(steps) // columns] for i in range(columns)]
     if len(firsts) < 2:
         return firsts, [0.0]
-    locator = MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10])
+    locator = MaxNLocator(nbins=MAX_TICKS, integer=True, steps=[1, 2, 5, 10])
     ticks = locator.tick_values(firsts[0], firsts[-1])
     ticks = [int(tick) for tick in ticks if firsts[0] <= tick <= firsts[-1]]
-    return ticks, list(np.interp(ticks, firsts, range(columns)))
+    places = list(np.interp(ticks, firsts, range(columns)))
+    distances = np.diff([-0.5, *places, columns - 0.5]) / columns
+    if len(ticks) > 1 and distances[1:-1].min() > 0.6 / MAX_TICKS and distances.max() < 0.5:
+        return ticks, places
+    chosen = range(0, columns, -(-columns // MAX_TICKS))
+    return [firsts[i] for i in chosen], [float(i) for i in chosen]
 
 
 def _shorten_names(names):
-    """Removes leading parts of names, such as "model/", that most of the names share.
+    """Removes leading parts of names, such as "model/", that nearly all of the names share.
 
     Returns:
         A tuple: the list of shorter names, which are as different as before, and the list of the
@@ -565,7 +576,7 @@ def _shorten_names(names):
         heads = collections.Counter(name.partition("/")[0] for name in names if "/" in name)
         head, count = max(heads.items(), key=lambda item: item[1], default=("", 0))
         shorter = [name.removeprefix(f"{head}/") for name in names]
-        if 2 * count <= len(names) or len(set(shorter)) < len(set(names)):
+        if count < SHARED_PREFIX * len(names) or len(set(shorter)) < len(set(names)):
             return names, removed
         names = shorter
         removed.append(f"{head}/")

@@ -28,6 +28,7 @@ import tf_keras
 
 from inputs.errors import InputError
 from inputs.order import with_one_graph
+from inputs.process import sigterm_as_interrupt
 from inputs.storage.files import atomic_write, check_file_writable, temporary_folder
 from training import input_graph
 from training.host import JOB
@@ -510,7 +511,7 @@ def run(make_task: Callable, recipe, count: int, *, seed: int, json_path: str, l
         check_file_writable(json_path, f"--rehearse_json={json_path}")
     replicas = replicas_per_host(recipe, count)
     log(f"Starting {count} hosts as processes of this machine")
-    with temporary_folder("rehearsal-") as folder, Hosts(count) as hosts:
+    with sigterm_as_interrupt(), temporary_folder("rehearsal-") as folder, Hosts(count) as hosts:
         try:
             task = make_task(folder)
             reports = []
@@ -525,28 +526,35 @@ def run(make_task: Callable, recipe, count: int, *, seed: int, json_path: str, l
         except tf.errors.OpError:
             hosts.check()  # names the host that has ended
             raise
-        print(describe(task, reports, training), flush=True)
+        text = describe(task, reports, training)
     problems = [problem for report in reports for problem in report.problems]
     if training and not np.isfinite(np.array(training["losses"], float)).all():
         problems.append("The training step on host 0 gave a loss that is not finite.")
-    if json_path:
-        content = {
-            "recipe": recipe.name,
-            "hosts": count,
-            "phases": [_json(report) for report in reports],
-            "training": training,
-            "problems": problems,
-        }
-        try:
-            with atomic_write(json_path) as file:
-                file.write(json.dumps(content, indent=1))
-        except OSError as error:
-            raise InputError(
-                f"--rehearse_json={json_path} cannot be written ({error.strerror})."
-            ) from None
+    try:
+        print(text, flush=True)
+    finally:  # also if standard output cannot be written
+        if json_path:
+            content = {
+                "recipe": recipe.name,
+                "hosts": count,
+                "phases": [_json(report) for report in reports],
+                "training": training,
+                "problems": problems,
+            }
+            _write(json_path, content)
     for problem in problems:
         log(f"train.py: {problem}")
     return int(bool(problems))
+
+
+def _write(json_path: str, content: dict) -> None:
+    try:
+        with atomic_write(json_path) as file:
+            file.write(json.dumps(content, indent=1))
+    except OSError as error:
+        raise InputError(
+            f"--rehearse_json={json_path} cannot be written ({error.strerror})."
+        ) from None
 
 
 def _json(report):

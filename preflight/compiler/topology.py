@@ -91,6 +91,18 @@ def parse_topologies(text: str, flag: str = "--preflight") -> list[Topology]:
     return list(dict.fromkeys(_parse(name, f"{flag}={name}") for name in names))
 
 
+def parse_topology(text: str, flag: str) -> Topology:
+    """Reads one topology; see `parse_topologies`.
+
+    Raises:
+        InputError: as `parse_topologies`, or the text names several topologies.
+    """
+    topology, *others = parse_topologies(text, flag)
+    if others:
+        raise InputError(f"{flag}={text}: give one topology.")
+    return topology
+
+
 def slices_of(chip: TpuChip) -> Iterator[Topology]:
     """Yields a slice for each power of two of chips, the smallest first."""
     chips = 1
@@ -102,12 +114,13 @@ def slices_of(chip: TpuChip) -> Iterator[Topology]:
 
 
 def _parse(name: str, flag_and_name: str) -> Topology:
-    match = re.fullmatch(r"(\w+)[:-](\d+)|(?:(\w+)[:-])?(\d+(?:x\d+)+)|(\w+)", name.lower())
+    match = re.fullmatch(r"(\w+)[:-](\d+)|(?:(\w+)[:-])?(\d+(?:x\d+)+)|(\w+)[:-]?", name.lower())
     if not match:
         raise InputError(f"{flag_and_name} is not the name of a TPU slice; give {EXAMPLES}.")
     generation, size, sides = match[1] or match[3] or match[5], match[2], match[4]
-    if not generation:
-        raise InputError(f"{flag_and_name}: the generation is missing; give {_with_sides(sides)}.")
+    if not generation or generation.isdecimal():
+        text = _without_generation(sides or generation)
+        raise InputError(f"{flag_and_name}: the generation is missing{text}.")
     chip = find_tpu(generation)
     if not chip:
         raise InputError(f"{flag_and_name}: {_unknown_generation(generation)}.")
@@ -153,15 +166,15 @@ def _shape_of_type(size: int, chip: TpuChip, flag_and_name: str) -> tuple[int, .
         InputError: there is no such slice.
     """
     chips = chip.chips_of_type(size)
-    shape = _shape_of_chips(int(chips), chip) if chips == int(chips) else None
+    shape = _shape_of_chips(chips, chip)
     if not shape:
-        raise InputError(f"{flag_and_name}: {_no_slice(chips, chip)}.")
+        raise InputError(f"{flag_and_name}: {_no_slice(chips, chip, of_type=True)}.")
     return shape
 
 
-def _shape_of_chips(chips: int, chip: TpuChip) -> tuple[int, ...] | None:
+def _shape_of_chips(chips: float, chip: TpuChip) -> tuple[int, ...] | None:
     """Returns the shape closest to a square or cube of a slice; None if there is no such slice."""
-    sides = [n for n in range(1, min(chips, chip.max_chips) + 1) if chips % n == 0]
+    sides = [n for n in range(1, min(int(chips), chip.max_chips) + 1) if chips % n == 0]
     shapes = [
         shape
         for shape in itertools.combinations_with_replacement(sides, chip.mesh_dimensions)
@@ -180,11 +193,23 @@ def _smallest(chip: TpuChip) -> Topology:
     return next(slices_of(chip))
 
 
-def _with_sides(sides: str) -> str:
-    """Returns the names of the slices with these sides, or of some slices if there are none."""
-    shape = tuple(map(int, sides.split("x")))
-    names = [f"{name}:{sides}" for name, chip in TPU_CHIPS.items() if _is_slice(shape, chip)]
-    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or EXAMPLES
+def _without_generation(sides_or_size: str) -> str:
+    """Returns what to give in place of sides or a size alone, as the end of a sentence."""
+    if "x" in sides_or_size:
+        shape = tuple(map(int, sides_or_size.split("x")))
+        names = [
+            f"{name}:{sides_or_size}" for name, chip in TPU_CHIPS.items() if _is_slice(shape, chip)
+        ]
+    else:
+        size = int(sides_or_size)
+        names = [
+            f"{name}-{size}"
+            for name, chip in TPU_CHIPS.items()
+            if _shape_of_chips(chip.chips_of_type(size), chip)
+        ]
+    if not names:
+        return f", and no TPU has a slice of {sides_or_size}; give a slice such as v3:32x32"
+    return f"; give {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
 
 
 def _unknown_generation(name: str) -> str:
@@ -195,12 +220,21 @@ def _unknown_generation(name: str) -> str:
     return f"{name} is not one of the TPUs {', '.join(TPU_CHIPS)}"
 
 
-def _no_slice(chips: float, chip: TpuChip) -> str:
-    """Returns what is wrong with a number of chips, and the next slices."""
+def _no_slice(chips: float, chip: TpuChip, of_type: bool = False) -> str:
+    """Returns what is wrong with a number of chips, and the next slices.
+
+    Args:
+        chips: the number, not whole if the size of an accelerator type is that of a part of a chip.
+        chip: the generation of TPU.
+        of_type: whether the slice was named by an accelerator type.
+    """
     largest = _type_name(chip, chip.max_chips)
     if chips > chip.max_chips:
         return f"the largest slice of {chip.name} is {largest}, {chip.max_chips:,} chips"
     slices = list(slices_of(chip))
-    below = [t.name for t in slices if t.chips <= chips][-1:]
-    above = [t.name for t in slices if t.chips > chips][:1]
-    return f"{chip.name} has no such slice; the next is {' or '.join(below + above)}"
+    nearest = [t for t in slices if t.chips <= chips][-1:] + [t for t in slices if t.chips > chips][
+        :1
+    ]
+    names = [f"{_type_name(chip, t.chips)} ({t.name})" if of_type else t.name for t in nearest]
+    counted = f"; the number counts {chip.type_counts}" if of_type else ""
+    return f"{chip.name} has no such slice; the next is {' or '.join(names)}{counted}"

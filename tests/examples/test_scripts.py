@@ -63,6 +63,26 @@ def test_every_script_has_a_test_and_says_how_to_run_it_and_imports_the_library_
         assert text.startswith('"""') and "\nIt prints " in text, path.name
 
 
+def test_every_script_describes_itself_and_refuses_other_arguments(tmp_path):
+    run = """import argparse, sys, types
+class Anything(types.ModuleType):
+    def __getattr__(self, name): return self
+    def __call__(self, *arguments, **named): return self
+    __or__ = __ror__ = __getitem__ = __call__
+for name in sys.argv[3:]: sys.modules[name] = Anything(name)
+path, sys.argv = sys.argv[1], sys.argv[1:3]
+import runpy; runpy.run_path(path, run_name="__main__")"""
+    frameworks = ("tensorflow", "tensorflow_text", "keras", "keras_hub", "tf_keras", "official")
+    frameworks += ("official.nlp", "official.nlp.modeling", "tf_lamb", "tf_lamb.tf_keras")
+    for path in EXAMPLES.glob("*.py"):
+        for flag, status in (("--help", 0), ("--wrong", 2)):
+            command = [sys.executable, "-c", run, path, flag, *frameworks]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == status, done.stderr
+            assert f"usage: {path.name}" in done.stdout + done.stderr
+        assert not [*tmp_path.iterdir()]
+
+
 def test_masked_lm(example, capsys):
     pytest.importorskip("keras_hub", reason="KerasHub is not installed (extra `examples`)")
     example("masked_lm").main(epochs=1, steps_per_epoch=3)

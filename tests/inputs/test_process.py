@@ -4,12 +4,15 @@ import ast
 import io
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from inputs import process
+from inputs.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 # `preflight` and `training.rehearsal` start these in their own environment. The client is a
@@ -17,13 +20,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHILDREN = {"probe.py", "child.py", "host.py"}
 COMMANDS = [
     path
-    for path in sorted([*ROOT.glob("train.py"), *ROOT.glob("[ipt][nr]*/**/*.py")])
+    for path in sorted(
+        [*ROOT.glob("train.py"), *ROOT.glob("[ipt][nr]*/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    )
     if 'if __name__ == "__main__":' in path.read_text() and path.name not in CHILDREN
 ]
 
 
 def test_all_commands_are_found():
-    assert [str(path.relative_to(ROOT)) for path in COMMANDS] == [
+    names = [str(path.relative_to(ROOT)) for path in COMMANDS]
+    assert [name for name in names if not name.startswith("benchmarks/")] == [
         *("inputs/images/index.py", "inputs/images/prepare.py", "inputs/text/prepare.py"),
         *("preflight/doctor.py", "preflight/document.py", "preflight/generations.py"),
         *("preflight/plan.py", "train.py", "training/branch.py", "training/monitor/plot.py"),
@@ -38,7 +44,7 @@ def test_a_command_sets_its_environment_before_other_imports(path):
     others = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
     assert others[0] == "inputs" and "from inputs import process  # isort: split" in text
     main = text[text.index('if __name__ == "__main__":') :]
-    assert "process.run(main" in main or "process.escape_output()" in main
+    assert "process.run(main" in main or "process.call(" in main
 
 
 @pytest.mark.slow
@@ -90,7 +96,7 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
         process.run(lambda text: print(text, flush=True) or 3, "中 é \udce4")
     assert end.value.code == 3 and written.getvalue() == b"\\u4e2d \\xe9 \\udce4\n"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    process.escape_output()  # not a stream with an encoding
+    process.prepare_output()  # not a stream with an encoding
 
 
 @pytest.mark.parametrize(
@@ -121,3 +127,111 @@ def test_ctrl_c_is_one_line(capsys):
     assert end.value.code == 130
     said = capsys.readouterr().err
     assert said.endswith(": stopped.\n") and said.count("\n") == 1
+
+
+def run_command(source, **streams):
+    """Runs a program that begins as the commands do."""
+    source = f"from inputs import process\n{source}"
+    streams = {"stderr": subprocess.PIPE} | streams
+    return subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, text=True, **streams)
+
+
+@pytest.mark.parametrize(
+    "interrupted",
+    [
+        "raise_signal(SIGINT)",
+        # As extension modules do.
+        "try:\n    raise_signal(SIGINT)\nexcept BaseException as e:\n    raise ImportError from e",
+        # As callbacks do.
+        "class A:\n    def __del__(self): raise_signal(SIGINT)\nA()\nprint('goes on')",
+    ],
+)
+def test_ctrl_c_during_imports_is_one_line(interrupted):
+    child = run_command(f"from signal import *\n{interrupted}", stdout=subprocess.PIPE)
+    assert child.communicate() == ("", "-c: stopped.\n")
+    assert child.returncode == 130
+
+
+def test_other_errors_keep_their_traceback():
+    child = run_command("raise ImportError('no module')")
+    assert "Traceback" in child.communicate()[1] and child.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "main",
+    ["print('x' * 100_000)", "print('x')", "sys.exit(print('x'))"],  # the last one as --help
+)
+def test_output_that_cannot_be_written_is_one_line(main):
+    source = f"""import sys
+def main():
+    try:
+        return {main}
+    except OSError:
+        sys.exit("taken for another file")
+process.run(main)"""
+    with open("/dev/full", "w") as full:
+        child = run_command(source, stdout=full)
+    reason = "standard output cannot be written (No space left on device).\n"
+    assert child.communicate()[1] == f"-c: {reason}" and child.returncode == 1
+    child = run_command(source, preexec_fn=lambda: os.close(1))
+    said = "-c: standard output is closed. Redirect it to a file, or to /dev/null.\n"
+    assert child.communicate()[1] == said and child.returncode == 1
+
+
+def test_a_pipe_that_is_closed_is_one_line():
+    source = "process.run(lambda: [print(i, flush=True) for i in range(10**9)])"
+    child = run_command(source, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == "0\n"
+    child.stdout.close()
+    with child:
+        said = child.stderr.read()
+    assert said == "-c: standard output cannot be written (Broken pipe).\n"
+    assert child.returncode == 1
+
+
+def test_bad_input_is_one_line(capsys):
+    def refuse():
+        raise InputError("--flag=1 is too small.")
+
+    with pytest.raises(SystemExit) as end:
+        process.run(refuse)
+    assert end.value.code == 1 and capsys.readouterr().err.endswith(": --flag=1 is too small.\n")
+
+
+def test_sigterm_removes_temporary_files(tmp_path):
+    source = """import sys, time
+def main(folder):
+    with process.sigterm_as_interrupt():
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        finally:
+            print("cleaned up")
+process.run(main, "")"""
+    child = run_command(source, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == "begun\n"
+    child.terminate()
+    assert child.communicate() == ("cleaned up\n", "-c: stopped.\n") and child.returncode == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", [["train.py", "--preflight=v3-8"], ["-m", "export.client", "folder", "text"]]
+)
+def test_ctrl_c_while_a_command_starts(command):
+    child = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1)  # Python itself has started; TensorFlow has not
+    child.send_signal(signal.SIGINT)
+    name = {"-m": "export.client"}.get(command[0], command[0])
+    assert child.communicate()[1] == f"{name}: stopped.\n" and child.returncode == 130
+
+
+@pytest.mark.slow
+def test_help_of_train_is_no_error():
+    for flag in ("--help", "--helpfull"):
+        done = subprocess.run(
+            [sys.executable, "train.py", flag], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "--recipe" in done.stdout and not done.stderr

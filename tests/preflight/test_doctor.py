@@ -189,6 +189,16 @@ def test_little_disk_space_and_memory(tmp_path, monkeypatch):
     assert memory.level == "error" and memory.fix
 
 
+def test_a_model_dir_that_is_not_a_folder_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        for model_dir in (tmp_path / name, tmp_path / name / "run"):
+            (disk,) = [f for f in doctor.check_machine(str(model_dir)) if f.check == "Disk"]
+            assert disk.level == "error" and disk.fix == "use another --model_dir"
+            assert disk.message == f"{tmp_path / name} is not a folder"
+
+
 def test_a_model_dir_on_object_storage_is_written_to():
     storage, disk, *_ = doctor.check_machine("ram://doctor/run")
     assert storage.level == "ok" and storage.message == "ram://doctor/run can be written"

@@ -298,6 +298,63 @@ def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, mon
         picture.plt.close(figure)
 
 
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Returns `(topologies, compile, batch) -> figure` of a pre-flight with this compiler."""
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    drawn = []
+
+    def examine(topologies, compile, batch):
+        monkeypatch.setattr(Compiler, "compile", compile)
+        results = preflight.examine(
+            recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=batch),
+            parse_topologies(topologies),
+            progress=preflight_children.ProgressLines(lambda line: None),
+            search=False,
+        )
+        picture.draw(results=results, recipe=recipes.find_recipe("bert-mini-demo"), path=path)
+        return drawn[-1]
+
+    path = str(tmp_path / "picture.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(picture.plt, "close", drawn.append)
+        yield examine
+    for figure in drawn:
+        picture.plt.close(figure)
+
+
+def test_a_bar_that_is_cut_says_so_and_nothing_has_no_scale(draw):
+    def too_large(self, phase_index, batch, accumulation, topology, *, quick):
+        return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": 27 * 2**30}
+
+    figure = draw("v3:2x2", too_large, 64)
+    assert "27.00 GiB\n174 %, cut off" in find_texts(figure)
+    _, time, minutes = figure.axes
+    assert not [*time.get_yticks(), *minutes.get_yticks()]
+
+
+def test_labels_of_the_efficiency_name_the_generation_and_do_not_overlap(draw):
+    def fit(self, phase_index, batch, accumulation, topology, *, quick):
+        return compile_(self, phase_index, 1, 1, "v3", quick=quick)
+
+    compile_ = Compiler.compile
+    sides = {"v2": "16x16", "v3": "16x16", "v5e": "16x16", "v6e": "16x16", "v4": "4x8x8"}
+    names = [f"{chip}:{shape}" for chip, shape in sides.items()]
+    small = [f"{chip}:{'2x2x1' if chip == 'v4' else '2x2'}" for chip in sides]
+    figure = draw(",".join(names + small), fit, 512)
+    panel = figure.axes[-1]
+    figure.draw_without_rendering()
+    assert {text.get_text().split()[0] for text in panel.texts} == set(sides)
+    boxes = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
+    axis = panel.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert box.y0 >= axis.y0 and not any(box.overlaps(other) for other in boxes[:i])
+    styles = {(line.get_marker(), line.get_linestyle()) for line in panel.lines}
+    assert len(styles) == len(panel.lines) == 5
+    low = picture._spread({"a": (256, 1.0), "b": (256, 2.0), "c": (4, 1.0)}, 0.5)
+    assert low["b"] - low["a"] >= picture.LABEL_PERCENT and low["a"] > 0 and low["c"] < low["b"]
+
+
 def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     recipe, topologies = recipes.find_recipe("bert-mini-demo"), parse_topologies("v3:2x2")
     monkeypatch.setattr(preflight, "Children", Compiler)

@@ -1,6 +1,7 @@
 """The writer and the callback write what the optimizer measured; alarms name layers."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -273,19 +274,44 @@ def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():
 
 
 def test_ticks_are_round_steps():
-    ticks, places = telemetry._round_steps(list(range(7, 1000, 7)), 142)
+    ticks, places = telemetry._tick_steps(list(range(7, 1000, 7)), 142)
     assert ticks == list(range(100, 1000, 100))
     assert places == pytest.approx([(tick - 7) / 7 for tick in ticks])
-    assert telemetry._round_steps([5], 1) == ([5], [0.0])
+    assert telemetry._tick_steps([5], 1) == ([5], [0.0])
 
 
-def test_prefixes_that_most_names_share_are_left_out():
-    names = [f"model/encoder/layer_{i}/kernel" for i in range(4)] + ["model/pooler/kernel", "head"]
-    shorter = [f"layer_{i}/kernel" for i in range(4)] + ["pooler/kernel", "head"]
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [1, 2, 3, 1_000, 100_000],
+        [*range(100), *range(10**6, 10**8, 10**6)],
+        [*range(0, 10**9, 10**6), 10**10],
+        [5, 10**6],
+    ],
+)
+def test_labels_of_uneven_steps_do_not_overlap(steps):
+    figure = telemetry._new_figure(2)
+    logs = np.zeros((2, len(steps)))
+    telemetry._draw_on(figure, ["a" * 60, "b"], steps, logs)
+    figure.draw_without_rendering()
+    axes = figure.axes[1]
+    boxes = [t.label2.get_window_extent() for t in axes.xaxis.get_major_ticks()]
+    assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
+    edges = axes.get_window_extent()
+    centers = [edges.x0, *[(box.x0 + box.x1) / 2 for box in boxes], edges.x1]
+    assert max(np.diff(centers)) < 0.55 * edges.width  # no large part is without a label
+
+
+def test_prefixes_that_nearly_all_names_share_are_left_out():
+    names = [f"model/encoder/layer_{i}/kernel" for i in range(24)] + ["model/pooler/kernel", "head"]
+    shorter = [f"layer_{i}/kernel" for i in range(24)] + ["pooler/kernel", "head"]
     assert telemetry._shorten_names(names) == (shorter, ["model/", "encoder/"])
     equal = ["a/kernel", "a/bias", "bias"]  # without "a/", two names would be the same
     assert telemetry._shorten_names(equal) == (equal, [])
     assert telemetry._shorten_names(["kernel", "bias"]) == (["kernel", "bias"], [])
+    # Six of ten names begin with layer_0; without it, they would not be told from others.
+    layers = [f"layer_0/{i}/kernel" for i in range(6)] + [f"layer_1/{i}/kernel" for i in range(4)]
+    assert telemetry._shorten_names(layers) == (layers, [])
 
 
 def test_a_long_run_is_averaged_and_keeps_a_nan():

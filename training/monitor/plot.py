@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 
 from inputs import process  # isort: split
 
@@ -18,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
@@ -28,17 +30,27 @@ from training.monitor.run_monitor import TELEMETRY
 PICTURE = "history.png"
 ROW_INCHES = 0.15  # height of one layer's row in the heat map
 FIRST_SHARE = 0.05  # of the steps: a higher loss in them does not set the scale
-ACCURACY_WORDS = ("accuracy", "top1", "exact_match")  # in the names of values of an evaluation
 HELD_OUT = {"marker": "o", "markersize": 4, "linestyle": ":"}
 MARKERS = "os^Dv"  # of the accuracies
+MARGIN = 1.05  # the upper end of an axis from zero, relative to the highest value
+TITLE_CHARACTERS = 70  # per line
+LEGEND_CHARACTERS = 90  # per line
+LINE_INCHES = 0.2
+# What evaluations of version 0.1.0 recorded. They do not say which metrics are better if higher,
+# and have the terms of the loss, but not their sum.
+ACCURACIES_OF_0_1_0 = (
+    *("masked_accuracy", "sentence_accuracy", "span_accuracy", "image_top1", "image_top5"),
+)
+LOSSES_OF_0_1_0 = ("masked_loss", "sentence_loss", "span_loss", "image_loss")
 
 
 def draw(model_dirs: list[str], path: str) -> None:
     """Writes a PNG with a panel for each curve and a line for each run.
 
-    Points show a run's held-out loss and accuracy at its evaluations. The speed of the first loops,
-    which compile, is left out. If there is a single run and it recorded its trust ratios, their
-    heat map (layers x steps) is drawn below the curves.
+    Points show a run's held-out loss and accuracy at its evaluations. Where a loss is not finite
+    until the end, a dashed line marks the step, and the legend names it. The speed of the first
+    loops, which compile, is left out. If there is a single run and it recorded its trust ratios,
+    their heat map (layers x steps) is drawn below the curves.
 
     Raises:
         ValueError: a folder without a history.
@@ -55,7 +67,12 @@ def draw(model_dirs: list[str], path: str) -> None:
     panels = [_draw_loss, _draw_learning_rate, _draw_speed]
     if any(_accuracy_names(rows) for rows in evaluations.values()):
         panels.insert(1, _draw_accuracy)
-    height = 2.7 * len(panels)
+    steps = max(rows[-1]["step"] for rows in histories.values())
+    runs = f"{len(histories)} runs" if len(histories) > 1 else next(iter(histories))
+    title = textwrap.fill(f"{_escape(runs)}: {steps:,} steps", TITLE_CHARACTERS)
+    legend = _legend(histories, evaluations) if len(histories) > 1 else {}
+    lines = title.count("\n") + legend.pop("lines", 0)
+    height = 2.7 * len(panels) + LINE_INCHES * lines
     records = _records(model_dirs[0])
     layers = _drawn_layers(records) if len(model_dirs) == 1 else 0
     if layers:
@@ -69,10 +86,10 @@ def draw(model_dirs: list[str], path: str) -> None:
     for panel, draw_panel in zip(axes, panels, strict=True):
         draw_panel(panel, histories, evaluations)
         panel.grid(alpha=0.3)
-    axes[0].legend()
+    if legend:
+        curves.legend(loc="outside lower center", fontsize=9, frameon=False, **legend)
     axes[-1].set_xlabel("step")
-    steps = max(rows[-1]["step"] for rows in histories.values())
-    curves.suptitle(f"{', '.join(histories)}: {steps:,} steps", fontsize=12)
+    curves.suptitle(title, fontsize=12)
     save_figure(figure, path)
     plt.close(figure)
 
@@ -86,25 +103,81 @@ def distinct_names(model_dirs: list[str]) -> list[str]:
     return [os.sep.join(p[-count:]) for p in parts]
 
 
-def _style(place: int, rows) -> dict:
+def _escape(name: str) -> str:
+    """Returns a name so that matplotlib shows it as it is."""
+    name = name.replace("$", r"\$")
+    return f"./{name}" if name.startswith("_") else name  # else it has no place in a legend
+
+
+def _legend(histories, evaluations) -> dict:
+    """Returns the arguments of the legend of several runs, and how many `lines` it has."""
+    labels = [
+        textwrap.fill(
+            "; ".join(filter(None, [_escape(label), _describe_losses(rows, evaluations[label])])),
+            LEGEND_CHARACTERS,
+        )
+        for label, rows in histories.items()
+    ]
+    colors = [_color(place, histories) for place in range(len(labels))]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(1, min(len(labels), LEGEND_CHARACTERS // (longest + 6)))
+    rows = -(-len(labels) // columns)
+    return {
+        "handles": [Line2D([], [], color=color) for color in colors],
+        "labels": labels,
+        "ncols": columns,
+        "lines": rows * max(label.count("\n") + 1 for label in labels) + 1,
+    }
+
+
+def _color(place: int, runs):
+    """Returns the color of a run; more than ten need more than matplotlib's ten."""
+    return f"C{place}" if len(runs) <= 10 else matplotlib.colormaps["turbo"](place / len(runs))
+
+
+def _style(place: int, histories, rows) -> dict:
     """Returns the style of a run's lines; a single row is drawn as a point."""
-    return {"color": f"C{place}", "marker": "." if len(rows) == 1 else ""}
+    return {"color": _color(place, histories), "marker": "." if len(rows) == 1 else ""}
+
+
+def _first_of_last_nonfinite(steps, values) -> int | None:
+    """Returns the step from which on no value is finite; None if the last one is."""
+    finite = np.flatnonzero(np.isfinite(values))
+    first = finite[-1] + 1 if finite.size else 0
+    return steps[first] if first < len(steps) else None
+
+
+def _describe_end(steps, values) -> str:
+    """Returns from which step on no value is finite, in words; "" if the last one is."""
+    step = _first_of_last_nonfinite(steps, values)
+    return "" if step is None else f"not finite from step {step:,}"
+
+
+def _describe_losses(rows, evaluations) -> str:
+    """Returns from which step on the losses of a run are not finite, if they are not."""
+    training = _describe_end(*_curve(rows, "loss"))
+    held_out = _describe_end(*_held_out_losses(evaluations))
+    return training or (held_out and f"held-out loss {held_out}")
 
 
 def _draw_loss(panel, histories, evaluations):
     drawn, first = [], []  # the latter: of each curve
     for place, (label, rows) in enumerate(histories.items()):
         steps, losses = _curve(rows, "loss")
-        panel.plot(steps, losses, **_style(place, rows), label=label)
-        first += losses[np.isfinite(losses)][:1].tolist()
+        curves = {"training": (steps, losses, _style(place, histories, rows))}
         later = np.array(steps) > FIRST_SHARE * steps[-1]
         drawn.append(losses[later] if later.any() else losses)
-        points = [row | {"loss": _loss(row)} for row in evaluations[label]]
-        if points:
-            held_out = _curve(points, "loss")
-            panel.plot(*held_out, color=f"C{place}", label=f"{label}, held out", **HELD_OUT)
+        if evaluations[label]:
+            held_out = _held_out_losses(evaluations[label])
+            curves["held out"] = (*held_out, {"color": _color(place, histories)} | HELD_OUT)
             drawn.append(held_out[1])
-            first += held_out[1][np.isfinite(held_out[1])][:1].tolist()
+        for name, (steps, losses, style) in curves.items():
+            end = _describe_end(steps, losses)
+            panel.plot(steps, losses, label=f"{name}; {end}" if end else name, **style)
+            first += losses[np.isfinite(losses)][:1].tolist()
+            if end:
+                step = _first_of_last_nonfinite(steps, losses)
+                panel.axvline(step, color=style["color"], linestyle="--", linewidth=1)
     values = np.concatenate(drawn)
     values = values[np.isfinite(values)]
     if values.size:
@@ -114,40 +187,59 @@ def _draw_loss(panel, histories, evaluations):
             high = min(high, max(first))
         margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
         panel.set_ylim(low - margin, high + margin)
+    else:
+        panel.set_yticks([])
     panel.set_ylabel("loss (nats)")
+    if len(histories) == 1:
+        panel.legend()
+    elif any(evaluations.values()):  # the runs are in the legend of the figure
+        panel.legend(handles=[Line2D([], [], color="black", label="held out", **HELD_OUT)])
 
 
 def _draw_accuracy(panel, histories, evaluations):
     names = [name for rows in evaluations.values() for name in _accuracy_names(rows)]
+    several = len(evaluations) > 1
+    handles = []
     for kind, name in enumerate(dict.fromkeys(names)):
-        marker = MARKERS[kind % len(MARKERS)]
-        for place, (label, rows) in enumerate(evaluations.items()):
-            # One run: a colour for each accuracy. Several runs: the colour of the run.
-            several = len(evaluations) > 1
-            color = f"C{place if several else kind}"
-            shown = name.replace("_", " ")
-            shown = f"{label}, {shown}" if several else shown
-            style = HELD_OUT | {"marker": marker}
-            panel.plot(*_curve(rows, name), color=color, label=shown, **style)
+        style = HELD_OUT | {"marker": MARKERS[kind % len(MARKERS)]}
+        for place, rows in enumerate(evaluations.values()):
+            # One run: a color for each accuracy. Several runs: the color of the run.
+            color = _color(place, evaluations) if several else f"C{kind}"
+            steps, values = _curve(rows, name)
+            end = "" if several else _describe_end(steps, values)
+            label = "; ".join(filter(None, [name.replace("_", " "), end]))
+            panel.plot(steps, values, color=color, label=label, clip_on=False, **style)
+        color = "black" if several else f"C{kind}"
+        handles.append(Line2D([], [], color=color, label=label, **style))
     panel.set_ylabel("held-out accuracy")
-    panel.set_ylim(bottom=0)
-    panel.legend()
+    _scale_from_zero(panel)
+    panel.legend(handles=handles)
 
 
 def _draw_learning_rate(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
-        panel.plot(*_curve(rows, "learning_rate"), **_style(place, rows))
+        panel.plot(*_curve(rows, "learning_rate"), **_style(place, histories, rows))
     panel.set_ylabel("learning rate")
-    panel.set_ylim(bottom=0)
+    _scale_from_zero(panel)
 
 
 def _draw_speed(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
         steps, speeds = _curve(rows, "examples_per_second")
         speeds[_slow(rows)] = np.nan
-        panel.plot(steps, speeds, **_style(place, rows))
+        panel.plot(steps, speeds, **_style(place, histories, rows))
     panel.set_ylabel("examples/s")
-    panel.set_ylim(bottom=0)
+    _scale_from_zero(panel)
+
+
+def _scale_from_zero(panel):
+    """Sets the vertical axis to begin at zero, with room for markers above the highest value."""
+    values = np.concatenate([line.get_ydata() for line in panel.lines])
+    values = values[np.isfinite(values)]
+    if values.size:
+        panel.set_ylim(min(0, MARGIN * values.min()), MARGIN * values.max() or 1)
+    else:
+        panel.set_yticks([])
 
 
 def _slow(rows) -> list[bool]:
@@ -166,9 +258,11 @@ def _slow(rows) -> list[bool]:
 
 
 def _accuracy_names(rows) -> list[str]:
-    """Returns the names of the accuracies in the rows of evaluations."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if any(word in name for word in ACCURACY_WORDS)]
+    """Returns the names of the metrics of evaluations of which a higher value is better."""
+    names = {}
+    for row in rows:
+        names |= dict.fromkeys(row.get("higher_is_better", ACCURACIES_OF_0_1_0))
+    return [name for name in names if any(name in row for row in rows)]
 
 
 def _records(model_dir) -> str:
@@ -187,11 +281,16 @@ def _drawn_layers(records) -> int:
     return len(adapted) or len(layers)
 
 
+def _held_out_losses(evaluations):
+    """Returns (steps, losses) of evaluations."""
+    return _curve([row | {"loss": _loss(row)} for row in evaluations], "loss")
+
+
 def _loss(row):
-    """The loss of an evaluation. Older runs recorded only its terms, such as masked_loss."""
+    """The loss of an evaluation, also of version 0.1.0."""
     if "loss" in row:
         return row["loss"]
-    terms = [value for name, value in row.items() if name.endswith("_loss")]
+    terms = [row[name] for name in LOSSES_OF_0_1_0 if name in row]
     return None if None in terms else sum(terms)
 
 

@@ -127,6 +127,8 @@ class Progress:
         machine: see `Machine`.
         flops_per_step: function without arguments that returns the model's FLOPs in one step. It is
             called once per phase, after the first loop, if `machine.peak_flops` is known.
+        higher_is_better: names of the metrics of an evaluation of which a higher value is better;
+            recorded with each evaluation.
         check_lock: raises if this process must not write to `model_dir` any more.
     """
 
@@ -139,6 +141,7 @@ class Progress:
         *,
         machine=Machine(),  # noqa: B008, frozen
         flops_per_step=lambda: None,
+        higher_is_better=(),
         check_lock=lambda: None,
     ):
         self._step = step
@@ -147,6 +150,7 @@ class Progress:
         self._evaluations = Rows(os.path.join(model_dir, EVALUATIONS), check_lock)
         self._display = display
         self._machine = machine
+        self._higher_is_better = [*higher_is_better]
         self._measure_flops = flops_per_step
 
     def begin_phase(self, phase: int, batch_size: int) -> None:
@@ -204,7 +208,8 @@ class Progress:
         values = {name: np.asarray(value).item() for name, value in output.items()}
         step = int(self._step.numpy())
         self._evaluations.drop_after(step - 1)  # a finished run is evaluated again
-        self._evaluations.append({"step": step, "phase": self._phase} | values)
+        row = {"step": step, "phase": self._phase} | values
+        self._evaluations.append(row | {"higher_is_better": self._higher_is_better})
         self.flush()
         self._last_time = time.perf_counter()
 

@@ -102,6 +102,7 @@ class RunMonitor:
                 stack.enter_context(make_display(recipe.steps, self._log, self._stream)),
                 machine=self._machine,
                 flops_per_step=self._flops_per_step,
+                higher_is_better=[m.name for m in self._task.metrics if m.higher_is_better],
                 check_lock=self._check_lock,
             )
             stack.push(self._flush_at_end)

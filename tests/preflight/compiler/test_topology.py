@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from inputs.errors import InputError
-from preflight.compiler.topology import Topology, parse_topologies, slices_of
+from preflight.compiler.topology import Topology, parse_topologies, parse_topology, slices_of
 from training.chips import TPU_CHIPS
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -53,7 +53,13 @@ def test_a_list_has_no_duplicates():
         ("v3:-8", "is not the name of a TPU slice; give the sides, such as v3:32x32"),
         ("4x4", "the generation is missing; give v2:4x4, v3:4x4, v5e:4x4 or v6e:4x4."),
         ("2x2x1", "the generation is missing; give v4:2x2x1 or v5p:2x2x1."),
-        ("5x5", "the generation is missing; give the sides, such as v3:32x32"),
+        (
+            "5x5",
+            "the generation is missing, and no TPU has a slice of 5x5; give a slice such as v3",
+        ),
+        ("2048", "the generation is missing; give v3-2048, v4-2048 or v5p-2048."),
+        ("v3-", "the size is missing; give v3-8 to v3-2048, or the sides, such as v3:2x2."),
+        ("v3:", "the size is missing; give v3-8 to v3-2048, or the sides, such as v3:2x2."),
         ("v3", "the size is missing; give v3-8 to v3-2048, or the sides, such as v3:2x2."),
         ("v6e", "the size is missing; give v6e-1 to v6e-256"),
         ("v9:2x2", "v9 is not one of the TPUs v2, v3, v4, v5e, v5p, v6e."),
@@ -63,8 +69,14 @@ def test_a_list_has_no_duplicates():
         ("v3:3x3", "v3 has no such slice; the next is v3:2x4 or v3:4x4."),
         ("v4:2x2x3", "v4 has no such slice; the next is v4:2x2x2 or v4:2x2x4."),
         ("v3:2x512", "v3 has no such slice; the next is v3:32x32."),
-        ("v3-7", "v3 has no such slice; the next is v3:2x2."),
-        ("v3-0", "v3 has no such slice; the next is v3:2x2."),
+        ("v3-4", "v3 has no such slice; the next is v3-8 (v3:2x2); the number counts cores."),
+        ("v3-7", "v3 has no such slice; the next is v3-8 (v3:2x2); the number counts cores."),
+        ("v3-0", "v3 has no such slice; the next is v3-8 (v3:2x2); the number counts cores."),
+        ("v2-1", "v2 has no such slice; the next is v2-8 (v2:2x2); the number counts cores."),
+        ("v4-4", "v4 has no such slice; the next is v4-8 (v4:2x2x1); the number counts cores."),
+        ("v5p-4", "the next is v5p-8 (v5p:2x2x1); the number counts cores."),
+        ("v3-9", "v3 has no such slice; the next is v3-8 (v3:2x2) or v3-16 (v3:2x4);"),
+        ("v5e-3", "the next is v5e-1 (v5e:1x1) or v5e-4 (v5e:2x2); the number counts chips."),
         ("v4:1x1x1", "v4 has no such slice; the next is v4:2x2x1."),
         ("v3:64x64", "the largest slice of v3 is v3-2048, 1,024 chips."),
         ("v5p-17920", "the largest slice of v5p is v5p-12288, 6,144 chips."),
@@ -76,6 +88,16 @@ def test_a_wrong_name_is_answered_in_one_sentence(name, message):
     text = str(error.value)
     assert message in text and name in text
     assert len(text) < 140 and text.endswith(".") and ". " not in text
+
+
+def test_a_single_topology():
+    assert parse_topology("v3-8", "--topology").name == "v3:2x2"
+    for text, message in (
+        ("v3-8,v3-32", "--topology=v3-8,v3-32: give one topology."),
+        ("tpu7x-8", "--topology=tpu7x-8: TensorFlow does not support TPU7x"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_topology(text, "--topology")
 
 
 def test_the_slices_of_a_chip_grow_by_factors_of_two():

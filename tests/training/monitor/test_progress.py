@@ -110,7 +110,8 @@ def test_a_loop_is_measured_recorded_and_passed_to_tensorboard(tmp_path, clock):
 
 def test_evaluations_are_recorded_separately_and_excluded_from_training_time(tmp_path, clock):
     step = tf.Variable(10, dtype=tf.int64)
-    progress = Progress(step, 100, str(tmp_path), RecordingDisplay())
+    accuracies = ("masked_accuracy",)
+    progress = Progress(step, 100, str(tmp_path), RecordingDisplay(), higher_is_better=accuracies)
     progress.begin_phase(1, 32)
     clock.seconds += 50
     progress.evaluated({"masked_loss": tf.constant(1.5)})
@@ -118,7 +119,7 @@ def test_evaluations_are_recorded_separately_and_excluded_from_training_time(tmp
     step.assign(20)
     progress(loop_output())
     assert read_rows(tmp_path / "evaluations.jsonl") == [
-        {"step": 10, "phase": 1, "masked_loss": 1.5}
+        {"step": 10, "phase": 1, "masked_loss": 1.5, "higher_is_better": ["masked_accuracy"]}
     ]
     assert read_rows(tmp_path / "history.jsonl")[0]["examples_per_second"] == 320.0
 
@@ -420,10 +421,65 @@ def test_a_late_divergence_does_not_flatten_the_losses_before_it(tmp_path, figur
 def test_two_runs_of_one_name_are_told_apart(tmp_path, figures):
     folders = [write_run(tmp_path / side / "run", [3.0, 2.0]) for side in ("left", "right")]
     plot.draw(folders, str(tmp_path / "picture.png"))
-    labels = [line.get_label() for line in figures[0].axes[0].lines]
-    assert labels == ["left/run", "right/run"]
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["left/run", "right/run"]
+    assert figures[0].get_suptitle() == "2 runs: 20 steps"
     assert plot.distinct_names([*folders, folders[0]]) == ["left/run", "right/run", "left/run"]
     assert plot.distinct_names(["a/x", "b/y/"]) == ["x", "y"]
+
+
+def legend_of(panel):
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_where_a_loss_is_no_longer_finite_is_marked(tmp_path, figures):
+    nan = float("nan")
+    runs = [
+        write_run(tmp_path / "diverged", [3.0, 2.0, nan, 1.9, nan, nan]),
+        write_run(tmp_path / "never", [nan] * 4, [nan, nan]),
+    ]
+    for folders in ([runs[0]], [runs[1]], runs):
+        plot.draw(folders, str(tmp_path / "picture.png"))
+    loss, *_ = figures[0].axes
+    assert legend_of(loss) == ["training; not finite from step 50"]
+    assert loss.lines[-1].get_xdata() == [50, 50]
+    loss, accuracy, *_ = figures[1].axes
+    assert legend_of(loss)[0] == "training; not finite from step 10"
+    assert legend_of(accuracy) == ["masked accuracy; not finite from step 20"]
+    assert not [*loss.get_yticks(), *accuracy.get_yticks()]
+    (legend,) = figures[2].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["diverged; not finite from step 50", "never; not finite from step 10"]
+
+
+def test_long_names_and_many_runs_leave_room_for_the_curves(tmp_path, figures):
+    names = [f"{'a-long-name-' * 11}{i}" for i in range(2)]
+    long = [write_run(tmp_path / name, [3.0, 2.0], [0.7]) for name in names]
+    many = [write_run(tmp_path / f"_run{i}$", [3.0, 2.0], [0.7]) for i in range(14)]
+    for folders in ([long[0]], long, many):
+        plot.draw(folders, str(tmp_path / "picture.png"))
+        figure = figures[-1]
+        boxes = [figure._suptitle, *figure.legends, *(axes for axes in figure.axes)]
+        boxes = [box.get_window_extent() for box in boxes]
+        width, height = figure.canvas.get_width_height()
+        for box in boxes:
+            assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height
+        panels = boxes[-len(figure.axes) :]
+        assert all(box.width > 0.85 * width and box.height > 150 for box in panels)
+    (legend,) = figures[-1].legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == [r"./_run0\$", r"./_run1\$"]
+    assert legend_of(figures[-1].axes[1]) == ["masked accuracy"]
+
+
+def test_a_metric_is_drawn_if_a_higher_value_is_better_whatever_its_name(tmp_path, figures):
+    run = write_run(tmp_path / "run", [3.0, 2.0, 1.0])
+    for step, found in ((10, 0.7), (20, 0.704)):
+        row = {"step": step, "loss": 2.0, "recall": found, "accuracy_gap": 9.0}
+        Rows(tmp_path / "run/evaluations.jsonl").append(row | {"higher_is_better": ["recall"]})
+    plot.draw([run], str(tmp_path / "picture.png"))
+    _, accuracy, *_ = figures[0].axes
+    assert legend_of(accuracy) == ["recall"]
+    assert accuracy.get_ylim() == pytest.approx((0, 1.05 * 0.704))  # room for the last marker
 
 
 def test_a_run_of_one_loop_is_drawn(tmp_path, figures):
