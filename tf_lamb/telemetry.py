@@ -361,8 +361,8 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     """Draws the trust ratios, layers x steps, from the records of `TelemetryWriter`.
 
     The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others are
-    clipped to the ends of the color scale. Prefixes that nearly all names share are left out, as are
-    layers with a ratio of 1 in all steps, which are not adapted. If a step was recorded twice
+    clipped to the ends of the color scale. Prefixes that nearly all names share are left out, as
+    are layers with a ratio of 1 in all steps, which are not adapted. If a step was recorded twice
     because a run was resumed, the later record is drawn.
 
     Args:
