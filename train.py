@@ -300,7 +300,11 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
-    if chief:
+    if not chief:
+        # Reading batch normalization's averages, which each replica has, takes all processes.
+        with temporary_folder("export-") as folder:
+            task.export(run.model, folder, results)
+    else:
         check_lock()
         task.export(run.model, export_dir, results)
         if FLAGS.dry_run:

@@ -467,6 +467,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
 
     def _average_statistics(self):
         """Sets each moving average, which differs between replicas, to its mean over them."""
-        context = tf.distribute.get_replica_context()
-        for variable in self._statistics:
-            variable.assign(context.all_reduce("MEAN", tf.convert_to_tensor(variable)))
+        # A variable's value has no device, which the sum of several processes needs.
+        values = [tf.identity(variable) for variable in self._statistics]
+        means = tf.distribute.get_replica_context().all_reduce("MEAN", values)
+        for variable, mean in zip(self._statistics, means, strict=True):
+            variable.assign(mean)

@@ -170,6 +170,28 @@ def test_two_processes_match_one_replica_and_resume(one_replica, exact, tmp_path
 
 
 @pytest.mark.slow
+def test_two_processes_train_and_export_batch_normalization(in_process, mirrored, tmp_path):
+    """Its moving averages differ between replicas, and are averaged after each loop of steps."""
+    flags = ("--recipe=cifar10-lamb-4096", "--synthetic", "--steps=2", "--global_batch_size=16")
+    flags += ("--steps_per_loop=1", "--set", "evaluation_examples=16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy, "connect", lambda tpu: mirrored)
+        assert in_process([*flags, f"--model_dir={tmp_path / 'one'}"]) == 0
+    two = tmp_path / "two"
+    with workers(*flags, f"--model_dir={two}") as (chief, other):
+        said = [process.communicate(timeout=SECONDS)[1] for process in (chief, other)]
+        assert (chief.returncode, other.returncode) == (0, 0), said
+    expected = saved(tmp_path / "one", 2)
+    found = saved(two, 2)
+    assert found.keys() == expected.keys()
+    averages = [name for name in found if "moving_mean" in name]
+    assert averages
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert tf.saved_model.load(str(two / "export")).signatures
+
+
+@pytest.mark.slow
 def test_workers_with_different_commands_are_refused(exact, tmp_path):
     """Otherwise they would wait for each other forever."""
     with workers(*FLAGS, *exact, f"--model_dir={tmp_path}", second=["--seed=7"]) as processes:
