@@ -24,6 +24,25 @@ def refuse_empty(**flags: object) -> None:
             )
 
 
+def refuse_misspelled(path: str, flag: str) -> None:
+    """Checks that a path with a scheme has the slashes that it needs.
+
+    Args:
+        path: a path. If it has no scheme, nothing is checked.
+        flag: what the message starts with.
+
+    Raises:
+        InputError: there is one slash after the scheme, which makes it a relative path on the disk;
+            or two after file:, where the first folder would be taken for a host.
+    """
+    if match := re.match(r"((gs|s3|hdfs|ram|file):)/(?!/)", path):
+        slashes = "///" if match[2] == "file" else "//"
+        right = f"{match[1]}{slashes}{path[match.end() :]}"
+        raise InputError(f"{flag}: {path} has one slash after its scheme. Write {right}.")
+    if re.match("file://[^/]", path):
+        raise InputError(f"{flag}: {path} has two slashes after file:. Write file:///FOLDER.")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, for a sentence; its type if it has no message.
 

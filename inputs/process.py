@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_misspelled
 
 ASKED_BACKEND = os.environ.get("KERAS_BACKEND", "")  # what the user set; ignored
 
@@ -35,16 +35,21 @@ def run(main: Callable[..., int | None], *arguments) -> None:
     """Calls the `main` function of a command and exits with the status that it returns.
 
     An empty argument or flag, usually from a shell variable that is not set, is refused: it would
-    be taken for the default. See `call` for the rest.
+    be taken for the default. So is a path such as gs:/bucket, which would be one on the disk. See
+    `call` for the rest.
     """
     for before, argument in itertools.pairwise(sys.argv):
-        if re.fullmatch(r"(--?[\w-]+=)?\s*", argument):
-            flag = before if re.fullmatch(r"--?[\w-]+", before) else "an argument"
-            what = argument.strip().removesuffix("=") or flag
-            _complain(
-                f"{what} is empty, perhaps because a shell variable is not set. Give a value, or "
-                "leave it out."
-            )
+        flag, _, value = argument.rpartition("=")
+        flag = flag or (before if re.fullmatch(r"--?[\w-]+", before) else "an argument")
+        try:
+            if re.fullmatch(r"(--?[\w-]+=)?\s*", argument):
+                raise InputError(
+                    f"{flag} is empty, perhaps because a shell variable is not set. Give a value, "
+                    "or leave it out."
+                )
+            refuse_misspelled(value, flag)
+        except InputError as error:
+            _complain(str(error))
             sys.exit(1)
     call(main, *arguments)
 

@@ -13,7 +13,7 @@ import tf_keras
 from official.nlp.modeling import networks
 
 from inputs.errors import InputError, first_line
-from inputs.storage.files import exists, is_folder, list_names
+from inputs.storage.files import check_checkpoint_path, exists, is_folder, list_names
 from models import bert
 
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -101,8 +101,9 @@ def find_checkpoint(init_from: str) -> str:
     """Returns the prefix of the checkpoint in a folder, or given as a prefix.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or TensorFlow cannot read it.
     """
+    check_checkpoint_path(init_from, "--set init_from")
     if is_folder(init_from):
         found = tf.train.latest_checkpoint(init_from)
         # The published archives have no `checkpoint` file, which `latest_checkpoint` reads.

@@ -60,7 +60,10 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         )
     manifests = {}
     for split, files in splits.items():
-        layout = tfrecords.layout_of(files[0])
+        filled = [file for file in files if file_size(file)]
+        if not filled:
+            raise InputError(f"--source: all {len(files)} files of {split} in {source} are empty.")
+        layout = tfrecords.layout_of(filled[0])
         base = label_base
         if base is None and layout == tfrecords.TFDS:
             base = tfrecords.find_label_base(files, len(classes), log)

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_misspelled
 from inputs.storage import lease, remote
 from inputs.storage.remote import is_remote
 
@@ -30,7 +30,6 @@ LOCK = ".lock"
 ROUND_TRIPS = 32  # requests to object storage at the same time
 NEW = ".new"  # suffix of a file that is not complete yet
 OLD = "old"  # the folder that is being replaced
-ONE_SLASH = re.compile(r"(gs|s3|hdfs|ram|file):/(?!/)")
 LOGGER = logging.getLogger(__name__)
 # What operating systems and archivers leave among other files. Names that begin with a dot are
 # left-overs, too: .ipynb_checkpoints, ._a.txt (macOS), .nfs0001, our own .lock.
@@ -572,16 +571,30 @@ def check_file_writable(path: str, flag: str) -> None:
         raise InputError(f"{flag}: {path} is a folder. Give the name of a file.")
 
 
+def check_checkpoint_path(path: str, flag: str) -> None:
+    """Checks that TensorFlow can read checkpoints below a path, or with it as their prefix.
+
+    Its readers match the path as a pattern, in which `[...]` and a backslash do not stand for
+    themselves. It writes checkpoints to such a path that it cannot read again.
+
+    Raises:
+        InputError: it cannot. The message starts with `flag`.
+    """
+    if re.search(r"\[[^/]*\]|\\", absolute(path)):
+        raise InputError(
+            f"{flag}: TensorFlow cannot read checkpoints from {absolute(path)}, because it takes "
+            "brackets and backslashes in a path for a pattern. Choose a folder without them."
+        )
+
+
 def check_writable(folder: str, flag: str) -> None:
     """Checks that a folder can be written; it is created if it is missing.
 
     Raises:
-        InputError: the folder cannot be created or written, its name is not UTF-8, or it is like a
-            path with a scheme, but with one slash. The message starts with `flag`.
+        InputError: the folder cannot be created or written, its name is not UTF-8, or slashes are
+            missing after its scheme. The message starts with `flag`.
     """
-    if ONE_SLASH.match(os.fspath(folder)):
-        right = os.fspath(folder).replace(":/", "://", 1)
-        raise InputError(f"{flag}: {folder} has one slash after its scheme. Write {right}.")
+    refuse_misspelled(os.fspath(folder), flag)
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError:

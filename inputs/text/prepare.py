@@ -303,16 +303,23 @@ def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
             raise InputError(
                 f"{flag}: {output} has other content ({others[0]}). Choose an empty folder."
             )
-        manifest = {"finished": False} | facts | {"shards": []}
-        save_manifest(output, manifest)
-        return manifest
+        return _new_manifest(output, facts)
     manifest = load_manifest(output)
     for field, value in facts.items():
         if manifest[field] != value:
+            if not manifest["shards"]:  # nothing would be lost
+                return _new_manifest(output, facts)
             raise InputError(
                 f"{flag}: {output} was begun with another `{field}`, according to its "
                 f"{MANIFEST}. Give the same command as then, or choose an empty folder."
             )
+    return manifest
+
+
+def _new_manifest(output, facts):
+    """Writes and returns the manifest of a folder without shards."""
+    manifest = {"finished": False} | facts | {"shards": []}
+    save_manifest(output, manifest)
     return manifest
 
 

@@ -118,6 +118,33 @@ def test_an_empty_argument_is_not_taken_for_the_default(monkeypatch, capsys, arg
     assert f": {name} is empty, perhaps because a shell variable is not set. Give" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--data_dir=gs:/b/x"],
+            "--data_dir: gs:/b/x has one slash after its scheme. Write gs://b/x.",
+        ),
+        (
+            ["--output", "file:/a"],
+            "--output: file:/a has one slash after its scheme. Write file:///a.",
+        ),
+        (["s3:/b"], "an argument: s3:/b has one slash after its scheme. Write s3://b."),
+        (
+            ["--set=init_from=file://a/b"],
+            "init_from: file://a/b has two slashes after file:. Write",
+        ),
+    ],
+)
+def test_a_path_with_too_few_slashes_is_not_taken_for_one_on_the_disk(
+    monkeypatch, capsys, arguments, said
+):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit) as end:
+        process.run(pytest.fail)
+    assert end.value.code == 1 and f": {said}" in capsys.readouterr().err.replace("--set=", "")
+
+
 def test_ctrl_c_is_one_line(capsys):
     def interrupt():
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from official.nlp.modeling import networks
 import recipes
 from inputs.errors import InputError
 from models import bert
-from tasks import initial_pretraining
+from tasks import initial_pretraining, initial_weights
 from tasks.bert import BertPretraining
 from tf_lamb import tf_keras as ours
 from training import optimizers
@@ -191,6 +191,8 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, trained):
     )
     with pytest.raises(InputError, match=r"\[30, 128\] in .* and \[31, 128\] in this run. Give"):
         initial_pretraining.Start(str(tmp_path / "none"), slots=False).assign(larger)
+    with pytest.raises(InputError, match=r"init_from: TensorFlow cannot read .*/a\[1\]/ckpt-5"):
+        initial_weights.find_checkpoint("/tmp/a[1]/ckpt-5")
     with pytest.raises(InputError, match="there is no checkpoint.* a TensorFlow 1 checkpoint"):
         initial_pretraining.Start(str(tmp_path / "nowhere"), slots=False)
 

@@ -191,6 +191,8 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
         (["--data_dir=/nowhere/*.txt"], "'/nowhere/*.txt' does not exist, or holds no text"),
         (["--vocab=/nowhere/vocab.txt", "--data_dir=@TEXT"], "--vocab: /nowhere/vocab.txt"),
         (["--synthetic", "--model_dir=/proc/none"], "--model_dir: /proc/none cannot be written"),
+        (["--synthetic", "--model_dir=/tmp/a [1]/b"], "cannot read checkpoints from /tmp/a [1]/b"),
+        (["--synthetic", "--model_dir=/tmp/a\\b"], "takes brackets and backslashes in a path for"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(arguments, said, text, tmp_path, capfd, in_process):

@@ -7,7 +7,13 @@ import json
 import os
 
 from inputs.errors import InputError
-from inputs.storage.files import atomic_write, check_writable, read_file, read_json
+from inputs.storage.files import (
+    atomic_write,
+    check_checkpoint_path,
+    check_writable,
+    read_file,
+    read_json,
+)
 from recipes.types import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 from training.checkpoint.manager import saved_steps
 
@@ -72,10 +78,11 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
             not given are not compared.
 
     Raises:
-        InputError: the folder cannot be written, holds a run with other settings, holds a run that
-            is already longer than `recipe`, or its newest step belongs to another phase of
-            `recipe` than of the run.
+        InputError: the folder cannot be written, its checkpoints could not be read, it holds a run
+            with other settings or one that is already longer than `recipe`, or its newest step
+            belongs to another phase of `recipe` than of the run.
     """
+    check_checkpoint_path(model_dir, "--model_dir")
     check_writable(model_dir, "--model_dir")
     steps = saved_steps(model_dir)
     if not steps:

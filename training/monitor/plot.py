@@ -319,7 +319,9 @@ def main(arguments: list[str]) -> int:
                 draw_heat_map(_records(model_dir), heat_map)
                 print(heat_map)
     except (OSError, ValueError) as error:
-        print(f"training.monitor.plot: {error}", file=sys.stderr)
+        known = isinstance(error, OSError) and error.filename
+        said = f"{error.filename}: {error.strerror}." if known else error
+        print(f"training.monitor.plot: {said}", file=sys.stderr)
         return 1
     return 0
 

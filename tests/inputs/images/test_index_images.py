@@ -139,6 +139,15 @@ def test_what_cannot_be_indexed_is_named(demo, capsys, change, said):
     assert shown.strip().splitlines()[-1].startswith("inputs.images.index: ")
 
 
+def test_an_empty_file_has_no_images(demo, capsys):
+    write(demo / "train-00000-of-00002", [])
+    assert run(demo) == 0
+    assert "out/train: 3 images" in capsys.readouterr().out
+    write(demo / "train-00001-of-00002", [])
+    assert run(demo) == 1
+    assert "all 2 files of train in" in capsys.readouterr().err
+
+
 def test_without_a_list_of_classes_the_message_says_what_serves(demo, capsys):
     assert run(demo, classes=None) == 1
     assert "--classes is needed" in capsys.readouterr().err

@@ -481,6 +481,17 @@ def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
         prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
 
 
+def test_a_preparation_without_a_finished_shard_begins_again_with_other_input(source, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.jsonl").write_bytes(b"\xff\n")
+    shutil.copy(source / "vocab.txt", tmp_path)
+    with pytest.raises(InputError):
+        prepare(tmp_path, tmp_path / "run")
+    assert (tmp_path / "run/manifest.json").exists()
+    shutil.copy(source / "text/a.jsonl", tmp_path / "text/a.jsonl")
+    assert prepare(tmp_path, tmp_path / "run")["documents"] == 90
+
+
 def test_endless_lines_and_documents_are_cut(monkeypatch, tmp_path):
     """A text without blank lines, or a very long line, does not take more memory."""
     monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 100)

@@ -497,3 +497,10 @@ def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
     with pytest.raises(SystemExit) as end:
         plot.main([])
     assert end.value.code == 2 and "MODEL_DIR" in capsys.readouterr().err
+
+
+def test_the_plot_of_a_folder_on_an_unknown_storage_is_one_sentence(capsys):
+    assert plot.main(["foo://bucket/run"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("training.monitor.plot: foo://bucket/run/") and "Errno" not in said
+    assert "no file system for foo://" in said
