@@ -5,7 +5,7 @@ weights and moments, sees the same number of examples, and has the constant lear
 checkpoint times √k, where k is its batch size relative to the run's. The critical batch size is the
 largest one whose held-out loss is not worse than that of the smallest one (Merrill et al.,
 arXiv:2505.23971). Beside it stands the gradient noise scale of the branch with the run's own batch
-size. Branches are runs of train.py: a command that was stopped goes on where it was. Finished
+size. Branches are runs of train.py: a command that was stopped resumes. Finished
 branches are used again by a command with the same run, rate and data, and by no other.
 """
 
@@ -385,7 +385,10 @@ def main(arguments) -> int:
         "--rate", type=float, help="learning rate at the run's batch; default: the history's"
     )
     parser.add_argument(
-        "--tolerance", type=float, default=0.01, help="a loss larger by this is worse, in nats"
+        "--tolerance",
+        type=float,
+        default=0.01,
+        help="largest accepted increase of the held-out loss, in nats",
     )
     parser.add_argument("--output", help="folder of the branches; default: MODEL_DIR-branches")
     flags = parser.parse_args(arguments)
