@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import types
@@ -26,6 +27,10 @@ if OWNS_HOME:
 os.environ["HOME"] = HOME
 for name in ("KERAS_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
     os.environ.pop(name, None)
+
+# Shells start background jobs with SIGINT ignored, and processes inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).parents[1]
 REPLICAS = ["CPU:0", "CPU:1"]
