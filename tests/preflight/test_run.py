@@ -387,6 +387,19 @@ def test_a_page_of_mlperfs_runs_has_their_minutes(monkeypatch):
     ]
 
 
+def test_a_result_of_a_system_that_is_no_slice_is_not_compared(monkeypatch):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    published = next(r for r in mlperf.RESULTS if r.recipe.name == "mlperf-v0.7")
+    assert not published.topology and published.examples
+    results = preflight.examine(
+        published.recipe,
+        parse_topologies("v3:32x32"),
+        progress=preflight_children.ProgressLines(print),
+        search=False,
+    )
+    assert document.mlperf_table({"mlperf-v0.7": results}) == []
+
+
 def test_the_help_of_the_document_is_a_usage_text(capsys):
     with pytest.raises(SystemExit) as end:
         document.main(["--help"])
