@@ -16,6 +16,7 @@ BACKWARD_SHARE = 2 / 3
 TILE_ROWS = 8  # the search rounds batches down to a multiple of this
 MAX_EXCESS = 0.1  # of the compiler's count of bytes over that of HBM, where it is that of HBM
 MAX_TRIES = 2  # compilations per search after the first; one takes minutes for a large model
+MIN_GAIN = 1.125  # a batch that is larger by less than this factor is not worth another compilation
 
 
 def all_reduce_seconds(topology: Topology, num_bytes: int, link_bandwidth: float = 0.0) -> float:
@@ -47,6 +48,7 @@ def largest_batch(
     fixed_bytes: int,
     limit_bytes: int,
     max_examples: int,
+    wanted: int,
 ) -> int:
     """Searches for the largest batch that fits in memory.
 
@@ -59,6 +61,8 @@ def largest_batch(
         fixed_bytes: memory that does not depend on the batch: weights and slots.
         limit_bytes: memory of a device.
         max_examples: upper bound of the search.
+        wanted: the recipe's number of examples. A batch that is larger by less than `MIN_GAIN` is
+            tried only if it decides whether this one fits.
 
     Returns:
         The largest number of examples that was tried and fits; 0 if none fits.
@@ -70,9 +74,16 @@ def largest_batch(
         per_example = max((high_bytes - low_bytes) / (high - low), 1e-9)
         batch = min(int(low + (limit_bytes - low_bytes) / per_example), max_examples)
         batch = max(1, batch // TILE_ROWS * TILE_ROWS or batch)
-        if batch in points:
+        largest = _largest_fitting(points, limit_bytes)
+        decides = largest < wanted <= batch
+        if batch in points or (largest < batch < MIN_GAIN * largest and not decides):
             break
         points[batch] = memory_needed(batch)
+    return _largest_fitting(points, limit_bytes)
+
+
+def _largest_fitting(points, limit_bytes):
+    """The largest batch of `points`, batch -> bytes, that fits; 0 if none does."""
     return max(batch for batch, size in points.items() if batch == 0 or size <= limit_bytes)
 
 

@@ -312,6 +312,7 @@ class PhaseExaminer:
                 fixed_bytes=update.get("argument_bytes", 0),
                 limit_bytes=limit,
                 max_examples=self._recipe.phases[phase_index].global_batch_size,
+                wanted=micro_batch,
             )
         return self._largest[key]
 

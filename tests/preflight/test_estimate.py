@@ -30,9 +30,9 @@ def test_one_chip_sends_nothing():
     assert estimate.all_reduce_seconds(topology_of("v6e-1"), 10**9) == 0
 
 
-def search(memory_needed, start, fixed, limit, most):
+def search(memory_needed, start, fixed, limit, most, wanted=1):
     return estimate.largest_batch(
-        memory_needed, start, fixed_bytes=fixed, limit_bytes=limit, max_examples=most
+        memory_needed, start, fixed_bytes=fixed, limit_bytes=limit, max_examples=most, wanted=wanted
     )
 
 
@@ -52,6 +52,19 @@ def test_the_search_finds_the_largest_batch_if_memory_is_linear(start):
     found = search(memory_needed, start, 1000, 4000, 10**6)
     assert found == (4000 - 1070) // 3 // 8 * 8
     assert len(tried) <= 1 + estimate.MAX_TRIES
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(32, 152), (152, 152), (153, 168), (168, 168)])
+def test_a_little_larger_batch_is_tried_only_if_it_decides(wanted, found):
+    """Memory as of BERT-Large's first phase, which grows less than the first example suggests."""
+    tried = []
+
+    def memory_needed(batch):
+        tried.append(batch)
+        return 629 + 7.3 * (batch - 32)
+
+    assert search(memory_needed, 32, 370, 1625, 10**6, wanted) == found
+    assert len(tried) == (3 if found == 168 else 2)
 
 
 def test_the_search_returns_0_if_nothing_fits_and_the_maximum_if_everything_does():
