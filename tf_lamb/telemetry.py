@@ -32,7 +32,7 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a 
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_TICKS = 10  # The maximum number of intervals between labels on the axis of the steps.
-SHARED_PREFIX = 0.9  # The share of names that a prefix must have to be left out.
+SHARED_PREFIX = 0.8  # The share of names that a prefix must have to be left out.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 # Colors of the heat map.
 NOT_FINITE = "black"
