@@ -232,9 +232,10 @@ def _no_slice(chips: float, chip: TpuChip, of_type: bool = False) -> str:
     if chips > chip.max_chips:
         return f"the largest slice of {chip.name} is {largest}, {chip.max_chips:,} chips"
     slices = list(slices_of(chip))
-    nearest = [t for t in slices if t.chips <= chips][-1:] + [t for t in slices if t.chips > chips][
-        :1
+    below = [t for t in slices if t.chips <= chips][-1:]
+    above = [t for t in slices if t.chips > chips][:1]
+    names = [
+        f"{_type_name(chip, t.chips)} ({t.name})" if of_type else t.name for t in below + above
     ]
-    names = [f"{_type_name(chip, t.chips)} ({t.name})" if of_type else t.name for t in nearest]
     counted = f"; the number counts {chip.type_counts}" if of_type else ""
     return f"{chip.name} has no such slice; the next is {' or '.join(names)}{counted}"
