@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
 from inputs import memory
-from inputs.errors import InputError, first_line, message_in, refuse_empty
+from inputs.errors import InputError, first_line, message_in, refuse_empty, refuse_misspelled
 from inputs.storage import files
 from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
@@ -123,6 +123,8 @@ def choose_recipe() -> Recipe:
         for value in flag.value if isinstance(flag.value, list) else [flag.value]:
             if flag.present:
                 refuse_empty(**{flag.name: value})
+                if isinstance(value, str):
+                    refuse_misspelled(value.rpartition("=")[2], f"--{flag.name}")
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):

@@ -155,6 +155,8 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
         (["--model_dir="], "variable is not set. Give a value, or leave out --model_dir."),
         (["--tpu="], "--tpu is empty"),
         (["--data_dir= "], "--data_dir is empty"),
+        (["--data_dir=gs:/b/x"], "--data_dir: gs:/b/x has one slash after its scheme"),
+        (["--set", "init_from=file://b/x"], "--set: file://b/x has two slashes after file:"),
         (["--preflight="], "--preflight is empty"),
         (["--set="], "--set is empty"),
         (["--connect_seconds=0"], "--connect_seconds must lie in (0, 1000000]"),
