@@ -234,10 +234,11 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
         return None
     if FLAGS.dry_run:
         raise InputError("--mllog: a dry run trains no model. Leave out --mllog or --dry_run.")
-    if getattr(recipe, "sequences_per_row", 1) > 1:
+    if getattr(recipe, "sequences_per_example", 1) > 1:
         raise InputError(
-            "--mllog: MLPerf's log counts sequences, of which packed rows have a varying number. "
-            "Leave out --mllog, or set sequences_per_row=1."
+            "--mllog: MLPerf's log counts sequences, of which packed rows and groups of length "
+            "buckets have a varying number. Leave out --mllog, or sequences_per_row and "
+            "length_buckets."
         )
     step = manager.saved_step(model_dir)
     if step:

@@ -8,10 +8,12 @@ timed. All three forms of a batch have the same loss and gradients (tests/models
 They take turns, so that other load on the machine affects all.
 
 With --topology, the step of a recipe is compiled for a TPU, without one: with one sequence in a
-row, and with the same number of sequences in fewer rows, --per_row in each.
+row, with the same number of sequences in fewer rows, --per_row in each, and with the same number in
+length buckets.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -56,22 +58,25 @@ def made_up_batch(sequences: int, length: int, predictions: int) -> dict:
     }
 
 
-def compiled(model, sums):
-    """Returns a compiled function `batch -> gradients` of the summed losses."""
+def compiled(model, sums, parts):
+    """Returns a compiled function `batch -> gradients` of the summed losses of its parts."""
 
-    @tf.function(jit_compile=True)
-    def gradients(batch):
+    def of_part(batch):
         with tf.GradientTape() as tape:
             values = sums(model, batch, True)
             loss = values["masked_loss"] + values["sentence_loss"]
         found = tape.gradient(loss, model.trainable_variables)
         return [tf.convert_to_tensor(g) for g in found]
 
+    @tf.function(jit_compile=True)
+    def gradients(batch):
+        return [tf.add_n(terms) for terms in zip(*map(of_part, parts(batch)), strict=True)]
+
     return gradients
 
 
-def compile_steps(name: str, topology: str, per_row: int) -> None:
-    """Prints the estimated time of a step of a recipe, padded and packed."""
+def compile_steps(name: str, topology: str, per_row: int, lengths: str) -> None:
+    """Prints the estimated time of a step of a recipe: padded, packed and in length buckets."""
     where = parse_topology(topology, "--topology")
     try:
         recipe = recipes.find_recipe(name)
@@ -80,8 +85,10 @@ def compile_steps(name: str, topology: str, per_row: int) -> None:
     if len(recipe.phases) > 1:
         raise InputError(f"--recipe={name} has several phases; give a recipe of one phase.")
     (phase,) = recipe.phases
-    packed = [f"sequences_per_row={per_row}", f"global_batch_size={rows_of(phase, per_row)}"]
-    for form, settings in (("padded", []), ("packed", packed)):
+    places = len(lengths.split(","))
+    packed = [f"sequences_per_row={per_row}", f"global_batch_size={examples_of(phase, per_row)}"]
+    buckets = [f"length_buckets={lengths}", f"global_batch_size={examples_of(phase, places)}"]
+    for form, settings in (("padded", []), ("packed", packed), ("buckets", buckets)):
         with show_progress(lambda line: print(line, file=sys.stderr), total=1) as progress:
             (result,) = preflight.examine(
                 recipes.override(recipe, ["compute_dtype=bfloat16", *settings]),
@@ -94,18 +101,21 @@ def compile_steps(name: str, topology: str, per_row: int) -> None:
             continue
         speed = phase.global_batch_size / result.time.step
         print(
-            f"{form:8}  {result.global_batch_size:6,} rows, {result.replica_batch_size} on each "
-            f"replica  {result.program['hbm_bytes'] / 2**30:.2f} GiB  "
+            f"{form:8}  {result.global_batch_size:6,} examples, {result.replica_batch_size} on "
+            f"each replica  {result.program['hbm_bytes'] / 2**30:.2f} GiB  "
             f"{1e3 * result.time.step:.1f} ms a step  {speed:,.0f} sequences/s"
         )
 
 
-def rows_of(phase, per_row: int) -> int:
-    """The number of rows of a phase's batch."""
-    rows, rest = divmod(phase.global_batch_size, per_row)
+def examples_of(phase, sequences: int) -> int:
+    """The number of examples of a phase's batch, of so many sequences each."""
+    examples, rest = divmod(phase.global_batch_size, sequences)
     if rest:
-        raise InputError(f"--per_row={per_row} does not divide the {phase.global_batch_size}.")
-    return rows
+        raise InputError(
+            f"{sequences} sequences in an example do not divide the batch of "
+            f"{phase.global_batch_size}. Give other --per_row or --length_buckets."
+        )
+    return examples
 
 
 def main() -> None:
@@ -120,34 +130,40 @@ def main() -> None:
     parser.add_argument("--topology", default="", help="a slice of TPUs, to compile for")
     parser.add_argument("--recipe", default="mlperf-bert-batch-4096", help="with --topology")
     parser.add_argument("--per_row", type=int, default=2, help="sequences in a row; --topology")
+    parser.add_argument(
+        "--length_buckets",
+        default="128,256,256,512",
+        help="lengths of a group's places; --topology",
+    )
     flags = parser.parse_args()
     if flags.topology:
-        compile_steps(flags.recipe, flags.topology, flags.per_row)
+        compile_steps(flags.recipe, flags.topology, flags.per_row, flags.length_buckets)
         return
-    tf.get_logger().setLevel("ERROR")  # a bucket each is traced on purpose
     batch = made_up_batch(flags.sequences, flags.length, max(1, flags.length // 7))
-    bounds = [flags.length // 4, flags.length // 2, 3 * flags.length // 4, flags.length]
+    quarters = tuple(math.ceil(flags.length * k / 4) for k in range(1, 5))
+    buckets = packing.join_batch(batch, packing.LengthBuckets(quarters))
+    packed = packing.join_batch(batch, packing.PackedRows(flags.length, 4))
     forms = {
-        "padded": (bert.pretraining_sums, [batch]),
-        "buckets": (bert.pretraining_sums, list(packing.bucket(batch, bounds).values())),
-        "packed": (packed_bert.pretraining_sums, [packing.pack(batch, per_row=4)]),
+        "padded": (bert.pretraining_sums, lambda batch: [batch], batch),
+        "buckets": (bert.pretraining_sums, packing.bucket_batches, buckets),
+        "packed": (packed_bert.pretraining_sums, lambda batch: [batch], packed),
     }
     model = bert.build_pretrainer(
         bert.SIZES[flags.size], WORDS, flags.length, dropout=0.0, initializer_stddev=0.02
     )
-    functions = {name: compiled(model, sums) for name, (sums, _) in forms.items()}
+    functions = {name: compiled(model, sums, parts) for name, (sums, parts, _) in forms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for number in range(flags.rounds + 1):
-        for name, (_, batches) in forms.items():
+        for name, (_, _, of_form) in forms.items():
+            tensors = {key: tf.constant(value) for key, value in of_form.items()}
             start = time.perf_counter()
-            for part in batches:
-                functions[name]({key: tf.constant(value) for key, value in part.items()})[
-                    -1
-                ].numpy()
+            functions[name](tensors)[-1].numpy()
             if number:  # the first call compiles
                 seconds[name].append(time.perf_counter() - start)
-    for name, (_, batches) in forms.items():
-        tokens = sum(part["input_word_ids"].size for part in batches)
+    for name, (_, _, of_form) in forms.items():
+        tokens = sum(
+            value.size for key, value in of_form.items() if key.startswith("input_word_ids")
+        )
         speed = flags.sequences / statistics.median(seconds[name])
         print(f"{name:8}  {tokens:8,} tokens computed  {speed:8,.1f} sequences/s")
 

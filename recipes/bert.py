@@ -51,6 +51,11 @@ class BertRecipe(Recipe):
     # Maximum number of sequences that are packed into a row of a training batch, each as if it were
     # alone. If it is more than 1, examples and `global_batch_size` are rows.
     sequences_per_row: int = 1
+    # Lengths of the sequences of a group, in ascending order, such as 32,64,128,128: each sequence
+    # of a training batch has a place that is long enough for it, instead of one of
+    # `sequence_length`. Examples and `global_batch_size` are groups. Lengths beyond the
+    # `sequence_length` of a phase are cut to it. Empty: all places have `sequence_length`.
+    length_buckets: tuple[int, ...] = ()
     init_from: str = ""  # weights to start from: a run's folder, or a BERT checkpoint (TF 1 or 2)
     init_slots: bool = False  # also start with the moments in `init_from`
 
@@ -64,6 +69,7 @@ class BertRecipe(Recipe):
             raise ValueError(
                 f"packing must be one of {', '.join(PACKINGS)}. Received: packing={self.packing}."
             )
+        self._check_buckets()
         if self.init_slots and not self.init_from:
             raise ValueError("init_slots needs a checkpoint with moments. Set init_from too.")
         if self.init_slots and self.optimizer != "lamb":
@@ -71,6 +77,33 @@ class BertRecipe(Recipe):
                 "init_slots reads the two moments of LAMB. Received: optimizer="
                 f"{self.optimizer}. Set init_slots=false, or optimizer=lamb."
             )
+
+    def _check_buckets(self):
+        lengths = self.length_buckets
+        if not lengths:
+            return
+        given = f"length_buckets={','.join(map(str, lengths))}"
+        if self.sequences_per_row > 1:
+            raise ValueError(
+                f"sequences_per_row={self.sequences_per_row} and {given} exclude each other. Leave "
+                "out one of them."
+            )
+        if list(lengths) != sorted(lengths) or lengths[0] < 5:
+            raise ValueError(
+                "length_buckets must be in ascending order, and at least 5 tokens each. Received: "
+                f"{given}."
+            )
+        longest = max(phase.sequence_length for phase in self.phases)
+        if lengths[-1] < longest:
+            raise ValueError(
+                f"the last of length_buckets must be at least the sequence_length of {longest}, "
+                f"which the longest sequences have. Received: {given}."
+            )
+
+    @property
+    def sequences_per_example(self) -> int:
+        """The largest number of sequences in an example of a training batch."""
+        return len(self.length_buckets) or self.sequences_per_row
 
 
 BERT_MINI_DEMO = BertRecipe(

@@ -27,6 +27,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("max_seq_length", "max_seq_len", "seq_length", "seq_len"), "sequence_length"),
     **dict.fromkeys(("max_predictions_per_seq", "predictions_per_seq"), "predictions"),
     **dict.fromkeys(("vocab_size",), "vocabulary_size"),
+    **dict.fromkeys(("buckets", "bucket_boundaries", "bucket_lengths"), "length_buckets"),
     **dict.fromkeys(("dropout_rate", "hidden_dropout_prob"), "dropout"),
     **dict.fromkeys(("initializer_range",), "initializer_stddev"),
     **dict.fromkeys(("eval_steps", "eval_every"), "evaluate_every_steps"),
@@ -166,4 +167,6 @@ def _parse_value(recipe, field: str, text: str):
         return kind(text)
     except (KeyError, ValueError):
         expected = "true or false" if kind is bool else f"a value of type {kind.__name__}"
+        if typing.get_origin(kind) is tuple:
+            expected = f"values of type {typing.get_args(kind)[0].__name__}, separated by commas"
         raise ValueError(f"{field} takes {expected}. Received: {field}={text}.") from None

@@ -10,6 +10,7 @@ from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from inputs.errors import InputError
 from inputs.text import chunks
+from inputs.text.packing import bucket_batches
 from inputs.text.tokenization import casing, vocabulary
 from models import bert, packing
 from tasks import initial_pretraining, pretraining_data
@@ -26,8 +27,8 @@ encode(text=tf.constant(["a sentence"]))  # pooled_output: [N, H]; sequence_outp
 class BertPretraining(Task):
     """Masked-LM and next-sentence pre-training.
 
-    An example is a sequence, or, with the recipe's `sequences_per_row`, a row of several. Held-out
-    examples are always single sequences.
+    An example is a sequence, or, with the recipe's `sequences_per_row`, a row of several, or with
+    its `length_buckets` a group of several. Held-out examples are always single sequences.
 
     Args:
         recipe: a `recipes.bert.BertRecipe`.
@@ -70,8 +71,8 @@ class BertPretraining(Task):
             raise InputError(
                 f"--set model={recipe.model}: no such size. Sizes: {', '.join(bert.SIZES)}."
             )
-        if recipe.sequences_per_row > 1:
-            self.example_unit = "rows"
+        if layout := pretraining_data.joined_layout(recipe, recipe.phases[0]):
+            self.example_unit = layout.unit
         self._seed = seed
         self._log = log
         self._slots = self._start = None
@@ -137,8 +138,12 @@ class BertPretraining(Task):
         of_batch = packing if "sequence_ids" in batch else bert
         return of_batch.pretraining_sums(model, batch, training)
 
+    def parts(self, batch):
+        """See `inputs.text.packing.bucket_batches`, of a batch in buckets."""
+        return [batch] if "input_word_ids" in batch else bucket_batches(batch)
+
     def counts(self, batch):
-        """See `models.bert.pretraining_counts`; packed rows have the same."""
+        """See `models.bert.pretraining_counts`; joined sequences have the same."""
         return bert.pretraining_counts(batch)
 
     def train_batches(self, phase_index, first_step):

@@ -12,7 +12,7 @@ from inputs.storage.files import cache_folder, is_file
 from inputs.text import corpus, examples, pretraining_records
 from inputs.text.batches import element_spec
 from inputs.text.chunks import PAIRS
-from inputs.text.packing import packed_spec
+from inputs.text.packing import LengthBuckets, PackedRows
 from inputs.text.prepare import prepare_in_cache
 from inputs.text.record_files import find_record_files
 from inputs.text.shards import load_manifest
@@ -55,6 +55,16 @@ def open_data(
     return Records(recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, *records)
 
 
+def joined_layout(recipe, phase) -> PackedRows | LengthBuckets | None:
+    """How the sequences of a phase are joined to examples; None if each is one."""
+    if recipe.length_buckets:
+        longest = phase.sequence_length
+        return LengthBuckets(tuple(min(length, longest) for length in recipe.length_buckets))
+    if recipe.sequences_per_row > 1:
+        return PackedRows(phase.sequence_length, recipe.sequences_per_row)
+    return None
+
+
 class _Source:
     """Training and held-out examples, made once for each phase, as they keep account of damage.
 
@@ -81,13 +91,13 @@ class _Source:
 
     def training_examples(self, phase, seed):
         """The training examples of a phase, an `inputs.text.batches.Batches`."""
-        return self._examples("training", phase, seed, self._recipe.sequences_per_row)
+        return self._examples("training", phase, seed, joined_layout(self._recipe, phase))
 
     def held_out_examples(self, phase):
         """The held-out examples in the lengths of a phase."""
-        return self._examples("held_out", phase, EVALUATION_SEED, 1)
+        return self._examples("held_out", phase, EVALUATION_SEED, None)
 
-    def _examples(self, side, phase, seed, per_row):
+    def _examples(self, side, phase, seed, layout):
         key = side, phase.sequence_length, seed
         if key not in self._made:
             name = "-".join(map(str, key))
@@ -96,13 +106,13 @@ class _Source:
                 sequence_length=phase.sequence_length,
                 predictions=phase.predictions,
                 seed=seed,
-                sequences_per_row=per_row,
+                layout=layout,
                 lanes=self._recipe.lanes,
                 bad_records=self._bad_records(),
                 damage_folder=self._damage_dir and os.path.join(self._damage_dir, name),
             )
-            if made.plan is not None:
-                self._log(made.describe_packing())
+            if layout:
+                self._log(made.describe_plan())
             self._made[key] = made
         return self._made[key]
 
@@ -248,34 +258,30 @@ class Synthetic:
         else:
             self.vocabulary = synthetic_data.synthetic_vocabulary(recipe.vocabulary_size)
         self.lower_case = casing.choose(recipe.lower_case, self.vocabulary)
-        self._per_row = recipe.sequences_per_row
+        self._recipe = recipe
         self._seed = seed
 
     def training_examples(self, phase, seed):
         """See `Text`."""
         del seed
-        per_row = self._per_row
-        if per_row == 1:
+        layout = joined_layout(self._recipe, phase)
+        if layout is None:
             return self.held_out_examples(phase)
-        length = phase.sequence_length
-        bounds = {"sequence_ids": per_row + 1, "positions": length, "sequence_starts": length}
-        return self._examples(
-            phase, lambda size: packed_spec(size, length, phase.predictions, per_row), bounds
-        )
+        bounds = {"sequence_ids": layout.columns + 1}
+        bounds |= dict.fromkeys(("positions", "sequence_starts"), phase.sequence_length)
+        return self._examples(lambda size: layout.spec(size, phase.predictions), bounds)
 
     def held_out_examples(self, phase):
         """See `Text`."""
         length = phase.sequence_length
-        return self._examples(phase, lambda size: element_spec(size, length, phase.predictions))
+        return self._examples(lambda size: element_spec(size, length, phase.predictions), {})
 
-    def _examples(self, phase, spec, bounds=None):
-        upper_bounds = {
-            "input_word_ids": len(self.vocabulary),
-            "masked_lm_ids": len(self.vocabulary),
-            "masked_lm_positions": phase.sequence_length,
-            "next_sentence_labels": 2,
-        }
-        return synthetic_data.SyntheticExamples(spec, upper_bounds | (bounds or {}), self._seed)
+    def _examples(self, spec, bounds):
+        # Buckets have such a tensor each; places of masks must be in the shortest.
+        of_tokens = {k: x.shape[-1] for k, x in spec(1).items() if k.startswith("input_word_ids")}
+        bounds |= dict.fromkeys((*of_tokens, "masked_lm_ids"), len(self.vocabulary))
+        bounds |= {"masked_lm_positions": min(of_tokens.values()), "next_sentence_labels": 2}
+        return synthetic_data.SyntheticExamples(spec, bounds, self._seed)
 
     def check(self):
         """Nothing can be damaged."""

@@ -105,6 +105,15 @@ class Task(abc.ABC):
             training: True in training (dropout, batch statistics), False in evaluation.
         """
 
+    def parts(self, batch) -> list:
+        """Splits a training batch into batches for `sums`, which are computed one after another.
+
+        Args:
+            batch: as for `sums`, or several batches of different shapes in one dictionary, of which
+                all tensors have the same first dimension.
+        """
+        return [batch]
+
     @abc.abstractmethod
     def counts(self, batch) -> dict[str, tf.Tensor]:
         """Returns the divisors of all metrics for a batch: float32 scalars by `Metric.count`."""

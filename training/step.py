@@ -27,7 +27,7 @@ class ReplicaStep:
     moving averages with each.
 
     Args:
-        task: a `tasks.task.Task`, of which `metrics`, `sums` and `counts` are used.
+        task: a `tasks.task.Task`, of which `metrics`, `parts`, `sums` and `counts` are used.
         model: a tf_keras model, created in the strategy's scope.
         optimizer: a tf_keras optimizer, created in the strategy's scope.
         seed: int in [0, 2**32), for dropout.
@@ -196,6 +196,21 @@ class ReplicaStep:
         )[1]
 
     def _micro_batch(self, batch, total_counts, seed):
+        results = [
+            # Layers draw other masks in each part.
+            self._part(
+                part,
+                total_counts,
+                tf.random.experimental.stateless_fold_in(seed, index) if index else seed,
+            )
+            for index, part in enumerate(self._task.parts(batch))
+        ]
+        sums, gradients = tf.nest.map_structure(lambda *terms: tf.add_n(terms), *results)
+        if self._measure_noise:
+            sums = sums | {PARTS: squared_norm(gradients)}
+        return sums, gradients
+
+    def _part(self, batch, total_counts, seed):
         # The backward pass needs the seed, too: rematerialized layers draw their masks again.
         with self._step_seed.set_to(seed):
             with tf.GradientTape() as tape:
@@ -203,7 +218,4 @@ class ReplicaStep:
                 values = means(self._task.metrics, sums, total_counts)
                 loss = tf.add_n(loss_terms(self._task.metrics, values))
             gradients = tape.gradient(loss, self.model.trainable_variables)
-        gradients = [tf.convert_to_tensor(g) for g in gradients]
-        if self._measure_noise:
-            sums = sums | {PARTS: squared_norm(gradients)}
-        return sums, gradients
+        return sums, [tf.convert_to_tensor(g) for g in gradients]

@@ -1,4 +1,4 @@
-"""Pre-training batches of sequences that are read block by block, alone or packed into rows."""
+"""Pre-training batches of sequences that are read block by block, alone or joined."""
 
 import abc
 import functools
@@ -8,7 +8,6 @@ import tensorflow as tf
 from inputs.bad_records import BadRecords
 from inputs.damage import Damage
 from inputs.order import Order, by_block, number_of_lanes, row_batches
-from inputs.text.packing import pack_rows
 
 # Sequences that lie together are read together, about this many tokens.
 BLOCK_TOKENS = 2**15
@@ -42,8 +41,9 @@ def element_spec(batch_size: int, sequence_length: int, predictions: int):
 class Batches(abc.ABC):
     """The batches of a data set of sequences.
 
-    An example is a sequence, or, with a plan, a row of several. It is a function of the seed and
-    its id alone, so that any host can make any step without the steps before it.
+    An example of a training batch is a sequence, or, with a layout, several that are joined. It
+    is a function of the seed and its id alone, so that any host can make any step without the
+    steps before it.
 
     Args:
         sequence_length: L, tokens per sequence, special ones included, and of a row.
@@ -51,8 +51,10 @@ class Batches(abc.ABC):
         num_examples: N, sequences per epoch.
         width: C, the number of values that `make_rows` returns for a sequence.
         seed: int, decides the order.
-        plan: [R, K] int64 `Pages` of `packing.write_plan`: which sequences are packed into each
-            row of a training batch. None for one sequence in each.
+        layout: how sequences are joined, a `packing.PackedRows` or `packing.LengthBuckets`; None
+            for one sequence in each example.
+        plan: with a layout, what `packing.write_plan` wrote: [R, K] int64 `Pages` of the sequences
+            that are joined, and a dictionary of facts.
         lanes: the largest number of hosts that each read their own part of the data; None for
             `order.number_of_lanes` of the batch.
         bad_records: counts damaged examples, which get weight 0; None: the first raises an error.
@@ -72,7 +74,8 @@ class Batches(abc.ABC):
         num_examples,
         width,
         seed,
-        plan=None,
+        layout=None,
+        plan=(None, None),
         lanes=None,
         bad_records=None,
         damage_folder="",
@@ -81,7 +84,8 @@ class Batches(abc.ABC):
         self.predictions = predictions
         self.num_examples = num_examples
         self.seed = seed
-        self.plan = plan
+        self.layout = layout
+        self.plan, self._plan_facts = plan
         self._width = width
         self._lanes = lanes
         bad_records = bad_records or BadRecords(0.0, skip=False, log=print)
@@ -117,14 +121,9 @@ class Batches(abc.ABC):
     def make_batch(self, rows):
         """A batch, as described by `element_spec`, of [B, C] rows of `make_rows`."""
 
-    def describe_packing(self) -> str:
-        """Formats how many sequences the rows of the plan hold, for a message."""
-        mean = self.num_examples / len(self.plan)
-        return (
-            f"Packed: {self.num_examples:,} sequences in {len(self.plan):,} rows of "
-            f"{self.sequence_length} tokens, {mean:.2f} in a row on average, at most "
-            f"{self.plan.columns}. A step has {mean:.2f} times the batch size in sequences"
-        )
+    def describe_plan(self) -> str:
+        """See `layout.describe`."""
+        return self.layout.describe(self.num_examples, len(self.plan), self._plan_facts)
 
     def order(self, global_batch_size) -> Order:
         """The order of the training examples."""
@@ -144,16 +143,16 @@ class Batches(abc.ABC):
             first_step: the step to begin with; the text of the steps before it is not read.
 
         Returns:
-            Batches as described by `element_spec`, or, with a plan, by `packing.packed_spec`.
+            Batches as described by `element_spec`, or, with a layout, by its `spec`.
         """
         order = self.order(global_batch_size)
         make = self._sequences if self.plan is None else self._rows
         make_rows = functools.partial(make, order.block)
-        make_batch = self._batch if self.plan is None else self._packed
+        make_batch = self._batch if self.plan is None else self._joined
         return row_batches(order, context, first_step, make_rows, make_batch).prefetch(4)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """Each of the first `limit` sequences once, not packed, with the same masks each time.
+        """Each of the first `limit` sequences once, not joined, with the same masks each time.
 
         The last batch is filled up with examples of weight 0.
 
@@ -212,6 +211,5 @@ class Batches(abc.ABC):
         return tf.reshape(made, [-1, per_row * self._width])
 
     @tf.autograph.experimental.do_not_convert
-    def _packed(self, rows):
-        per_row = self.plan.columns
-        return pack_rows(self._batch(tf.reshape(rows, [-1, self._width])), per_row)
+    def _joined(self, rows):
+        return self.layout.join(self._batch(tf.reshape(rows, [-1, self._width])))

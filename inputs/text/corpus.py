@@ -19,7 +19,7 @@ from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import MANIFEST
 from inputs.storage.files import cache_folder, first_writable, locked
 from inputs.text import chunks
-from inputs.text.packing import write_plan
+from inputs.text.packing import ROWS, write_plan
 from inputs.text.shards import load_manifest, read_shard
 from inputs.text.tokenization.vocabulary import SEP, load_vocabulary, vocabulary_hash
 
@@ -73,15 +73,18 @@ class Corpus:
                 for block in chunks.chunk_blocks(self, sequence_length, packing):
                     writer.append(**block)
 
-        return self._opened(f"{packing}-{sequence_length}", write)
+        return self._opened(f"{packing}-{sequence_length}", write)[0]
 
-    def rows(self, sequence_length: int, packing: str, per_row: int) -> dict[str, Pages]:
+    def plan(self, sequence_length: int, packing: str, layout) -> tuple[Pages, dict]:
         """The plan of `packing.write_plan` for the chunks; it is made and written once.
 
         Args:
-            sequence_length: tokens of a row, and of its longest sequences.
+            sequence_length: tokens of the longest chunks.
             packing: how chunks are cut, one of `chunks.PACKINGS`.
-            per_row: the maximum number of chunks in a row.
+            layout: how they are joined, see `inputs.text.packing`.
+
+        Returns:
+            [R, K] int64, and `layout.facts`.
 
         Raises:
             InputError: see `chunks`.
@@ -91,17 +94,21 @@ class Corpus:
 
         def write(folder):
             lengths = (block[:, 1] - block[:, 0] + special for block in table.blocks())
-            write_plan(folder, lengths, sequence_length, per_row)
+            write_plan(folder, lengths, layout)
 
-        return self._opened(f"{packing}-{sequence_length}-rows-of-{per_row}", write)
+        arrays, facts = self._opened(f"{packing}-{sequence_length}-{layout.name}", write)
+        return arrays[ROWS], facts
 
     def _opened(self, name, write):
-        """The arrays of a folder beside the corpus, which `write` writes if they are not there."""
+        """Opens a folder beside the corpus, which `write` writes if it is not there.
+
+        Returns what `open_pages` returns.
+        """
         places = dict.fromkeys([self.folder, self.spare])
         # Opened before the lock is taken: the disk may be read-only.
         for place in places:
             if found := open_pages(os.path.join(place, name)):
-                return found[0]
+                return found
         place = first_writable(list(places), "--data_dir", CACHE_FIX)
         folder = os.path.join(place, name)
         with locked(place, "--data_dir", wait=True):
@@ -109,7 +116,7 @@ class Corpus:
             if found is None:
                 write(folder)
                 found = _written(open_pages(folder), folder)
-        return found[0]
+        return found
 
 
 def document_key(tokens: np.ndarray) -> int:

@@ -5,7 +5,6 @@ import tensorflow as tf
 from inputs.batching import integers_below, random_bits, uniform, unit_floats
 from inputs.text.batches import Batches
 from inputs.text.chunks import COLUMNS, FULL, PAIRS, SENTENCE_STARTS, TABLE
-from inputs.text.packing import ROWS
 from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 
 # The fields of a row before its tokens: whether the example could be read, lengths of A and B,
@@ -29,9 +28,8 @@ class Examples(Batches):
         seed: int, decides the order, the pairs and the masks.
         packing: `chunks.PAIRS` for two segments and next-sentence labels, `chunks.FULL` for one
             segment that fills the sequence, and next-sentence weights of 0.
-        sequences_per_row: K, the maximum number of sequences in a row of a training batch. If it
-            is more than 1, a random second segment is no longer than the one that it replaces, so
-            that the length of a sequence is known before.
+        layout: see `Batches`. If there is one, a random second segment is no longer than the one
+            that it replaces, so that the length of a sequence is known before.
         **reading: `lanes`, `bad_records` and `damage_folder` of `Batches`.
     """
 
@@ -45,7 +43,7 @@ class Examples(Batches):
         whole_word,
         seed,
         packing=PAIRS,
-        sequences_per_row=1,
+        layout=None,
         **reading,
     ):
         self.whole_word = whole_word
@@ -55,9 +53,6 @@ class Examples(Batches):
         self._tokens = corpus.tokens
         self._table = chunks[TABLE]
         self._sentence_starts = chunks.get(SENTENCE_STARTS)
-        plan = None
-        if sequences_per_row > 1:
-            plan = corpus.rows(sequence_length, packing, sequences_per_row)[ROWS]
         special = set(SPECIAL_TOKENS)
         ordinary = [i for i, piece in enumerate(vocabulary) if piece not in special]
         self._ordinary = tf.constant(ordinary, tf.int32)
@@ -71,7 +66,8 @@ class Examples(Batches):
             num_examples=len(self._table),
             width=FIELDS + sequence_length,
             seed=seed,
-            plan=plan,
+            layout=layout,
+            plan=corpus.plan(sequence_length, packing, layout) if layout else (None, None),
             **reading,
         )
 

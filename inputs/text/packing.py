@@ -1,15 +1,20 @@
-"""Packs several short sequences into one row, and sorts sequences into buckets by their length.
+"""Joins several short sequences into one example: packed into a row, or in buckets by length.
 
-Both leave out padding, without a change of the loss: `models.packing` keeps the sequences of a row
-apart, and the batch of a bucket is a shorter one of the same layout.
+Both leave out padding, without a change of the loss. A packed row has room for several sequences,
+which `models.packing` keeps apart. A group of buckets has one place for each of its sequences; the
+places of one bucket are a batch of the usual layout, with shorter sequences.
 
-Which sequences share a row is planned once, before the training, from their lengths: so the rows of
-a step do not depend on the number of hosts and replicas, no sequence is ever left out, and the
-shapes are static.
+Which sequences share an example is planned once, before the training, from their lengths: so the
+examples of a step do not depend on the number of hosts and replicas, no sequence is ever left out,
+and the shapes are static.
 """
 
+import collections
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -17,227 +22,435 @@ import tensorflow as tf
 from inputs.pages import PagesWriter
 
 ROWS = "rows"  # name of the array of a plan
-GROUP = 64  # consecutive sequences that are packed with each other, and so are read together
-# Keys of `inputs.text.batches.element_spec` -> what packing does with them.
+# Other lengths of buckets are proposed if they leave out a twentieth of the tokens.
+WORSE = 0.95
+# Keys of `inputs.text.batches.element_spec` -> what is done with them.
 PER_TOKEN = ("input_word_ids", "input_type_ids")
 PER_PREDICTION = ("masked_lm_ids", "masked_lm_weights")
 PER_SEQUENCE = ("next_sentence_labels", "next_sentence_weights", "example_weights")
 
 
-def packed_spec(rows: int, row_length: int, predictions: int, per_row: int):
-    """The shapes and dtypes of a batch of packed rows, as a dictionary of `tf.TensorSpec`.
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Examples that are rows of tokens, each with several sequences.
 
-    `sequence_ids` is k for the tokens of the row's k-th sequence, and 0 for padding. `positions`
-    restart from 0 in each sequence. `sequence_starts` are the places of the first tokens of the
-    sequences in the row. `masked_lm_positions` are places in the row. The weights of a sequence
-    that is not there are 0. The other tensors are those of `inputs.text.batches.element_spec`.
-
-    Args:
-        rows: R, rows per batch.
-        row_length: L, tokens per row.
-        predictions: P, the maximum number of masked tokens per sequence.
-        per_row: K, the maximum number of sequences in a row.
+    Attributes:
+        row_length: L, tokens of a row, and of its longest sequences.
+        columns: K, the maximum number of sequences in a row.
+        unit: what an example is called, in the plural.
+        neighbors: the number of consecutive sequences that are packed with each other, and so are
+            read together.
     """
-    tokens = tf.TensorSpec([rows, row_length], tf.int32)
-    picks = [rows, per_row * predictions]
-    of_sequences = [rows, per_row]
-    return {
-        "input_word_ids": tokens,
-        "input_type_ids": tokens,
-        "sequence_ids": tokens,
-        "positions": tokens,
-        "sequence_starts": tf.TensorSpec(of_sequences, tf.int32),
-        "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
-        "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
-        "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
-        "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
-        "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
-        "example_weights": tf.TensorSpec(of_sequences, tf.float32),
-    }
+
+    row_length: int
+    columns: int
+    unit: ClassVar[str] = "rows"
+    neighbors: ClassVar[int] = 64
+
+    @property
+    def name(self) -> str:
+        """The name of a plan's folder."""
+        return f"rows-of-{self.columns}"
+
+    def facts(self, counts: np.ndarray) -> dict:
+        """What is kept with a plan, besides the rows; see `LengthBuckets.facts`."""
+        del counts
+        return {}
+
+    def describe(self, sequences: int, rows: int, facts: dict) -> str:
+        """Formats how many sequences the rows of a plan hold, for a message."""
+        del facts
+        mean = sequences / rows
+        return (
+            f"Packed: {sequences:,} sequences in {rows:,} rows of {self.row_length} tokens, "
+            f"{mean:.2f} in a row on average, at most {self.columns}. A step has {mean:.2f} times "
+            "the batch size in sequences"
+        )
+
+    def spec(self, rows: int, predictions: int):
+        """The shapes and dtypes of a batch, as a dictionary of `tf.TensorSpec`.
+
+        `sequence_ids` is k for the tokens of the row's k-th sequence, and 0 for padding.
+        `positions` restart from 0 in each sequence. `sequence_starts` are the places of the first
+        tokens of the sequences in the row. `masked_lm_positions` are places in the row. The weights
+        of a sequence that is not there are 0. The other tensors are those of
+        `inputs.text.batches.element_spec`.
+
+        Args:
+            rows: R, rows per batch.
+            predictions: P, the maximum number of masked tokens per sequence.
+        """
+        tokens = tf.TensorSpec([rows, self.row_length], tf.int32)
+        picks = [rows, self.columns * predictions]
+        of_sequences = [rows, self.columns]
+        return {
+            "input_word_ids": tokens,
+            "input_type_ids": tokens,
+            "sequence_ids": tokens,
+            "positions": tokens,
+            "sequence_starts": tf.TensorSpec(of_sequences, tf.int32),
+            "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
+            "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
+            "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
+            "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
+            "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
+            "example_weights": tf.TensorSpec(of_sequences, tf.float32),
+        }
+
+    def assign(self, lengths) -> np.ndarray:
+        """Distributes sequences over rows, the longest first, each to the fullest one with room.
+
+        Args:
+            lengths: [N] int array, tokens of each sequence.
+
+        Returns:
+            [R, K] int64, for each row the indices of its sequences, in order; -1 where there is
+            none. Rows of neighbors are neighbors.
+
+        Raises:
+            ValueError: a sequence is empty or longer than a row.
+        """
+        lengths = _checked(lengths, self.row_length)
+        rows: list[list[int]] = []
+        room: list[int] = []
+        for index in np.argsort(-lengths, kind="stable"):
+            fitting = [
+                row
+                for row, left in enumerate(room)
+                if left >= lengths[index] and len(rows[row]) < self.columns
+            ]
+            if fitting:
+                row = min(fitting, key=lambda row: room[row])
+            else:
+                rows.append([])
+                room.append(self.row_length)
+                row = len(rows) - 1
+            rows[row].append(int(index))
+            room[row] -= int(lengths[index])
+        plan = np.full([len(rows), self.columns], -1, np.int64)
+        for row, members in zip(plan, sorted(rows, key=min), strict=True):
+            row[: len(members)] = sorted(members)
+        return plan
+
+    def join(self, batch: dict) -> dict:
+        """Joins the sequences of each row, in a graph.
+
+        Args:
+            batch: tensors as `inputs.text.batches.element_spec` describes, of R·K sequences: those
+                of the first row, then those of the second. Sequences with an example weight of 0
+                are left out of the row.
+
+        Returns:
+            A dictionary of tensors as `spec` describes.
+        """
+        row_length, per_row = self.row_length, self.columns
+        predictions = batch["masked_lm_ids"].shape[1]
+
+        def of_rows(key, *shape):
+            return tf.reshape(batch[key], [-1, *shape])
+
+        present = of_rows("example_weights", per_row) > 0
+        lengths = tf.reduce_sum(of_rows("input_mask", per_row, row_length), axis=2)
+        lengths = tf.where(present, lengths, 0)
+        ends = tf.cumsum(lengths, axis=1)
+        starts = ends - lengths
+        check = tf.debugging.assert_less_equal(
+            ends, row_length, "the sequences of a row are too long"
+        )
+        with tf.control_dependencies([check]):
+            place = tf.range(row_length)[tf.newaxis]
+        # The number of sequences that end at or before a place is the index of the one there.
+        which = tf.reduce_sum(
+            tf.cast(place[:, :, tf.newaxis] >= ends[:, tf.newaxis], tf.int32), axis=2
+        )
+        is_text = which < per_row
+        which = tf.minimum(which, per_row - 1)
+        positions = tf.where(is_text, place - tf.gather(starts, which, batch_dims=1), 0)
+        source = which * row_length + positions
+        packed = {}
+        for key in PER_TOKEN:
+            tokens = tf.gather(of_rows(key, per_row * row_length), source, batch_dims=1)
+            packed[key] = tf.where(is_text, tokens, 0)
+        # The number of a sequence in its row, and not its slot, so that the first one is 1.
+        number = tf.gather(tf.cumsum(tf.cast(present, tf.int32), axis=1), which, batch_dims=1)
+        packed["sequence_ids"] = tf.where(is_text, number, 0)
+        packed["positions"] = positions
+        starts = tf.where(present, starts, 0)
+        packed["sequence_starts"] = starts
+        # Unused predictions have position 0, which would be another sequence's first token; their
+        # weight is 0.
+        places = of_rows("masked_lm_positions", per_row, predictions) + starts[:, :, tf.newaxis]
+        packed["masked_lm_positions"] = tf.reshape(places, [-1, per_row * predictions])
+        packed |= {key: of_rows(key, per_row * predictions) for key in PER_PREDICTION}
+        return packed | {key: of_rows(key, per_row) for key in PER_SEQUENCE}
 
 
-def assign_rows(lengths, row_length: int, per_row: int) -> list[list[int]]:
-    """Distributes sequences over rows, the longest first, each to the fullest row that has room.
+@dataclasses.dataclass(frozen=True)
+class LengthBuckets:
+    """Examples that are groups of sequences, with a place of fixed length for each.
+
+    A step so has the same shapes and the same number of sequences of each bucket every time, as a
+    TPU needs it, and a batch is a sample of short and long sequences.
+
+    Attributes:
+        lengths: tokens of the K places of a group, in ascending order. Equal ones are one bucket.
+        unit: what an example is called, in the plural.
+        neighbors: the number of consecutive sequences that are grouped with each other, and so are
+            read together. More of them fill the places better.
+    """
+
+    lengths: tuple[int, ...]
+    unit: ClassVar[str] = "groups"
+    neighbors: ClassVar[int] = 512
+
+    @property
+    def columns(self) -> int:
+        """K, the number of sequences of a group."""
+        return len(self.lengths)
+
+    @property
+    def name(self) -> str:
+        """The name of a plan's folder."""
+        return f"groups-of-{'-'.join(map(str, self.lengths))}"
+
+    def facts(self, counts: np.ndarray) -> dict:
+        """What is kept with a plan, besides the groups.
+
+        Args:
+            counts: [n + 1] int64, the numbers of sequences of 0, 1, ... tokens.
+
+        Returns:
+            `fitting`: the lengths of as many places that take the fewest tokens, in quarters of the
+            longest, because the program of a step grows with each different length. `tokens`: how
+            many a sequence then takes.
+        """
+        columns, longest = self.columns, self.lengths[-1]
+        bounds = sorted({math.ceil(longest * quarter / 4) for quarter in (1, 2, 3)})
+        longer = [float(counts[bound + 1 :].sum() / counts.sum()) for bound in bounds]
+        best = math.inf, [longest] * columns
+        # Groups per sequence: so many that all places are filled, or those longer than a bound.
+        shares = {1 / columns, *(share / n for share in longer for n in range(1, columns + 1))}
+        for groups in sorted(share for share in shares if share >= 1 / columns):
+            places = [math.ceil(share / groups - 1e-9) for share in longer]
+            steps = zip([columns, *places], [*places, 0], [*bounds, longest], strict=True)
+            lengths = [n for more, fewer, n in steps for _ in range(more - fewer)]
+            best = min(best, (groups * sum(lengths), [*lengths[:-1], longest]))
+        return {"fitting": best[1], "tokens": best[0]}
+
+    def describe(self, sequences: int, groups: int, facts: dict) -> str:
+        """Formats how well the groups of a plan are filled, for a message."""
+        filled = sequences / (groups * self.columns)
+        longest = self.lengths[-1]
+        tokens = groups * sum(self.lengths) / (sequences * longest)
+        line = (
+            f"In buckets: {sequences:,} sequences in {groups:,} groups of {self.columns} "
+            f"({', '.join(map(str, self.lengths))} tokens). {filled:.1%} of the places are filled, "
+            f"and a sequence takes {tokens:.2f} times the {longest} tokens of a padded one. A step "
+            f"has {self.columns * filled:.2f} times the batch size in sequences"
+        )
+        share = facts["tokens"] / longest
+        if share >= WORSE * tokens:
+            return line
+        if WORSE <= share:
+            return f"{line}. Too few sequences are short: leave out length_buckets"
+        lengths = ",".join(map(str, facts["fitting"]))
+        return f"{line}. Lengths that fit better: length_buckets={lengths} ({share:.2f} times)"
+
+    @property
+    def _buckets(self) -> list[tuple[int, slice]]:
+        """The length of each bucket, and its places in a group."""
+        bounds = sorted(set(self.lengths))
+        first = [self.lengths.index(bound) for bound in bounds]
+        return [
+            (bound, slice(start, stop))
+            for bound, start, stop in zip(bounds, first, [*first[1:], self.columns], strict=True)
+        ]
+
+    def spec(self, rows: int, predictions: int):
+        """The shapes and dtypes of a batch, as a dictionary of `tf.TensorSpec`.
+
+        The tensors are those of `inputs.text.batches.element_spec` with the places of a group as a
+        second dimension, but those of tokens, of which each bucket has its own: "NAME_LENGTH". The
+        weights of a place without a sequence are 0.
+
+        Args:
+            rows: R, groups per batch.
+            predictions: P, the maximum number of masked tokens per sequence.
+        """
+        spec = {}
+        for length, places in self._buckets:
+            tokens = tf.TensorSpec([rows, places.stop - places.start, length], tf.int32)
+            spec |= {f"{key}_{length}": tokens for key in (*PER_TOKEN, "input_mask")}
+        picks, of_sequences = [rows, self.columns, predictions], [rows, self.columns]
+        return spec | {
+            "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
+            "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
+            "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
+            "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
+            "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
+            "example_weights": tf.TensorSpec(of_sequences, tf.float32),
+        }
+
+    def assign(self, lengths) -> np.ndarray:
+        """Distributes sequences over as few groups as have places for all, the longest first.
+
+        Args:
+            lengths: [N] int array, tokens of each sequence.
+
+        Returns:
+            [R, K] int64, the index of the sequence at each place of a group; -1 where there is
+            none. Sequences of one bucket are in their order.
+
+        Raises:
+            ValueError: a sequence is empty or longer than the longest bucket.
+        """
+        lengths = _checked(lengths, self.lengths[-1])
+        # Sequences that are too long for the shorter buckets need as many places in the others.
+        shorter = [0, *(bound for bound, _ in self._buckets[:-1])]
+        groups = max(
+            -(-np.sum(lengths > bound) // np.sum(np.array(self.lengths) > bound))
+            for bound in shorter
+        )
+        plan = np.full([groups, self.columns], -1, np.int64)
+        longest = np.argsort(-lengths, kind="stable")
+        for _, places in reversed(self._buckets):
+            members = np.full(plan[:, places].shape, -1, np.int64)
+            taken = np.sort(longest[: members.size])
+            members.ravel()[: len(taken)] = taken
+            plan[:, places], longest = members, longest[members.size :]
+        return plan
+
+    def join(self, batch: dict) -> dict:
+        """Arranges the sequences of each group in buckets, in a graph.
+
+        Args:
+            batch: tensors as `inputs.text.batches.element_spec` describes, of R·K sequences: those
+                of the first group, then those of the second. A sequence with an example weight of
+                0 may be longer than its place.
+
+        Returns:
+            A dictionary of tensors as `spec` describes.
+        """
+        columns = self.columns
+
+        def of_groups(key):
+            return tf.reshape(batch[key], [-1, columns, *batch[key].shape[1:]])
+
+        joined = {
+            key: of_groups(key) for key in ("masked_lm_positions", *PER_PREDICTION, *PER_SEQUENCE)
+        }
+        present = joined["example_weights"] > 0
+        used = tf.where(present, tf.reduce_sum(of_groups("input_mask"), 2), 0)
+        check = tf.debugging.assert_less_equal(
+            used, tf.constant(self.lengths), "a sequence is longer than its bucket"
+        )
+        with tf.control_dependencies([check]):
+            positions = joined["masked_lm_positions"]
+            joined["masked_lm_positions"] = tf.where(present[..., tf.newaxis], positions, 0)
+        for length, places in self._buckets:
+            for key in (*PER_TOKEN, "input_mask"):
+                joined[f"{key}_{length}"] = of_groups(key)[:, places, :length]
+        return joined
+
+
+def bucket_batches(batch: dict) -> list[dict]:
+    """Splits a batch of `LengthBuckets` into one of the usual layout for each bucket.
 
     Args:
-        lengths: [N] int array, tokens of each sequence.
-        row_length: tokens of a row.
-        per_row: the maximum number of sequences in a row.
+        batch: as `LengthBuckets.spec` describes.
 
     Returns:
-        For each row the indices of its sequences.
+        Dictionaries as `inputs.text.batches.element_spec` describes, with shorter sequences first.
+        Each has all sequences of one bucket.
+    """
+    prefix = "input_mask_"
+    bounds = sorted(int(key.removeprefix(prefix)) for key in batch if key.startswith(prefix))
+    batches = []
+    first = 0
+    for bound in bounds:
+        last = first + batch[f"{prefix}{bound}"].shape[1]
+        part = {key: batch[f"{key}_{bound}"] for key in (*PER_TOKEN, "input_mask")}
+        for key in ("masked_lm_positions", *PER_PREDICTION, *PER_SEQUENCE):
+            part[key] = batch[key][:, first:last]
+        batches.append({key: tf.reshape(x, [-1, *x.shape[2:]]) for key, x in part.items()})
+        first = last
+    return batches
+
+
+def _checked(lengths, longest: int) -> np.ndarray:
+    """Returns `lengths` as an array.
 
     Raises:
-        ValueError: a sequence is empty or longer than a row.
+        ValueError: one is 0, or is larger than `longest`.
     """
     lengths = np.asarray(lengths)
-    if len(lengths) and (lengths.min() < 1 or lengths.max() > row_length):
-        bad = next(i for i, n in enumerate(lengths) if not 1 <= n <= row_length)
-        raise ValueError(f"sequence {bad} has {lengths[bad]} tokens. Rows take 1 to {row_length}.")
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in np.argsort(-lengths, kind="stable"):
-        fitting = [
-            row
-            for row, left in enumerate(room)
-            if left >= lengths[index] and len(rows[row]) < per_row
-        ]
-        if fitting:
-            row = min(fitting, key=lambda row: room[row])
-        else:
-            rows.append([])
-            room.append(row_length)
-            row = len(rows) - 1
-        rows[row].append(int(index))
-        room[row] -= int(lengths[index])
-    return rows
+    if len(lengths) and (lengths.min() < 1 or lengths.max() > longest):
+        bad = next(i for i, n in enumerate(lengths) if not 1 <= n <= longest)
+        raise ValueError(f"sequence {bad} has {lengths[bad]} tokens. Rows take 1 to {longest}.")
+    return lengths
 
 
-def plan_rows(lengths: Iterable[np.ndarray], row_length: int, per_row: int) -> Iterator[np.ndarray]:
-    """Plans the rows of a data set.
+def plan_rows(lengths: Iterable[np.ndarray], layout) -> Iterator[np.ndarray]:
+    """Plans the examples of a data set.
 
     Args:
         lengths: parts of an int array, tokens of each sequence in order.
-        row_length: tokens of a row.
-        per_row: K, the maximum number of sequences in a row.
+        layout: a `PackedRows` or `LengthBuckets` of K sequences at most.
 
     Yields:
-        [R, K] int64, the numbers of the sequences of R rows, -1 where there is none. Each sequence
-        is in one row. Rows of the same `GROUP` of sequences lie together.
+        [R, K] int64, the numbers of the sequences of R examples, -1 where there is none. Each
+        sequence is in one example. Examples of the same `layout.neighbors` lie together.
 
     Raises:
-        ValueError: a sequence is empty or longer than a row.
+        ValueError: see `layout.assign`.
     """
     first = 0
     rest = np.zeros(0, np.int64)
     for part in itertools.chain(lengths, [None]):
         rest = rest if part is None else np.concatenate([rest, part])
-        whole = len(rest) if part is None else len(rest) // GROUP * GROUP
-        rows = []
-        for start in range(0, whole, GROUP):
-            group = assign_rows(rest[start : min(start + GROUP, whole)], row_length, per_row)
-            # Rows of neighbors are neighbors.
-            rows += [[first + start + i for i in sorted(row)] for row in sorted(group, key=min)]
-        if rows:
-            plan = np.full([len(rows), per_row], -1, np.int64)
-            for row, members in zip(plan, rows, strict=True):
-                row[: len(members)] = members
-            yield plan
+        whole = len(rest) if part is None else len(rest) // layout.neighbors * layout.neighbors
+        for start in range(0, whole, layout.neighbors):
+            plan = layout.assign(rest[start : min(start + layout.neighbors, whole)])
+            yield np.where(plan >= 0, plan + first + start, -1)
         first, rest = first + whole, rest[whole:]
 
 
-def write_plan(folder: str, lengths: Iterable[np.ndarray], row_length: int, per_row: int) -> None:
+def write_plan(folder: str, lengths: Iterable[np.ndarray], layout) -> None:
     """Writes `plan_rows` as the array `ROWS` of a folder, for `inputs.pages.open_pages`.
+
+    `layout.facts` are its facts.
 
     Raises:
         InputError: the folder cannot be written.
-        ValueError: a sequence is empty or longer than a row.
+        ValueError: see `plan_rows`.
     """
-    with PagesWriter(folder, {ROWS: np.int64}, {ROWS: per_row}) as writer:
-        for rows in plan_rows(lengths, row_length, per_row):
+    counts = collections.Counter()
+
+    def counted():
+        for part in lengths:
+            counts.update(part.tolist())
+            yield part
+
+    with PagesWriter(folder, {ROWS: np.int64}, {ROWS: layout.columns}) as writer:
+        for rows in plan_rows(counted(), layout):
             writer.append(**{ROWS: rows})
+        writer.facts = layout.facts(np.array([counts[n] for n in range(max(counts) + 1)]))
 
 
-def pack_rows(batch: dict, per_row: int) -> dict:
-    """Joins the sequences of each row, in a graph.
-
-    Args:
-        batch: tensors as `inputs.text.batches.element_spec` describes, of R·K sequences: those of
-            the first row, then those of the second. Sequences with an example weight of 0 are left
-            out of the row.
-        per_row: K.
-
-    Returns:
-        A dictionary of tensors as `packed_spec` describes.
-    """
-    row_length = batch["input_word_ids"].shape[1]
-    predictions = batch["masked_lm_ids"].shape[1]
-
-    def of_rows(key, *shape):
-        return tf.reshape(batch[key], [-1, *shape])
-
-    present = of_rows("example_weights", per_row) > 0
-    lengths = tf.reduce_sum(of_rows("input_mask", per_row, row_length), axis=2)
-    lengths = tf.where(present, lengths, 0)
-    ends = tf.cumsum(lengths, axis=1)
-    starts = ends - lengths
-    check = tf.debugging.assert_less_equal(ends, row_length, "the sequences of a row are too long")
-    with tf.control_dependencies([check]):
-        place = tf.range(row_length)[tf.newaxis]
-    # The number of sequences that end at or before a place is the index of the one that is there.
-    which = tf.reduce_sum(tf.cast(place[:, :, tf.newaxis] >= ends[:, tf.newaxis], tf.int32), axis=2)
-    is_text = which < per_row
-    which = tf.minimum(which, per_row - 1)
-    positions = tf.where(is_text, place - tf.gather(starts, which, batch_dims=1), 0)
-    source = which * row_length + positions
-    packed = {}
-    for key in PER_TOKEN:
-        tokens = tf.gather(of_rows(key, per_row * row_length), source, batch_dims=1)
-        packed[key] = tf.where(is_text, tokens, 0)
-    # The number of a sequence in its row, and not its slot, so that the first one is 1.
-    number = tf.gather(tf.cumsum(tf.cast(present, tf.int32), axis=1), which, batch_dims=1)
-    packed["sequence_ids"] = tf.where(is_text, number, 0)
-    packed["positions"] = positions
-    starts = tf.where(present, starts, 0)
-    packed["sequence_starts"] = starts
-    # Unused predictions have position 0, which would be another sequence's first token; their
-    # weight is 0.
-    places = of_rows("masked_lm_positions", per_row, predictions) + starts[:, :, tf.newaxis]
-    packed["masked_lm_positions"] = tf.reshape(places, [-1, per_row * predictions])
-    packed |= {key: of_rows(key, per_row * predictions) for key in PER_PREDICTION}
-    return packed | {key: of_rows(key, per_row) for key in PER_SEQUENCE}
-
-
-def pack(batch: dict, *, per_row: int) -> dict:
-    """Packs the sequences of one batch, in as few rows as `assign_rows` finds.
+def join_batch(batch: dict, layout) -> dict:
+    """Joins the sequences of one batch, in as few examples as `layout.assign` finds.
 
     Args:
         batch: arrays as `inputs.text.batches.element_spec` describes.
-        per_row: the maximum number of sequences in a row.
+        layout: a `PackedRows` or `LengthBuckets`.
 
     Returns:
-        A dictionary of arrays as `packed_spec` describes.
+        A dictionary of arrays as `layout.spec` describes.
     """
-    count, row_length = batch["input_word_ids"].shape
-    plan = assign_rows(batch["input_mask"].sum(axis=1), row_length, per_row)
-    members = np.full([len(plan), per_row], count)
-    for row, indices in zip(members, plan, strict=True):
-        row[: len(indices)] = indices
-    # Sequence number `count` has only zeros, and so the weight 0.
+    plan = layout.assign(batch["input_mask"].sum(axis=1))
+    # Sequence number -1, the last one, has only zeros, and so the weight 0.
     padded = {
-        key: np.concatenate([value, np.zeros_like(value[:1])])[members.ravel()]
+        key: tf.constant(np.concatenate([value, np.zeros_like(value[:1])])[plan.ravel()])
         for key, value in batch.items()
     }
-    return {key: value.numpy() for key, value in pack_rows(padded, per_row).items()}
-
-
-def bucket(batch: dict, bounds: list[int]) -> dict[int, dict]:
-    """Sorts the sequences of a batch into buckets by length, and cuts off the padding.
-
-    Args:
-        batch: as for `pack`.
-        bounds: ascending lengths of the buckets; the last one is the length of the batch.
-
-    Returns:
-        Length of a bucket -> its batch, of the same layout and that length. Empty ones are left
-        out.
-
-    Raises:
-        ValueError: the bounds do not ascend, or the last one is not the batch's length.
-    """
-    length = batch["input_word_ids"].shape[1]
-    if sorted(set(bounds)) != list(bounds) or not bounds or bounds[-1] != length:
-        raise ValueError(
-            f"bounds must ascend to the length of the batch, {length}. Received: {list(bounds)}."
-        )
-    which = np.searchsorted(bounds, batch["input_mask"].sum(axis=1))
-    buckets = {}
-    for number, bound in enumerate(bounds):
-        rows = which == number
-        if rows.any():
-            cut = (*PER_TOKEN, "input_mask")
-            buckets[bound] = {
-                key: value[rows][:, :bound] if key in cut else value[rows]
-                for key, value in batch.items()
-            }
-    return buckets
+    return {key: value.numpy() for key, value in layout.join(padded).items()}

@@ -57,7 +57,7 @@ class RecordFiles:
         first: the first record of the part.
         count: the number of its records.
         names: our key -> the files' key.
-        folder: where the index is; plans of packed rows are written there.
+        folder: where the index is; plans of joined sequences are written there.
         fingerprint: identifies the files.
     """
 
@@ -233,8 +233,7 @@ class RecordExamples(Batches):
         sequence_length: L, tokens per example.
         predictions: P, the maximum number of masked tokens per example.
         seed: int, decides the order.
-        sequences_per_row: K, the maximum number of sequences in a row of a training batch.
-        **reading: `lanes`, `bad_records` and `damage_folder` of `Batches`.
+        **reading: `layout`, `lanes`, `bad_records` and `damage_folder` of `Batches`.
     """
 
     def __init__(
@@ -245,7 +244,6 @@ class RecordExamples(Batches):
         sequence_length,
         predictions,
         seed,
-        sequences_per_row=1,
         **reading,
     ):
         self._files = files
@@ -258,17 +256,18 @@ class RecordExamples(Batches):
             seed=seed,
             **reading,
         )
-        if sequences_per_row > 1:
-            self.plan = self._open_plan(sequences_per_row)
+        if self.layout:
+            self.plan, self._plan_facts = self._open_plan()
 
-    def _open_plan(self, per_row):
+    def _open_plan(self):
         files = self._files
-        name = f"rows-of-{per_row}-{self.sequence_length}-{files.first}-{files.count}"
+        name = f"{self.layout.name}-{self.sequence_length}-{files.first}-{files.count}"
         folder = os.path.join(files.folder, name)
         with locked(files.folder, "--cache_dir", wait=True):
             if open_pages(folder) is None:
-                write_plan(folder, self._lengths(), self.sequence_length, per_row)
-            return open_pages(folder)[0][ROWS]
+                write_plan(folder, self._lengths(), self.layout)
+            arrays, facts = open_pages(folder)
+            return arrays[ROWS], facts
 
     @property
     def files(self) -> set[str]:

@@ -10,6 +10,8 @@ from models import packing as packed_bert
 
 LENGTH, PREDICTIONS, WORDS = 24, 3, 40
 LENGTHS = (5, 24, 9, 7, 12, 6, 17, 8)
+PACKED = packing.PackedRows(LENGTH, 3)
+BUCKETS = packing.LengthBuckets((8, 8, 12, LENGTH))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def losses_and_gradients(sums, model, batch):
 
 
 def test_packed_rows_give_the_same_losses_and_gradients(model, batch):
-    packed = packing.pack(batch, per_row=3)
+    packed = packing.join_batch(batch, PACKED)
     assert packed["input_word_ids"].shape[0] < len(LENGTHS) / 1.5
     alone, gradients = losses_and_gradients(bert.pretraining_sums, model, batch)
     together, packed_gradients = losses_and_gradients(packed_bert.pretraining_sums, model, packed)
@@ -81,7 +83,7 @@ def test_packed_rows_give_the_same_losses_and_gradients(model, batch):
 
 
 def test_a_neighbour_in_the_row_changes_nothing(model, batch):
-    packed = {key: value.copy() for key, value in packing.pack(batch, per_row=3).items()}
+    packed = {key: value.copy() for key, value in packing.join_batch(batch, PACKED).items()}
     encoder = bert.encoder_of(model)
     before, pooled = (x.numpy() for x in packed_bert.encode_packed(encoder, tensors(packed), False))
     row = int(np.argmax(packed["sequence_ids"].max(axis=1) > 1))
@@ -97,53 +99,122 @@ def test_a_neighbour_in_the_row_changes_nothing(model, batch):
     assert np.abs(pooled[row, 1] - pooled_after[row, 1]).max() > 0.01
 
 
-def test_buckets_give_the_same_losses(model, batch):
-    buckets = packing.bucket(batch, [8, 12, LENGTH])
-    assert {bound: len(part["input_mask"]) for bound, part in buckets.items()} == {
-        **{8: 4, 12: 2, LENGTH: 2}
-    }
-    assert all(part["input_word_ids"].shape[1] == bound for bound, part in buckets.items())
-    alone = bert.pretraining_sums(model, tensors(batch), False)
-    parts = [bert.pretraining_sums(model, tensors(part), False) for part in buckets.values()]
+def bucket_sums(model, batch, training):
+    parts = [bert.pretraining_sums(model, x, training) for x in packing.bucket_batches(batch)]
+    return {key: tf.add_n([part[key] for part in parts]) for key in parts[0]}
+
+
+def test_buckets_give_the_same_losses_and_gradients(model, batch):
+    joined = packing.join_batch(batch, BUCKETS)
+    parts = packing.bucket_batches(joined)
+    assert [part["input_word_ids"].shape for part in parts] == [(4, 8), (2, 12), (2, LENGTH)]
+    alone, gradients = losses_and_gradients(bert.pretraining_sums, model, batch)
+    together, joined_gradients = losses_and_gradients(bucket_sums, model, joined)
     for name, value in alone.items():
-        total = sum(float(part[name]) for part in parts)
-        assert total == pytest.approx(float(value), rel=2e-6)
-    with pytest.raises(ValueError, match="must ascend to the length of the batch, 24"):
-        packing.bucket(batch, [12, 8, LENGTH])
+        assert float(together[name]) == pytest.approx(float(value), rel=2e-6), name
+    largest = max(np.abs(gradient).max() for gradient in gradients)
+    for ours, theirs in zip(joined_gradients, gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_a_place_without_a_sequence_counts_nothing(model, batch):
+    """Also if the row that fills it is longer than the place, as in a damaged block."""
+    few = {key: value[:5] for key, value in batch.items()}
+    plan = BUCKETS.assign(few["input_mask"].sum(axis=1))
+    assert (plan < 0).sum() == 3
+    filled = {key: tf.constant(value[plan.ravel()]) for key, value in few.items()}  # -1: the last
+    weights = {"masked_lm_weights", "next_sentence_weights", "example_weights"}
+    present = (plan >= 0).ravel()
+    for key in weights:
+        kept = present if filled[key].shape.rank == 1 else present[:, None]
+        filled[key] *= kept.astype(np.float32)
+    joined = {key: value.numpy() for key, value in BUCKETS.join(filled).items()}
+    alone = bert.pretraining_sums(model, tensors(few), False)
+    together = bucket_sums(model, tensors(joined), False)
+    for name, value in alone.items():
+        assert float(together[name]) == pytest.approx(float(value), rel=2e-6), name
+
+
+def test_a_sequence_longer_than_its_bucket_is_an_error(batch):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="longer than its bucket"):
+        BUCKETS.join(tensors(batch))  # not in the order of a plan
+
+
+def test_buckets_have_each_sequence_once_in_a_place_that_is_long_enough():
+    rng = np.random.default_rng(4)
+    layout = packing.LengthBuckets((16, 16, 32, 64))
+    for lengths in (rng.integers(1, 65, 300), np.full(10, 64), np.full(10, 3), np.array([64, 1])):
+        plan = layout.assign(lengths)
+        assert sorted(plan[plan >= 0]) == list(range(len(lengths)))
+        places = np.broadcast_to(layout.lengths, plan.shape)
+        assert (lengths[plan[plan >= 0]] <= places[plan >= 0]).all()
+        # No group could be left out: its places are needed by some length.
+        assert any(
+            (lengths > bound).sum() > (len(plan) - 1) * sum(n > bound for n in layout.lengths)
+            for bound in (0, 16, 32)
+        )
+    with pytest.raises(ValueError, match="sequence 1 has 65 tokens. Rows take 1 to 64"):
+        layout.assign([3, 65])
 
 
 def test_every_sequence_is_in_one_row_and_rows_are_not_too_full():
     rng = np.random.default_rng(2)
     lengths = rng.integers(1, 513, 300)
-    rows = packing.assign_rows(lengths, 512, 3)
-    assert sorted(i for row in rows for i in row) == list(range(300))
-    assert max(len(row) for row in rows) <= 3
-    assert max(lengths[row].sum() for row in rows) <= 512
+    rows = packing.PackedRows(512, 3).assign(lengths)
+    assert sorted(rows[rows >= 0]) == list(range(300))
+    assert rows.shape[1] == 3
+    assert np.where(rows >= 0, lengths[rows], 0).sum(axis=1).max() <= 512
     assert len(rows) < 1.15 * lengths.sum() / 512
     with pytest.raises(ValueError, match="sequence 1 has 9 tokens. Rows take 1 to 8"):
-        packing.assign_rows([3, 9], 8, 2)
+        packing.PackedRows(8, 2).assign([3, 9])
     with pytest.raises(ValueError, match="sequence 0 has 0 tokens"):
-        packing.assign_rows([0, 9], 16, 2)
+        packing.PackedRows(16, 2).assign([0, 9])
 
 
-def test_packed_batches_have_the_packed_spec(batch):
-    spec = packing.packed_spec(4, LENGTH, PREDICTIONS, 3)
-    packed = packing.pack(batch, per_row=3)
-    assert packed.keys() == spec.keys()
-    for key, value in packed.items():
+def test_better_lengths_of_buckets_are_proposed():
+    rng = np.random.default_rng(5)
+
+    def described(lengths, layout):
+        (groups, _) = layout.assign(lengths).shape
+        return layout.describe(len(lengths), groups, layout.facts(np.bincount(lengths)))
+
+    even = rng.integers(1, 65, 4_000)
+    said = described(even, packing.LengthBuckets((16, 64, 64, 64)))
+    assert said.endswith(". Lengths that fit better: length_buckets=16,32,48,64 (0.63 times)")
+    assert "In buckets: 4,000 sequences in 1," in said
+    assert "that fit better" not in described(even, packing.LengthBuckets((16, 32, 48, 64)))
+    said = described(np.full(4_000, 60), packing.LengthBuckets((16, 32, 48, 64)))
+    assert "25.0% of the places are filled, and a sequence takes 2.50 times the 64 tokens" in said
+    assert said.endswith("Too few sequences are short: leave out length_buckets")
+
+
+@pytest.mark.parametrize(("layout", "examples"), [(PACKED, 4), (BUCKETS, 2)])
+def test_joined_batches_have_the_spec_of_the_layout(batch, layout, examples):
+    spec = layout.spec(examples, PREDICTIONS)
+    joined = packing.join_batch(batch, layout)
+    assert joined.keys() == spec.keys()
+    for key, value in joined.items():
         assert (value.shape, value.dtype) == (tuple(spec[key].shape), spec[key].dtype), key
-    assert packed["masked_lm_weights"].sum() == batch["masked_lm_weights"].sum()
-    assert packed["next_sentence_weights"].sum() == len(LENGTHS)
+    assert joined["masked_lm_weights"].sum() == batch["masked_lm_weights"].sum()
+    assert joined["next_sentence_weights"].sum() == len(LENGTHS)
 
 
-def test_a_plan_has_each_sequence_once_whatever_parts_it_was_given():
+@pytest.mark.parametrize(
+    "layout", [packing.PackedRows(64, 3), packing.LengthBuckets((16, 32, 48, 64))]
+)
+def test_a_plan_has_each_sequence_once_whatever_parts_it_was_given(layout):
     rng = np.random.default_rng(3)
-    lengths = rng.integers(1, 65, 200)
-    plan = np.concatenate(list(packing.plan_rows([lengths], 64, 3)))
-    parts = np.concatenate(list(packing.plan_rows(np.split(lengths, [1, 70, 133]), 64, 3)))
-    np.testing.assert_array_equal(plan, parts)
-    assert sorted(plan[plan >= 0]) == list(range(200))
-    assert np.where(plan >= 0, lengths[plan], 0).sum(axis=1).max() <= 64
-    assert len(plan) < 1.2 * lengths.sum() / 64
-    # Members of a row are near each other, so that a block of rows is read at once.
-    assert (plan.max(axis=1) - np.where(plan >= 0, plan, 200).min(axis=1)).max() < packing.GROUP
+    count = 2 * layout.neighbors + 72
+    lengths = rng.integers(1, 65, count)
+    plan = np.concatenate(list(packing.plan_rows([lengths], layout)))
+    parts = np.split(lengths, [1, 33, layout.neighbors + 15])
+    np.testing.assert_array_equal(plan, np.concatenate(list(packing.plan_rows(parts, layout))))
+    assert sorted(plan[plan >= 0]) == list(range(count))
+    if isinstance(layout, packing.PackedRows):
+        assert np.where(plan >= 0, lengths[plan], 0).sum(axis=1).max() <= 64
+        assert len(plan) < 1.2 * lengths.sum() / 64
+    else:
+        assert len(plan) < 1.2 * count / 4
+    # The sequences of an example are near each other, so that a block of examples is read at once.
+    spread = plan.max(axis=1) - np.where(plan >= 0, plan, count).min(axis=1)
+    assert spread.max() < layout.neighbors

@@ -452,7 +452,7 @@ def examine(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             printed, lines = [], []
             patch.setattr(preflight_children, "CACHE", folder / "cache")
-            patch.setattr("builtins.print", printed.append)
+            patch.setattr("builtins.print", lambda line, **_: printed.append(line))
             status = preflight.run(
                 recipe,
                 topologies,

@@ -219,6 +219,8 @@ def test_a_phase_field_is_set_in_all_phases_or_in_one():
         ("phases=1", "no field is called 'phases'"),
         ("weight_decay=much", "a value of type float. Received: weight_decay=much"),
         ("steps=1.5", "a value of type int"),
+        ("length_buckets=64,long", "values of type int, separated by commas. Received: length_bu"),
+        ("bucket_boundaries=64,128", "Did you mean 'length_buckets'?"),
         ("whole_word=1", "true or false"),
         ("weight_decay", "write field=value"),
     ],
@@ -261,6 +263,26 @@ def test_a_shorter_run_keeps_its_shape():
     assert recipes.resized(PAPER, steps=1_003).steps == 1_003
     mlperf = recipes.resized(recipes.find_recipe("mlperf-v0.7"), steps=56).phases[0]
     assert (mlperf.warmup_steps, mlperf.warmup_from) == (29, -8)
+
+
+def test_lengths_of_buckets_are_checked():
+    mini = recipes.find_recipe("bert-mini")  # lengths 128 and 512
+    recipe = recipes.override(mini, ["length_buckets=128,256,512,512"])
+    recipe.check()
+    assert recipe.length_buckets == (128, 256, 512, 512)
+    assert (recipe.sequences_per_example, mini.sequences_per_example) == (4, 1)
+    assert recipes.override(mini, ["sequences_per_row=3"]).sequences_per_example == 3
+    for changes, said in (
+        (["length_buckets=512,256"], "ascending order.* Received: length_buckets=512,256"),
+        (["length_buckets=4,512"], "at least 5 tokens each. Received: length_buckets=4,512"),
+        (["length_buckets=64,128"], "must be at least the sequence_length of 512,"),
+        (
+            ["length_buckets=256,512", "sequences_per_row=2"],
+            "sequences_per_row=2 and length_buckets=256,512 exclude each other",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipes.override(mini, changes).check()
 
 
 def test_a_setting_that_the_optimizer_does_not_take_is_refused():

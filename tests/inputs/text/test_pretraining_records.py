@@ -13,6 +13,7 @@ from inputs.errors import InputError, message_in
 from inputs.shards import record_offsets
 from inputs.text import pretraining_records
 from inputs.text.batches import element_spec
+from inputs.text.packing import PackedRows
 from inputs.text.record_files import find_record_files
 
 WORDS, LENGTH, PREDICTIONS = 60, 16, 4
@@ -119,7 +120,7 @@ def test_an_index_that_is_there_is_opened_without_the_lock(many, tmp_path, monke
 def test_an_epoch_has_each_record_once_on_any_hosts_and_after_a_resume(many, tmp_path, per_row):
     files, held_out = opened(tmp_path, many)
     assert (files.count, held_out.first, held_out.count) == (78, 78, 2)
-    examples = examples_of(files, sequences_per_row=per_row)
+    examples = examples_of(files, layout=PackedRows(LENGTH, per_row) if per_row > 1 else None)
     count = examples.order(4).examples
     assert count == 78 if per_row == 1 else 78 / 3 <= count < 55
     whole = list(examples.training_batches(4).take(-(-count // 4)))
@@ -188,7 +189,7 @@ def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_
     def rows():
         files, _ = opened(tmp_path, [path], held_out)
         bad_records = BadRecords(0.9, skip=True, log=print)
-        examples = examples_of(files, sequences_per_row=2, bad_records=bad_records)
+        examples = examples_of(files, layout=PackedRows(LENGTH, 2), bad_records=bad_records)
         (batch,) = examples.training_batches(5).take(1)
         return sum(batch["example_weights"].numpy().ravel())
 

@@ -1,4 +1,4 @@
-"""BERT pre-training on packed rows, through the task: losses, gradients, replicas, resumes."""
+"""BERT pre-training on joined sequences, through the task: losses, gradients, replicas, resumes."""
 
 import dataclasses
 import json
@@ -11,10 +11,11 @@ from batch_checks import joined
 
 from inputs.errors import InputError
 from inputs.text import pretraining_records
-from inputs.text.packing import packed_spec
+from inputs.text.packing import LengthBuckets, PackedRows
 from inputs.text.tokenization import vocabulary
 from recipes import find_recipe, override
 from tasks.bert import BertPretraining
+from training.step import ReplicaStep
 
 LENGTH, PREDICTIONS, PER_ROW = 128, 8, 3
 SETTINGS = (
@@ -27,6 +28,15 @@ SETTINGS = (
     "lanes=2",
     "evaluation_examples=8",
 )
+BUCKETS = (32, 64, LENGTH)
+# Of each way to join sequences: what turns packed rows into it, and its layout.
+JOINED = {
+    "rows": ((), PackedRows(LENGTH, PER_ROW)),
+    "groups": (
+        ("sequences_per_row=1", f"length_buckets={','.join(map(str, BUCKETS))}"),
+        LengthBuckets(BUCKETS),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,11 @@ def make_task(text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(make_task):
     return make_task()
+
+
+@pytest.fixture(scope="module")
+def bucket_task(make_task):
+    return make_task(*JOINED["groups"][0])
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +105,26 @@ def model(task):
     return made
 
 
+def separate(batch):
+    """The sequences of a joined batch, one in a row: the layout of a batch that is not joined."""
+    return unpacked(batch) if "sequence_ids" in batch else out_of_buckets(batch)
+
+
+def out_of_buckets(batch):
+    keys = ("input_word_ids", "input_type_ids", "input_mask")
+    found = {key: value for key, value in batch.items() if not key.startswith(keys)}
+    for key in keys:
+        padded = [
+            np.pad(batch[f"{key}_{length}"], [(0, 0), (0, 0), (0, LENGTH - length)])
+            for length in BUCKETS
+        ]
+        found[key] = np.concatenate(padded, axis=1)
+    present = batch["example_weights"] > 0
+    return {key: value[present] for key, value in found.items()}
+
+
 def unpacked(packed):
-    """The sequences of packed rows, one in a row: the layout of a batch that is not packed."""
+    """The sequences of packed rows."""
     found = []
     for row in range(len(packed["sequence_ids"])):
         slots = np.flatnonzero(packed["example_weights"][row] > 0)
@@ -123,7 +156,8 @@ def sums_and_gradients(task, model, batch):
     batch = {key: tf.constant(value) for key, value in batch.items()}
     counts = task.counts(batch)
     with tf.GradientTape() as tape:
-        sums = task.sums(model, batch, False)
+        parts = [task.sums(model, part, False) for part in task.parts(batch)]
+        sums = {key: tf.add_n([part[key] for part in parts]) for key in parts[0]}
         loss = sums["masked_loss"] / counts["masked"] + sums["sentence_loss"] / counts["sentence"]
     gradients = tape.gradient(loss, model.trainable_variables)
     return sums, counts, [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
@@ -131,15 +165,16 @@ def sums_and_gradients(task, model, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["text", "records"])
+@pytest.mark.parametrize("form", JOINED)
 def test_losses_and_gradients_are_those_of_the_sequences_alone(
-    make_task, task, model, records, data
+    make_task, model, text, records, data, form
 ):
-    if data == "records":
-        task = make_task(data_dir=records)
+    settings, layout = JOINED[form]
+    task = make_task(*settings, data_dir=records if data == "records" else str(text))
     batches = task.train_batches(0, 0)(None)
-    assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
+    assert batches.element_spec == layout.spec(8, PREDICTIONS)
     packed = joined(batches.take(1))
-    alone = unpacked(packed)
+    alone = separate(packed)
     assert 12 <= len(alone["input_mask"]) <= 24
     sums, counts, gradients = sums_and_gradients(task, model, alone)
     packed_sums, packed_counts, packed_gradients = sums_and_gradients(task, model, packed)
@@ -153,7 +188,9 @@ def test_losses_and_gradients_are_those_of_the_sequences_alone(
 
 
 @pytest.mark.slow
-def test_rows_depend_neither_on_replicas_and_hosts_nor_on_a_resume(task):
+@pytest.mark.parametrize("form", ["task", "bucket_task"])
+def test_rows_depend_neither_on_replicas_and_hosts_nor_on_a_resume(request, form):
+    task = request.getfixturevalue(form)
     whole = list(task.train_batches(0, 0)(None).take(4))
     resumed = next(iter(task.train_batches(0, 3)(None)))
     tf.nest.map_structure(np.testing.assert_array_equal, resumed, whole[3])
@@ -185,6 +222,45 @@ def test_an_epoch_has_every_chunk_once(make_task):
     assert examples.num_examples == sequences
 
 
+def test_an_epoch_of_buckets_has_every_chunk_once(make_task):
+    said = []
+    settings = (*JOINED["groups"][0], "global_batch_size=1", "lanes=1")
+    task = make_task(*settings, said=said)
+    batches = task.train_batches(0, 0)(None)
+    (line,) = [line for line in said if line.startswith("In buckets: ")]
+    sequences, groups = (int(line.split()[i].replace(",", "")) for i in (2, 5))
+    epoch = joined(batches.take(groups))
+    assert epoch["example_weights"].sum() == sequences
+    alone = make_task("sequences_per_row=1", "global_batch_size=1", "lanes=1")
+    examples = alone._source.training_examples(alone.recipe.phases[0], 1)
+    assert examples.num_examples == sequences
+    used = {
+        n: epoch[f"input_mask_{n}"].sum(axis=2) * epoch["example_weights"][:, [i]]
+        for i, n in enumerate(BUCKETS)
+    }
+    assert used[32].max() <= 32 < used[LENGTH].max()
+
+
+def test_a_step_of_buckets_is_a_step_of_its_sequences(bucket_task, model):
+    """Also with micro-batches."""
+    strategy = tf.distribute.get_strategy()
+    batch = joined(bucket_task.train_batches(0, 0)(None).take(1))
+    counts = {key: float(value) for key, value in bucket_task.counts(batch).items()}
+    found = []
+    for accumulation, of_step in ((1, batch), (4, batch), (1, separate(batch))):
+        step = ReplicaStep(
+            bucket_task, model, None, seed=1, accumulation=accumulation, jit_compile=False
+        )
+        of_step = {key: tf.constant(value) for key, value in of_step.items()}
+        found.append(strategy.run(step.sums_and_gradients, (of_step, counts, tf.constant([1, 2]))))
+    for sums, gradients in found[:2]:
+        for name, value in found[2][0].items():
+            assert float(sums[name]) == pytest.approx(float(value), rel=5e-6), name
+        largest = max(np.abs(gradient).max() for gradient in found[2][1])
+        for ours, theirs in zip(gradients, found[2][1], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6 * largest)
+
+
 @pytest.mark.slow
 def test_held_out_examples_are_not_packed(task, make_task):
     packed = joined(task.evaluation_batches(0)(None))
@@ -192,32 +268,52 @@ def test_held_out_examples_are_not_packed(task, make_task):
     tf.nest.map_structure(np.testing.assert_array_equal, packed, alone)
 
 
-def test_synthetic_rows_have_the_same_spec(make_task, model):
-    synthetic = make_task("vocabulary_size=100", synthetic=True)
+@pytest.mark.parametrize("form", JOINED)
+def test_synthetic_rows_have_the_same_spec(make_task, model, form):
+    settings, layout = JOINED[form]
+    synthetic = make_task("vocabulary_size=100", *settings, synthetic=True)
     batches = synthetic.train_batches(0, 0)(None)
-    assert batches.element_spec == packed_spec(8, LENGTH, PREDICTIONS, PER_ROW)
-    sums = synthetic.sums(model, next(iter(batches)), True)
-    assert np.isfinite(float(sums["masked_loss"]))
+    assert batches.element_spec == layout.spec(8, PREDICTIONS)
+    for part in synthetic.parts(next(iter(batches))):
+        sums = synthetic.sums(model, part, True)
+        assert np.isfinite(float(sums["masked_loss"]))
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_keeps_its_packing(records, in_process, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "said", "other", "refused"),
+    [
+        ("rows", "Packed: ", "sequences_per_row=2", "sequences_per_row 3 (now 2)"),
+        (
+            "groups",
+            "In buckets: ",
+            "length_buckets=64,128",
+            "length_buckets [32, 64, 128] (now [64",
+        ),
+    ],
+)
+def test_a_run_trains_and_keeps_its_layout(
+    records, in_process, tmp_path, capfd, monkeypatch, form, said, other, refused
+):
     monkeypatch.setattr(BertPretraining, "export", lambda *arguments: None)
+    more = "save_every_steps=2", "dropout=0.1", *JOINED[form][0]
 
     def run(*settings):
         return in_process(
             [f"--data_dir={records}", "--model_dir=run", "--steps=4", f"--cache_dir={tmp_path}"]
-            + [f"--set={setting}" for setting in (*SETTINGS, "save_every_steps=2", *settings)]
+            + [f"--set={setting}" for setting in (*SETTINGS, *more, *settings)]
         )
 
     assert run() == 0, capfd.readouterr().err
     out, err = capfd.readouterr()
-    assert "4 steps of 8 rows, on" in out and "Packed: " in err
+    assert f"4 steps of 8 {form}, on" in out and said in err
     assert "To train on: 70 masked sequences; held out: 2" in err
     settings = json.loads((tmp_path / "run/recipe.json").read_text())
-    assert settings["sequences_per_row"] == PER_ROW
-    assert run("sequences_per_row=2") == 1
-    assert "sequences_per_row 3 (now 2)" in capfd.readouterr().err
+    layout = JOINED[form][1]
+    assert settings["sequences_per_row"] == (layout.columns if form == "rows" else 1)
+    assert tuple(settings["length_buckets"]) == (() if form == "rows" else layout.lengths)
+    assert run(other) == 1
+    assert refused in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -230,7 +326,10 @@ def test_sentences_of_records_get_masks(make_task, records):
 def test_packing_and_mllog_exclude_each_other(in_process, capfd, text):
     flags = [f"--set={setting}" for setting in SETTINGS]
     assert in_process([f"--data_dir={text}", "--mllog=log.txt", *flags]) == 1
-    assert "packed rows have a varying number" in capfd.readouterr().err
+    assert (
+        "of which packed rows and groups of length buckets have a varying number"
+        in capfd.readouterr().err
+    )
 
 
 def test_masked_records_take_no_other_masking(make_task, tmp_path):
