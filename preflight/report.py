@@ -133,9 +133,8 @@ def _describe_input(recipe, result) -> str:
             f": {per_host / per_core:.2g} CPU cores, at {per_core:,.0f} examples/s per core, which "
             "this machine made of the data at the least"
         )
-    if (
-        getattr(recipe, "sequences_per_example", 1) > 1
-    ):  # the measured rates are of single sequences
+    # The measured rates are of single sequences.
+    if getattr(recipe, "sequences_per_example", 1) > 1:
         return text
     length = getattr(phase, "sequence_length", getattr(recipe, "image_size", None))
     for task, size, per_core, command in EXAMPLES_PER_CORE:

@@ -11,6 +11,7 @@ and the shapes are static.
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -211,7 +212,8 @@ class LengthBuckets:
     @property
     def name(self) -> str:
         """The name of a plan's folder."""
-        return f"groups-of-{'-'.join(map(str, self.lengths))}"
+        lengths = hashlib.blake2b(repr(self.lengths).encode(), digest_size=8).hexdigest()
+        return f"groups-of-{self.columns}-{lengths}"
 
     def facts(self, counts: np.ndarray) -> dict:
         """What is kept with a plan, besides the groups.
