@@ -163,6 +163,12 @@ def choose_recipe() -> Recipe:
     with blame("--set"):
         recipe = recipes.override(recipe, assignments)
         recipe.check()
+    if FLAGS.scaling != "none" and getattr(recipe, "sequences_per_example", 1) > 1:
+        raise InputError(
+            f"--scaling={FLAGS.scaling} follows the batch size in sequences, and with "
+            "sequences_per_row or length_buckets it is in rows or groups. Leave out --scaling, and "
+            "give --global_batch_size, --steps and the learning rate with --set."
+        )
     on_tpu = FLAGS.tpu or FLAGS.preflight
     if on_tpu and not any(field.startswith("compute_dtype") for field in FLAGS.set):
         recipe = dataclasses.replace(recipe, compute_dtype="bfloat16")
@@ -237,8 +243,8 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
     if getattr(recipe, "sequences_per_example", 1) > 1:
         raise InputError(
             "--mllog: MLPerf's log counts sequences, of which packed rows and groups of length "
-            "buckets have a varying number. Leave out --mllog, or sequences_per_row and "
-            "length_buckets."
+            "buckets have a varying number. Leave out --mllog, or the field of them, "
+            "sequences_per_row or length_buckets."
         )
     step = manager.saved_step(model_dir)
     if step:

@@ -6,6 +6,10 @@ from recipes.types import BERT_EXCLUSIONS, Phase, Recipe, check_minimums
 
 PACKINGS = ("pairs", "full-sentences")  # see inputs/text/chunks.py
 
+# Of `length_buckets`: the number of places, and of different lengths.
+LARGEST_GROUP = 64
+MOST_BUCKETS = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPhase(Phase):
@@ -51,10 +55,10 @@ class BertRecipe(Recipe):
     # Maximum number of sequences that are packed into a row of a training batch, each as if it were
     # alone. If it is more than 1, examples and `global_batch_size` are rows.
     sequences_per_row: int = 1
-    # Lengths of the sequences of a group, in ascending order, such as 32,64,128,128: each sequence
-    # of a training batch has a place that is long enough for it, instead of one of
-    # `sequence_length`. Examples and `global_batch_size` are groups. Lengths beyond the
-    # `sequence_length` of a phase are cut to it. Empty: all places have `sequence_length`.
+    # Tokens of the places of a group, in ascending order, such as 64,96,128,128: each sequence of a
+    # training batch has a place that is long enough for it, instead of one of `sequence_length`.
+    # Examples and `global_batch_size` are groups. Lengths beyond the `sequence_length` of a phase
+    # are cut to it. Empty: all places have `sequence_length`.
     length_buckets: tuple[int, ...] = ()
     init_from: str = ""  # weights to start from: a run's folder, or a BERT checkpoint (TF 1 or 2)
     init_slots: bool = False  # also start with the moments in `init_from`
@@ -92,6 +96,12 @@ class BertRecipe(Recipe):
             raise ValueError(
                 "length_buckets must be in ascending order, and at least 5 tokens each. Received: "
                 f"{given}."
+            )
+        if len(lengths) > LARGEST_GROUP or len(set(lengths)) > MOST_BUCKETS:
+            raise ValueError(
+                f"length_buckets takes up to {LARGEST_GROUP} places, of up to {MOST_BUCKETS} "
+                "different lengths, because the program of a step has the layers once for each. "
+                f"Received: {len(lengths)} places of {len(set(lengths))} lengths."
             )
         longest = max(phase.sequence_length for phase in self.phases)
         if lengths[-1] < longest:

@@ -113,6 +113,11 @@ class _Source:
             )
             if layout:
                 self._log(made.describe_plan())
+            # A shorter phase computes the same lengths, cut, and decides nothing about them.
+            longest = max(phase.sequence_length for phase in self._recipe.phases)
+            if isinstance(layout, LengthBuckets) and phase.sequence_length == longest:
+                if proposal := made.propose_lengths():
+                    self._log(proposal)
             self._made[key] = made
         return self._made[key]
 

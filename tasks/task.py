@@ -106,7 +106,7 @@ class Task(abc.ABC):
         """
 
     def parts(self, batch) -> list:
-        """Splits a training batch into batches for `sums`, which are computed one after another.
+        """Splits a training batch into batches for `sums`, of which the gradients are added.
 
         Args:
             batch: as for `sums`, or several batches of different shapes in one dictionary, of which

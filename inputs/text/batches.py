@@ -123,7 +123,11 @@ class Batches(abc.ABC):
 
     def describe_plan(self) -> str:
         """See `layout.describe`."""
-        return self.layout.describe(self.num_examples, len(self.plan), self._plan_facts)
+        return self.layout.describe(self.num_examples, len(self.plan))
+
+    def propose_lengths(self) -> str:
+        """See `packing.LengthBuckets.propose`."""
+        return self.layout.propose(self.num_examples, len(self.plan), self._plan_facts)
 
     def order(self, global_batch_size) -> Order:
         """The order of the training examples."""
@@ -131,7 +135,8 @@ class Batches(abc.ABC):
         lanes = self._lanes or number_of_lanes(global_batch_size, count)
         # Of a small data set, a lane's share should still consist of several blocks.
         share = count // (lanes * WINDOW_BLOCKS)
-        block = max(MIN_BLOCK, min(BLOCK_TOKENS // self.sequence_length, share))
+        tokens = self.layout.tokens if self.layout else self.sequence_length
+        block = max(MIN_BLOCK, min(BLOCK_TOKENS // tokens, share))
         return Order(count, global_batch_size, lanes, block, WINDOW_BLOCKS, self.seed)
 
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:

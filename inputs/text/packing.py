@@ -11,7 +11,6 @@ and the shapes are static.
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -53,14 +52,18 @@ class PackedRows:
         """The name of a plan's folder."""
         return f"rows-of-{self.columns}"
 
-    def facts(self, counts: np.ndarray) -> dict:
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of an example."""
+        return self.row_length
+
+    def facts(self, lengths: np.ndarray) -> dict:
         """What is kept with a plan, besides the rows; see `LengthBuckets.facts`."""
-        del counts
+        del lengths
         return {}
 
-    def describe(self, sequences: int, rows: int, facts: dict) -> str:
+    def describe(self, sequences: int, rows: int) -> str:
         """Formats how many sequences the rows of a plan hold, for a message."""
-        del facts
         mean = sequences / rows
         return (
             f"Packed: {sequences:,} sequences in {rows:,} rows of {self.row_length} tokens, "
@@ -190,7 +193,7 @@ class PackedRows:
 class LengthBuckets:
     """Examples that are groups of sequences, with a place of fixed length for each.
 
-    A step so has the same shapes and the same number of sequences of each bucket every time, as a
+    So a step has the same shapes and the same number of sequences of each bucket every time, as a
     TPU needs it, and a batch is a sample of short and long sequences.
 
     Attributes:
@@ -212,51 +215,81 @@ class LengthBuckets:
     @property
     def name(self) -> str:
         """The name of a plan's folder."""
-        lengths = hashlib.blake2b(repr(self.lengths).encode(), digest_size=8).hexdigest()
-        return f"groups-of-{self.columns}-{lengths}"
+        counts = collections.Counter(self.lengths)
+        return f"groups-of-{'-'.join(f'{n}x{counts[n]}' for n in counts)}"
 
-    def facts(self, counts: np.ndarray) -> dict:
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of an example."""
+        return sum(self.lengths)
+
+    def facts(self, lengths: np.ndarray) -> dict:
         """What is kept with a plan, besides the groups.
 
         Args:
-            counts: [n + 1] int64, the numbers of sequences of 0, 1, ... tokens.
+            lengths: [N] int array, tokens of each sequence in order.
 
         Returns:
             `fitting`: the lengths of as many places that take the fewest tokens, in quarters of the
-            longest, because the program of a step grows with each different length. `tokens`: how
-            many a sequence then takes.
+            longest, because the program of a step grows with each different length. `tokens`: the
+            number of tokens of all groups of such a plan.
         """
         columns, longest = self.columns, self.lengths[-1]
-        bounds = sorted({math.ceil(longest * quarter / 4) for quarter in (1, 2, 3)})
-        longer = [float(counts[bound + 1 :].sum() / counts.sum()) for bound in bounds]
-        best = math.inf, [longest] * columns
-        # Groups per sequence: so many that all places are filled, or those longer than a bound.
-        shares = {1 / columns, *(share / n for share in longer for n in range(1, columns + 1))}
-        for groups in sorted(share for share in shares if share >= 1 / columns):
-            places = [math.ceil(share / groups - 1e-9) for share in longer]
-            steps = zip([columns, *places], [*places, 0], [*bounds, longest], strict=True)
-            lengths = [n for more, fewer, n in steps for _ in range(more - fewer)]
-            best = min(best, (groups * sum(lengths), [*lengths[:-1], longest]))
+        bounds = [max(5, math.ceil(longest * quarter / 4)) for quarter in (1, 2, 3)]
+        starts = np.arange(0, len(lengths), self.neighbors)
+        longer = np.stack(  # of each group of neighbors
+            [np.add.reduceat(lengths > bound, starts, dtype=np.int64) for bound in (0, *bounds)], 1
+        )
+        # How many places are longer than each bound, if there are so many groups per sequence that
+        # all places are filled, or those that are longer than one of the bounds.
+        shares = longer.sum(0)[1:] / len(lengths)
+        groups = {1.0, *(columns * share / n for share in shares for n in range(1, columns + 1))}
+        wanted = {
+            (columns, *(max(1, math.ceil(columns * share / some - 1e-9)) for share in shares))
+            for some in groups
+            if some >= 1
+        }
+        best = None
+        for places in wanted:
+            needed = np.max(-(-longer // np.array(places)), axis=1).sum()
+            fewer = [*places[1:], 0]
+            counts = [many - few for many, few in zip(places, fewer, strict=True)]
+            fitting = [
+                n for n, count in zip([*bounds, longest], counts, strict=True) for _ in range(count)
+            ]
+            best = min(best or (math.inf,), (int(needed) * sum(fitting), fitting))
         return {"fitting": best[1], "tokens": best[0]}
 
-    def describe(self, sequences: int, groups: int, facts: dict) -> str:
+    def describe(self, sequences: int, groups: int) -> str:
         """Formats how well the groups of a plan are filled, for a message."""
         filled = sequences / (groups * self.columns)
         longest = self.lengths[-1]
-        tokens = groups * sum(self.lengths) / (sequences * longest)
-        line = (
+        counts = collections.Counter(self.lengths)
+        lengths = ", ".join(f"{counts[n]} x {n}" if counts[n] > 1 else str(n) for n in counts)
+        return (
             f"In buckets: {sequences:,} sequences in {groups:,} groups of {self.columns} "
-            f"({', '.join(map(str, self.lengths))} tokens). {filled:.1%} of the places are filled, "
-            f"and a sequence takes {tokens:.2f} times the {longest} tokens of a padded one. A step "
-            f"has {self.columns * filled:.2f} times the batch size in sequences"
+            f"({lengths} tokens). {filled:.1%} of the places are filled, and a sequence takes "
+            f"{groups * self.tokens / (sequences * longest):.2f} times the {longest} tokens of a "
+            f"padded one. A step has {self.columns * filled:.2f} times the batch size in sequences"
         )
-        share = facts["tokens"] / longest
-        if share >= WORSE * tokens:
-            return line
-        if WORSE <= share:
-            return f"{line}. Too few sequences are short: leave out length_buckets"
+
+    def propose(self, sequences: int, groups: int, facts: dict) -> str:
+        """Formats which lengths would leave out more tokens, for a message; "" if none.
+
+        Args:
+            sequences, groups: their numbers in the plan.
+            facts: of the plan, from `facts`.
+        """
+        padded = sequences * self.lengths[-1]
+        if facts["tokens"] >= WORSE * min(groups * self.tokens, padded):
+            if groups * self.tokens <= padded:
+                return ""
+            return "Buckets take more tokens than padding: leave out length_buckets"
         lengths = ",".join(map(str, facts["fitting"]))
-        return f"{line}. Lengths that fit better: length_buckets={lengths} ({share:.2f} times)"
+        return (
+            f"Lengths that fit better: length_buckets={lengths}, with "
+            f"{facts['tokens'] / padded:.2f} times the tokens of padded sequences"
+        )
 
     @property
     def _buckets(self) -> list[tuple[int, slice]]:
@@ -388,7 +421,7 @@ def _checked(lengths, longest: int) -> np.ndarray:
     lengths = np.asarray(lengths)
     if len(lengths) and (lengths.min() < 1 or lengths.max() > longest):
         bad = next(i for i, n in enumerate(lengths) if not 1 <= n <= longest)
-        raise ValueError(f"sequence {bad} has {lengths[bad]} tokens. Rows take 1 to {longest}.")
+        raise ValueError(f"sequence {bad} has {lengths[bad]} tokens, and not 1 to {longest}.")
     return lengths
 
 
@@ -426,17 +459,17 @@ def write_plan(folder: str, lengths: Iterable[np.ndarray], layout) -> None:
         InputError: the folder cannot be written.
         ValueError: see `plan_rows`.
     """
-    counts = collections.Counter()
+    kept = []
 
-    def counted():
+    def keep():
         for part in lengths:
-            counts.update(part.tolist())
+            kept.append(part.astype(np.int32))
             yield part
 
     with PagesWriter(folder, {ROWS: np.int64}, {ROWS: layout.columns}) as writer:
-        for rows in plan_rows(counted(), layout):
+        for rows in plan_rows(keep(), layout):
             writer.append(**{ROWS: rows})
-        writer.facts = layout.facts(np.array([counts[n] for n in range(max(counts) + 1)]))
+        writer.facts = layout.facts(np.concatenate(kept))
 
 
 def join_batch(batch: dict, layout) -> dict:

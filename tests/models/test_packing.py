@@ -153,7 +153,7 @@ def test_buckets_have_each_sequence_once_in_a_place_that_is_long_enough():
             (lengths > bound).sum() > (len(plan) - 1) * sum(n > bound for n in layout.lengths)
             for bound in (0, 16, 32)
         )
-    with pytest.raises(ValueError, match="sequence 1 has 65 tokens. Rows take 1 to 64"):
+    with pytest.raises(ValueError, match="sequence 1 has 65 tokens, and not 1 to 64"):
         layout.assign([3, 65])
 
 
@@ -165,27 +165,54 @@ def test_every_sequence_is_in_one_row_and_rows_are_not_too_full():
     assert rows.shape[1] == 3
     assert np.where(rows >= 0, lengths[rows], 0).sum(axis=1).max() <= 512
     assert len(rows) < 1.15 * lengths.sum() / 512
-    with pytest.raises(ValueError, match="sequence 1 has 9 tokens. Rows take 1 to 8"):
+    with pytest.raises(ValueError, match="sequence 1 has 9 tokens, and not 1 to 8"):
         packing.PackedRows(8, 2).assign([3, 9])
     with pytest.raises(ValueError, match="sequence 0 has 0 tokens"):
         packing.PackedRows(16, 2).assign([0, 9])
 
 
+def proposal(lengths, layout):
+    """What is said about a plan of these sequences, and what is proposed."""
+    plan = np.concatenate(list(packing.plan_rows([lengths], layout)))
+    facts = layout.facts(lengths)
+    return (
+        layout.describe(len(lengths), len(plan)),
+        layout.propose(len(lengths), len(plan), facts),
+        len(plan) * layout.tokens,
+        facts["tokens"],
+    )
+
+
 def test_better_lengths_of_buckets_are_proposed():
-    rng = np.random.default_rng(5)
-
-    def described(lengths, layout):
-        (groups, _) = layout.assign(lengths).shape
-        return layout.describe(len(lengths), groups, layout.facts(np.bincount(lengths)))
-
-    even = rng.integers(1, 65, 4_000)
-    said = described(even, packing.LengthBuckets((16, 64, 64, 64)))
-    assert said.endswith(". Lengths that fit better: length_buckets=16,32,48,64 (0.63 times)")
-    assert "In buckets: 4,000 sequences in 1," in said
-    assert "that fit better" not in described(even, packing.LengthBuckets((16, 32, 48, 64)))
-    said = described(np.full(4_000, 60), packing.LengthBuckets((16, 32, 48, 64)))
+    even = np.random.default_rng(5).integers(1, 65, 4_096)
+    layout = packing.LengthBuckets((16, 64, 64, 64))
+    said, proposed, _, ideal = proposal(even, layout)
+    assert said.startswith("In buckets: 4,096 sequences in 1,") and "4 (16, 3 x 64 tokens)" in said
+    assert proposed.startswith("Lengths that fit better: length_buckets=16,32,48,64, with 0.6")
+    # The proposal is as good as it says, and nothing better is proposed in its place.
+    _, proposed, tokens, _ = proposal(even, packing.LengthBuckets((16, 32, 48, 64)))
+    assert (tokens, proposed) == (ideal, "")
+    said, proposed, *_ = proposal(np.full(4_000, 60), packing.LengthBuckets((16, 32, 48, 64)))
     assert "25.0% of the places are filled, and a sequence takes 2.50 times the 64 tokens" in said
-    assert said.endswith("Too few sequences are short: leave out length_buckets")
+    assert proposed == "Buckets take more tokens than padding: leave out length_buckets"
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("kind", ["sorted", "short", "few", "random"])
+def test_what_is_proposed_takes_the_tokens_that_it_says(columns, kind):
+    rng = np.random.default_rng(6)
+    lengths = {
+        "sorted": np.sort(rng.integers(1, 513, 3_000)),
+        "short": rng.integers(1, 129, 3_000),
+        "few": rng.integers(1, 513, 5),
+        "random": rng.integers(1, 513, 3_000),
+    }[kind]
+    facts = packing.LengthBuckets((512,) * columns).facts(lengths)
+    layout = packing.LengthBuckets(tuple(facts["fitting"]))
+    assert layout.columns == columns and layout.lengths[-1] == 512
+    _, proposed, tokens, again = proposal(lengths, layout)
+    assert tokens == again == facts["tokens"]
+    assert "better" not in proposed
 
 
 @pytest.mark.parametrize(("layout", "examples"), [(PACKED, 4), (BUCKETS, 2)])

@@ -20,6 +20,7 @@ class Pretraining:
         loss_metric("sentence_loss", "sentence"),
         Metric("sentence_accuracy", "sentence", higher_is_better=True),
     )
+    parts = staticmethod(lambda batch: [batch])
     sums = staticmethod(bert.pretraining_sums)
     counts = staticmethod(bert.pretraining_counts)
 

@@ -199,6 +199,7 @@ def test_resnet_50_lowers_for_the_papers_batch_per_core(resnet50):
     batch_size = 32_768 // 2_048
     task = types.SimpleNamespace(
         metrics=ImageClassification.metrics,
+        parts=lambda batch: [batch],
         sums=functools.partial(resnet.classification_sums, label_smoothing=0.1),
         counts=resnet.classification_counts,
     )

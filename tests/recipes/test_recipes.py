@@ -275,6 +275,8 @@ def test_lengths_of_buckets_are_checked():
     for changes, said in (
         (["length_buckets=512,256"], "ascending order.* Received: length_buckets=512,256"),
         (["length_buckets=4,512"], "at least 5 tokens each. Received: length_buckets=4,512"),
+        (["length_buckets=" + "512," * 65], "Received: 65 places of 1 lengths"),
+        (["length_buckets=8,16,24,32,40,48,56,64,512"], "Received: 9 places of 9 lengths"),
         (["length_buckets=64,128"], "must be at least the sequence_length of 512,"),
         (
             ["length_buckets=256,512", "sequences_per_row=2"],

@@ -15,6 +15,7 @@ from inputs.text.packing import LengthBuckets, PackedRows
 from inputs.text.tokenization import vocabulary
 from recipes import find_recipe, override
 from tasks.bert import BertPretraining
+from training.monitor import run_monitor
 from training.step import ReplicaStep
 
 LENGTH, PREDICTIONS, PER_ROW = 128, 8, 3
@@ -296,17 +297,21 @@ def test_a_run_trains_and_keeps_its_layout(
     records, in_process, tmp_path, capfd, monkeypatch, form, said, other, refused
 ):
     monkeypatch.setattr(BertPretraining, "export", lambda *arguments: None)
+    # As on an accelerator, whose utilization is reported.
+    monkeypatch.setattr(run_monitor, "peak_flops", lambda strategy, dtype: 1e12)
     more = "save_every_steps=2", "dropout=0.1", *JOINED[form][0]
 
     def run(*settings):
         return in_process(
-            [f"--data_dir={records}", "--model_dir=run", "--steps=4", f"--cache_dir={tmp_path}"]
+            [f"--data_dir={records}", "--model_dir=run", "--steps=4", "--steps_per_loop=1"]
+            + [f"--cache_dir={tmp_path}"]
             + [f"--set={setting}" for setting in (*SETTINGS, *more, *settings)]
         )
 
     assert run() == 0, capfd.readouterr().err
     out, err = capfd.readouterr()
     assert f"4 steps of 8 {form}, on" in out and said in err
+    assert "MFU" in err
     assert "To train on: 70 masked sequences; held out: 2" in err
     settings = json.loads((tmp_path / "run/recipe.json").read_text())
     layout = JOINED[form][1]
@@ -323,8 +328,12 @@ def test_sentences_of_records_get_masks(make_task, records):
     assert "[MASK]" in sentence and word.isalpha() and sentence.startswith("the ")
 
 
-def test_packing_and_mllog_exclude_each_other(in_process, capfd, text):
-    flags = [f"--set={setting}" for setting in SETTINGS]
+@pytest.mark.parametrize("form", JOINED)
+def test_counts_of_sequences_exclude_joined_ones(in_process, capfd, text, form):
+    flags = [f"--set={setting}" for setting in (*SETTINGS, *JOINED[form][0])]
+    scaled = ["--scaling=sqrt", "--global_batch_size=8", *flags]
+    assert in_process([f"--data_dir={text}", *scaled]) == 1
+    assert "--scaling=sqrt follows the batch size in sequences" in capfd.readouterr().err
     assert in_process([f"--data_dir={text}", "--mllog=log.txt", *flags]) == 1
     assert (
         "of which packed rows and groups of length buckets have a varying number"

@@ -72,7 +72,10 @@ class RunMonitor:
 
         def flops_per_step():
             return strategy.num_replicas_in_sync * training_flops(
-                lambda batch: task.sums(replica_step.model, batch, training=False),
+                lambda batch: [
+                    task.sums(replica_step.model, part, training=False)
+                    for part in task.parts(batch)
+                ],
                 replica_step.batch_spec,
             )
 

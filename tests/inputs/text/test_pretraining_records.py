@@ -13,7 +13,7 @@ from inputs.errors import InputError, message_in
 from inputs.shards import record_offsets
 from inputs.text import pretraining_records
 from inputs.text.batches import element_spec
-from inputs.text.packing import PackedRows
+from inputs.text.packing import LengthBuckets, PackedRows
 from inputs.text.record_files import find_record_files
 
 WORDS, LENGTH, PREDICTIONS = 60, 16, 4
@@ -178,7 +178,10 @@ def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_path):
+@pytest.mark.parametrize(
+    "layout", [PackedRows(LENGTH, 2), LengthBuckets((LENGTH // 2, LENGTH // 2, LENGTH))]
+)
+def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_path, layout):
     records = [example(MLPERF, 8, 1) for _ in range(8)]
     path = write(tmp_path / "part", *records)
     data, place = bytearray((tmp_path / "part").read_bytes()), int(record_offsets(path)[2])
@@ -189,8 +192,8 @@ def test_a_record_that_was_damaged_when_rows_were_planned_still_fits(alike, tmp_
     def rows():
         files, _ = opened(tmp_path, [path], held_out)
         bad_records = BadRecords(0.9, skip=True, log=print)
-        examples = examples_of(files, layout=PackedRows(LENGTH, 2), bad_records=bad_records)
-        (batch,) = examples.training_batches(5).take(1)
+        examples = examples_of(files, layout=layout, bad_records=bad_records)
+        (batch,) = examples.training_batches(len(examples.plan)).take(1)
         return sum(batch["example_weights"].numpy().ravel())
 
     assert rows() == 7
