@@ -115,10 +115,13 @@ def _describe_step(result) -> str:
         whose = f"by the model of HBM and products (by the compiler {format_seconds(time.compiler)}"
         whose += ", with on-chip memory)"
         floats += f" (by the compiler {result.compiler_floats_per_parameter:.2f})"
+    if time.update:
+        share = f"{format_seconds(time.update)} ({time.update / time.work:.0%}, {floats})"
+    else:  # the products of forward and backward pass take as long as all traffic
+        share = f"no time of its own, as its traffic runs beside the products ({floats})"
     return (
         f"{format_seconds(time.step)} at the least: {format_seconds(time.work)} {whose}, of which "
-        f"the update takes {format_seconds(time.update)} ({time.update / time.work:.0%}, {floats});"
-        f" {result.utilization:.0%} of the peak FLOP/s"
+        f"the update takes {share}; {result.utilization:.0%} of the peak FLOP/s"
     )
 
 
