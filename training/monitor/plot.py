@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
@@ -32,6 +33,7 @@ ROW_INCHES = 0.15  # height of one layer's row in the heat map
 FIRST_SHARE = 0.05  # of the steps: a higher loss in them does not set the scale
 HELD_OUT = {"marker": "o", "markersize": 4, "linestyle": ":"}
 MARKERS = "os^Dv"  # of the accuracies
+WIDE = 5  # a logarithmic axis for losses or peak rates of several runs that differ by more
 MARGIN = 1.05  # the upper end of an axis from zero, relative to the highest value
 TITLE_CHARACTERS = 70  # per line
 LEGEND_CHARACTERS = 90  # per line
@@ -185,8 +187,11 @@ def _draw_loss(panel, histories, evaluations):
         # A loss above the first one, of a run that diverges, does not set the scale.
         if low < max(first):
             high = min(high, max(first))
-        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
-        panel.set_ylim(low - margin, high + margin)
+        if len(histories) > 1 and 0 < WIDE * low < high:
+            _scale_by_factors(panel, low, high)
+        else:
+            margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
+            panel.set_ylim(low - margin, high + margin)
     else:
         panel.set_yticks([])
     panel.set_ylabel("loss (nats)")
@@ -220,7 +225,11 @@ def _draw_learning_rate(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
         panel.plot(*_curve(rows, "learning_rate"), **_style(place, histories, rows))
     panel.set_ylabel("learning rate")
-    _scale_from_zero(panel)
+    peaks = [np.nanmax(_curve(rows, "learning_rate")[1]) for rows in histories.values()]
+    if 0 < WIDE * min(peaks) < max(peaks):
+        _scale_by_factors(panel, min(peaks) / WIDE, max(peaks))
+    else:
+        _scale_from_zero(panel)
 
 
 def _draw_speed(panel, histories, evaluations):
@@ -230,6 +239,15 @@ def _draw_speed(panel, histories, evaluations):
         panel.plot(steps, speeds, **_style(place, histories, rows))
     panel.set_ylabel("examples/s")
     _scale_from_zero(panel)
+
+
+def _scale_by_factors(panel, low, high):
+    """Makes the vertical axis logarithmic, with plain ticks."""
+    panel.set_yscale("log")
+    panel.set_ylim(low / MARGIN**2, high * MARGIN**2)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _scale_from_zero(panel):

@@ -365,11 +365,11 @@ def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
     assert (tmp_path / "history.png").read_bytes() != alone  # without the heat map
 
 
-def write_run(folder, losses, accuracies=(), speeds=None):
+def write_run(folder, losses, accuracies=(), speeds=None, rate=0.1):
     """Writes a history of a row every 10 steps, and evaluations every 20 steps."""
     folder.mkdir(parents=True)
     for i, loss in enumerate(losses):
-        row = {"step": 10 * (i + 1), "phase": 1, "loss": loss, "learning_rate": 0.1}
+        row = {"step": 10 * (i + 1), "phase": 1, "loss": loss, "learning_rate": rate}
         row["examples_per_second"] = (speeds or [5.0] * len(losses))[i]
         Rows(folder / "history.jsonl").append(row | ({"input_wait_share": 0.1} if i else {}))
     for i, accuracy in enumerate(accuracies):
@@ -426,6 +426,23 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path, figures):
     assert figures[0].get_suptitle() == "2 runs: 20 steps"
     assert plot.distinct_names([*folders, folders[0]]) == ["left/run", "right/run", "left/run"]
     assert plot.distinct_names(["a/x", "b/y/"]) == ["x", "y"]
+
+
+def test_runs_of_different_size_have_a_scale_of_factors(tmp_path, figures):
+    first = write_run(tmp_path / "lamb", [9.0, 7.0, 6.0])
+    higher = write_run(tmp_path / "sgd", [50.0, 2_000.0, 40.0], rate=3.0)
+    alike = write_run(tmp_path / "adamw", [10.0, 8.0, 7.0], rate=0.3)
+    plot.draw([first, higher], str(tmp_path / "picture.png"))
+    loss, rate, speed = figures[0].axes
+    assert (loss.get_yscale(), rate.get_yscale(), speed.get_yscale()) == ("log", "log", "linear")
+    assert loss.get_ylim()[0] < 6 and 50 < loss.get_ylim()[1] < 60  # where both runs begin
+    assert rate.get_ylim()[0] < 0.1 and 3 < rate.get_ylim()[1]
+    figures[0].canvas.draw()
+    ticks = [text.get_text() for text in rate.get_yticklabels()]
+    assert {"0.05", "0.1", "1"} <= set(ticks) and not any("^" in text for text in ticks)
+    for folders in ([first, alike], [higher]):
+        plot.draw(folders, str(tmp_path / "picture.png"))
+        assert {axes.get_yscale() for axes in figures[-1].axes} == {"linear"}
 
 
 def legend_of(panel):
