@@ -48,7 +48,8 @@ Written by `python -m preflight.generations`, which `make preflight` runs, witho
 training step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest
 slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has the
 slice, the examples per replica ("in" so many micro-batches, where no slice is large enough for
-one), the memory of a replica, and the bytes that a step of a replica moves: in HBM, and in all
+one), the memory of a replica (the sum of arguments, temporaries and program, which can be more than
+HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of a replica moves: in HBM, and in all
 memories by the compiler's own count, which includes on-chip ones. (The two counts are made apart,
 and the second can be smaller by some per mille.) An empty cell has not been compiled yet. The
 compiler leaves out optimizations that take long, and so the figures may differ by some percent from
@@ -209,8 +210,13 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
         )
         if (topology, accumulation) in tried:
             fitting = [key for key, one in tried.items() if not one.error]
-            smallest = min(fitting, key=lambda key: (key[0].chips, key[1]), default=None)
-            return tried[smallest or (topology, accumulation)]
+            if fitting:
+                return tried[min(fitting, key=lambda key: (key[0].chips, key[1]))]
+        while (topology, accumulation) in tried:  # an example takes more memory than estimated
+            more = needed_accumulation(share, share // accumulation - 1, accumulation + 1)
+            if more is None:
+                return tried[topology, accumulation]
+            accumulation = more
         cell = dataclasses.replace(
             cell, topology=topology.name, replica_batch_size=share, accumulation=accumulation
         )

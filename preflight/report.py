@@ -65,10 +65,13 @@ def _describe_figures(recipe, result):
             f"TensorFlow has TPU kernels for all {result.num_operations} kinds of operation; "
             "forward and backward lower with them",
         )
-    yield _line(
-        "memory",
-        f"{format_bytes(program['hbm_bytes'])} of {format_bytes(limit)} per replica: {split}",
-    )
+    memory = f"{format_bytes(program['hbm_bytes'])} of {format_bytes(limit)} per replica: {split}"
+    if program["hbm_bytes"] > limit:
+        memory += (
+            "; the sum is larger than HBM, but the compiler, which reuses the memory of arguments "
+            "for temporaries, accepts the program"
+        )
+    yield _line("memory", memory)
     yield _line(
         "work",
         f"{program['flops'] / 1e12:.3g} TFLOP, {program['main_bytes'] / 1e9:.3g} GB of HBM traffic "

@@ -73,6 +73,39 @@ def test_each_phase_is_compiled_for_the_smallest_slice_that_fits(files):
     assert "| 32x32, 32 in 2, 12.00 GiB, 2.5 / 15 GB |" in row and ": no kernel for Foo |" in row
 
 
+def test_more_micro_batches_are_tried_where_the_estimate_is_too_low(files, monkeypatch):
+    class Accumulating(Compiler):
+        """Micro-batches take 2 GiB more, for the accumulated gradients."""
+
+        def compile(self, phase_index, batch, accumulation, topology, quick):
+            result = super().compile(phase_index, batch, accumulation, topology, quick)
+            if accumulation > 1 and "hbm_bytes" in result:
+                result["hbm_bytes"] += 2 * 2**30
+                if result["hbm_bytes"] > TPU_CHIPS[topology.partition(":")[0]].hbm_bytes:
+                    result["error"] = "RESOURCE_EXHAUSTED"
+            return result
+
+    monkeypatch.setattr(generations, "Children", Accumulating)
+    generations.main(["bert-large-32k"])
+    cells = {(c["phase"], c["chip"]): c for c in json.loads(generations.RESULTS.read_text())}
+    cell = cells[1, "v2"]
+    # 6 examples fit beside weights and slots, and 2 beside the accumulated gradients, too.
+    assert (cell["replica_batch_size"], cell["accumulation"], cell["error"]) == (128, 64, None)
+    assert cells[1, "v6e"]["error"] is None
+
+    class Small(Compiler):
+        """Nothing fits."""
+
+        def compile(self, phase_index, batch, accumulation, topology, quick):
+            return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": 2**40}
+
+    generations.RESULTS.unlink()
+    monkeypatch.setattr(generations, "Children", Small)
+    assert generations.main(["bert-large-32k"]) == 1
+    cells = json.loads(generations.RESULTS.read_text())
+    assert {cell["error"] for cell in cells} == {"RESOURCE_EXHAUSTED"}
+
+
 def test_what_was_compiled_is_not_compiled_again(files):
     generations.main(["bert-mini"])
     assert files[0].compiled

@@ -387,7 +387,7 @@ def test_a_page_of_mlperfs_runs_has_their_minutes(monkeypatch):
     ]
 
 
-def test_an_update_behind_the_products_is_said_to_be_hidden(monkeypatch):
+def test_a_hidden_update_and_a_sum_beyond_the_memory_are_explained(monkeypatch):
     monkeypatch.setattr(preflight, "Children", Compiler)
     recipe = recipes.find_recipe("bert-mini-demo")
     (result,) = preflight.examine(
@@ -403,6 +403,10 @@ def test_an_update_behind_the_products_is_said_to_be_hidden(monkeypatch):
     assert "takes no time of its own, as its traffic runs beside" in report.describe(
         recipe, [hidden]
     )
+    assert "larger than HBM" not in report.describe(recipe, [result])
+    program = result.program | {"hbm_bytes": 17 * 2**30}
+    larger = report.describe(recipe, [dataclasses.replace(result, program=program)])
+    assert "17.00 GiB of 15.48 GiB per replica: " in larger and "larger than HBM, but" in larger
 
 
 def test_a_result_of_a_system_that_is_no_slice_is_not_compared(monkeypatch):
