@@ -49,12 +49,13 @@ training step of each phase, compiled with the TPU compiler (libtpu {version}) f
 slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has the
 slice, the examples per replica ("in" so many micro-batches, where no slice is large enough for
 one), the memory of a replica (the sum of arguments, temporaries and program, which can be more than
-HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of a replica moves: in HBM, and in all
-memories by the compiler's own count, which includes on-chip ones. (The two counts are made apart,
-and the second can be smaller by some per mille.) An empty cell has not been compiled yet. The
-compiler leaves out optimizations that take long, and so the figures may differ by some percent from
-those of a run. Recipes that differ only in batch size, steps and the values of rates and
-coefficients run the same program; the one with the largest batch stands for them (listed below).
+HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of
+a replica moves: in HBM, and in all memories by the compiler's own count, which includes on-chip
+ones. (The two counts are made apart, and the second can be smaller by some per mille.) An empty
+cell has not been compiled yet. The compiler leaves out optimizations that take long, and so the
+figures may differ by some percent from those of a run. Recipes that differ only in batch size,
+steps and the values of rates and coefficients run the same program; the one with the largest batch
+stands for them (listed below).
 """
 CHIPS = """
 ## The chips
