@@ -192,11 +192,11 @@ python -m experiments imagenet --cell=table-22-decay-0.0001-rate0.002-seed1 --da
         + "\n".join(map(_row, GRIDS))
         + """
 
-What the paper leaves open, and what is done here: the schedule of the "default" tables, which is
-constant, without warm-up; ε, which is 1e-6 as the paper's default is; β, which is 0.9 and 0.999;
-what exactly the L2 term is, which is L2 · ½‖x‖² over the weights that are decayed (no bias, no
-batch normalization), added to the loss. Adam is AdamW with λ = 0. There is no label smoothing in
-Tables 9 to 25; for Table 6 see its [recipes](../commands/recipes.md).""",
+The paper does not specify the following, and these commands use: a constant rate without warm-up in
+the "default" tables; ε = 1e-6, the paper's default; β = 0.9 and 0.999; and as the L2 term L2 ·
+½‖x‖² over the weights that are decayed (no bias, no batch normalization), added to the loss. Adam
+is AdamW with λ = 0. There is no label smoothing in Tables 9 to 25; for Table 6 see its
+[recipes](../commands/recipes.md).""",
     )
 
 

@@ -20,10 +20,11 @@ from inputs.storage.files import atomic_write
 
 SWEEP = "sweep.png"
 RULE = """\
-The rule of tuning is the same for all: each learning rate of the grid with the first seed; while
-the best is the lowest or the highest, the next one beyond it; while none learns{chance}, the next
-lower one; then the best one with the other seeds. The best one is chosen with the first seed by the
-metric of this table, on the same test data, so that all values are slightly too high."""
+All optimizers are tuned by the same rule. Each learning rate of the grid runs with the first seed.
+While the best rate is at an edge of the grid, the next one beyond it runs, too. While no rate
+learns{chance}, the next lower one runs. The best rate then runs with the other seeds. It is chosen
+with the first seed by the metric of this table, on the same test data, so that all values are
+slightly too high."""
 
 
 def write_page(table: Table, now: State, path: str, places: Places) -> None:

@@ -54,10 +54,10 @@ Keras's own and `tf_lamb.LAMB`, passed to `model.compile`. Weight decay is 0.01 
 without biases, and 0 for the others; momentum is 0.9; all else is Keras's and the paper's default.
 Not tuned: weight decay, momentum, β, ε, warm-up (one epoch) and decay (power 0.5).
 
-What the [author's programs](https://github.com/fastalgo/mnist_tpu) run is another thing: a network
-of 3,274,634 parameters with dropout (32 and 64 filters of 5×5, a layer of 1,024), and for LAMB and
-AdamW a learning rate of 0.004, which is not in the published grid. The five logs of LAMB there
-that have this rate and one epoch of warm-up give 0.9935, 0.9938, 0.9941, 0.9941 and 0.9947.""",
+The [author's programs](https://github.com/fastalgo/mnist_tpu) train a different network, of
+3,274,634 parameters with dropout (32 and 64 filters of 5×5, a layer of 1,024), and for LAMB and
+AdamW a learning rate of 0.004, which is not in the published grid. The five logs of LAMB there that
+have this rate and one epoch of warm-up give 0.9935, 0.9938, 0.9941, 0.9941 and 0.9947.""",
     )
 
 
@@ -154,11 +154,11 @@ def _sweep_table() -> Table:
 The paper's claim is that a larger batch, for the same epochs, gives the same accuracy without new
 tuning. LeNet-5 on MNIST for 30 epochs, from batch 256 (7,031 steps) to 60,000, the whole training
 set (30 steps). Keras runs on JAX, at batch 60,000 on TensorFlow. Each optimizer is tuned at each
-batch size. "LAMB, untuned" is the claim: the learning rate that is best at 1,024, times
-√(batch / 1,024), and the same 10 steps of warm-up, which are a share of the epochs that grows with
-the batch (`tf_lamb.scale_batch` with `rule="sqrt"`). All optimizers have this warm-up. The rate
-decays linearly to 0. Weight decay is 0.01 for LAMB and AdamW, 0.0001 for LARS, 0 for the others;
-momentum is 0.9. Not tuned: weight decay, momentum, β, ε, warm-up and decay.""",
+batch size. "LAMB, untuned" tests the claim: it has the learning rate that is best at 1,024, times
+√(batch / 1,024), and the same 10 steps of warm-up, which are more epochs as the batch grows
+(`tf_lamb.scale_batch` with `rule="sqrt"`). All optimizers have this warm-up. The rate decays
+linearly to 0. Weight decay is 0.01 for LAMB and AdamW, 0.0001 for LARS, 0 for the others; momentum
+is 0.9. Not tuned: weight decay, momentum, β, ε, warm-up and decay.""",
     )
 
 
@@ -220,13 +220,13 @@ DAVIDNET_PUBLISHED = {
     "lamb-512": 0.9408,
 }
 DAVIDNET_TEXT = """\
-Data, crops, weights and the triangular schedule with 6 epochs of warm-up are those of the
-[author's program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best
-run, and the rates lie around those that he names. His loss is a sum over the batch, here it is the
-mean: LAMB and Adam do not depend on the factor, and the rates of momentum are those for the mean.
-Not tuned: weight decay (0.01 for AdamW, 0.0005 for momentum, 0 for Adam and Adagrad), momentum
-(0.9), β, ε, warm-up and decay. The decay of momentum is Keras's, which is subtracted outside of the
-momentum: a tenth of what the same number means as an L2 term of the loss."""
+Data, crops, weights and the triangular schedule with 6 epochs of warm-up are those of the [author's
+program](https://github.com/fastalgo/davidnet-cifar), λ is 1.0 for LAMB as in his best run, and the
+rates lie around those that he names. His loss is a sum over the batch, here it is the mean: LAMB
+and Adam do not depend on the factor, and the rates of momentum are those for the mean. Not tuned:
+weight decay (0.01 for AdamW, 0.0005 for momentum, 0 for Adam and Adagrad), momentum (0.9), β, ε,
+warm-up and decay. For momentum SGD, Keras subtracts the weight decay from the weights, outside of
+the momentum, so that the same number acts a tenth as much as it would as an L2 term of the loss."""
 
 
 def _davidnet_group(optimizer, batch, seeds, more) -> Group:
@@ -300,7 +300,7 @@ def _full_cifar_table() -> Table:
 Table 7 of the [paper](https://arxiv.org/abs/1904.00962) with its network, 6,573,120 trainable
 parameters, at batch 512, 24 epochs, and the same epochs at 2,048 and 8,192. It needs a GPU: Keras
 runs on JAX, with the policy mixed_bfloat16 (float32 weights, updates and loss). "LAMB, untuned" has
-the rate that is best at 512, times √(batch / 512), and as many epochs of warm-up.
+the rate that is best at 512, times √(batch / 512), and 6 epochs of warm-up, as at 512.
 {DAVIDNET_TEXT}""",
     )
 

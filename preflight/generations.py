@@ -47,13 +47,13 @@ HEAD = """# Every recipe on every generation
 Written by `python -m preflight.generations`, which `make preflight` runs, without a TPU: the
 training step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest
 slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has the
-slice, the examples per replica ("in" so many micro-batches, where no slice is large enough for
+slice, the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds them in
 one), the memory of a replica (the sum of arguments, temporaries and program, which can be more than
 HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of
 a replica moves: in HBM, and in all memories by the compiler's own count, which includes on-chip
-ones. (The two counts are made apart, and the second can be smaller by some per mille.) An empty
+ones. (The two counts are made separately, and the second can be smaller by up to 3 %.) An empty
 cell has not been compiled yet. The compiler leaves out optimizations that take long, and so the
-figures may differ by some percent from those of a run. Recipes that differ only in batch size,
+figures may differ by a few percent from those of a run. Recipes that differ only in batch size,
 steps and the values of rates and coefficients run the same program; the one with the largest batch
 stands for them (listed below).
 """

@@ -5,14 +5,14 @@ from preflight.estimate import all_reduce_seconds
 GIB = 2**30
 MIB = 2**20
 LEGEND = """
-All figures are estimates, and times are the least that is possible. Memory and FLOPs are the
-compiler's. Bytes of HBM are counted in the compiled program. The time of forward, backward and
-update is the compiler's for v2 and v3. From v4 on, the compiler counts the traffic of on-chip
-memory as if it were that of HBM, so the time is modeled: each operation takes its FLOPs at the
-chip's peak rate or its HBM bytes at the peak bandwidth, whichever is longer, and copies run beside
-them. The time of the all-reduce is modeled as 2·bytes·(n-1)/n over a chip's links at their peak
-rate, plus 1 us per hop. Not included: waiting for the host and for the slowest replica, random
-bits, evaluation, checkpoints and start-up. Real kernels do not reach the peak rate."""
+All figures are estimates, and times are lower bounds. Memory and FLOPs are the compiler's. Bytes of
+HBM are counted in the compiled program. The time of forward, backward and update is the compiler's
+for v2 and v3. From v4 on, the compiler counts the traffic of on-chip memory as if it were that of
+HBM, so the time is modeled: each operation takes its FLOPs at the chip's peak rate or its HBM bytes
+at the peak bandwidth, whichever is longer, and copies run beside them. The time of the all-reduce
+is modeled as 2·bytes·(n-1)/n over a chip's links at their peak rate, plus 1 us per hop. Not
+included: waiting for the host and for the slowest replica, random bits, evaluation, checkpoints and
+start-up. Real kernels do not reach the peak rate."""
 
 # Measured examples/s of one CPU core, from docs/results/text.md (`pairs` on two cores) and
 # docs/results/images.md: task, sequence length or image size, examples/s, command.
