@@ -77,6 +77,13 @@ def test_internal_links_resolve(page):
     assert not broken
 
 
+def test_no_line_is_a_comment_of_myst():
+    """A paragraph's line that begins with a percent sign is missing on the site."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(r"^ *%.*$", text, re.M), page
+
+
 def test_every_page_is_in_a_table_of_contents():
     listed = {DOCS / "index.md"}
     for page in PAGES:

@@ -425,7 +425,9 @@ def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
     assert any("| momentum | 0.1, seed 1: 0.9876 |" in line for line in page)
     (left,) = [line for line in page if line.startswith("- [MNIST and LeNet")]
     assert "of adagrad, momentum (`mnist`)" in left
-    assert "- MNIST, from batch 256 to the whole set: no run yet; at least 137 are" in "\n".join(page)
+    assert "- MNIST, from batch 256 to the whole set: no run yet; at least 137 are" in "\n".join(
+        page
+    )
 
 
 def test_the_published_summary_is_that_of_the_published_runs(tmp_path):
