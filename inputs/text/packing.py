@@ -93,12 +93,7 @@ class PackedRows:
             "sequence_ids": tokens,
             "positions": tokens,
             "sequence_starts": tf.TensorSpec(of_sequences, tf.int32),
-            "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
-            "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
-            "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
-            "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
-            "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
-            "example_weights": tf.TensorSpec(of_sequences, tf.float32),
+            **_labels_spec(picks, of_sequences),
         }
 
     def assign(self, lengths) -> np.ndarray:
@@ -317,14 +312,7 @@ class LengthBuckets:
             tokens = tf.TensorSpec([rows, places.stop - places.start, length], tf.int32)
             spec |= {f"{key}_{length}": tokens for key in (*PER_TOKEN, "input_mask")}
         picks, of_sequences = [rows, self.columns, predictions], [rows, self.columns]
-        return spec | {
-            "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
-            "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
-            "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
-            "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
-            "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
-            "example_weights": tf.TensorSpec(of_sequences, tf.float32),
-        }
+        return spec | _labels_spec(picks, of_sequences)
 
     def assign(self, lengths) -> np.ndarray:
         """Distributes sequences over as few groups as have places for all, the longest first.
@@ -410,6 +398,18 @@ def bucket_batches(batch: dict) -> list[dict]:
         batches.append({key: tf.reshape(x, [-1, *x.shape[2:]]) for key, x in part.items()})
         first = last
     return batches
+
+
+def _labels_spec(picks: list[int], of_sequences: list[int]) -> dict:
+    """The tensors of a layout besides tokens, by the shapes for masked tokens and for sequences."""
+    return {
+        "masked_lm_positions": tf.TensorSpec(picks, tf.int32),
+        "masked_lm_ids": tf.TensorSpec(picks, tf.int32),
+        "masked_lm_weights": tf.TensorSpec(picks, tf.float32),
+        "next_sentence_labels": tf.TensorSpec(of_sequences, tf.int32),
+        "next_sentence_weights": tf.TensorSpec(of_sequences, tf.float32),
+        "example_weights": tf.TensorSpec(of_sequences, tf.float32),
+    }
 
 
 def _checked(lengths, longest: int) -> np.ndarray:
