@@ -306,19 +306,25 @@ def _draw_sweep(table, done, seeds, path):
         if found:
             color = _color(table, group)
             lines.setdefault(label, []).append((group.settings[table.x], found, color))
-    for label, points in lines.items():
+    ticks = sorted({group.settings[table.x] for group in done})
+    # Error bars at the same batch size stand side by side, within 3 % of the axis.
+    width = 0.03 * math.log(ticks[-1] / ticks[0] if len(ticks) > 1 else 2)
+    for index, (label, points) in enumerate(lines.items()):
         points.sort()
+        shift = math.exp(width * (index / max(1, len(lines) - 1) - 0.5))
         means = [statistics.mean(found) for _, found, _ in points]
         below = [mean - min(found) for mean, (_, found, _) in zip(means, points, strict=True)]
         above = [max(found) - mean for mean, (_, found, _) in zip(means, points, strict=True)]
         # The untuned runs lie on the tuned ones where the rule gives the best rate.
-        style = {"linestyle": "--", "marker": "o"} if "untuned" in label else {}
+        style = {"linestyle": "--", "markerfacecolor": "none"} if "untuned" in label else {}
         axes.errorbar(
-            [x for x, _, _ in points],
+            [x * shift for x, _, _ in points],
             means,
             (below, above),
             label=label,
             capsize=3,
+            marker="o",
+            markersize=5,
             color=points[0][2],
             **style,
         )
@@ -334,7 +340,6 @@ def _draw_sweep(table, done, seeds, path):
     else:
         axes.set(ylabel=f"test {table.metric}")
     axes.set(xscale="log", xlabel=table.x)
-    ticks = sorted({group.settings[table.x] for group in done})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
