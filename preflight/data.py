@@ -15,7 +15,7 @@ MEASURED_SECONDS = 10.0  # of wall time, for each data set
 
 @dataclasses.dataclass(frozen=True)
 class DataResult:
-    """The data set of one host.
+    """The data sets of one host, of training and evaluation.
 
     Attributes:
         hosts: the number of hosts of the slice.
@@ -32,7 +32,7 @@ class DataResult:
 
 
 def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) -> DataResult:
-    """Examines the data set of the first host of a slice, and makes some of its batches.
+    """Examines the data sets of the first host of a slice, and makes some training batches.
 
     Args:
         task: a `tasks.task.Task` with real data.
@@ -44,7 +44,9 @@ def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) ->
     context = tf.distribute.InputContext(hosts, 0, topology.replicas)
     input_fn = task.train_batches(phase_index, 0)
     try:
-        graph = input_graph.examine(input_fn, context, shared_dir if hosts > 1 else "")
+        graph = input_graph.examine_phase(
+            task, phase_index, context, shared_dir if hosts > 1 else ""
+        )
     except InputError as error:
         return DataResult(hosts, None, (str(error),), None)
     # A single host is the machine that training runs on.

@@ -40,6 +40,25 @@ class InputGraph:
         return sorted(folder for folder in local if os.path.dirname(folder) not in local)
 
 
+def examine_phase(task, phase_index: int, context, shared_dir: str = "") -> InputGraph:
+    """Examines the data sets of a phase, of training and evaluation, as one; see `examine`.
+
+    Args:
+        task: a `tasks.task.Task`.
+        phase_index: from 0.
+        context, shared_dir: as in `examine`.
+    """
+    training = examine(task.train_batches(phase_index, 0), context, shared_dir)
+    evaluation = examine(task.evaluation_batches(phase_index), context, shared_dir)
+    only = [problem for problem in evaluation.problems if problem not in training.problems]
+    return InputGraph(
+        training.operations | evaluation.operations,
+        max(training.largest_constant, evaluation.largest_constant),
+        training.paths | evaluation.paths,
+        (*training.problems, *(f"In evaluations: {problem}" for problem in only)),
+    )
+
+
 def examine(
     input_fn: Callable, context: tf.distribute.InputContext, shared_dir: str = ""
 ) -> InputGraph:

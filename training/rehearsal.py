@@ -267,6 +267,8 @@ class PhaseReport:
         sent_bytes: sent by the coordinator per step after that.
         coordinator_read_bytes: read by the coordinator while the hosts made the batches.
         equal: whether all hosts made the batches that the one made.
+        evaluation_batches: the number of batches of the evaluation that were compared, too; 0 if
+            the hosts made other ones than the one.
         problems: sentences.
     """
 
@@ -281,13 +283,16 @@ class PhaseReport:
     sent_bytes: float
     coordinator_read_bytes: int
     equal: bool
+    evaluation_batches: int
     problems: tuple[str, ...]
 
 
 def rehearse_phase(
     task, phase_index: int, hosts: Hosts, replicas: int, shared_dir: str
 ) -> PhaseReport:
-    """Lets all hosts make the batches of a phase's first steps, and compares them with one host's.
+    """Lets all hosts make the first batches of a phase, and compares them with those of one host.
+
+    First those of training, which are measured, then those of its evaluations.
 
     Args:
         task: a `tasks.task.Task`.
@@ -304,7 +309,7 @@ def rehearse_phase(
     steps = max(2, min(STEPS, phase.steps))  # the first one is measured apart
     input_fn = with_infinite_cardinality(task.train_batches(phase_index, 0))
     contexts = [tf.distribute.InputContext(count, i, count * replicas) for i in range(count)]
-    graph = input_graph.examine(input_fn, contexts[0], shared_dir)
+    graph = input_graph.examine_phase(task, phase_index, contexts[0], shared_dir)
     problems = list(graph.problems)
     if problems:  # it would fail with an error that is harder to understand
         return PhaseReport(
@@ -319,6 +324,7 @@ def rehearse_phase(
             sent_bytes=0.0,
             coordinator_read_bytes=0,
             equal=False,
+            evaluation_batches=0,
             problems=tuple(problems),
         )
     sent = sent_bytes()
@@ -360,7 +366,10 @@ def rehearse_phase(
         np.concatenate([expected[0][1], expected[1][1]]),
         names,
     )
-    problems += differences
+    evaluated, evaluation_problems = compare_evaluations(
+        task.evaluation_batches(phase_index), hosts, contexts, one
+    )
+    problems += [*differences, *evaluation_problems]
     if per_step > MAX_SENT_BYTES:
         problems.append(
             f"The coordinator sent {per_step:,.0f} bytes per step to the hosts; at most "
@@ -378,8 +387,57 @@ def rehearse_phase(
         sent_bytes=per_step,
         coordinator_read_bytes=coordinator_read,
         equal=not differences,
+        evaluation_batches=evaluated,
         problems=tuple(problems),
     )
+
+
+def compare_evaluations(input_fn, hosts: Hosts, contexts, one) -> tuple[int, list[str]]:
+    """Lets all hosts make the batches of an evaluation, and compares them with those of one host.
+
+    Args:
+        input_fn: `(context) -> tf.data.Dataset`, which ends.
+        hosts: entered.
+        contexts: `tf.distribute.InputContext` of each host.
+        one: that of a single host with the same number of replicas.
+
+    Returns:
+        The number of global batches, `STEPS` at most, or 0 if they differ; and a sentence if they
+        do.
+    """
+
+    def fingerprints(context):
+        replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        batches = input_fn(context).take(STEPS * replicas).map(_batch_fingerprints)
+        return batches.batch(STEPS * replicas)  # one element
+
+    def read(context, device):
+        with tf.device(device):
+            return [values.numpy() for values in shared(context).get_single_element()]
+
+    shared = with_one_graph(fingerprints)
+    with concurrent.futures.ThreadPoolExecutor(len(contexts)) as pool:
+        made = list(pool.map(read, contexts, hosts.devices))
+    expected = read(one, LOCAL)
+    counts = [len(examples) for examples, _ in made]
+    if {*counts} != {len(expected[0]) / len(contexts)}:
+        return 0, [
+            f"In evaluations: the hosts make {', '.join(map(str, counts))} batches for their "
+            f"replicas, and a single host makes {len(expected[0])}; a host that ends before the "
+            "others stops all of them."
+        ]
+    steps = len(expected[0]) // one.num_replicas_in_sync
+    replicas = one.num_replicas_in_sync // len(contexts)
+
+    def by_step(examples, tensors, replicas):
+        return examples.reshape(steps, -1), tensors.reshape(steps, replicas, -1)
+
+    own = [by_step(*found, replicas) for found in made]
+    names = sorted(input_fn(one).element_spec)
+    differences = compare(
+        *zip(*own, strict=True), *by_step(*expected, one.num_replicas_in_sync), names
+    )
+    return (0 if differences else steps), [f"In evaluations: {said}" for said in differences]
 
 
 def compare(examples, tensors, expected, expected_tensors, names) -> list[str]:
@@ -600,6 +658,11 @@ def describe(task, reports: list[PhaseReport], training: dict | None) -> str:
         same = "equal" if report.equal else "differ from"
         lines += [
             f"Batches    the {report.steps} global batches of {count} hosts {same} those of one",
+            *(
+                [f"Evaluation its first {evaluated} global batches are those of one host, too"]
+                if (evaluated := report.evaluation_batches)
+                else []
+            ),
             f"Coordinator sent {report.sent_bytes:,.0f} bytes per step, and "
             f"{report.set_up_bytes / 1e6:.2f} MB up to the first one; read "
             f"{report.coordinator_read_bytes / 1e6:.2f} MB",

@@ -50,7 +50,7 @@ def rehearse(folder, *arguments):
 def check_figures(figures, steps):
     (phase,) = figures["phases"]
     assert figures["problems"] == [] and phase["steps"] == steps and len(phase["hosts"]) == 2
-    assert phase["equal"]
+    assert phase["equal"] and phase["evaluation_batches"] > 0
     assert 0 < phase["sent_bytes"] < 10_000 < phase["set_up_bytes"] < 10**7
     assert phase["coordinator_read_bytes"] < min(host["read_bytes"] for host in phase["hosts"])
     for host in phase["hosts"]:
@@ -198,6 +198,41 @@ def test_a_difference_is_found_and_named():
     assert "example 7 of step 0, on host 1, in b." in problem
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda host, batches: batches, None),
+        (
+            lambda host, batches: batches.take(6 - tf.cast(host == 1, tf.int64)),
+            "In evaluations: the hosts make 6, 5 batches for their replicas, and a single host "
+            "makes 12",
+        ),
+        (
+            lambda host, batches: batches.map(lambda ids: ids + tf.cast(ids == 29, ids.dtype)),
+            "In evaluations: The hosts do not make the batches that one host makes: 1 of 48 "
+            "examples differ; the first is example 13 of step 1, on host 1, in numbers.",
+        ),
+    ],
+)
+def test_evaluations_of_all_hosts_are_those_of_one(change, said):
+    order = Order(examples=43, batch=16, lanes=4, block=4, window=3, seed=None)
+    hosts = types.SimpleNamespace(devices=["/cpu:0"] * 2)
+    one = tf.distribute.InputContext(1, 0, 4)
+    contexts = [tf.distribute.InputContext(2, i, 4) for i in range(2)]
+
+    def numbers(context):
+        rows = row_batches(order, context, 0, lambda examples, ids: ids[:, tf.newaxis])
+        host = context.input_pipeline_id
+        changed = change(host, rows) if context.num_input_pipelines > 1 else rows
+        return changed.map(lambda row: {"numbers": row})
+
+    steps, problems = rehearsal.compare_evaluations(numbers, hosts, contexts, one)
+    if said is None:
+        assert steps == 3 and problems == []  # the last batch is filled up
+    else:
+        assert steps == 0 and len(problems) == 1 and problems[0].startswith(said), problems
+
+
 @pytest.mark.parametrize(("hosts", "seed"), [(8, 7), (2, None)])  # 8: two hosts for each lane
 def test_all_hosts_have_one_graph_and_their_own_batches(hosts, seed):
     order = Order(examples=200, batch=32, lanes=4, block=4, window=3, seed=seed)
@@ -227,6 +262,20 @@ def test_all_hosts_have_one_graph_and_their_own_batches(hosts, seed):
 
 def problems(dataset, shared_dir=""):
     return input_graph.examine(lambda context: dataset(), ONE, shared_dir).problems
+
+
+def test_the_data_of_evaluations_are_examined_too():
+    def records(path):
+        return lambda context: tf.data.TFRecordDataset(tf.constant([path]))
+
+    task = types.SimpleNamespace(
+        train_batches=lambda phase_index, first_step: records("gs://bucket/train"),
+        evaluation_batches=lambda phase_index: records("ram://held-out/a"),
+    )
+    graph = input_graph.examine_phase(task, 0, ONE)
+    assert graph.paths == {"gs://bucket/train", "ram://held-out/a"}
+    (said,) = graph.problems
+    assert said.startswith("In evaluations: ram://held-out/a exists in the memory of one process")
 
 
 def test_what_a_host_cannot_run_is_named(tmp_path):
