@@ -3,7 +3,8 @@
     python -m preflight.generations [RECIPE...]
 
 Each phase is compiled for the smallest slice, of one host or more, on which a replica's share of
-the batch fits in memory. If it fits on no slice, the largest slice is used, with micro-batches.
+the batch fits in memory. If it fits on no slice, the largest slice is used, with micro-batches. The
+slice is found with the compiler's quick mode; what fits is then compiled as a run would compile it.
 Without names, all recipes are compiled. This takes hours, so each result is kept in
 docs/results/generations.json, and a second call compiles only what is missing there, or was
 compiled with another version of the compiler.
@@ -52,8 +53,9 @@ one), the memory of a replica (the sum of arguments, temporaries and program, wh
 HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of
 a replica moves: in HBM, and in all memories by the compiler's own count, which includes on-chip
 ones. (The two counts are made separately, and the second can be smaller by up to 3 %.) An empty
-cell has not been compiled yet. The compiler leaves out optimizations that take long, and so the
-figures may differ by a few percent from those of a run. Recipes that differ only in batch size,
+cell has not been compiled yet. A cell without bytes has been compiled in the compiler's quick mode
+alone, which needs about as much memory as a run, but moves several times as many bytes in HBM,
+because it keeps little on the chip. Recipes that differ only in batch size,
 steps and the values of rates and coefficients run the same program; the one with the largest batch
 stands for them (listed below).
 """
@@ -83,6 +85,8 @@ class Cell:
         hbm_bytes: memory of a replica.
         main_bytes, bytes_accessed: traffic of a step of a replica, in HBM and in all memories; see
             `preflight.compiler.compile.figures`.
+        quick: whether the program was compiled in quick mode alone, whose traffic is not that of a
+            run; see `preflight.compiler.compile.compile_program`.
         error: why it does not compile, or None.
     """
 
@@ -97,6 +101,7 @@ class Cell:
     hbm_bytes: int = 0
     main_bytes: float = 0
     bytes_accessed: float = 0
+    quick: bool = True
     error: str | None = None
 
     @property
@@ -111,11 +116,11 @@ class Cell:
             return where + self.error.replace("|", "/")
         parts = f" in {self.accumulation}" if self.accumulation > 1 else ""
         sides = self.topology.partition(":")[2]
+        text = f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB"
+        if self.quick:
+            return text
         moved = " / ".join(f"{x / 1e9:.3g}" for x in (self.main_bytes, self.bytes_accessed))
-        return (
-            f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB, "
-            f"{moved} GB"
-        )
+        return f"{text}, {moved} GB"
 
 
 def programs() -> dict[str, list[str]]:
@@ -212,7 +217,10 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
         if (topology, accumulation) in tried:
             fitting = [key for key, one in tried.items() if not one.error]
             if fitting:
-                return tried[min(fitting, key=lambda key: (key[0].chips, key[1]))]
+                best = min(fitting, key=lambda key: (key[0].chips, key[1]))
+                tried[best] = compile_cell(tried[best], recipe, children, quick=False)
+                if not tried[best].error:
+                    return tried[best]
         while (topology, accumulation) in tried:  # an example takes more memory than estimated
             more = needed_accumulation(share, share // accumulation - 1, accumulation + 1)
             if more is None:
@@ -221,23 +229,37 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
         cell = dataclasses.replace(
             cell, topology=topology.name, replica_batch_size=share, accumulation=accumulation
         )
-        try:
-            children.lower(recipe, phase_index, [(share, accumulation)])
-        except ChildFailed as error:
-            return dataclasses.replace(cell, error=str(error))
-        result = children.compile(phase_index, share, accumulation, topology.name, quick=True)
-        cell = dataclasses.replace(
-            cell,
-            state_bytes=children.facts["weight_bytes"] + children.facts["slot_bytes"],
-            hbm_bytes=result.get("hbm_bytes", 0),
-            main_bytes=result.get("main_bytes", 0),
-            bytes_accessed=result.get("bytes_accessed", 0),
-            error=result.get("error"),
-        )
+        cell = compile_cell(cell, recipe, children, quick=True)
         if not cell.hbm_bytes:  # it does not compile, and more memory would not help
             return cell
         tried[topology, accumulation] = cell
         compiled.append(cell)
+
+
+def compile_cell(cell: Cell, recipe, children, *, quick: bool) -> Cell:
+    """Returns a cell with the figures of its program, or with the error.
+
+    Args:
+        cell: names the phase, the slice, the batch and the micro-batches.
+        recipe, children: as for `examine`.
+        quick: as in `Cell`.
+    """
+    phase_index = cell.phase - 1
+    share, accumulation = cell.replica_batch_size, cell.accumulation
+    cell = dataclasses.replace(cell, hbm_bytes=0, main_bytes=0, bytes_accessed=0, quick=quick)
+    try:
+        children.lower(recipe, phase_index, [(share, accumulation)])
+        result = children.compile(phase_index, share, accumulation, cell.topology, quick=quick)
+    except ChildFailed as error:
+        return dataclasses.replace(cell, error=str(error))
+    return dataclasses.replace(
+        cell,
+        state_bytes=children.facts["weight_bytes"] + children.facts["slot_bytes"],
+        hbm_bytes=result.get("hbm_bytes", 0),
+        main_bytes=result.get("main_bytes", 0),
+        bytes_accessed=result.get("bytes_accessed", 0),
+        error=result.get("error"),
+    )
 
 
 def read_results() -> dict[tuple, Cell]:
@@ -351,9 +373,13 @@ def _examine_recipe(recipe, cells, children, progress):
         row = {chip: (recipe.name, phase_index + 1, chip) for chip in TPU_CHIPS}
         compiled = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
         for name, chip in TPU_CHIPS.items():
-            if row[name] not in cells:
+            cell = cells.get(row[name])
+            if cell is None or (cell.quick and not cell.error):
                 progress.title(f"{recipe.name}, phase {phase_index + 1}, on {name}")
-                cells[row[name]] = examine(recipe, phase_index, chip, children, compiled)
+                found = cell and compile_cell(cell, recipe, children, quick=False)
+                if found is None or found.error:
+                    found = examine(recipe, phase_index, chip, children, compiled)
+                cells[row[name]] = found
                 write_results(cells)
             progress.advance()
 
