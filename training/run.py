@@ -288,8 +288,12 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             with self.strategy.scope():
                 optimizers.reset_slots(self.optimizer)
         # The run may have reached its target before it was started again.
-        reached = any(
-            self._reaches_target(row) for row in self._evaluations() if row["step"] == self._step
+        reached = self._max_over_workers(
+            any(
+                self._reaches_target(row)
+                for row in self._evaluations()
+                if row["step"] == self._step
+            )
         )
         self._start_data(index, self._step - start)
         self._monitor.begin_phase(index)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 
 import numpy as np
@@ -115,8 +116,7 @@ def check_workers_agree(strategy: tf.distribute.Strategy, **facts) -> None:
         return
     texts = [str(fact) for fact in facts.values()]
     digest = tf.strings.to_hash_bucket_strong([texts], 2**62, [1, 2])
-    run = tf.function(lambda: strategy.run(lambda: tf.identity(digest)))
-    digests = strategy.gather(run(), axis=0).numpy()
+    digests = _of_all_workers(strategy, digest.numpy())
     differing = [name for name, column in zip(facts, digests.T, strict=True) if len({*column}) > 1]
     if differing:
         raise InputError(
@@ -140,10 +140,25 @@ def max_over_workers(strategy: tf.distribute.Strategy, value):
     """
     if not is_multi_worker(strategy):
         return value
-    dtype = tf.float64 if isinstance(value, float) else tf.int64
-    own = tf.constant([value], dtype)
-    run = tf.function(lambda: strategy.run(lambda: tf.identity(own)))
-    return type(value)(strategy.gather(run(), axis=0).numpy().max())
+    own = np.array([[value]], np.float64 if isinstance(value, float) else np.int64)
+    return type(value)(_of_all_workers(strategy, own).max())
+
+
+def _of_all_workers(strategy, own):
+    """The rows of all replicas of all workers, [R, K], for this worker's [1, K] of eight bytes."""
+    with strategy.scope():
+        rows = _gather(strategy)(own.view(np.int64)).numpy()
+    return rows.view(own.dtype)
+
+
+@functools.cache
+def _gather(strategy):
+    # One signature, and always the same scope, so that it is traced once.
+    return tf.function(
+        lambda own: strategy.gather(strategy.run(tf.identity, args=(own,)), axis=0),
+        input_signature=[tf.TensorSpec([1, None], tf.int64)],
+        autograph=False,
+    )
 
 
 def is_lost_worker(error: tf.errors.OpError) -> bool:

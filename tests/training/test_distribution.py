@@ -181,6 +181,7 @@ def test_two_processes_train_and_export_batch_normalization(in_process, mirrored
     with workers(*flags, f"--model_dir={two}") as (chief, other):
         said = [process.communicate(timeout=SECONDS)[1] for process in (chief, other)]
         assert (chief.returncode, other.returncode) == (0, 0), said
+    assert not re.search("WARNING|AutoGraph|retracing", "".join(said)), said
     expected = saved(tmp_path / "one", 2)
     found = saved(two, 2)
     assert found.keys() == expected.keys()
