@@ -495,7 +495,6 @@ def examine(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 @installed
 def test_a_small_bert_compiles(examine):
     recipe = recipes.override(

@@ -72,7 +72,6 @@ def small_text(text, cache_dir):
     return recipe, folder
 
 
-@pytest.mark.slow
 def test_two_hosts_of_text_and_the_losses_of_a_remote_host(text, tmp_path):
     recipe, data = small_text(text, tmp_path / "cache")
     report, figures = rehearse(tmp_path, f"--data_dir={data}", f"--steps={TEXT_STEPS}")
