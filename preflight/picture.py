@@ -1,6 +1,5 @@
 """Draws the results of a pre-flight."""
 
-import math
 import textwrap
 
 import matplotlib
@@ -25,15 +24,13 @@ TIME_COLORS = {
     "compute": "#ff7f0e",
     "waiting for memory": "#8c564b",
     "optimizer": "#e377c2",
-    "all-reduce": "#e6b800",
+    "all-reduce": "#404040",
 }
 TOTAL_COLOR = "#7f7f7f"
 FAILED_COLOR = "#d62728"
 FAILED = {"facecolor": "none", "edgecolor": FAILED_COLOR, "hatch": "///", "linewidth": 1.0}
 MARKERS = "os^DvX"
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-LABEL_PERCENT = 7  # height of a label of a line of the efficiency
-LABEL_WIDTH = 0.14  # of such a label, as a share of the axis
 BAR_WIDTH = 0.6
 HIGHEST_SHARE = 120  # of HBM, in percent: a higher bar is cut off
 REASON_CHARACTERS = 19  # per line of a reason
@@ -156,53 +153,23 @@ def _draw_efficiency(panel, results):
     """Draws the speed per chip relative to the smallest slice, where there are several slices."""
     lines = _generations_of_several_sizes(results)
     sizes = sorted({chips for line in lines.values() for chips, _ in line})
-    span = math.log(sizes[-1] / sizes[0])
-    right = math.exp(0.015 * span)  # of a marker
-    ends = {}
     for marker, style, (kind, line) in zip(MARKERS, LINES, lines.items(), strict=False):
         points = [(chips, 100 * efficiency) for chips, efficiency in line]
-        panel.plot(*zip(*points, strict=True), marker=marker, linestyle=style, color="black", lw=1)
-        ends[kind] = points[-1]
-    for kind, height in _spread(ends, span * LABEL_WIDTH).items():
-        chips, percent = ends[kind]
-        panel.annotate(
-            f"{kind} {percent:.1f} %",
-            (chips, percent),
-            (chips * right, height),
-            va="center",
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "grey", "shrinkA": 0},
+        chips, percent = points[-1]
+        panel.plot(
+            *zip(*points, strict=True),
+            marker=marker,
+            linestyle=style,
+            color="black",
+            lw=1,
+            label=f"{kind}: {percent:.1f} % on {chips:,}",
         )
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 119))
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{size:,}" for size in sizes]))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(axis="y", alpha=0.3)
-
-
-def _spread(ends: dict[str, tuple[int, float]], width: float) -> dict[str, float]:
-    """Returns the heights of labels that do not overlap, near the (chips, percent) of each.
-
-    Args:
-        ends: label -> (chips, percent).
-        width: of a label, as a difference of the logarithms of chips.
-    """
-    heights = {kind: percent for kind, (_, percent) in ends.items()}
-    # Down from the highest one, and up again from the axis.
-    for sign in (1, -1):
-        placed: list[str] = []
-        for kind in sorted(heights, key=lambda kind: -sign * heights[kind]):
-            near = [
-                heights[other] - sign * LABEL_PERCENT
-                for other in placed
-                if abs(math.log(ends[other][0] / ends[kind][0])) < width
-            ]
-            limit = [] if sign > 0 else [LABEL_PERCENT / 2]
-            choose = min if sign > 0 else max
-            heights[kind] = choose([heights[kind], *near, *limit])
-            placed.append(kind)
-    return heights
 
 
 def _scale(panel, highest: float | None):

@@ -238,7 +238,9 @@ class PhaseExaminer:
                 update=update,
             )
             if accumulation is None:
-                return dataclasses.replace(result, error="not even a single example fits in memory")
+                smallest = self._figures(phase_index, topology, 1, 1, quick=True)
+                error = "not even a single example fits in memory"
+                return dataclasses.replace(result, program=smallest, error=error)
             program = self._figures(phase_index, topology, batch // accumulation, 1)
             step = program
             if accumulation > 1:

@@ -362,8 +362,8 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
 
     The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others are
     clipped to the ends of the color scale. Prefixes that nearly all names share are left out, as
-    are layers with a ratio of 1 in all steps, which are not adapted. If a step was recorded twice
-    because a run was resumed, the later record is drawn.
+    are layers with a ratio of 1 in all steps, such as those that are not adapted. If a step was
+    recorded twice because a run was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`. Beside it there may be files
@@ -387,7 +387,7 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
     title = f"Trust ratio of {len(rows)} layers"
     if len(rows) < len(labels):
-        title += f" ({len(labels) - len(rows)} more are not adapted)"
+        title += f" (without {len(labels) - len(rows)} whose ratio is always 1)"
     if prefixes:
         title += f"; names without {', '.join(prefixes)}"
     figure.suptitle(title, fontsize=11)

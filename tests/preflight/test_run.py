@@ -333,7 +333,7 @@ def test_a_bar_that_is_cut_says_so_and_nothing_has_no_scale(draw):
     assert not [*time.get_yticks(), *minutes.get_yticks()]
 
 
-def test_labels_of_the_efficiency_name_the_generation_and_do_not_overlap(draw):
+def test_the_legend_of_the_efficiency_names_each_generation_beside_the_lines(draw):
     def fit(self, phase_index, batch, accumulation, topology, *, quick):
         return compile_(self, phase_index, 1, 1, "v3", quick=quick)
 
@@ -344,15 +344,24 @@ def test_labels_of_the_efficiency_name_the_generation_and_do_not_overlap(draw):
     figure = draw(",".join(names + small), fit, 512)
     panel = figure.axes[-1]
     figure.draw_without_rendering()
-    assert {text.get_text().split()[0] for text in panel.texts} == set(sides)
-    boxes = [text.get_bbox_patch().get_window_extent() for text in panel.texts]
-    axis = panel.get_window_extent()
-    for i, box in enumerate(boxes):
-        assert box.y0 >= axis.y0 and not any(box.overlaps(other) for other in boxes[:i])
+    legend = panel.get_legend()
+    assert {text.get_text().split(":")[0] for text in legend.get_texts()} == set(sides)
+    assert all(text.get_text().endswith(" % on 256") for text in legend.get_texts())
+    assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
     styles = {(line.get_marker(), line.get_linestyle()) for line in panel.lines}
     assert len(styles) == len(panel.lines) == 5
-    low = picture._spread({"a": (256, 1.0), "b": (256, 2.0), "c": (4, 1.0)}, 0.5)
-    assert low["b"] - low["a"] >= picture.LABEL_PERCENT and low["a"] > 0 and low["c"] < low["b"]
+
+
+def test_a_bar_says_how_much_a_single_example_would_need(draw):
+    def too_large(self, phase_index, batch, accumulation, topology, *, quick):
+        if batch is None:
+            return compile_(self, phase_index, batch, accumulation, topology, quick=quick)
+        return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": (20 + batch) * 2**30}
+
+    compile_ = Compiler.compile
+
+    figure = draw("v3:2x2", too_large, 1024)
+    assert "21.00 GiB\n136 %, cut off" in find_texts(figure)
 
 
 def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
