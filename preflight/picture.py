@@ -162,9 +162,11 @@ def _draw_efficiency(panel, results):
             linestyle=style,
             color="black",
             lw=1,
-            label=f"{kind}: {percent:.1f} % on {chips:,}",
+            label=f"{kind}: {percent:.1f} % on {chips:,} chips",
         )
-    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    panel.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, handlelength=4
+    )
     panel.set(xlabel="chips", ylabel="speed per chip, %", xscale="log", ylim=(0, 119))
     panel.xaxis.set_major_locator(FixedLocator(sizes))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{size:,}" for size in sizes]))

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -193,15 +192,17 @@ class Batches:
         input_fn: `(context) -> tf.data.Dataset`, of infinite cardinality.
         context: `tf.distribute.InputContext` of the host.
         device: name of its CPU device.
+        like: the `Batches` of another host, whose graph of fingerprints serves this one, too.
     """
 
-    def __init__(self, input_fn, context, device):
+    def __init__(self, input_fn, context, device, like=None):
         self.device = device
         self._replicas = context.num_replicas_in_sync // context.num_input_pipelines
         # Each host apart, so that its rate can be measured.
         with tf.device(device):
             self._iterator = iter(input_fn(context))
         self.names = sorted(self._iterator.element_spec)
+        self._fingerprints = like._fingerprints if like else _traced(self._iterator.element_spec)
 
     def read(self, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Makes the batches of the next steps; only fingerprints leave the host.
@@ -212,7 +213,7 @@ class Batches:
         """
         begin = time.perf_counter()
         with tf.device(self.device):
-            found = _fingerprints(self._iterator, tf.constant(steps * self._replicas))
+            found = self._fingerprints(self._iterator, tf.constant(steps * self._replicas))
         examples, tensors = (values.numpy() for values in found)
         seconds = time.perf_counter() - begin
         return (
@@ -222,17 +223,24 @@ class Batches:
         )
 
 
-@functools.partial(tf.function, autograph=False)  # one graph for all hosts
-def _fingerprints(iterator, count):
-    """Fingerprints of the next batches' examples, [count, B], and of their tensors, [count, K]."""
+def _traced(element_spec):
+    """A function of an iterator and a number of batches, traced once: not again for each device.
 
-    def batch(i, examples, tensors):
-        example, tensor = _batch_fingerprints(next(iterator))
-        return i + 1, examples.write(i, example), tensors.write(i, tensor)
+    It returns fingerprints of their examples, [count, B], and of their tensors, [count, K].
+    """
 
-    arrays = [tf.TensorArray(tf.int64, count) for _ in range(2)]
-    _, examples, tensors = tf.while_loop(lambda i, *_: i < count, batch, (0, *arrays))
-    return examples.stack(), tensors.stack()
+    def fingerprints(iterator, count):
+        def batch(i, examples, tensors):
+            example, tensor = _batch_fingerprints(next(iterator))
+            return i + 1, examples.write(i, example), tensors.write(i, tensor)
+
+        arrays = [tf.TensorArray(tf.int64, count) for _ in range(2)]
+        _, examples, tensors = tf.while_loop(lambda i, *_: i < count, batch, (0, *arrays))
+        return examples.stack(), tensors.stack()
+
+    signature = [tf.data.IteratorSpec(element_spec), tf.TensorSpec([], tf.int32)]
+    function = tf.function(fingerprints, input_signature=signature, autograph=False)
+    return function.get_concrete_function()
 
 
 def _batch_fingerprints(batch):
@@ -331,7 +339,10 @@ def rehearse_phase(
     own = measure("self")["read_bytes"]
     before = hosts.measure()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        made = list(map(Batches, [with_one_graph(input_fn)] * count, contexts, hosts.devices))
+        shared = with_one_graph(input_fn)
+        made = []
+        for context, device in zip(contexts, hosts.devices, strict=True):
+            made.append(Batches(shared, context, device, like=made[0] if made else None))
         first = list(pool.map(lambda batches: batches.read(1), made))
         set_up, sent = sent_bytes() - sent, sent_bytes()
         rest = list(pool.map(lambda batches: batches.read(steps - 1), made))
@@ -659,7 +670,7 @@ def describe(task, reports: list[PhaseReport], training: dict | None) -> str:
         lines += [
             f"Batches    the {report.steps} global batches of {count} hosts {same} those of one",
             *(
-                [f"Evaluation its first {evaluated} global batches are those of one host, too"]
+                [f"Evaluation global batches compared: {evaluated}, all equal"]
                 if (evaluated := report.evaluation_batches)
                 else []
             ),

@@ -346,7 +346,7 @@ def test_the_legend_of_the_efficiency_names_each_generation_beside_the_lines(dra
     figure.draw_without_rendering()
     legend = panel.get_legend()
     assert {text.get_text().split(":")[0] for text in legend.get_texts()} == set(sides)
-    assert all(text.get_text().endswith(" % on 256") for text in legend.get_texts())
+    assert all(text.get_text().endswith(" % on 256 chips") for text in legend.get_texts())
     assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
     styles = {(line.get_marker(), line.get_linestyle()) for line in panel.lines}
     assert len(styles) == len(panel.lines) == 5
