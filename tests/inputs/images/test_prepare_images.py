@@ -351,7 +351,7 @@ BAD = {
     "mixed bases": (_mixed, "mix label bases|a class has two labels"),
     "a lost file": (_lost_file, "has 1 of the 2 train files"),
     "a cut file": (_cut_record, "record 0: the file is damaged from here on"),
-    "a cut record": (_cut_second_record, r"record 1: .* from here on \(it ends [0-9]+ bytes"),
+    "a cut record": (_cut_second_record, r"record 1: .* from here on \(it ends [0-9,]+ bytes"),
     "a cut gzip": (_cut_gzip, r"record 1: the file is damaged from here on \([^{]*Copy it again"),
     "no example": (_one_record(b"\xff\xff"), "record 0 is not a tf.train.Example"),
     "a label beyond": (_bad_csv("0.jpg,n0,3"), r"a.csv, line 2, index: '3' is outside .* 0 to 2"),
