@@ -46,10 +46,11 @@ def refuse_misspelled(path: str, flag: str) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, for a sentence; its type if it has no message.
 
-    TensorFlow's messages have many lines, and that of a file which is cut off may be empty.
+    TensorFlow's messages have many lines, and that of a file which is cut off may be empty. The
+    names of operations that TensorFlow puts around the reason are left out.
     """
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", line) or type(error).__name__
 
 
 def message_in(error: Exception) -> str | None:

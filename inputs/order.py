@@ -24,6 +24,7 @@ from inputs.batching import mix
 from inputs.errors import InputError
 
 LANES = 256  # the most hosts that can each read a part of the data of their own
+REPLICAS_OF_HOST = 4  # at least, of a slice of several hosts
 EXAMPLES_PER_LANE = 512  # at least, so that a lane reads more than it mixes
 ROWS_TOGETHER = 512  # examples of a host that are made together, if a step has fewer
 # Streams of random numbers, see `inputs.batching.random_bits`.
@@ -32,9 +33,23 @@ _BLOCKS = 63
 
 
 def number_of_lanes(global_batch_size: int, examples: int) -> int:
-    """The largest divisor of the batch up to `LANES`, fewer for a small data set."""
+    """The largest divisor of the batch, up to `LANES`, that the hosts of a slice can share.
+
+    Their number is a power of two. A small data set has fewer lanes.
+    """
+    hosts = (global_batch_size & -global_batch_size) // REPLICAS_OF_HOST  # & -n: its power of two
+    divisors = _divisors(global_batch_size, examples)
+    return max(divisors, key=lambda lanes: (min(lanes & -lanes, hosts), lanes))
+
+
+def earlier_number_of_lanes(global_batch_size: int, examples: int) -> int:
+    """`number_of_lanes` of runs whose `recipe.json` has format 3."""
+    return max(_divisors(global_batch_size, examples))
+
+
+def _divisors(global_batch_size, examples):
     most = max(1, min(LANES, examples // EXAMPLES_PER_LANE))
-    return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
+    return [n for n in range(1, most + 1) if global_batch_size % n == 0]
 
 
 @dataclasses.dataclass(frozen=True)

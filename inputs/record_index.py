@@ -1,5 +1,6 @@
 """An index of TFRecord files: where each record begins."""
 
+import concurrent.futures
 import os
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.pages import PagesWriter
 from inputs.shards import record_offsets
+from inputs.storage.files import ROUND_TRIPS
 
 INDEX = "index"  # folder, and name of the array in it
 LEFT_OUT = "left_out"  # fact of the array: the number of records whose length is damaged
@@ -42,22 +44,30 @@ def write_index(
     """
     found = []
     left_out = 0
-    with PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer:
-        for number, path in enumerate(files):
-            lost: list[str] = []
-            offsets = record_offsets(path, fix, lost.append if bad_records else None)
-            if counts and len(offsets) != counts[number]:
-                raise InputError(
-                    f"{path} has {len(offsets):,} records, not {counts[number]:,}: it was "
-                    f"truncated or replaced. {fix}"
-                )
-            if bad_records:
-                bad_records.add_good(len(offsets))
-                for message in lost:
-                    bad_records.add_bad(message)
-            left_out += len(lost)
-            found.append(len(offsets))
-            progress(1)
-            writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
+
+    def find(path):
+        lost: list[str] = []
+        return record_offsets(path, fix, lost.append if bad_records else None), lost
+
+    with (
+        PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer,
+        concurrent.futures.ThreadPoolExecutor(ROUND_TRIPS) as pool,
+    ):
+        for first in range(0, len(files), ROUND_TRIPS):  # so that few results wait in memory
+            some = files[first : first + ROUND_TRIPS]
+            for number, (offsets, lost) in enumerate(pool.map(find, some), first):
+                if counts and len(offsets) != counts[number]:
+                    raise InputError(
+                        f"{files[number]} has {len(offsets):,} records, not {counts[number]:,}: it "
+                        f"was truncated or replaced. {fix}"
+                    )
+                if bad_records:
+                    bad_records.add_good(len(offsets))
+                    for message in lost:
+                        bad_records.add_bad(message)
+                left_out += len(lost)
+                found.append(len(offsets))
+                progress(1)
+                writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
         writer.facts = {LEFT_OUT: left_out}
     return found

@@ -12,7 +12,15 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.errors import InputError, first_line
-from inputs.storage.files import atomic_file, file_size, is_file, list_names, open_bytes, read_json
+from inputs.storage.files import (
+    atomic_file,
+    file_size,
+    is_file,
+    list_names,
+    open_bytes,
+    open_sparse,
+    read_json,
+)
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tfrecord"
@@ -23,6 +31,7 @@ IMAGES = ("kind", "images")
 FRAME_BYTES = 16  # of each record: its length, and the checksums of length and data
 HEADER_BYTES = 12  # the length, and its checksum
 RECORDS_PER_READ = 256
+LONG_RECORD = 2**13  # bytes, from which it pays to read the lengths of records alone
 SEARCHED_BYTES = 2**20  # at a time, for the next record after one whose length is damaged
 
 
@@ -153,33 +162,54 @@ def record_offsets(
     Args:
         path: the file.
         fix: what to do about a damaged file, for the error message.
-        on_damage: called with a message for each record whose length is damaged; such a record is
-            left out. If None, the first one is an error.
+        on_damage: called with a message for each record whose length is damaged; what lies between
+            it and the next record is left out. If None, the first one is an error.
 
     Raises:
-        InputError: the file cannot be read, is compressed, or is damaged.
+        InputError: the file cannot be read, is compressed, has no record that can be read, or is
+            damaged.
     """
     offsets = []
     try:
         size = file_size(path)
         offset = 0
-        with open_bytes(path) as file:
+        with _open_for_lengths(path) as file:
             while offset < size:
                 length = record_length(file, offset)
                 if length is not None and offset + length + FRAME_BYTES <= size:
                     offsets.append(offset)
                     offset += length + FRAME_BYTES
-                elif on_damage is None or not offsets:
+                    continue
+                following = size
+                if on_damage:
+                    with open_bytes(path) as whole:
+                        following = _next_record(whole, offset, size)
+                if on_damage is None or (following == size and not offsets):
                     raise InputError(
                         f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
                         f"here; the file is compressed, damaged or truncated. {fix}"
                     )
-                else:
-                    on_damage(damaged(path, offset, "its length, or the file was truncated"))
-                    offset = _next_record(file, offset, size)
+                reason = "its length, or the file was truncated; "
+                reason += f"{following - offset:,} bytes are left out"
+                on_damage(damaged(path, offset, reason))
+                offset = following
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     return np.array(offsets, np.int64)
+
+
+def _open_for_lengths(path):
+    """Opens a file without a buffer if its records seem to be long, by the first of them."""
+    file = open_sparse(path, HEADER_BYTES)
+    try:
+        length = record_length(file, 0)
+    except BaseException:
+        file.close()
+        raise
+    if length is not None and length >= LONG_RECORD:
+        return file
+    file.close()
+    return open_bytes(path)
 
 
 def record_length(file, offset: int) -> int | None:

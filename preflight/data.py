@@ -6,6 +6,7 @@ import time
 import tensorflow as tf
 
 from inputs.errors import InputError
+from inputs.order import EXAMPLES_PER_LANE, LANES, Order, number_of_lanes, share_of
 from preflight.compiler.topology import Topology
 from training import input_graph
 from training.strategy import with_infinite_cardinality
@@ -29,6 +30,19 @@ class DataResult:
     graph: input_graph.InputGraph | None
     problems: tuple[str, ...]
     examples_per_core: float | None
+
+
+def check_lanes(recipe, phase, topology: Topology) -> DataResult | None:
+    """What is known of a large data set that is not given: None, or that hosts cannot share it."""
+    batch = phase.global_batch_size
+    examples = LANES * EXAMPLES_PER_LANE
+    order = Order(examples, batch, recipe.lanes or number_of_lanes(batch, examples), 1, 1, None)
+    hosts = topology.replicas // topology.replicas_per_host
+    try:
+        share_of(order, tf.distribute.InputContext(hosts, 0, topology.replicas))
+    except InputError as error:
+        return DataResult(hosts, None, (str(error),), None)
+    return None
 
 
 def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) -> DataResult:

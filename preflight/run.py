@@ -29,7 +29,7 @@ from preflight.compiler.children import (
     show_progress,
 )
 from preflight.compiler.topology import Topology, parse_topologies
-from preflight.data import DataResult, examine_data
+from preflight.data import DataResult, check_lanes, examine_data
 
 GIB = 2**30
 PICTURE_SUFFIX = ".png"
@@ -58,7 +58,7 @@ class PhaseResult:
         time: estimates for a step; None if it does not compile.
         num_operations: number of kinds of operations checked for TPU kernels; None if there was no
             check.
-        data: what is known of the hosts' data; None if none was given.
+        data: what is known of the hosts' data; None if none was given, and hosts could share it.
     """
 
     phase: int
@@ -372,14 +372,20 @@ def run(
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
     try:
-        checked = _check_data(make_task, recipe, topologies, log) if make_task else None
+        if make_task:
+            checked = _check_data(make_task, recipe, topologies, log)
+        else:
+            checked = [
+                check_lanes(recipe, phase, topology)
+                for phase in recipe.phases
+                for topology in topologies
+            ]
         with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
             results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
-        if checked:
-            results = [
-                dataclasses.replace(result, data=one)
-                for result, one in zip(results, checked, strict=True)
-            ]
+        results = [
+            dataclasses.replace(result, data=one)
+            for result, one in zip(results, checked, strict=True)
+        ]
         try:
             print(report.describe(recipe, results), flush=True)
         finally:  # also if standard output cannot be written

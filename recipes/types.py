@@ -191,7 +191,8 @@ class Recipe:
     rollback_rate_factor: float = 0.5  # factor of the learning rate after a rollback
     max_rollbacks: int = 3  # the run stops at the next divergence
     # Parts of the data that hosts can read independently; None: the largest divisor of the batch up
-    # to 256. The order of the examples depends on it, not on the number of hosts.
+    # to 256 that hosts can share. The order of the examples depends on it, not on the number of
+    # hosts.
     lanes: int | None = None
     max_bad_record_share: float = 0.001  # maximum share of damaged records
     on_bad_record: str = "skip"  # or "fail"

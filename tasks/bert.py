@@ -146,10 +146,14 @@ class BertPretraining(Task):
         """See `models.bert.pretraining_counts`; joined sequences have the same."""
         return bert.pretraining_counts(batch)
 
+    def _training(self, phase_index):
+        """The phase, and its training examples."""
+        phase = self.recipe.phases[phase_index]
+        return phase, self._source.training_examples(phase, self._seed + phase_index)
+
     def train_batches(self, phase_index, first_step):
         """Training sequences of the phase's length."""
-        phase = self.recipe.phases[phase_index]
-        training = self._source.training_examples(phase, self._seed + phase_index)
+        phase, training = self._training(phase_index)
         return lambda context: training.training_batches(
             phase.global_batch_size, context, first_step
         )
@@ -165,8 +169,12 @@ class BertPretraining(Task):
     def files_read(self, phase_index, context, steps):
         """See `tasks.task.Task.files_read`."""
         del context, steps
-        phase = self.recipe.phases[phase_index]
-        return self._source.training_examples(phase, self._seed + phase_index).files
+        return self._training(phase_index)[1].files
+
+    def order(self, phase_index):
+        """See `tasks.task.Task.order`."""
+        phase, training = self._training(phase_index)
+        return training.order(phase.global_batch_size)
 
     def check_data(self):
         """See `tasks.task.Task.check_data`."""

@@ -114,6 +114,10 @@ class ImageClassification(Task):
             batch_size, self.recipe.evaluation_examples, context
         )
 
+    def order(self, phase_index):
+        """See `tasks.task.Task.order`."""
+        return self._source.training.order(self.recipe.phases[phase_index].global_batch_size)
+
     def files_read(self, phase_index, context, steps):
         """See `tasks.task.Task.files_read`."""
         batch_size = self.recipe.phases[phase_index].global_batch_size

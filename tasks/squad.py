@@ -129,6 +129,10 @@ class SquadFineTuning(Task):
             batch_size, context, first_step
         )
 
+    def order(self, phase_index):
+        """See `tasks.task.Task.order`."""
+        return self._source.training.order(self.recipe.phases[phase_index].global_batch_size)
+
     def files_read(self, phase_index, context, steps):
         """See `tasks.task.Task.files_read`."""
         del phase_index, context, steps

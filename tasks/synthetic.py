@@ -23,6 +23,10 @@ class SyntheticExamples:
         self._upper_bounds = upper_bounds
         self._seed = seed
 
+    def order(self, global_batch_size: int):
+        """Returns None: all batches are random alike."""
+        del global_batch_size
+
     def training_batches(self, global_batch_size: int, context=None, first_step: int = 0):
         """Returns an infinite dataset of batches of one replica's size."""
         del first_step  # all batches are random alike

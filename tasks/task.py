@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from inputs.order import Order
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -133,6 +135,15 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluation_batches(self, phase_index: int) -> Callable:
         """Returns `(tf.distribute.InputContext or None) -> tf.data.Dataset` of one evaluation."""
+
+    def order(self, phase_index: int) -> Order | None:
+        """The order of the training examples of a phase; None if they have none.
+
+        Args:
+            phase_index: index of the recipe's phase, from 0.
+        """
+        del phase_index
+        return None
 
     def files_read(self, phase_index: int, context, steps: int) -> set[str]:
         """The files from which a host reads the examples of the first steps of a phase.

@@ -98,6 +98,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 "order: in the current epoch some examples come twice and others not at all"
             )
         if strategy.is_chief(where):
+            compatibility.check_lanes(model_dir, recipe, task.order)
             compatibility.write_run_config(model_dir, recipe, **facts)
             task.write_files(model_dir)
         with where.scope():

@@ -111,6 +111,10 @@ class Images:
         self.padding = centre_padding(self.manifest)
         self._is_pixels = bool(pixels)
 
+    def order(self, global_batch_size) -> Order:
+        """The order of the training examples."""
+        return self._order(global_batch_size, self.num_examples, self._seed)
+
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
         """Infinite data set of this host's batches: one per step for each of its replicas.
 
@@ -119,7 +123,7 @@ class Images:
             context: `tf.distribute.InputContext` of this host; None means a single replica.
             first_step: the step to begin with; the steps before it are not read.
         """
-        order = self._order(global_batch_size, self.num_examples, self._seed)
+        order = self.order(global_batch_size)
         training = self._augmentation != "none"
         return self._batches(order, context, first_step, training)
 
@@ -144,7 +148,7 @@ class Images:
             context: `tf.distribute.InputContext` of the host.
             steps: the number of steps.
         """
-        order = self._order(global_batch_size, self.num_examples, self._seed)
+        order = self.order(global_batch_size)
         rows = row_batches(order, context, 0, functools.partial(self._rows, order))
         replicas = context.num_replicas_in_sync // context.num_input_pipelines
         found = rows.take(steps * replicas).as_numpy_iterator()

@@ -3,7 +3,8 @@
 Writes, for each split, a manifest and where each record begins, into a small folder that train.py
 takes as --data_dir. The command reads the lengths of the records only. The records are those of the
 TPU demos (train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they
-are, and must not be changed.
+are, and must not be changed. A record whose length is damaged is named and left out, up to the next
+record that can be found.
 """
 
 import argparse
@@ -14,18 +15,26 @@ import os
 
 from inputs import process  # isort: split
 
+from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
 from inputs.images import tfrecords
 from inputs.progress import Progress, log
 from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
-from inputs.storage.files import absolute, check_writable, file_size, locked, write_json
+from inputs.storage.files import absolute, check_writable, file_sizes, locked, write_json
 
 NAME = "inputs.images.index"
 FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."
 
 
-def index(source: str, output: str, classes_csv: str, label_base: int | None, log=log) -> dict:
+def index(
+    source: str,
+    output: str,
+    classes_csv: str,
+    label_base: int | None,
+    max_bad_record_share: float = 0.001,
+    log=log,
+) -> dict:
     """Writes the manifests and the places of the records.
 
     Args:
@@ -34,6 +43,7 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         classes_csv: CSV with the columns index, wnid, name; "" for label.labels.txt of TensorFlow
             Datasets in `source`.
         label_base: label of the first class; None for the layout's own, or that of the records.
+        max_bad_record_share: the share of a split's records whose length may be damaged, in [0, 1].
         log: receives lines.
 
     Returns:
@@ -42,6 +52,7 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
     Raises:
         InputError: the records, the class list or the folder cannot be used.
     """
+    source = tfrecords.version_folder(source)
     splits = tfrecords.record_files(source)
     if "validation" in splits:
         splits.pop("test", None)  # that of ImageNet has no labels
@@ -60,7 +71,8 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         )
     manifests = {}
     for split, files in splits.items():
-        filled = [file for file in files if file_size(file)]
+        sizes = file_sizes(files)
+        filled = [file for file, size in zip(files, sizes, strict=True) if size != 0]
         if not filled:
             raise InputError(f"--source: all {len(files)} files of {split} in {source} are empty.")
         layout = tfrecords.layout_of(filled[0])
@@ -68,11 +80,16 @@ def index(source: str, output: str, classes_csv: str, label_base: int | None, lo
         if base is None and layout == tfrecords.TFDS:
             base = tfrecords.find_label_base(files, len(classes), log)
         base = layout.base if base is None else base
+        records = BadRecords(
+            max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
+        )
         folder = os.path.join(output, split)
         check_writable(folder, "--output")
         with locked(folder, "--output"), Progress(len(files), " files") as progress:
-            counts = write_index(folder, files, progress=progress.advance, fix=FIX)
-            sizes = [file_size(file) for file in files]
+            counts = write_index(
+                folder, files, progress=progress.advance, fix=FIX, bad_records=records
+            )
+            records.end()
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
             manifests[split] = {
@@ -110,10 +127,22 @@ def main(arguments=None) -> int:
         help="label of the first class (default: 1 in the layout of the TPU demos; in that of "
         "TensorFlow Datasets it is found out from the labels)",
     )
+    parser.add_argument(
+        "--max_bad_record_share",
+        type=float,
+        default=0.001,
+        help="the share of a split's records whose length may be damaged (default: %(default)s)",
+    )
     flags = parser.parse_args(arguments)
     try:
         refuse_empty(source=flags.source, output=flags.output)
-        made = index(flags.source, flags.output, flags.classes, flags.label_base)
+        made = index(
+            flags.source,
+            flags.output,
+            flags.classes,
+            flags.label_base,
+            flags.max_bad_record_share,
+        )
     except InputError as error:
         log(f"{NAME}: {error}")
         return 1
@@ -125,7 +154,7 @@ def main(arguments=None) -> int:
         return process.INTERRUPTED
     for split, manifest in made.items():
         print(
-            f"{flags.output}/{split}: {manifest['count']:,} images of "
+            f"{os.path.join(flags.output, split)}: {manifest['count']:,} images of "
             f"{len(manifest['classes']):,} classes in {len(manifest['shards']):,} files, hash "
             f"{manifest['hash']}"
         )

@@ -10,8 +10,8 @@ The source may be
   CIFAR-10: its python or binary archive, unpacked or not, or PNG strips with labels.npz;
   what this command of version 0.1.0 wrote.
 Writes DIR/train and DIR/validation, as far as the source has these splits, each with a manifest. If
-it is stopped, the same command continues with the next shard. Images that cannot be decoded, and
-files that are not read, are reported and left out.
+it is stopped, the same command continues with the next shard. Images that cannot be read or
+decoded, and files that are not read, are reported and left out.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from inputs import process  # isort: split
 
 import tensorflow as tf
 
-from inputs.errors import InputError, refuse_empty
+from inputs.errors import InputError, first_line, refuse_empty
 from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
 from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
@@ -87,6 +87,7 @@ def find_sources(
             found.append(tars.tar_source(tar, tar_split, classes_csv, classes))
     if found:
         return found
+    path = tfrecords.version_folder(path)
     records = tfrecords.record_files(path)
     if "validation" in records and records.pop("test", None):  # that of ImageNet has no labels
         log(f"{path}: the test split is passed over, as there is a validation split")
@@ -219,7 +220,7 @@ def check_image(data: bytes) -> tuple[bytes, int, int, str, str]:
         try:
             data, kind = conversion.to_png(data)
         except ValueError as other:
-            return data, 0, 0, "", str(other) or error.message.splitlines()[0]
+            return data, 0, 0, "", str(other) or first_line(error)
         image = _decode(data)
     return data, image.shape[0], image.shape[1], kind, ""
 
@@ -411,7 +412,7 @@ def main(arguments=None) -> int:
             for source in found:
                 manifest = prepare(source, flags.output, request, pool)
                 print(
-                    f"{flags.output}/{source.split}: {manifest['count']:,} images of "
+                    f"{os.path.join(flags.output, source.split)}: {manifest['count']:,} images of "
                     f"{len(manifest['classes']):,} classes, {len(manifest['damaged'])} damaged and "
                     f"left out, hash {manifest['hash']}"
                 )

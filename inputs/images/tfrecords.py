@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 
-from inputs.errors import InputError
+from inputs import shards
+from inputs.errors import InputError, first_line
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
-from inputs.storage.files import exists, file_state, list_folder, read_bytes
+from inputs.storage.files import exists, file_size, file_state, list_folder, read_bytes
 
 FILE_NAME = re.compile(
     r"(?:.*[-_.])?(train|val|validation|test)(?:\.tfrecords?)?-(\d{5})-of-(\d{5})"
     r"(?:\.tfrecords?)?(?:\.gz)?"
 )
+VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder of TensorFlow Datasets
 COMPRESSIONS = ("", "GZIP", "ZLIB")  # of `tf.data.TFRecordDataset`
 
 
@@ -41,6 +43,28 @@ class Layout:
 
 TPU_DEMO = Layout("image/encoded", "image/class/label", "image/filename", base=1)
 TFDS = Layout("image", "label", "file_name", base=0)
+
+
+def version_folder(path: str) -> str:
+    """The folder of a data set's only version of TensorFlow Datasets, or else `path` itself.
+
+    Raises:
+        InputError: there are several versions.
+    """
+    folders, files = list_folder(path, "--source")
+    if any(FILE_NAME.fullmatch(file.name) for file in files):
+        return path
+    versions = [
+        folder.path
+        for folder in folders
+        if VERSION.fullmatch(folder.name) and record_files(folder.path)
+    ]
+    if len(versions) > 1:
+        raise InputError(
+            f"--source: {path} has {len(versions)} versions of a data set. Give the folder of one: "
+            f"{', '.join(versions)}."
+        )
+    return versions[0] if versions else path
 
 
 def record_files(path: str) -> dict[str, list[str]]:
@@ -133,14 +157,17 @@ def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
 
 
 def layout_of(path: str) -> Layout:
-    """The layout of the first record of a file.
+    """The layout of a file's records, by the first that can be read; the file is not empty.
 
     Raises:
-        InputError: the file is damaged or has another layout.
+        InputError: no record can be read, or the file has another layout.
     """
-    for record in _dataset(path).take(1).ignore_errors().as_numpy_iterator():
-        return _layout(_features(record, f"{path}, record 0"), path)
-    raise InputError(f"{path}: its first record cannot be read. Copy it again.")
+    # Alone, as others are read many at a time.
+    first = tf.data.TFRecordDataset(path, _compression(path)).take(1).ignore_errors()
+    where, record = f"{path}, record 0", next(first.as_numpy_iterator(), None)
+    if record is None:
+        where, record = next(found for found in _records(path) if found[1] is not None)
+    return _layout(_features(record, where), where)
 
 
 def find_label_base(
@@ -163,7 +190,9 @@ def find_label_base(
     lowest = None
     for file in files:
         try:
-            for record in _dataset(file).as_numpy_iterator():
+            for _, record in _records(file):
+                if record is None:
+                    continue
                 features = tf.train.Example.FromString(record).features.feature
                 if TFDS.label not in features or TFDS.image not in features:
                     return None
@@ -174,7 +203,7 @@ def find_label_base(
                         return 1
                     if label <= 0:
                         return 0
-        except (tf.errors.OpError, DecodeError):
+        except (InputError, DecodeError):
             return None  # reading reports the damage
     if lowest == 1 and num_classes is None:
         log(
@@ -185,20 +214,59 @@ def find_label_base(
     return 0
 
 
-def _dataset(path: str) -> tf.data.TFRecordDataset:
-    """The records of a file, compressed or not, whatever its name."""
+def _compression(path: str) -> str:
+    """How a file is compressed, whatever its name; "" also if its first record is damaged."""
     for compression in COMPRESSIONS:
-        records = tf.data.TFRecordDataset(path, compression)
         try:
-            next(records.as_numpy_iterator(), None)
+            next(tf.data.TFRecordDataset(path, compression).as_numpy_iterator(), None)
         except tf.errors.OpError:
             continue
-        return records
-    return tf.data.TFRecordDataset(path)
+        return compression
+    return ""
+
+
+def _records(path: str) -> Iterator[tuple[str, bytes | None]]:
+    """Yields (place for messages, record, or None if it is damaged) of a file, compressed or not.
+
+    Raises:
+        InputError: the file cannot be read from some place on.
+    """
+    index = 0
+    if compression := _compression(path):
+        try:
+            for record in tf.data.TFRecordDataset(path, compression).as_numpy_iterator():
+                yield f"{path}, record {index}", record
+                index += 1
+        except tf.errors.DataLossError as error:
+            raise _damaged_from(path, index, first_line(error)) from None
+        return
+    end = 0  # of the last record; None if it is damaged
+    readable = 0
+    for offset, record in shards.read_records(path):
+        where = f"{path}, record {index}"
+        if record is None:
+            yield f"{where}, byte {offset}", None
+            end = None
+        else:
+            yield where, record
+            end = offset + len(record) + shards.FRAME_BYTES
+            readable += 1
+        index += 1
+    size = file_size(path)
+    if size and not readable:
+        raise _damaged_from(path, 0, "no record can be read")
+    if end is not None and end < size:
+        raise _damaged_from(path, index, f"it ends {size - end:,} bytes after the record's start")
+
+
+def _damaged_from(path, index, reason) -> InputError:
+    return InputError(
+        f"{path}, record {index}: the file is damaged from here on ({reason}). Copy it again."
+    )
 
 
 def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
-    """Yields the images of a TFRecord file, with labels from 0.
+    """Yields the images of a TFRecord file, with labels from 0; without data for a damaged record.
 
     Args:
         path: the file.
@@ -206,42 +274,37 @@ def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
         classes: the class list; None if not known.
 
     Raises:
-        InputError: a feature is missing, a label is out of range, or the file is damaged.
+        InputError: a feature is missing, a label is out of range, or the file is damaged such that
+            the records after that place are lost.
     """
-    index = 0
     layout = None
     num_classes = len(classes) if classes else None
-    try:
-        for record in _dataset(path).as_numpy_iterator():
-            where = f"{path}, record {index}"
-            features = _features(record, where)
-            layout = layout or _layout(features, path)
-            for key in (layout.image, layout.label):
-                if key not in features:
-                    raise InputError(f"{where}: no {key!r}; {_found(features)}.")
-            base = layout.base if label_base is None else label_base
-            value = (features[layout.label].int64_list.value or [base - 1])[0]
-            _check_label(value, base, num_classes, f"{where}, {layout.label}")
-            wnid = _text(features, "image/class/synset")
-            if classes and wnid and classes[value - base].wnid != wnid:
-                raise InputError(
-                    f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the "
-                    f"class list, but image/class/synset is {wnid}. The two count their labels "
-                    "differently; give --label_base."
-                )
-            yield Item(
-                f"{where} ({_text(features, layout.name)})",
-                (features[layout.image].bytes_list.value or [b""])[0],
-                value - base,
-                wnid,
-                _text(features, "image/class/text"),
+    for where, record in _records(path):
+        if record is None:
+            yield Item(f"{where}: damaged", b"", 0)
+            continue
+        features = _features(record, where)
+        layout = layout or _layout(features, where)
+        for key in (layout.image, layout.label):
+            if key not in features:
+                raise InputError(f"{where}: no {key!r}; {_found(features)}.")
+        base = layout.base if label_base is None else label_base
+        value = (features[layout.label].int64_list.value or [base - 1])[0]
+        _check_label(value, base, num_classes, f"{where}, {layout.label}")
+        wnid = _text(features, "image/class/synset")
+        if classes and wnid and classes[value - base].wnid != wnid:
+            raise InputError(
+                f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the class "
+                f"list, but image/class/synset is {wnid}. The two count their labels differently; "
+                "give --label_base."
             )
-            index += 1
-    except tf.errors.DataLossError as error:
-        raise InputError(
-            f"{path}, record {index}: the file is damaged from here on "
-            f"({error.message.splitlines()[0]}). Copy it again."
-        ) from None
+        yield Item(
+            f"{where} ({_text(features, layout.name)})",
+            (features[layout.image].bytes_list.value or [b""])[0],
+            value - base,
+            wnid,
+            _text(features, "image/class/text"),
+        )
 
 
 def _features(record, where):
@@ -251,12 +314,12 @@ def _features(record, where):
         raise InputError(f"{where} is not a tf.train.Example.") from None
 
 
-def _layout(features, path) -> Layout:
+def _layout(features, where) -> Layout:
     for layout in (TPU_DEMO, TFDS):
         if layout.image in features and layout.label in features:
             return layout
     raise InputError(
-        f"{path}, record 0 has neither {TPU_DEMO.image!r} and {TPU_DEMO.label!r} nor "
+        f"{where} has neither {TPU_DEMO.image!r} and {TPU_DEMO.label!r} nor "
         f"{TFDS.image!r} and {TFDS.label!r}; {_found(features)}."
     )
 

@@ -218,6 +218,10 @@ class Features:
         end = self._contexts.ends[begin + last]
         return self.squad.contexts[context].encode()[start:end].decode()
 
+    def order(self, global_batch_size) -> Order:
+        """The order of the training examples."""
+        return self._order(global_batch_size, self.num_examples, self._seed)
+
     def training_batches(self, global_batch_size, context=None, first_step=0) -> tf.data.Dataset:
         """Infinite data set of this host's batches: one per step for each of its replicas.
 
@@ -227,7 +231,7 @@ class Features:
 
         See `inputs.text.examples.Examples.training_batches` for the arguments.
         """
-        order = self._order(global_batch_size, self.num_examples, self._seed)
+        order = self.order(global_batch_size)
         return self._batches(order, context, first_step, self._labelled)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:

@@ -290,6 +290,15 @@ def open_bytes(path: str) -> IO[bytes]:
     return remote.open_reader(path) if is_remote(path) else open(path, "rb")
 
 
+def open_sparse(path: str, size: int) -> IO[bytes]:
+    """Opens a file of which parts of `size` bytes are read, far apart; the rest is not read.
+
+    Raises:
+        OSError: the file does not exist or cannot be read.
+    """
+    return remote.open_sparse(path, size) if is_remote(path) else open(path, "rb", buffering=0)
+
+
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """Yields a path that programs without TensorFlow's file systems can read during the block.

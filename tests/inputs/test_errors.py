@@ -1,9 +1,9 @@
-"""The message of an `InputError` in the text of a TensorFlow error."""
+"""What is shown of the text of a TensorFlow error."""
 
 import pytest
 import tensorflow as tf
 
-from inputs.errors import InputError, message_in
+from inputs.errors import InputError, first_line, message_in
 
 
 def test_a_message_of_an_assertion_is_shown_as_it_was_written():
@@ -28,3 +28,10 @@ def test_a_message_of_python_code_ends_with_its_line():
         next(iter(batches))
     assert message_in(caught.value) == "--data_dir: a [1]"
     assert message_in(ValueError("InputErrors")) is None
+
+
+def test_the_first_line_does_not_name_operations():
+    with pytest.raises(tf.errors.OpError) as caught:
+        tf.io.decode_image(b"")
+    assert first_line(caught.value) == "Input is empty."
+    assert first_line(ValueError("a\nb")) == "a" and first_line(ValueError()) == "ValueError"

@@ -6,8 +6,52 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import recipes
 from inputs import order as orders
-from inputs.order import Order, row_batches
+from inputs.order import (
+    REPLICAS_OF_HOST,
+    Order,
+    earlier_number_of_lanes,
+    number_of_lanes,
+    row_batches,
+    share_of,
+)
+from preflight.compiler.topology import slices_of
+from training.chips import TPU_CHIPS
+
+
+def test_the_hosts_of_every_slice_can_share_the_lanes_of_every_recipe():
+    batches = {
+        phase.global_batch_size for recipe in recipes.RECIPES.values() for phase in recipe.phases
+    }
+    slices = {
+        (topology.replicas, topology.replicas // topology.replicas_per_host)
+        for chip in TPU_CHIPS.values()
+        for topology in slices_of(chip)
+    }
+    assert min(replicas // hosts for replicas, hosts in slices if hosts > 1) == REPLICAS_OF_HOST
+    shared = 0
+    for batch in batches:
+        # Of a large data set, and of small ones, as those of evaluations are.
+        for lanes in {number_of_lanes(batch, examples) for examples in (10**6, 10**5, 10**4, 10)}:
+            order = Order(10**6, batch, lanes, 1, 1, None)
+            for replicas, hosts in slices:
+                if batch % replicas == 0:
+                    share_of(order, tf.distribute.InputContext(hosts, 0, replicas))
+                    shared += hosts > 1
+    assert shared > 1_000
+
+
+@pytest.mark.parametrize(
+    ("batch", "earlier", "now"),
+    [
+        *((13_888, 248, 224), (3_264, 204, 192), (1_632, 204, 136), (67_456, 248, 128)),
+        *((64, 64, 64), (32_768, 256, 256), (12_960, 240, 240), (100, 100, 100), (7, 7, 7)),
+    ],
+)
+def test_lanes_that_hosts_could_share_stay_as_they_were(batch, earlier, now):
+    assert earlier_number_of_lanes(batch, 10**6) == earlier
+    assert number_of_lanes(batch, 10**6) == now
 
 
 def test_lanes_begin_their_windows_at_different_steps():

@@ -95,6 +95,24 @@ def test_errors_are_rows_and_accumulated_gradients_need_memory(tmp_path, monkeyp
     assert "NO: no kernel for Foo" in capsys.readouterr().out
 
 
+def test_lanes_that_hosts_cannot_share_need_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+    demo = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=96)
+    path = tmp_path / "rows.json"
+    rows = {}
+    for lanes in (None, 3):
+        recipe = dataclasses.replace(demo, lanes=lanes)
+        topologies = "v3:2x2,v3:4x4"
+        status = preflight.run(recipe, topologies, json_path=str(path), log=print, search=False)
+        assert status == (lanes == 3)
+        rows[lanes] = [row["data_problems"] for row in json.loads(path.read_text())]
+    assert rows[None] == [None, None]
+    (problem,) = rows[3][1]
+    assert rows[3][0] is None and "--set lanes=3: 4 hosts cannot share 3 lanes" in problem
+    assert f"NO: {problem}" in capsys.readouterr().out
+
+
 def test_the_search_leaves_out_slow_optimizations_and_the_step_does_not(monkeypatch):
     compiled = []
 

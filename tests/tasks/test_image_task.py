@@ -1,5 +1,6 @@
 """The image task from shards to SavedModel: training, evaluation and serving agree."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -13,10 +14,12 @@ from pictures import damage, encoded, prepare, prepared, smooth
 import recipes
 from export.resnet import NO_IMAGE, ImageClassifier, classifier_export
 from export.saved_model import write_export
+from inputs import order
 from inputs.errors import InputError
 from inputs.images import examples
 from models import resnet
 from tasks.resnet import ImageClassification
+from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data/imagenet/samples.tar"
@@ -159,10 +162,9 @@ def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capf
     assert "1 of 12 records are damaged, more than the share of 0.001" in capfd.readouterr().err
 
 
-def task(tmp_path, data_dir="", **changes):
-    recipe = recipes.override(
-        recipes.find_recipe("resnet50-lamb-512"), [f"{k}={v}" for k, v in changes.items()]
-    )
+def task(tmp_path, data_dir="", recipe=None, **changes):
+    recipe = recipe or recipes.find_recipe("resnet50-lamb-512")
+    recipe = recipes.override(recipe, [f"{k}={v}" for k, v in changes.items()])
     return ImageClassification(
         recipe,
         data_dir=str(data_dir),
@@ -172,6 +174,28 @@ def task(tmp_path, data_dir="", **changes):
         synthetic=False,
         log=lambda line: None,
     )
+
+
+def test_a_run_that_was_begun_with_other_lanes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(order, "EXAMPLES_PER_LANE", 2)
+    recipe = recipes.resized(
+        recipes.find_recipe("resnet50-lamb-512"), steps=2, global_batch_size=40
+    )
+    begun = dataclasses.asdict(recipe) | {"format": 3}
+    (tmp_path / "recipe.json").write_text(json.dumps(begun))
+    (tmp_path / "ckpt-1.index").touch()
+    images = task(tmp_path, prepared(tmp_path), recipe=recipe)
+    assert images.order(0).lanes == 4
+    with pytest.raises(InputError, match="in 5 lanes. With the 4 of now.*Give --set lanes=5 to"):
+        Run(
+            images,
+            recipe,
+            tf.distribute.get_strategy(),
+            model_dir=str(tmp_path),
+            seed=1,
+            steps_per_loop=1,
+        )
+    assert json.loads((tmp_path / "recipe.json").read_text())["format"] == 3
 
 
 def test_unusable_data_and_settings_are_refused(tmp_path):

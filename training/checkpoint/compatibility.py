@@ -5,8 +5,10 @@ import dataclasses
 import itertools
 import json
 import os
+from collections.abc import Callable
 
 from inputs.errors import InputError
+from inputs.order import earlier_number_of_lanes
 from inputs.storage.files import (
     atomic_write,
     check_checkpoint_path,
@@ -20,8 +22,9 @@ from training.checkpoint.manager import saved_steps
 RUN_CONFIG = "recipe.json"
 # Of recipe.json. Increase it when a field gets another name or meaning. A new field does not need
 # that: runs without it had the field's default (see `recipes.types.Recipe`). 1 was not written.
-FORMAT = 3
+FORMAT = 4
 ORDER_OF_LANES = 3  # from this format on, examples have the order of `inputs.order`
+LANES_OF_HOSTS = 4  # from this format on, `lanes=None` is `inputs.order.number_of_lanes`
 
 # Fields that may differ when a run is resumed, such as its length, its logging, its evaluation and
 # its handling of errors. With any other field changed, the saved weights and slots belong to a
@@ -106,12 +109,52 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
 
 def has_earlier_order(model_dir: str) -> bool:
     """Whether the run in `model_dir` was begun with the order of examples of version 0.1.0."""
+    old = _read_config(model_dir)
+    return old is not None and old.get("format", 1) < ORDER_OF_LANES
+
+
+def check_lanes(model_dir: str, recipe, order: Callable) -> None:
+    """Checks that a run which found out its number of lanes in another way goes on with it.
+
+    Args:
+        model_dir: a folder, which may not exist yet.
+        recipe: a `recipes.types.Recipe`.
+        order: takes the index of a phase; returns its `inputs.order.Order`, or None.
+
+    Raises:
+        InputError: the examples would come in another order.
+    """
+    old = _read_config(model_dir)
+    if old is None or not _found_lanes_earlier(old):
+        return
+    orders = [one for one in map(order, range(len(recipe.phases))) if one]
+    then = [earlier_number_of_lanes(one.batch, one.examples) for one in orders]
+    now = [one.lanes for one in orders]
+    if then != now:
+        if len(set(then)) == 1:
+            advice = f"Give --set lanes={then[0]} to keep it, or another --model_dir."
+        else:
+            advice = "Finish it with the version that began it, or give another --model_dir."
+        raise InputError(
+            f"--model_dir: {model_dir} was begun with the data in "
+            f"{' and '.join(map(str, then))} lanes. With the {' and '.join(map(str, now))} of now, "
+            f"the examples would come in another order. {advice}"
+        )
+
+
+def _found_lanes_earlier(old: dict) -> bool:
+    return old.get("format") == ORDER_OF_LANES and old.get("lanes") is None
+
+
+def _read_config(model_dir: str) -> dict | None:
+    """The content of recipe.json; None without checkpoints, or if it cannot be read."""
     if not saved_steps(model_dir):
-        return False
+        return None
     try:
-        return read_json(os.path.join(model_dir, RUN_CONFIG)).get("format", 1) < ORDER_OF_LANES
-    except (InputError, TypeError, AttributeError):  # `check_compatible` reports it
-        return False
+        content = read_json(os.path.join(model_dir, RUN_CONFIG))
+    except InputError:  # `check_compatible` reports it
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _phases_at(step: int, lengths: list[int]) -> set[int]:
@@ -184,6 +227,8 @@ def _defaults(dataclass) -> dict:
 def _check_same_settings(model_dir: str, old: dict, new: dict, facts) -> None:
     """Raises `InputError` if a setting that decides the weights differs."""
     differing = {}
+    if _found_lanes_earlier(old):
+        old = old | {"lanes": new["lanes"]}  # `check_lanes` compares what was found
     if len(old["phases"]) != len(new["phases"]):
         differing["the number of phases"] = len(old["phases"]), len(new["phases"])
     old, new = _flatten(old), _flatten(new)

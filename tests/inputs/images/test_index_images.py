@@ -9,7 +9,8 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.images import index
 from inputs.images.examples import Images
-from inputs.shards import record_offsets
+from inputs.record_index import write_index
+from inputs.shards import HEADER_BYTES, read_records, record_offsets
 
 PICTURES = [encoded(smooth(16, 20, seed=i)) for i in range(7)]
 CLASSES = "index,wnid,name\n0,a,A\n1,b,B\n2,c,C\n"
@@ -112,6 +113,74 @@ def test_only_lengths_are_read(demo):
     parts = evaluated("out/train", 7, bad_records=records)
     weights = next(part for part in parts if part.dtype == np.float32 and part.ndim == 1)
     assert weights.tolist() == [1, 1, 1, 1, 1, 0, 1, 0]  # the last one fills the batch
+
+
+def bytes_read():
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])  # rchar
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_of_long_records_only_the_lengths_are_read(tmp_path, scheme):
+    source = tmp_path / "source"
+    for shard in range(2):
+        records = [b"x" * 20_000] * 100
+        write(source / f"train-0000{shard}-of-00002", records)
+    paths = [f"{scheme}{path}" for path in sorted(source.iterdir())]
+    record_offsets(paths[0])  # imports what it needs
+    before = bytes_read()
+    counts = write_index(str(tmp_path), paths, fix="")
+    assert counts == [100, 100]
+    assert bytes_read() - before < 200 * (HEADER_BYTES + 1) + 20_000  # the latter for the threads
+    offsets = record_offsets(paths[1])
+    assert offsets.tolist() == [offset for offset, _ in read_records(paths[1])]
+
+
+def damage_length(path, number):
+    """Changes the length of a record; returns where it and the next one begin."""
+    place, following = (int(offset) for offset in record_offsets(str(path))[number : number + 2])
+    data = bytearray(path.read_bytes())
+    data[place + 1] ^= 1
+    path.write_bytes(data)
+    return place, following
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
+    """Also that of the first record of all; a share too small for it is refused."""
+    path = demo / "train-00000-of-00002"
+    place, following = damage_length(path, number)
+    assert run(demo, "--max_bad_record_share=0.2") == 0
+    said = capsys.readouterr()
+    assert "out/train: 6 images" in said.out
+    assert f"Skipped: {path}, byte {place}: damaged (its length" in said.err
+    assert f"{following - place:,} bytes are left out" in said.err
+    assert "1 of 7 records were damaged and skipped" in said.err
+    kept = [label for i, label in enumerate(LABELS) if i != number]
+    (labels,) = (part for part in evaluated("out/train", 6) if part.dtype == np.int32)
+    assert labels[:6].tolist() == kept
+    assert run(demo) == 1
+    assert "raise the limit with --max_bad_record_share" in capsys.readouterr().err
+    # A copy leaves out the same image.
+    assert prepare("--source", demo, "--output", "copy", "--classes", "classes.csv") == 0
+    said = capsys.readouterr()
+    assert "copy/train: 6 images of 3 classes, 1 damaged and left out" in said.out
+    assert f"Left out {path}, record {number}, byte {place}: damaged" in said.err
+    assert "{{" not in said.err
+
+
+def test_the_versions_of_a_data_set_of_tensorflow_datasets(tmp_path, capsys):
+    name = "imagenet2012-train.tfrecord-00000-of-00001"
+    source = tmp_path / "imagenet2012"
+    write(source / "5.1.0" / name, map(tfds_record, range(7)))
+    (source / "5.1.0/label.labels.txt").write_text("a\nb\nc\n")
+    assert index.main([f"--source={source}", "--output=out/"]) == 0
+    assert "out/train: 7 images" in capsys.readouterr().out
+    assert prepare("--source", source, "--output", "copy/") == 0
+    assert "copy/train: 7 images" in capsys.readouterr().out
+    write(source / "5.0.0" / name, map(tfds_record, range(2)))
+    assert index.main([f"--source={source}", "--output=out"]) == 1
+    assert f"{source}/5.0.0, {source}/5.1.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

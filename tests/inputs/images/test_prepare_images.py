@@ -272,6 +272,20 @@ def _cut_record(folder):
     return folder
 
 
+def _cut_second_record(folder, options=None):
+    folder.mkdir()
+    path = folder / "train-00000-of-00001"
+    with tf.io.TFRecordWriter(str(path), options) as writer:
+        for image in (JPEG, np.random.default_rng(1).bytes(2_000)):  # which gzip does not shorten
+            writer.write(demo_example(image, 1))
+    path.write_bytes(path.read_bytes()[:-30])
+    return folder
+
+
+def _cut_gzip(folder):
+    return _cut_second_record(folder, "GZIP")
+
+
 def _broken_archive(folder):
     folder.mkdir()
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
@@ -337,6 +351,8 @@ BAD = {
     "mixed bases": (_mixed, "mix label bases|a class has two labels"),
     "a lost file": (_lost_file, "has 1 of the 2 train files"),
     "a cut file": (_cut_record, "record 0: the file is damaged from here on"),
+    "a cut record": (_cut_second_record, r"record 1: .* from here on \(it ends [0-9,]+ bytes"),
+    "a cut gzip": (_cut_gzip, r"record 1: the file is damaged from here on \([^{]*Copy it again"),
     "no example": (_one_record(b"\xff\xff"), "record 0 is not a tf.train.Example"),
     "a label beyond": (_bad_csv("0.jpg,n0,3"), r"a.csv, line 2, index: '3' is outside .* 0 to 2"),
     "another class": (_bad_csv("0.jpg,n0,1"), "count their labels differently"),

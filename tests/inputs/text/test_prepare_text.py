@@ -155,6 +155,7 @@ def test_raw_text_is_prepared_in_the_cache_once(source, folder, tmp_path):
     for other in others:
         tf.nest.map_structure(np.testing.assert_array_equal, first, other)
     assert len({task.facts["data"] for task in tasks}) == 1
+    assert len({task.order(0) for task in tasks}) == 1 and tasks[0].order(0).examples > 2
     text = (source / "text/a.jsonl").read_text()
     try:
         (source / "text/a.jsonl").write_text(text.replace("cat", "dog"))

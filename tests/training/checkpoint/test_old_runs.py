@@ -20,6 +20,7 @@ import tensorflow as tf
 
 import recipes
 from inputs.errors import InputError
+from inputs.order import Order, number_of_lanes
 from models import bert, resnet, squad
 from tasks import TASKS
 from training.checkpoint import compatibility
@@ -167,8 +168,44 @@ def test_only_what_changes_the_training_is_compared(first_version):
     assert json.loads((folder / "recipe.json").read_text())["format"] == compatibility.FORMAT
     check()
     change(folder, format=compatibility.FORMAT + 1)
-    with pytest.raises(InputError, match="a later version of this program wrote .* has format 4"):
+    with pytest.raises(InputError, match="a later version of this program wrote .* has format 5"):
         check()
+
+
+@pytest.mark.parametrize(("batch", "earlier"), [(13_888, 248), (64, 64)])
+def test_a_run_keeps_the_number_of_lanes_that_was_found_earlier(first_version, batch, earlier):
+    """Format 3 found another number for some batches; the sentence says how to keep it."""
+    folder = str(first_version.model_dir)
+    recipe = recipes.resized(
+        recipes.find_recipe("bert-mini-demo"), steps=8, global_batch_size=batch
+    )
+    kept = dataclasses.replace(recipe, lanes=earlier)
+    (first_version.model_dir / "recipe.json").write_text(
+        json.dumps({"format": 3} | dataclasses.asdict(recipe) | {"seed": 1})
+    )
+
+    def start(recipe):
+        lanes = recipe.lanes or number_of_lanes(batch, 10**6)
+        order = Order(10**6, batch, lanes, 1, 1, 1)
+        compatibility.check_compatible(folder, recipe, seed=1)
+        compatibility.check_lanes(folder, recipe, lambda phase_index: order)
+        compatibility.write_run_config(folder, recipe, seed=1)
+
+    other = dataclasses.replace(recipe, lanes=32)
+    with pytest.raises(
+        InputError, match=f"in {earlier} lanes. With the 32 of now.* Give --set lanes={earlier} to"
+    ):
+        start(other)
+    if earlier == number_of_lanes(batch, 10**6):
+        start(recipe)
+        start(recipe)
+        return
+    with pytest.raises(InputError, match=f"Give --set lanes={earlier} to keep it"):
+        start(recipe)
+    start(kept)
+    start(kept)
+    with pytest.raises(InputError, match=rf"lanes {earlier} \(now None\)"):
+        start(recipe)
 
 
 def test_a_new_field_of_a_recipe_has_a_default(first_version):
