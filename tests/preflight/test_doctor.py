@@ -7,11 +7,16 @@ import sys
 
 import pytest
 
+from inputs.memory import GIB, Limit
 from preflight import doctor
 from preflight.doctor import Finding
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU_ONLY = {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.21"}
+
+
+def limit_with_free(free):
+    return Limit("ulimit -v", "address space", minimum=4 * GIB, size=20 * GIB, free=free)
 
 
 def levels(findings):
@@ -160,11 +165,31 @@ def test_a_probe_without_memory_is_recognized(tmp_path):
     assert doctor.run_probe(tmp_path) == ([], "out of memory (killed by SIGABRT)")
 
 
-def test_a_limit_of_address_space_is_checked(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "free_address_space", lambda: 3 * doctor.GIB)
+def test_what_crashes_under_a_tight_limit_is_not_reinstalled(monkeypatch):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(GIB))
+    changed = {name: {"error": "ValueError: no"} for name in ("orbit", "devices", "XLA")}
+    for failure in ("killed by SIGSEGV", "no answer within 180 s"):
+        findings = doctor.check_probe(stages(**changed), failure, tpu_wheel=False, fix="pip")
+        errors = [finding for finding in findings if finding.level == "error"]
+        assert levels(errors) == [("error", c) for c in ("orbit", "TPU", "XLA", "Trial run")]
+        assert all(error.fix == doctor.MORE_MEMORY for error in errors)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(8 * GIB))
+    findings = doctor.check_probe([], "killed by SIGSEGV", tpu_wheel=False, fix="pip install")
+    assert [finding.fix for finding in findings] == ["pip install"]
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(3, "error"), (5, "warning"), (15, "warning"), (17, "ok")]
+)
+def test_a_limit_of_this_process_is_checked(monkeypatch, tmp_path, free, level):
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(free * GIB))
     (finding,) = [f for f in doctor.check_machine(str(tmp_path)) if "address space" in f.message]
-    assert (finding.level, finding.fix) == ("error", "ulimit -v unlimited")
-    assert finding.message == "3.0 GiB of address space left, by the limit of this shell"
+    fix = "" if level == "ok" else "ulimit -v unlimited"
+    assert (finding.level, finding.fix) == (level, fix)
+    text = f"{free}.0 GiB of address space left, by the limit of this shell (ulimit -v)"
+    assert finding.message == text
 
 
 def test_help_is_a_usage_text(capsys):
@@ -180,10 +205,10 @@ def test_help_is_a_usage_text(capsys):
 
 
 def test_little_disk_space_and_memory(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 5 * doctor.GIB})
+    usage = type("Usage", (), {"free": 5 * GIB})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(doctor, "free_memory", lambda: doctor.GIB // 2)
-    monkeypatch.setattr(doctor, "free_address_space", lambda: None)
+    monkeypatch.setattr(doctor, "free_memory", lambda: GIB // 2)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: None)
     disk, memory = doctor.check_machine(str(tmp_path / "not" / "yet"))
     assert disk.level == "warning" and disk.message == f"5.0 GiB free at {tmp_path}"
     assert memory.level == "error" and memory.fix
