@@ -505,7 +505,7 @@ def run(argv) -> int:
         log(f"train.py: {signal}: stopped before the training began")
         return signal.exit_status
     except MemoryError:
-        log(f"train.py: out of memory. {LESS_MEMORY}")
+        log(f"train.py: out of memory.{memory.describe_limit()} {LESS_MEMORY}")
     except KeyboardInterrupt:
         trains = not (FLAGS.preflight or FLAGS.rehearse)
         kept = " Nothing was saved after the last checkpoint." if trains else ""
@@ -530,7 +530,7 @@ def describe_error(error: Exception) -> str:
         said = f"{error.filename}: {error.strerror}."
         return f"{said} {NOT_LOST}" if error.filename.startswith(tuple(written)) else said
     if isinstance(error, tf.errors.ResourceExhaustedError):
-        return f"out of memory ({first_line(error)}). {LESS_MEMORY}"
+        return f"out of memory ({first_line(error)}).{memory.describe_limit()} {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "
