@@ -211,9 +211,8 @@ def connect() -> tf.distribute.Strategy:
         return strategy.connect(FLAGS.tpu)
 
 
-def warn_of_shortage(needed: int, purpose: str) -> None:
-    """Logs a warning in each worker if less than `needed` bytes of memory are free."""
-    shortage = memory.describe_shortage(needed, purpose)
+def warn_of(shortage: str | None) -> None:
+    """Logs a shortage of memory, if there is one, in each worker."""
     if shortage:
         log(f"train.py: {shortage}")
 
@@ -305,7 +304,8 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     if "CPU" in where.extended.worker_devices[0]:
         weights = run.model.trainable_variables
         size = sum(weight.dtype.size * int(np.prod(weight.shape)) for weight in weights)
-        warn_of_shortage(size * len(where.extended.worker_devices), "each step's gradients alone")
+        size *= len(where.extended.worker_devices)
+        warn_of(memory.describe_shortage(size, "each step's gradients alone"))
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
@@ -453,7 +453,8 @@ def main(arguments) -> int:
         check_export_dir(export_dir, model_dir)
         where = connect()
         check_replicas(recipe, where)
-        warn_of_shortage(memory.MINIMUM, "a small run")
+        small = memory.describe_shortage(memory.MINIMUM, "a small run")
+        warn_of(memory.describe_small_limit() or small)
         chief = strategy.is_chief(where)
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))

@@ -126,6 +126,17 @@ def ran_out_of_memory(output: str, status: int) -> bool:
     )
 
 
+def describe_small_limit() -> str | None:
+    """A warning if a limit of this process is below what any run takes, else None."""
+    limit = binding_limit()
+    if limit is None or limit.size >= limit.minimum:
+        return None
+    return (
+        f"{limit}, and TensorFlow with a small model needs about {limit.minimum / GIB:.1f} GiB: "
+        "this process may crash. Raise the limit."
+    )
+
+
 def describe_shortage(needed: int, purpose: str) -> str | None:
     """A warning if less than `needed` bytes are free, else None.
 
@@ -139,11 +150,6 @@ def describe_shortage(needed: int, purpose: str) -> str | None:
             f"{limit}, of which {limit.free / GIB:.2f} GiB are left, and {purpose} needs "
             f"{needed / GIB:.2f} GiB: this process may crash. Raise the limit, or use a smaller "
             "model or batch."
-        )
-    if limit and limit.size < limit.minimum:
-        return (
-            f"{limit}, and TensorFlow with a small model needs about {limit.minimum / GIB:.1f} "
-            "GiB: this process may crash. Raise the limit."
         )
     free = free_memory()
     if free is None or free >= needed:

@@ -158,10 +158,11 @@ def test_a_shortage_is_one_sentence(monkeypatch):
 
 def test_a_shortage_names_the_limit_that_binds(limit_memory):
     limit_memory(address_space=3 * GIB)
-    said = memory.describe_shortage(1, "a small run")
+    said = memory.describe_small_limit()
     assert said.startswith("`ulimit -v` allows each process 3.0 GiB of address space, and")
     assert "needs about 4.0 GiB" in said
     limit_memory(data=2 * GIB)
+    assert memory.describe_small_limit() is None
     said = memory.describe_shortage(2 * GIB, "each step's gradients alone")
     assert said.startswith("`ulimit -d` allows each process 2.0 GiB of data, of which ")
     assert "each step's gradients alone needs 2.00 GiB" in said
