@@ -106,7 +106,8 @@ class Finding:
 def find_packages() -> dict[str, list[tuple[str, str]]]:
     """Returns the (version, folder) of each copy of each installed package, by normalized name.
 
-    Python imports the first copy: the one whose folder is first in `sys.path`.
+    Python imports the first copy: the one whose folder is first in `sys.path`. Of several copies in
+    one folder, the metadata do not say whose files are there; they are in alphabetical order.
     """
     copies = collections.defaultdict(list)
     seen = set()
@@ -115,9 +116,13 @@ def find_packages() -> dict[str, list[tuple[str, str]]]:
         if real in seen:
             continue
         seen.add(real)
-        for found in importlib.metadata.distributions(path=[folder]):
-            if found.metadata["Name"]:
-                copies[canonicalize_name(found.metadata["Name"])].append((found.version, real))
+        here = [
+            (canonicalize_name(found.metadata["Name"]), found.version)
+            for found in importlib.metadata.distributions(path=[folder])
+            if found.metadata["Name"]
+        ]
+        for name, version in sorted(here):  # the file system's order is arbitrary
+            copies[name].append((version, real))
     return copies
 
 
@@ -127,17 +132,30 @@ def check_copies(copies: dict[str, list[tuple[str, str]]]) -> list[Finding]:
     Args:
         copies: from `find_packages`.
     """
-    listed = [
-        f"{name} {found[0][0]} in {found[0][1]}, which hides "
-        + ", ".join(f"{version} in {folder}" for version, folder in found[1:])
-        for name, found in sorted(copies.items())
-        if len({version for version, _ in found}) > 1
-    ]
+    listed = []
+    mixed = []  # names of packages with several versions in the folder that Python imports
+    for name, found in sorted(copies.items()):
+        if len({version for version, _ in found}) == 1:
+            continue
+        first = found[0][1]
+        versions = list(dict.fromkeys(version for version, folder in found if folder == first))
+        hidden = ", ".join(f"{version} in {folder}" for version, folder in found if folder != first)
+        text = f"{name} {' and '.join(versions)} in {first}"
+        if len(versions) > 1:
+            mixed.append(name)
+            text += ", whose files may be of either"
+        listed.append(f"{text}, which hides {hidden}" if hidden else text)
     if not listed:
         return []
     more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
     message = f"several copies: {'; '.join(listed[:MAX_LISTED])}{more}"
-    return [Finding(WARNING, "Packages", message, "remove the copies that you do not want")]
+    fix = "remove the copies that you do not want"
+    if mixed:
+        fix += (
+            "; where one folder has several, repeat `pip uninstall -y "
+            f"{' '.join(mixed[:MAX_LISTED])}` until none is left, and install again"
+        )
+    return [Finding(WARNING, "Packages", message, fix)]
 
 
 def read_pins(path) -> dict[str, str]:

@@ -117,17 +117,38 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
     )
 
 
+def install_metadata(folder, version):
+    path = folder / f"some_package-{version}.dist-info"
+    path.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: Some.Package\nVersion: {version}\n"
+    (path / "METADATA").write_text(text)
+
+
+def test_of_two_copies_in_one_folder_neither_is_said_to_be_imported(tmp_path, monkeypatch):
+    for folder, version in (("first", "2.0"), ("first", "1.0"), ("second", "3.0")):
+        install_metadata(tmp_path / folder, version)
+    paths = [str(tmp_path / folder) for folder in ("first", "second")]
+    monkeypatch.setattr(sys, "path", paths[:1])
+    copies = doctor.find_packages()
+    assert copies == {"some-package": [("1.0", paths[0]), ("2.0", paths[0])]}
+    (finding,) = doctor.check_copies(copies)
+    both = f"some-package 1.0 and 2.0 in {paths[0]}, whose files may be of either"
+    assert finding.message == f"several copies: {both}"
+    assert "repeat `pip uninstall -y some-package` until none is left" in finding.fix
+    monkeypatch.setattr(sys, "path", paths)
+    (finding,) = doctor.check_copies(doctor.find_packages())
+    assert finding.message == f"several copies: {both}, which hides 3.0 in {paths[1]}"
+
+
 def test_of_two_copies_of_a_package_the_one_that_python_takes_is_read(tmp_path, monkeypatch):
     for folder, version in (("first", "1.0"), ("second", "2.0"), ("third", "2.0")):
-        (tmp_path / folder / f"some_package-{version}.dist-info").mkdir(parents=True)
-        metadata = tmp_path / folder / f"some_package-{version}.dist-info/METADATA"
-        metadata.write_text(f"Metadata-Version: 2.1\nName: Some.Package\nVersion: {version}\n")
+        install_metadata(tmp_path / folder, version)
     paths = [str(tmp_path / folder) for folder in ("first", "second", "second", "third")]
     monkeypatch.setattr(sys, "path", paths)
     copies = doctor.find_packages()
     assert [version for version, _ in copies["some-package"]] == ["1.0", "2.0", "2.0"]
     (finding,) = doctor.check_copies(copies)
-    assert finding.level == "warning" and finding.fix
+    assert finding.level == "warning" and finding.fix == "remove the copies that you do not want"
     assert f"some-package 1.0 in {paths[0]}, which hides 2.0 in {paths[1]}" in finding.message
     monkeypatch.setattr(sys, "path", paths[1:])
     assert doctor.check_copies(doctor.find_packages()) == []  # two copies of one version
