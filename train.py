@@ -211,9 +211,8 @@ def connect() -> tf.distribute.Strategy:
         return strategy.connect(FLAGS.tpu)
 
 
-def warn_of_shortage(needed: int, purpose: str) -> None:
-    """Logs a warning in each worker if less than `needed` bytes of memory are free."""
-    shortage = memory.describe_shortage(needed, purpose)
+def warn_of(shortage: str | None) -> None:
+    """Logs a shortage of memory, if there is one, in each worker."""
     if shortage:
         log(f"train.py: {shortage}")
 
@@ -305,7 +304,8 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     if "CPU" in where.extended.worker_devices[0]:
         weights = run.model.trainable_variables
         size = sum(weight.dtype.size * int(np.prod(weight.shape)) for weight in weights)
-        warn_of_shortage(size * len(where.extended.worker_devices), "each step's gradients alone")
+        size *= len(where.extended.worker_devices)
+        warn_of(memory.describe_shortage(size, "each step's gradients alone"))
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
@@ -453,7 +453,8 @@ def main(arguments) -> int:
         check_export_dir(export_dir, model_dir)
         where = connect()
         check_replicas(recipe, where)
-        warn_of_shortage(memory.MINIMUM, "a small run")
+        small = memory.describe_shortage(memory.MINIMUM, "a small run")
+        warn_of(memory.describe_small_limit() or small)
         chief = strategy.is_chief(where)
         log_line = log if chief else lambda line: None
         stop = stack.enter_context(handle_signals(log_line))
@@ -505,7 +506,7 @@ def run(argv) -> int:
         log(f"train.py: {signal}: stopped before the training began")
         return signal.exit_status
     except MemoryError:
-        log(f"train.py: out of memory. {LESS_MEMORY}")
+        log(f"train.py: out of memory.{memory.describe_limit()} {LESS_MEMORY}")
     except KeyboardInterrupt:
         trains = not (FLAGS.preflight or FLAGS.rehearse)
         kept = " Nothing was saved after the last checkpoint." if trains else ""
@@ -530,7 +531,7 @@ def describe_error(error: Exception) -> str:
         said = f"{error.filename}: {error.strerror}."
         return f"{said} {NOT_LOST}" if error.filename.startswith(tuple(written)) else said
     if isinstance(error, tf.errors.ResourceExhaustedError):
-        return f"out of memory ({first_line(error)}). {LESS_MEMORY}"
+        return f"out of memory ({first_line(error)}).{memory.describe_limit()} {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
         return (
             "another worker of TF_CONFIG has ended, so this one cannot continue. Start the "

@@ -1,5 +1,6 @@
 """Measures the memory that this process can still allocate, within the limits of a container."""
 
+import dataclasses
 import pathlib
 import resource
 import signal
@@ -27,21 +28,64 @@ def free_memory(root: str = "/") -> int | None:
     return min((amount for amount in known if amount is not None), default=None)
 
 
-def free_address_space(root: str = "/") -> int | None:
-    """The bytes of address space that this process may still reserve; None without a limit.
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A limit of this process, which the shell or a batch system set. Child processes inherit it.
 
-    The limit is RLIMIT_AS, which `ulimit -v` and batch systems set. Memory that is reserved and not
-    used counts, too.
+    Memory that is reserved and not used counts, too.
+
+    Attributes:
+        command: the shell's command for it, such as "ulimit -v".
+        kind: what it limits.
+        minimum: bytes that TensorFlow and a small model with its data take of it.
+        size: bytes.
+        free: bytes that this process may still reserve.
+    """
+
+    command: str
+    kind: str
+    minimum: int
+    size: int
+    free: int
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether less is free than TensorFlow and a small model take."""
+        return self.free < self.minimum
+
+    def __str__(self):
+        return f"`{self.command}` allows each process {self.size / GIB:.1f} GiB of {self.kind}"
+
+
+# Of each limit: the fields of `Limit`, the resource, and which number of /proc/self/statm counts
+# against it, in pages. A dry run of bert-mini-demo takes 4.2 GiB of address space and 1.5 GiB of
+# data (VmPeak and VmData of /proc/PID/status).
+LIMITS = (
+    ("ulimit -v", "address space", 4 * GIB, resource.RLIMIT_AS, 0),
+    ("ulimit -d", "data", 3 * GIB // 2, resource.RLIMIT_DATA, 5),
+)
+
+
+def binding_limit(root: str = "/") -> Limit | None:
+    """The limit of this process that is reached first; None without one.
 
     Args:
         root: as for `free_memory`.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
-        return None
     pages = _lines(pathlib.Path(root) / "proc/self/statm")
-    used = int(pages[0].split()[0]) * resource.getpagesize() if pages else 0
-    return max(0, limit - used)
+    found = []
+    for command, kind, minimum, which, field in LIMITS:
+        size, _ = resource.getrlimit(which)
+        if size != resource.RLIM_INFINITY:
+            used = int(pages[0].split()[field]) * resource.getpagesize() if pages else 0
+            found.append(Limit(command, kind, minimum, size, max(0, size - used)))
+    return min(found, key=lambda limit: limit.free / limit.minimum, default=None)
+
+
+def describe_limit() -> str:
+    """A sentence that names the limit of this process, after a space; "" without one."""
+    limit = binding_limit()
+    return f" {limit}." if limit else ""
 
 
 # What Python, C++, TensorFlow and the dynamic linker print if memory cannot be allocated.
@@ -54,19 +98,42 @@ MEMORY_WORDS = (
     "can't start new thread",
     "failed to map segment from shared object",
     "pthread_create() failed",  # there is no room for the stack of a thread
+    "pthread_create failed",  # the same, of LLVM and OpenBLAS
 )
+# How imports fail where a limit is tight. They may have other reasons. OpenBLAS raises SIGINT.
+WORDS_WITH_TIGHT_LIMIT = ("SystemError", "KeyboardInterrupt")
 
 
 def ran_out_of_memory(output: str, status: int) -> bool:
     """Whether a process failed because this machine, or a limit, had no more memory.
 
+    If a limit is tight, that is taken to be the reason for a signal, too: code that does not check
+    an allocation crashes.
+
     Args:
         output: what the process printed.
         status: its exit status; negative if a signal ended it.
     """
-    return status != 0 and (
-        status == -signal.SIGKILL  # by the kernel
-        or any(words in output for words in MEMORY_WORDS)
+    if status == 0:
+        return False
+    if status == -signal.SIGKILL or any(words in output for words in MEMORY_WORDS):
+        return True  # the kernel sends SIGKILL
+    limit = binding_limit()
+    return (
+        limit is not None
+        and limit.is_tight
+        and (status < 0 or any(word in output for word in WORDS_WITH_TIGHT_LIMIT))
+    )
+
+
+def describe_small_limit() -> str | None:
+    """A warning if a limit of this process is below what any run takes, else None."""
+    limit = binding_limit()
+    if limit is None or limit.size >= limit.minimum:
+        return None
+    return (
+        f"{limit}, and TensorFlow with a small model needs about {limit.minimum / GIB:.1f} GiB: "
+        "this process may crash. Raise the limit."
     )
 
 
@@ -77,6 +144,13 @@ def describe_shortage(needed: int, purpose: str) -> str | None:
         needed: bytes.
         purpose: what needs the memory, as the subject of a sentence.
     """
+    limit = binding_limit()
+    if limit and limit.free < needed:
+        return (
+            f"{limit}, of which {limit.free / GIB:.2f} GiB are left, and {purpose} needs "
+            f"{needed / GIB:.2f} GiB: this process may crash. Raise the limit, or use a smaller "
+            "model or batch."
+        )
     free = free_memory()
     if free is None or free >= needed:
         return None

@@ -16,7 +16,8 @@ import sys
 import threading
 from collections.abc import Callable
 
-from inputs.errors import InputError, refuse_misspelled
+from inputs import memory
+from inputs.errors import InputError, first_line, refuse_misspelled
 
 ASKED_BACKEND = os.environ.get("KERAS_BACKEND", "")  # what the user set; ignored
 
@@ -141,6 +142,11 @@ class _Output:
             sys.exit(1)
 
 
+def describe_exit(status: int) -> str:
+    """Describes an exit status of `subprocess`, which is negative if a signal ended the process."""
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
 def _complain(text: str) -> None:
     """Prints a line with the command's name to standard error."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -148,11 +154,25 @@ def _complain(text: str) -> None:
     print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
+def _chain(error) -> list[BaseException]:
+    """Returns an error and the earlier ones that it was raised from, or while they were handled."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:  # an error can be its own cause
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
 def _is_interrupt(error) -> bool:
     """Whether an error is a Ctrl-C, or what an extension module made of it during its imports."""
-    while isinstance(error, ImportError | SystemError):
-        error = error.__cause__ or error.__context__
-    return isinstance(error, KeyboardInterrupt)
+    first = next((e for e in _chain(error) if not isinstance(e, ImportError | SystemError)), None)
+    return isinstance(first, KeyboardInterrupt)
+
+
+def _is_memory(error) -> bool:
+    """Whether the reason for an error is that there is no more memory."""
+    said = "\n".join(f"{type(e).__name__}: {e}" for e in _chain(error))
+    return memory.ran_out_of_memory(said, status=1)
 
 
 def _exit_on_interrupt(next_hook):
@@ -166,12 +186,38 @@ def _exit_on_interrupt(next_hook):
         if not _is_interrupt(error):
             next_hook(*arguments)
             return
-        _complain("stopped.")
+        limit = memory.binding_limit()
+        if limit and limit.is_tight:  # OpenBLAS raises the same signal if it cannot start threads
+            _complain(
+                f"stopped. If that was not by Ctrl-C, there was not enough memory: {limit}. Raise "
+                "the limit."
+            )
+        else:
+            _complain("stopped.")
         os._exit(INTERRUPTED)  # Python itself would raise the signal again
 
     return hook
 
 
+def _exit_on_memory(next_hook):
+    """Returns a hook of `sys` that ends the process in one line if there is no more memory."""
+
+    def hook(kind, error, trace):
+        if not _is_memory(error):
+            next_hook(kind, error, trace)
+            return
+        reason = first_line(error)
+        name = kind.__name__
+        _complain(
+            f"out of memory ({reason if reason == name else f'{name}: {reason}'})."
+            f"{memory.describe_limit()} End other programs, or raise the limit of the shell, "
+            "container or job."
+        )
+        os._exit(1)  # without the cleanup of modules that are half imported, which may crash
+
+    return hook
+
+
 _UNRAISABLE_HOOK = sys.unraisablehook
-sys.excepthook = _exit_on_interrupt(sys.excepthook)
+sys.excepthook = _exit_on_interrupt(_exit_on_memory(sys.excepthook))
 sys.unraisablehook = _exit_on_interrupt(sys.unraisablehook)

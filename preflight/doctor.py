@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ except ImportError:
 
 
 from inputs.errors import InputError
-from inputs.memory import GIB, MINIMUM, free_address_space, free_memory, ran_out_of_memory
+from inputs.memory import GIB, MINIMUM, binding_limit, free_memory, ran_out_of_memory
 from inputs.storage.files import check_writable, is_remote
 from preflight import tpu_vm
 from preflight.probe import IMPORTS, STAGES
@@ -73,12 +72,10 @@ MAX_LISTED = 5  # number of packages that a finding lists by name
 # Free bytes below which there is an error, and below which there is a warning.
 MIN_DISK = (1 * GIB, 20 * GIB)  # three checkpoints of BERT-Large take 12 GiB
 MIN_MEMORY = (MINIMUM, 4 * GIB)  # BERT-base with its slots takes 2 GiB
-# TensorFlow and XLA reserve several times the address space that they use.
-MIN_ADDRESS_SPACE = (4 * GIB, 16 * GIB)
 OUT_OF_MEMORY = "out of memory"
 MORE_MEMORY = (
     "end other programs, or raise the limit: of the container or job (memory), or of the shell "
-    "(ulimit -v unlimited)"
+    "(ulimit -v unlimited, ulimit -d unlimited)"
 )
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
 GOOGLE_PCI_VENDOR = "0x1ae0"
@@ -109,7 +106,8 @@ class Finding:
 def find_packages() -> dict[str, list[tuple[str, str]]]:
     """Returns the (version, folder) of each copy of each installed package, by normalized name.
 
-    Python imports the first copy: the one whose folder is first in `sys.path`.
+    Python imports the first copy: the one whose folder is first in `sys.path`. Of several copies in
+    one folder, the metadata do not say whose files are there; they are in alphabetical order.
     """
     copies = collections.defaultdict(list)
     seen = set()
@@ -118,9 +116,13 @@ def find_packages() -> dict[str, list[tuple[str, str]]]:
         if real in seen:
             continue
         seen.add(real)
-        for found in importlib.metadata.distributions(path=[folder]):
-            if found.metadata["Name"]:
-                copies[canonicalize_name(found.metadata["Name"])].append((found.version, real))
+        here = [
+            (canonicalize_name(found.metadata["Name"]), found.version)
+            for found in importlib.metadata.distributions(path=[folder])
+            if found.metadata["Name"]
+        ]
+        for name, version in sorted(here):  # the file system's order is arbitrary
+            copies[name].append((version, real))
     return copies
 
 
@@ -130,17 +132,30 @@ def check_copies(copies: dict[str, list[tuple[str, str]]]) -> list[Finding]:
     Args:
         copies: from `find_packages`.
     """
-    listed = [
-        f"{name} {found[0][0]} in {found[0][1]}, which hides "
-        + ", ".join(f"{version} in {folder}" for version, folder in found[1:])
-        for name, found in sorted(copies.items())
-        if len({version for version, _ in found}) > 1
-    ]
+    listed = []
+    mixed = []  # names of packages with several versions in the folder that Python imports
+    for name, found in sorted(copies.items()):
+        if len({version for version, _ in found}) == 1:
+            continue
+        first = found[0][1]
+        versions = list(dict.fromkeys(version for version, folder in found if folder == first))
+        hidden = ", ".join(f"{version} in {folder}" for version, folder in found if folder != first)
+        text = f"{name} {' and '.join(versions)} in {first}"
+        if len(versions) > 1:
+            mixed.append(name)
+            text += ", whose files may be of either"
+        listed.append(f"{text}, which hides {hidden}" if hidden else text)
     if not listed:
         return []
     more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
     message = f"several copies: {'; '.join(listed[:MAX_LISTED])}{more}"
-    return [Finding(WARNING, "Packages", message, "remove the copies that you do not want")]
+    fix = "remove the copies that you do not want"
+    if mixed:
+        fix += (
+            "; where one folder has several, repeat `pip uninstall -y "
+            f"{' '.join(mixed[:MAX_LISTED])}` until none is left, and install again"
+        )
+    return [Finding(WARNING, "Packages", message, fix)]
 
 
 def read_pins(path) -> dict[str, str]:
@@ -294,9 +309,7 @@ def run_probe(root) -> tuple[list[dict], str]:
     ) as child:
         try:
             printed, errors = child.communicate(timeout=PROBE_SECONDS)
-            failure = "" if child.returncode == 0 else f"exit status {child.returncode}"
-            if child.returncode < 0:
-                failure = f"killed by {signal.Signals(-child.returncode).name}"
+            failure = process.describe_exit(child.returncode) if child.returncode else ""
             if ran_out_of_memory(errors.decode(errors="replace"), child.returncode):
                 failure = f"{OUT_OF_MEMORY} ({failure})"
         except subprocess.TimeoutExpired:
@@ -321,16 +334,25 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
     for name in IMPORTS:
         if "error" in found.get(name, {}):
             message = f"cannot be imported: {found[name]['error']}"
-            memory = ran_out_of_memory(found[name]["error"], 1)
-            findings.append(Finding(ERROR, name, message, MORE_MEMORY if memory else fix))
+            findings.append(Finding(ERROR, name, message, _fix(found[name]["error"], fix)))
     if "error" not in found.get("tensorflow", {"error": ""}):
         findings += _check_devices(found, tpu_wheel)
     if failure:
         stage = next((stage for stage in STAGES if stage not in found), STAGES[-1])
-        if OUT_OF_MEMORY in failure:
-            fix = MORE_MEMORY
-        findings.append(Finding(ERROR, "Trial run", f"{failure}, in stage {stage!r}", fix))
+        message = f"{failure}, in stage {stage!r}"
+        fix = MORE_MEMORY if OUT_OF_MEMORY in failure else _fix(failure, fix)
+        findings.append(Finding(ERROR, "Trial run", message, fix))
     return findings
+
+
+def _fix(error: str, otherwise: str) -> str:
+    """Returns the fix of what failed in the trial run.
+
+    If a limit of this process is tight, what fails for lack of memory has many messages.
+    """
+    limit = binding_limit()
+    lacks_memory = (limit and limit.is_tight) or ran_out_of_memory(error, 1)
+    return MORE_MEMORY if lacks_memory else otherwise
 
 
 def _check_devices(found, tpu_wheel) -> list[Finding]:
@@ -351,10 +373,9 @@ def _check_xla(xla, devices, tpu_wheel) -> Finding:
     if tpu_wheel and not devices.get("tpus"):
         message = "not checked: tensorflow-tpu compiles only for TPUs, and found none"
         return Finding(ERROR, "XLA", message, "fix the problem with the TPU first")
-    if ran_out_of_memory(xla["error"], 1):
-        return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", MORE_MEMORY)
     fix = "reinstall TensorFlow, and a driver that supports its CUDA version (see nvidia-smi)"
-    return Finding(ERROR, "XLA", f"a small function failed: {xla['error']}", fix)
+    message = f"a small function failed: {xla['error']}"
+    return Finding(ERROR, "XLA", message, _fix(xla["error"], fix))
 
 
 def _check_tpu(devices) -> Finding:
@@ -366,7 +387,8 @@ def _check_tpu(devices) -> Finding:
         return Finding(ERROR, "TPU", message, fix)
     if "error" in devices:
         fix = "end the process that uses it (`sudo lsof /dev/accel* /dev/vfio/*`) and try again"
-        return Finding(ERROR, "TPU", f"cannot be initialized: {devices['error']}", fix)
+        message = f"cannot be initialized: {devices['error']}"
+        return Finding(ERROR, "TPU", message, _fix(devices["error"], fix))
     message = "attached, but this TensorFlow does not support it"
     return Finding(WARNING, "TPU", message, "make clean tpu")
 
@@ -419,11 +441,13 @@ def check_machine(model_dir: str) -> list[Finding]:
     if memory is not None:
         fix = f"{MORE_MEMORY}, or use a smaller model or batch"
         findings.append(_check_amount("Memory", memory, MIN_MEMORY, "free", fix))
-    space = free_address_space()
-    if space is not None:
-        text = "of address space left, by the limit of this shell"
+    limit = binding_limit()
+    if limit:
+        # XLA of a larger model reserves several times what a small one takes.
+        limits = (limit.minimum, 4 * limit.minimum)
+        text = f"of {limit.kind} left, by the limit of this shell ({limit.command})"
         findings.append(
-            _check_amount("Memory", space, MIN_ADDRESS_SPACE, text, "ulimit -v unlimited")
+            _check_amount("Memory", limit.free, limits, text, f"{limit.command} unlimited")
         )
     return findings
 

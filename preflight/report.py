@@ -112,19 +112,23 @@ def _describe_compiler_bytes(result) -> str:
 
 def _describe_step(result) -> str:
     time = result.time
-    floats = f"{result.floats_per_parameter:.2f} floats moved per parameter"
+    floats = f"{result.floats_per_parameter:.2f} floats per parameter"
     whose = "by the compiler"
     if time.source != "compiler":
         whose = f"by the model of HBM and products (by the compiler {format_seconds(time.compiler)}"
         whose += ", with on-chip memory)"
         floats += f" (by the compiler {result.compiler_floats_per_parameter:.2f})"
     if time.update:
-        share = f"{format_seconds(time.update)} ({time.update / time.work:.0%}, {floats})"
+        share = (
+            f"{format_seconds(time.update)} ({time.update / time.work:.0%}): its time alone, but "
+            "at most what the products of forward and backward leave"
+        )
     else:  # the products of forward and backward pass take as long as all traffic
-        share = f"no time of its own, as its traffic runs beside the products ({floats})"
+        share = "no time of its own, as its traffic runs beside the products"
     return (
         f"{format_seconds(time.step)} at the least: {format_seconds(time.work)} {whose}, of which "
-        f"the update takes {share}; {result.utilization:.0%} of the peak FLOP/s"
+        f"the update takes {share}; compiled alone, it moves {floats}; {result.utilization:.0%} of "
+        "the peak FLOP/s"
     )
 
 

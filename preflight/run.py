@@ -463,7 +463,7 @@ def _add_kernel_check(recipe, phase_index, results, children):
 
 def _check_json_path(path: str) -> None:
     """Raises `InputError` if the results cannot be written. Called before the long compilation."""
-    if path.endswith(PICTURE_SUFFIX):
+    if path.lower().endswith(PICTURE_SUFFIX):
         raise InputError(
             f"--preflight_json={path}: this is the name of the picture. Use a name that ends in "
             ".json."

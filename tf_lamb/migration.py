@@ -340,13 +340,22 @@ def _read_checkpoint(path, slot_names) -> _SourceState:
     import tensorflow as tf
 
     try:
-        return _read_object_graph(tf.train.load_checkpoint(path), path, slot_names)
+        reader = tf.train.load_checkpoint(path)
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
+        raise _no_checkpoint(path, error) from None
+    try:
+        return _read_object_graph(reader, path, slot_names)
     except (tf.errors.OpError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            "`source` must be the path of a checkpoint of `tf.train.Checkpoint`: a prefix, such as "
-            f"run/ckpt-100, or a folder with a file `checkpoint`. Received: {path!r} ({reason})."
-        ) from None
+        raise _no_checkpoint(path, error) from None
+
+
+def _no_checkpoint(path, error) -> ValueError:
+    """Returns the error for a path that TensorFlow cannot read."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return ValueError(
+        "`source` must be the path of a checkpoint of `tf.train.Checkpoint`: a prefix, such as "
+        f"run/ckpt-100, or a folder with a file `checkpoint`. Received: {path!r} ({reason})."
+    )
 
 
 def _read_object_graph(reader, path, slot_names) -> _SourceState:

@@ -23,7 +23,8 @@ import rich.console
 import rich.progress
 
 from inputs.errors import InputError
-from inputs.memory import free_memory, ran_out_of_memory
+from inputs.memory import describe_limit, free_memory, ran_out_of_memory
+from inputs.process import describe_exit
 from inputs.storage.files import cache_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -353,9 +354,9 @@ def _host_memory_error(task: str, used: str = "") -> InputError:
     free = free_memory()
     free_text = "" if free is None else f" {max(free, 0) / 2**30:.1f} GiB are free."
     return InputError(
-        f"{task}: this host's memory is not sufficient.{used}{free_text} This says nothing about "
-        "the memory of the TPU. End other programs, raise the limit, or use a larger host; what "
-        f"has been compiled is kept in {CACHE}."
+        f"{task}: this host's memory is not sufficient.{used}{free_text}{describe_limit()} This "
+        "says nothing about the memory of the TPU. End other programs, raise the limit, or use a "
+        f"larger host; what has been compiled is kept in {CACHE}."
     )
 
 
@@ -367,5 +368,7 @@ def _reason(output: str, status: int) -> str:
     """
     lines = output.splitlines()
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    last = (raised or lines or [f"exit status {status}"])[-1]
-    return last.removeprefix("inputs.errors.InputError: ")
+    said = (raised or lines or [""])[-1].removeprefix("inputs.errors.InputError: ")
+    if status < 0:  # what was printed last may have nothing to do with it
+        said = f"{describe_exit(status)}{said and f', after it printed {said!r}'}"
+    return said or describe_exit(status)

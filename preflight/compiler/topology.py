@@ -123,7 +123,7 @@ def _parse(name: str, flag_and_name: str) -> Topology:
         raise InputError(f"{flag_and_name}: the generation is missing{text}.")
     chip = find_tpu(generation)
     if not chip:
-        raise InputError(f"{flag_and_name}: {_unknown_generation(generation)}.")
+        raise InputError(f"{flag_and_name}: {_unknown_generation(generation, name.lower())}.")
     if size:
         return Topology(chip, _shape_of_type(int(size), chip, flag_and_name))
     if not sides:
@@ -212,12 +212,23 @@ def _without_generation(sides_or_size: str) -> str:
     return f"; give {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
 
 
-def _unknown_generation(name: str) -> str:
-    if name in WITHOUT_TENSORFLOW:
+def _unknown_generation(generation: str, name: str) -> str:
+    """Returns what to give in place of a generation, as the end of a sentence.
+
+    Args:
+        generation: the part of the name that is not a generation.
+        name: the whole name, in lower case.
+    """
+    separated = re.fullmatch(r"(\w+?)_(\d+(?:x\d+)*)", name)
+    if separated and find_tpu(separated[1]):
+        return f"give {separated[1]}{':' if 'x' in separated[2] else '-'}{separated[2]}"
+    if generation in WITHOUT_TENSORFLOW:
         return "TensorFlow does not support TPU7x, so nothing can be compiled for it"
-    if name == "v5":
+    if generation == "v5":
         return "there are two TPUs v5; give v5e or v5p in its place"
-    return f"{name} is not one of the TPUs {', '.join(TPU_CHIPS)}"
+    if generation == "v6":
+        return f"the TPU v6 is called v6e; give v6e{name.removeprefix('v6')}"
+    return f"{generation} is not one of the TPUs {', '.join(TPU_CHIPS)}"
 
 
 def _no_slice(chips: float, chip: TpuChip, of_type: bool = False) -> str:

@@ -1,10 +1,17 @@
 """Free memory is that of the machine and of all control groups, of both versions."""
 
+import pathlib
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from inputs import memory
 from inputs.memory import GIB, free_memory
 
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = memory.resource.getpagesize()
 MACHINE = {"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable: {8 * GIB // 1024} kB\n"}
 UNLIMITED = 2**63 - 4096  # as version 1 writes it
 
@@ -63,13 +70,46 @@ def test_this_machine_has_free_memory():
     assert 0 < free_memory() < 2**50
 
 
-def test_a_limit_of_address_space_counts_what_is_reserved(monkeypatch, tmp_path):
+@pytest.fixture
+def limit_memory(monkeypatch):
+    """Returns a function that sets the limits which the process sees."""
+
+    def limit_memory(address_space=-1, data=-1):
+        soft = {memory.resource.RLIMIT_AS: address_space, memory.resource.RLIMIT_DATA: data}
+        monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (soft[which], -1))
+
+    return limit_memory
+
+
+@pytest.mark.parametrize(
+    ("address_space", "data", "command", "free_pages"),
+    [
+        (-1, -1, None, None),
+        (3 * GIB, -1, "ulimit -v", 3 * GIB // PAGE - 1024),
+        (PAGE, -1, "ulimit -v", 0),
+        (-1, 2 * GIB, "ulimit -d", 2 * GIB // PAGE - 512),
+        (9 * GIB, 2 * GIB, "ulimit -d", 2 * GIB // PAGE - 512),
+        (3 * GIB, 2 * GIB, "ulimit -v", 3 * GIB // PAGE - 1024),  # of which TensorFlow takes more
+    ],
+)
+def test_the_limit_that_binds_counts_what_is_reserved(
+    limit_memory, tmp_path, address_space, data, command, free_pages
+):
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/statm").write_text("1024 9 9 9 0 9 0\n")
-    page = memory.resource.getpagesize()
-    for limit, free in ((3 * GIB, 3 * GIB - 1024 * page), (page, 0), (-1, None)):
-        monkeypatch.setattr(memory.resource, "getrlimit", lambda which, soft=limit: (soft, -1))
-        assert memory.free_address_space(tmp_path) == free
+    (tmp_path / "proc/self/statm").write_text("1024 9 9 9 0 512 0\n")
+    limit_memory(address_space, data)
+    limit = memory.binding_limit(tmp_path)
+    assert (limit and limit.command, limit and limit.free // PAGE) == (command, free_pages)
+
+
+def test_this_process_can_be_limited():
+    code = "from inputs.memory import binding_limit; print(binding_limit())"
+    for option, kind in (("-v", "address space"), ("-d", "data")):
+        command = ["bash", "-c", f'ulimit {option} 1048576 && exec "$0" "$@"']
+        done = subprocess.run(
+            [*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout == f"`ulimit {option}` allows each process 1.0 GiB of {kind}\n"
 
 
 def test_what_a_process_without_memory_prints_is_recognized():
@@ -79,6 +119,32 @@ def test_what_a_process_without_memory_prints_is_recognized():
     assert memory.ran_out_of_memory(abort, -6)
     assert not memory.ran_out_of_memory("", -11)
     assert not memory.ran_out_of_memory("a MemoryError that was handled", 0)
+    assert memory.ran_out_of_memory("LLVM ERROR: pthread_create failed: Resource temporarily", -6)
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("", -signal.SIGSEGV),
+        ("", -signal.SIGABRT),
+        ("", -signal.SIGBUS),
+        ("", -signal.SIGINT),
+        ("SystemError: error return without exception set", 1),
+        ("KeyboardInterrupt", 1),
+    ],
+)
+def test_a_crash_where_a_limit_is_tight_is_for_lack_of_memory(limit_memory, said, status):
+    limit_memory(data=GIB)
+    assert memory.ran_out_of_memory(said, status)
+    for limits in ({}, {"address_space": 2**50}):
+        limit_memory(**limits)
+        assert not memory.ran_out_of_memory(said, status)
+
+
+def test_an_error_is_an_error_where_a_limit_is_tight(limit_memory):
+    limit_memory(address_space=GIB)
+    assert not memory.ran_out_of_memory("ValueError: no", 1)
+    assert not memory.ran_out_of_memory("KeyboardInterrupt, which was handled", 0)
 
 
 def test_a_shortage_is_one_sentence(monkeypatch):
@@ -88,3 +154,17 @@ def test_a_shortage_is_one_sentence(monkeypatch):
     assert said.startswith("Only 0.50 GiB of memory are free") and "needs 1.00 GiB" in said
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     assert memory.describe_shortage(GIB, "a small run") is None
+
+
+def test_a_shortage_names_the_limit_that_binds(limit_memory):
+    limit_memory(address_space=3 * GIB)
+    said = memory.describe_small_limit()
+    assert said.startswith("`ulimit -v` allows each process 3.0 GiB of address space, and")
+    assert "needs about 4.0 GiB" in said
+    limit_memory(data=2 * GIB)
+    assert memory.describe_small_limit() is None
+    said = memory.describe_shortage(2 * GIB, "each step's gradients alone")
+    assert said.startswith("`ulimit -d` allows each process 2.0 GiB of data, of which ")
+    assert "each step's gradients alone needs 2.00 GiB" in said
+    limit_memory(data=2**50)
+    assert memory.describe_shortage(1, "a small run") is None

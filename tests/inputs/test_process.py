@@ -179,8 +179,55 @@ def test_ctrl_c_during_imports_is_one_line(interrupted):
     assert child.returncode == 130
 
 
-def test_other_errors_keep_their_traceback():
-    child = run_command("raise ImportError('no module')")
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise MemoryError", "MemoryError"),
+        ("bytearray(2**60)", "MemoryError"),
+        (
+            "raise ImportError('libx.so: failed to map segment from shared object')",
+            "ImportError: libx.so: failed to map segment from shared object",
+        ),
+        (
+            "try: raise MemoryError\nexcept MemoryError as e: raise ImportError('x') from e",
+            "ImportError: x",
+        ),
+        ("def main(): raise MemoryError\nprocess.run(main)", "MemoryError"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(source, reason):
+    child = run_command(source)
+    said = child.communicate()[1]
+    assert said.startswith(f"-c: out of memory ({reason}). ") and said.count("\n") == 1
+    assert child.returncode == 1
+
+
+def limited(source):
+    """The source of a command whose address space is limited to less than TensorFlow needs."""
+    return f"import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**31, -1))\n{source}"
+
+
+def test_a_lack_of_memory_names_the_limit():
+    child = run_command(limited("raise SystemError('error return without exception set')"))
+    assert child.communicate()[1] == (
+        "-c: out of memory (SystemError: error return without exception set). `ulimit -v` allows "
+        "each process 2.0 GiB of address space. End other programs, or raise the limit of the "
+        "shell, container or job.\n"
+    )
+
+
+def test_an_interrupt_under_a_tight_limit_may_not_be_by_ctrl_c():
+    child = run_command(limited("raise KeyboardInterrupt"))
+    said = child.communicate()[1]
+    assert said.startswith("-c: stopped. If that was not by Ctrl-C, there was not enough memory: ")
+    assert "`ulimit -v` allows" in said and child.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "source", ["raise ImportError('no module')", "e = KeyError(1); raise e from e"]
+)
+def test_other_errors_keep_their_traceback(source):
+    child = run_command(source)
     assert "Traceback" in child.communicate()[1] and child.returncode == 1
 
 

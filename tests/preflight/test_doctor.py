@@ -7,11 +7,16 @@ import sys
 
 import pytest
 
+from inputs.memory import GIB, Limit
 from preflight import doctor
 from preflight.doctor import Finding
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU_ONLY = {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.21"}
+
+
+def limit_with_free(free):
+    return Limit("ulimit -v", "address space", minimum=4 * GIB, size=20 * GIB, free=free)
 
 
 def levels(findings):
@@ -112,17 +117,38 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
     )
 
 
+def install_metadata(folder, version):
+    path = folder / f"some_package-{version}.dist-info"
+    path.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: Some.Package\nVersion: {version}\n"
+    (path / "METADATA").write_text(text)
+
+
+def test_of_two_copies_in_one_folder_neither_is_said_to_be_imported(tmp_path, monkeypatch):
+    for folder, version in (("first", "2.0"), ("first", "1.0"), ("second", "3.0")):
+        install_metadata(tmp_path / folder, version)
+    paths = [str(tmp_path / folder) for folder in ("first", "second")]
+    monkeypatch.setattr(sys, "path", paths[:1])
+    copies = doctor.find_packages()
+    assert copies == {"some-package": [("1.0", paths[0]), ("2.0", paths[0])]}
+    (finding,) = doctor.check_copies(copies)
+    both = f"some-package 1.0 and 2.0 in {paths[0]}, whose files may be of either"
+    assert finding.message == f"several copies: {both}"
+    assert "repeat `pip uninstall -y some-package` until none is left" in finding.fix
+    monkeypatch.setattr(sys, "path", paths)
+    (finding,) = doctor.check_copies(doctor.find_packages())
+    assert finding.message == f"several copies: {both}, which hides 3.0 in {paths[1]}"
+
+
 def test_of_two_copies_of_a_package_the_one_that_python_takes_is_read(tmp_path, monkeypatch):
     for folder, version in (("first", "1.0"), ("second", "2.0"), ("third", "2.0")):
-        (tmp_path / folder / f"some_package-{version}.dist-info").mkdir(parents=True)
-        metadata = tmp_path / folder / f"some_package-{version}.dist-info/METADATA"
-        metadata.write_text(f"Metadata-Version: 2.1\nName: Some.Package\nVersion: {version}\n")
+        install_metadata(tmp_path / folder, version)
     paths = [str(tmp_path / folder) for folder in ("first", "second", "second", "third")]
     monkeypatch.setattr(sys, "path", paths)
     copies = doctor.find_packages()
     assert [version for version, _ in copies["some-package"]] == ["1.0", "2.0", "2.0"]
     (finding,) = doctor.check_copies(copies)
-    assert finding.level == "warning" and finding.fix
+    assert finding.level == "warning" and finding.fix == "remove the copies that you do not want"
     assert f"some-package 1.0 in {paths[0]}, which hides 2.0 in {paths[1]}" in finding.message
     monkeypatch.setattr(sys, "path", paths[1:])
     assert doctor.check_copies(doctor.find_packages()) == []  # two copies of one version
@@ -160,11 +186,31 @@ def test_a_probe_without_memory_is_recognized(tmp_path):
     assert doctor.run_probe(tmp_path) == ([], "out of memory (killed by SIGABRT)")
 
 
-def test_a_limit_of_address_space_is_checked(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "free_address_space", lambda: 3 * doctor.GIB)
+def test_what_crashes_under_a_tight_limit_is_not_reinstalled(monkeypatch):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(GIB))
+    changed = {name: {"error": "ValueError: no"} for name in ("orbit", "devices", "XLA")}
+    for failure in ("killed by SIGSEGV", "no answer within 180 s"):
+        findings = doctor.check_probe(stages(**changed), failure, tpu_wheel=False, fix="pip")
+        errors = [finding for finding in findings if finding.level == "error"]
+        assert levels(errors) == [("error", c) for c in ("orbit", "TPU", "XLA", "Trial run")]
+        assert all(error.fix == doctor.MORE_MEMORY for error in errors)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(8 * GIB))
+    findings = doctor.check_probe([], "killed by SIGSEGV", tpu_wheel=False, fix="pip install")
+    assert [finding.fix for finding in findings] == ["pip install"]
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(3, "error"), (5, "warning"), (15, "warning"), (17, "ok")]
+)
+def test_a_limit_of_this_process_is_checked(monkeypatch, tmp_path, free, level):
+    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(free * GIB))
     (finding,) = [f for f in doctor.check_machine(str(tmp_path)) if "address space" in f.message]
-    assert (finding.level, finding.fix) == ("error", "ulimit -v unlimited")
-    assert finding.message == "3.0 GiB of address space left, by the limit of this shell"
+    fix = "" if level == "ok" else "ulimit -v unlimited"
+    assert (finding.level, finding.fix) == (level, fix)
+    text = f"{free}.0 GiB of address space left, by the limit of this shell (ulimit -v)"
+    assert finding.message == text
 
 
 def test_help_is_a_usage_text(capsys):
@@ -180,10 +226,10 @@ def test_help_is_a_usage_text(capsys):
 
 
 def test_little_disk_space_and_memory(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 5 * doctor.GIB})
+    usage = type("Usage", (), {"free": 5 * GIB})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(doctor, "free_memory", lambda: doctor.GIB // 2)
-    monkeypatch.setattr(doctor, "free_address_space", lambda: None)
+    monkeypatch.setattr(doctor, "free_memory", lambda: GIB // 2)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: None)
     disk, memory = doctor.check_machine(str(tmp_path / "not" / "yet"))
     assert disk.level == "warning" and disk.message == f"5.0 GiB free at {tmp_path}"
     assert memory.level == "error" and memory.fix

@@ -188,7 +188,7 @@ def test_results_are_written_to_object_storage(ram, monkeypatch):
         preflight.run(recipe, "v3:2x2", json_path="foo://a/b.json", log=pytest.fail)
 
 
-@pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png"])
+@pytest.mark.parametrize("name", ["nowhere/rows.json", "rows.png", "rows.PNG"])
 def test_an_unwritable_json_path_is_an_error_before_compilation(tmp_path, monkeypatch, name):
     monkeypatch.setattr(preflight, "check_installed", lambda: None)
     with pytest.raises(InputError, match=f"preflight_json=.*{name}"):
@@ -423,13 +423,16 @@ def test_a_hidden_update_and_a_sum_beyond_the_memory_are_explained(monkeypatch):
         progress=preflight_children.ProgressLines(print),
         search=False,
     )
-    assert "the update takes 50 ms (50%, 250000.00 floats moved per" in report.describe(
-        recipe, [dataclasses.replace(result, time=dataclasses.replace(result.time, update=0.05))]
-    )
+    update = dataclasses.replace(result, time=dataclasses.replace(result.time, update=0.05))
+    assert (
+        "of which the update takes 50 ms (50%): its time alone, but at most what the products of "
+        "forward and backward leave; compiled alone, it moves 250000.00 floats per parameter; "
+    ) in report.describe(recipe, [update])
     hidden = dataclasses.replace(result, time=dataclasses.replace(result.time, update=0.0))
-    assert "takes no time of its own, as its traffic runs beside" in report.describe(
-        recipe, [hidden]
-    )
+    assert (
+        "takes no time of its own, as its traffic runs beside the products; compiled alone, it "
+        "moves 250000.00 floats per parameter; "
+    ) in report.describe(recipe, [hidden])
     assert "larger than HBM" not in report.describe(recipe, [result])
     program = result.program | {"hbm_bytes": 17 * 2**30}
     larger = report.describe(recipe, [dataclasses.replace(result, program=program)])

@@ -289,6 +289,10 @@ def test_a_path_that_is_no_checkpoint_is_a_value_error(keras3, tmp_path):
         with pytest.raises(ValueError, match="checkpoint") as error:
             migrate(tmp_path / name, optimizer)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", "foo://nowhere/ckpt-1", "ram://nowhere"):
+        with refused(optimizer, "`source` must be the path of a checkpoint", repr(str(source))):
+            migrate(source, optimizer)
 
 
 def test_a_checkpoint_needs_exactly_one_optimizer(keras3, tmp_path):

@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 import recipes
+from inputs import memory
 from inputs.errors import InputError
+from inputs.memory import GIB
 from preflight.compiler import children as children_module
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -76,6 +78,16 @@ def test_a_host_without_memory_is_not_a_program_that_does_not_compile(
     assert "says nothing about the memory of the TPU" in str(error.value)
 
 
+def test_a_host_whose_limit_is_tight_names_it(children, monkeypatch, tmp_path):
+    limit = memory.Limit("ulimit -v", "address space", minimum=4 * GIB, size=3 * GIB, free=GIB)
+    monkeypatch.setattr(memory, "binding_limit", lambda: limit)
+    (tmp_path / "limited_child.py").write_text("import os\ndef run(): os.kill(os.getpid(), 11)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = "is not sufficient.*`ulimit -v` allows each process 3.0 GiB of address space. This says"
+    with pytest.raises(InputError, match=said):
+        children._run("limited_child.run", "the task", {})
+
+
 def test_a_full_disk_is_not_a_program_that_does_not_compile(children, monkeypatch, tmp_path):
     (tmp_path / "writing_child.py").write_text(
         "import errno, os\ndef run():\n raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
@@ -123,6 +135,8 @@ tf2xla conversion failed. Run with TF_DUMP_GRAPH_PREFIX=/path"""
     assert reason(output, 1).endswith("Detected unsupported operations: Foo")
     assert reason("a line\ninputs.errors.InputError: --set x: no.", 1) == "--set x: no."
     assert reason("", 3) == "exit status 3"
+    assert reason("", -11) == "killed by SIGSEGV"
+    assert reason("a line", -11) == "killed by SIGSEGV, after it printed 'a line'"
 
 
 class Terminal(io.StringIO):
