@@ -23,7 +23,7 @@ from absl import app, flags, logging
 
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
-from inputs import memory
+from inputs import damage, memory
 from inputs.errors import InputError, first_line, message_in, refuse_empty, refuse_misspelled
 from inputs.storage import files
 from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
@@ -255,7 +255,22 @@ def open_mllog(where, recipe: Recipe, model_dir: str) -> MLPerfLog | None:
     return MLPerfLog(FLAGS.mllog, recipe, platform=platform, seed=FLAGS.seed, started=STARTED)
 
 
-def make_task(recipe: Recipe, shared_dir: str, resume_dir: str | None = None, log=log):
+def damage_reports(where, model_dir: str) -> damage.Reports:
+    """Returns how this process reports damaged records; see `inputs.damage.Reports`."""
+    # Each start has its own folder, because the data may have been repaired since an earlier one.
+    start = str(strategy.max_over_workers(where, time.time_ns()))
+    has_others = strategy.is_multi_worker(where) or strategy.drives_other_hosts(where)
+    return damage.Reports(
+        log,
+        folder=os.path.join(model_dir, damage.FOLDER, start) if has_others else "",
+        worker=strategy.line_prefix(where),
+        chief=strategy.is_chief(where),
+    )
+
+
+def make_task(
+    recipe: Recipe, shared_dir: str, resume_dir: str | None = None, log=log, reports=None
+):
     """Returns the task of the recipe with the data of the flags; see `tasks.task.Task`."""
     if recipe.compute_dtype != "float32":
         tf_keras.mixed_precision.set_global_policy(f"mixed_{recipe.compute_dtype}")
@@ -269,6 +284,7 @@ def make_task(recipe: Recipe, shared_dir: str, resume_dir: str | None = None, lo
         log=log,
         cache_dir=FLAGS.cache_dir,
         shared_dir=shared_dir,
+        reports=reports,
     )
 
 
@@ -285,6 +301,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
         shared_dir=model_dir if strategy.drives_other_hosts(where) else "",
         resume_dir=model_dir if resumes(where, model_dir) else None,
         log=log_line,
+        reports=damage_reports(where, model_dir),
     )
     with blame("--set"):
         run = Run(
@@ -309,6 +326,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
+    task.end_data()
     if not chief:
         # Reading batch normalization's averages, which each replica has, takes all processes.
         with temporary_folder("export-") as folder:
@@ -465,6 +483,7 @@ def main(arguments) -> int:
         check_lock = stack.enter_context(lock)
         if chief:
             manager.recover(model_dir, log)
+            files.remove_folder(os.path.join(model_dir, damage.FOLDER))  # of earlier starts
             if recover_folder(export_dir, last=SAVED_MODEL, log=log):
                 log(f"{export_dir}: restored, because the process that replaced it was killed")
             check_not_occupied(export_dir)  # `check_export_dir` leaves what is to be recovered

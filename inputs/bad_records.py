@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from inputs.errors import InputError
 
-MAX_REPORTED = 10  # messages about single records; after that only the total is reported
+MAX_NAMED = 10  # messages about single records; after that only the total is reported
 # Damaged records may cluster at the start of the data, so during reading the share is not checked
 # until this many have been found.
 CHECKED_FROM = 1_000
@@ -31,11 +31,15 @@ class BadRecords:
     Args:
         max_share: the share of all records that may be damaged, in [0, 1].
         skip: if False, the first damaged record raises.
-        log: receives one line for each of the first `MAX_REPORTED` damaged records, and the total.
+        log: receives one line for each of the first `MAX_NAMED` places with damaged records, and
+            the total.
         limit_flag: the flag that sets `max_share`, for the error message.
+        worker: how lines about what this process finds begin, such as "worker 1: "; "" if it is the
+            only one.
+        chief: whether this process also names what other workers find, and reports their total.
 
     Attributes:
-        skip: as given.
+        skip, worker, chief: as given.
         good: number of usable records so far.
         bad: number of damaged records so far.
     """
@@ -47,12 +51,17 @@ class BadRecords:
         skip: bool,
         log: Callable[[str], object],
         limit_flag: str = "--set max_bad_record_share",
+        worker: str = "",
+        chief: bool = True,
     ):
         self._max_share = max_share
         self.skip = skip
         self._log = log
         self._limit_flag = limit_flag
+        self.worker = worker
+        self.chief = chief
         self._first = ""
+        self._named: set[str] = set()
         self._expected = 0
         self._file: _File | None = None
         self.good = 0
@@ -88,23 +97,28 @@ class BadRecords:
         """Counts usable records."""
         self.good += count
 
-    def add_bad(self, message: str, count: int = 1) -> None:
+    def add_bad(self, message: str, count: int = 1, worker: str | None = None) -> None:
         """Counts damaged records.
 
         Args:
             message: one sentence with the file, the position in it and what is wrong.
             count: number of records lost (a lower bound).
+            worker: the `worker` that found them; None for this process.
 
         Raises:
             InputError: the limit is exceeded, or `skip` is False.
         """
         if not self.skip:
             raise InputError(f"{message} {REPAIR}")
-        self._first = self._first or message
+        worker = self.worker if worker is None else worker
+        self._first = self._first or worker + message
         if self._file and not self._file.first:
             self._file.first = message
-        if self.bad < MAX_REPORTED:
-            self._log(f"Skipped: {message}")
+        # A damaged page is reported with each block of examples that it belongs to.
+        is_new = message not in self._named and len(self._named) < MAX_NAMED
+        if is_new and (self.chief or worker == self.worker):
+            self._named.add(message)
+            self._log(f"{worker}Skipped: {message}")
         self.bad += count
         if self._expected or self.bad >= CHECKED_FROM:
             self._check()
@@ -119,7 +133,11 @@ class BadRecords:
         """
         if self.bad:
             self._check()
-            self._log(f"{self._count} were damaged and skipped")
+            # Of records that were announced, each worker reads a part, and the chief reports all.
+            if not self._expected:
+                self._log(f"{self.worker}{self._count} were damaged and skipped")
+            elif self.chief:
+                self._log(f"{self._count} were damaged and skipped")
 
     @property
     def _count(self) -> str:

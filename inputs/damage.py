@@ -2,19 +2,25 @@
 
 A graph runs on the host that reads the data, which may be another machine, and without Python. So
 it writes a small file for each damaged record into a folder that all hosts share, and the program
-collects these files.
+collects these files. Workers that train together share the folder, too, so that the limit holds for
+all of them together.
 """
 
+import dataclasses
 import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
+from typing import Self
 
 import tensorflow as tf
 
 from inputs.bad_records import REPAIR, BadRecords
 from inputs.storage.files import list_names, open_bytes
 
+FOLDER = "damaged-records"  # of the reports, in a folder that all hosts share
+END = "\n."  # of each report
 SCRATCH: set[str] = set()  # all folders of `scratch_folder`, which other hosts cannot open
 
 
@@ -26,14 +32,49 @@ def scratch_folder(owner: object, prefix: str) -> str:
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """How a process of a run reports damaged records.
+
+    Attributes:
+        log: takes the lines.
+        folder: of this start of the run, which all hosts can write; "" if there is one host.
+        worker, chief: see `BadRecords`.
+    """
+
+    log: Callable[[str], object]
+    folder: str = ""
+    worker: str = ""
+    chief: bool = True
+
+    @classmethod
+    def of_one_process(cls, log: Callable[[str], object], shared_dir: str) -> Self:
+        """Those of the only process that reads the data; see `shared_dir` of `tasks.task.Task`."""
+        return cls(log, shared_dir and os.path.join(shared_dir, FOLDER))
+
+    def bad_records(self, recipe) -> BadRecords:
+        """Counts the damaged records of a data set, as a `recipes.types.Recipe` says."""
+        return BadRecords(
+            recipe.max_bad_record_share,
+            skip=recipe.on_bad_record == "skip",
+            log=self.log,
+            worker=self.worker,
+            chief=self.chief,
+        )
+
+    def folder_of(self, name: str) -> str:
+        """The `folder` of the `Damage` of a data set."""
+        return self.folder and os.path.join(self.folder, name)
+
+
 class Damage:
     """The damaged records of one data set.
 
     Args:
         records: counts them, and decides whether reading may go on.
         examples: the number of all examples, of which those lost are a share.
-        folder: where hosts report them, on a file system that all of them share; "" for a temporary
-            folder of this machine.
+        folder: an empty folder where hosts report them, on a file system that all of them share; ""
+            for a temporary folder of this machine.
     """
 
     def __init__(self, records: BadRecords, examples: int, folder: str = ""):
@@ -63,7 +104,9 @@ class Damage:
         key = tf.strings.to_hash_bucket_strong(
             tf.strings.format("{} {} {}", (path, offset, example)), 2**62, [1, 2]
         )
-        content = tf.strings.join([tf.strings.as_string(lost), "\n", message])
+        content = tf.strings.join(
+            [tf.strings.as_string(lost), "\n", self._records.worker, "\n", message, END]
+        )
         return tf.io.write_file(
             tf.strings.join([self._folder + "/", tf.strings.as_string(key)]), content
         )
@@ -80,11 +123,12 @@ class Damage:
             return
         for name in sorted(set(names) - self._seen):
             with open_bytes(os.path.join(self._folder, name)) as file:
-                lost, _, message = file.read().decode(errors="replace").partition("\n")
-            if not message:  # it is being written
+                content = file.read().decode(errors="replace")
+            if not content.endswith(END):  # it is being written
                 continue
             self._seen.add(name)
-            self._records.add_bad(message, int(lost))
+            lost, worker, message = content.removesuffix(END).split("\n", 2)
+            self._records.add_bad(message, int(lost), worker)
 
     def end(self) -> None:
         """Collects, and logs the total. Call it when nothing is read any more.

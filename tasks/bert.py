@@ -8,6 +8,7 @@ import numpy as np
 from export.bert import pretrained_export
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
+from inputs.damage import Reports
 from inputs.errors import InputError
 from inputs.text import chunks
 from inputs.text.packing import bucket_batches
@@ -42,7 +43,7 @@ class BertPretraining(Task):
         log: takes lines of progress.
         cache_dir: where raw text is prepared, and what a prepared folder lacks is written; "" for
             ~/.cache/tf_lamb.
-        shared_dir: see `tasks.task.Task`.
+        shared_dir, reports: see `tasks.task.Task`.
     """
 
     example_unit = "sequences"
@@ -66,6 +67,7 @@ class BertPretraining(Task):
         log,
         cache_dir="",
         shared_dir="",
+        reports=None,
     ):
         if recipe.model not in bert.SIZES:
             raise InputError(
@@ -91,7 +93,14 @@ class BertPretraining(Task):
                 vocab = os.path.join(resume_dir, "vocab.txt")
             known = casing.of_checkpoint(resume_dir) if resume_dir else None
             self._source = pretraining_data.open_data(
-                recipe, data_dir, vocab, known, log=log, cache_dir=cache_dir, shared_dir=shared_dir
+                recipe,
+                data_dir,
+                vocab,
+                known,
+                log=log,
+                cache_dir=cache_dir,
+                shared_dir=shared_dir,
+                reports=reports or Reports.of_one_process(log, shared_dir),
             )
         self.recipe = dataclasses.replace(recipe, lower_case=self._source.lower_case)
         self.vocabulary = self._source.vocabulary
@@ -176,9 +185,9 @@ class BertPretraining(Task):
         phase, training = self._training(phase_index)
         return training.order(phase.global_batch_size)
 
-    def check_data(self):
-        """See `tasks.task.Task.check_data`."""
-        self._source.check()
+    def damage(self):
+        """See `tasks.task.Task.damage`."""
+        return self._source.damage()
 
     def final_metrics(self, model, strategy, output_dir):
         """Returns `frequent_token`, the accuracy of always predicting the most frequent token."""

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 
-from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import MANIFEST, is_prepared
 from inputs.storage.files import cache_folder, is_file
@@ -22,7 +21,6 @@ from tasks import synthetic as synthetic_data
 SHOWN_SENTENCES = 4
 SEARCHED_SENTENCES = 20_000
 EVALUATION_SEED = 0  # so that held-out text is masked in the same way in every run
-DAMAGE = "damaged-records"  # folder of the reports of hosts, in `shared_dir`
 VOCABULARY = "vocab.txt"
 
 
@@ -35,6 +33,7 @@ def open_data(
     log: Callable[[str], object],
     cache_dir: str,
     shared_dir: str,
+    reports,
 ):
     """Opens `--data_dir`: TFRecord files of masked examples, or text.
 
@@ -51,8 +50,10 @@ def open_data(
     if data_dir and not is_prepared(data_dir):
         records = find_record_files(data_dir, log)
     if records is None:
-        return Text(recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir)
-    return Records(recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, *records)
+        return Text(recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, reports)
+    return Records(
+        recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, reports, *records
+    )
 
 
 def joined_layout(recipe, phase) -> PackedRows | LengthBuckets | None:
@@ -75,19 +76,12 @@ class _Source:
         description, amount: see `data` and `amount` of `tasks.task.Task`.
     """
 
-    def __init__(self, recipe, data_dir, log, shared_dir):
+    def __init__(self, recipe, data_dir, log, reports):
         self._recipe = recipe
         self._log = log
-        self._damage_dir = shared_dir and os.path.join(shared_dir, DAMAGE)
+        self._reports = reports
         self._made: dict = {}
         self.description = data_dir or "Python's help topics and installed packages' docstrings"
-
-    def _bad_records(self):
-        return BadRecords(
-            self._recipe.max_bad_record_share,
-            skip=self._recipe.on_bad_record == "skip",
-            log=self._log,
-        )
 
     def training_examples(self, phase, seed):
         """The training examples of a phase, an `inputs.text.batches.Batches`."""
@@ -108,8 +102,8 @@ class _Source:
                 seed=seed,
                 layout=layout,
                 lanes=self._recipe.lanes,
-                bad_records=self._bad_records(),
-                damage_folder=self._damage_dir and os.path.join(self._damage_dir, name),
+                bad_records=self._reports.bad_records(self._recipe),
+                damage_folder=self._reports.folder_of(name),
             )
             if layout:
                 self._log(made.describe_plan())
@@ -121,10 +115,9 @@ class _Source:
             self._made[key] = made
         return self._made[key]
 
-    def check(self):
-        """Reports what was found damaged since the last call; see `Damage.collect`."""
-        for made in self._made.values():
-            made.damage.collect()
+    def damage(self):
+        """See `tasks.task.Task.damage`."""
+        return [made.damage for made in self._made.values()]
 
     def _with_masks(self, sentences: Iterable[list[str]]) -> list[tuple[str, str]]:
         """Returns a few pairs: a sentence with one whole word masked, and that word."""
@@ -148,9 +141,9 @@ class _Source:
 class Text(_Source):
     """Training and held-out documents as word pieces, masked on the fly."""
 
-    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir):
-        super().__init__(recipe, data_dir, log, shared_dir)
-        records = self._bad_records()
+    def __init__(self, recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, reports):
+        super().__init__(recipe, data_dir, log, reports)
+        records = reports.bad_records(recipe)
         log(f"Reading {self.description}")
         if not (data_dir and is_prepared(data_dir)):
             if shared_dir:
@@ -201,9 +194,19 @@ class Records(_Source):
     """Examples that another program masked and wrote as TFRecords."""
 
     def __init__(
-        self, recipe, data_dir, vocab, known_case, log, cache_dir, shared_dir, training, held_out
+        self,
+        recipe,
+        data_dir,
+        vocab,
+        known_case,
+        log,
+        cache_dir,
+        shared_dir,
+        reports,
+        training,
+        held_out,
     ):
-        super().__init__(recipe, data_dir, log, shared_dir)
+        super().__init__(recipe, data_dir, log, reports)
         if recipe.whole_word or recipe.packing != PAIRS:
             raise InputError(
                 f"--data_dir: {training[0]} holds masked examples, on which whole_word and packing "
@@ -227,7 +230,7 @@ class Records(_Source):
         self.lower_case = casing.choose(recipe.lower_case, self.vocabulary, known_case)
         cache = os.path.expanduser(cache_dir) if cache_dir else cache_folder()
         self._training, self._held_out = pretraining_records.open_records(
-            training, held_out, self._bad_records(), cache_dir=cache, log=log
+            training, held_out, reports.bad_records(recipe), cache_dir=cache, log=log
         )
         for files in (self._training, self._held_out):
             pretraining_records.check_vocabulary(files, self.vocabulary)
@@ -288,8 +291,9 @@ class Synthetic:
         bounds |= {"masked_lm_positions": min(of_tokens.values()), "next_sentence_labels": 2}
         return synthetic_data.SyntheticExamples(spec, bounds, self._seed)
 
-    def check(self):
+    def damage(self):
         """Nothing can be damaged."""
+        return ()
 
     def masked_sentences(self) -> list[tuple[str, str]]:
         """See `Text.masked_sentences`."""

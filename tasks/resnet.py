@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 
 from export.model_card import make_card
 from export.resnet import classifier_export
 from export.saved_model import run_client, write_export
-from inputs.bad_records import BadRecords
+from inputs.damage import Reports
 from inputs.errors import InputError
 from inputs.images import examples
 from inputs.images.sources import check_same_classes
@@ -36,7 +35,7 @@ class ImageClassification(Task):
         synthetic: whether to use random batches instead of images.
         log: takes lines of progress.
         cache_dir: not used.
-        shared_dir: see `tasks.task.Task`.
+        shared_dir, reports: see `tasks.task.Task`.
     """
 
     example_unit = "images"
@@ -59,6 +58,7 @@ class ImageClassification(Task):
         log,
         cache_dir="",
         shared_dir="",
+        reports=None,
     ):
         del resume_dir, cache_dir
         if vocab:
@@ -71,7 +71,9 @@ class ImageClassification(Task):
         self._source = (
             _SyntheticImages(recipe, seed)
             if synthetic
-            else _Images(recipe, data_dir, seed, log, shared_dir)
+            else _Images(
+                recipe, data_dir, seed, log, reports or Reports.of_one_process(log, shared_dir)
+            )
         )
         self.data = self._source.description
         self.amount = self._source.amount
@@ -123,19 +125,9 @@ class ImageClassification(Task):
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return self._source.training.files_read(batch_size, context, steps)
 
-    def check_data(self):
-        """See `tasks.task.Task.check_data`."""
-        self._source.check()
-
-    def final_metrics(self, model, strategy, output_dir):
-        """Returns {}; reports how many images could not be read.
-
-        Raises:
-            InputError: they were more than the recipe allows.
-        """
-        del model, strategy, output_dir
-        self._source.report_bad_records()
-        return {}
+    def damage(self):
+        """See `tasks.task.Task.damage`."""
+        return self._source.damage
 
     def describe(self, results):
         """Top-1 and top-5 accuracy, and the loss."""
@@ -172,7 +164,7 @@ class ImageClassification(Task):
 class _Images:
     """Prepared images: the splits train/ and validation/ of a folder."""
 
-    def __init__(self, recipe, data_dir, seed, log, shared_dir):
+    def __init__(self, recipe, data_dir, seed, log, reports):
         if not data_dir:
             raise InputError(
                 "--data_dir: give the folder that `python -m inputs.images.prepare` wrote, or "
@@ -186,19 +178,15 @@ class _Images:
                 seed=seed,
                 augmentation=augmentation,
                 mixup_alpha=mixup_alpha,
-                bad_records=BadRecords(
-                    recipe.max_bad_record_share,
-                    skip=recipe.on_bad_record == "skip",
-                    # Each process of a cluster reads its own share of the data, so each reports.
-                    log=lambda line: print(line, file=sys.stderr),
-                ),
+                bad_records=reports.bad_records(recipe),
                 lanes=recipe.lanes,
-                damage_folder=shared_dir and os.path.join(shared_dir, "damaged-records", split),
+                damage_folder=reports.folder_of(split),
             )
 
         self.description = data_dir
         self.training = read("train", recipe.augmentation, recipe.mixup_alpha)
         self.held_out = read("validation", "none", 0.0)
+        self.damage = [self.training.damage, self.held_out.damage]
         self.classes = self.training.manifest["classes"]
         check_same_classes(
             self.classes,
@@ -216,14 +204,6 @@ class _Images:
         )
         log(self.amount)
 
-    def check(self):
-        for split in (self.training, self.held_out):
-            split.damage.collect()
-
-    def report_bad_records(self):
-        for split in (self.training, self.held_out):
-            split.damage.end()
-
     def sample_files(self, count):
         """Yields (bytes of an image file, name of its class)."""
         for data, label in self.held_out.files(count):
@@ -236,6 +216,7 @@ class _SyntheticImages:
     description = fingerprint = amount = synthetic_data.DESCRIPTION
     padding = 0
     training_examples = 1_281_167  # those of ImageNet
+    damage = ()
 
     def __init__(self, recipe, seed):
         count = CIFAR10_CLASSES if recipe.normalization == "cifar10" else IMAGENET_CLASSES
@@ -245,12 +226,6 @@ class _SyntheticImages:
             {"image": 256, "label": count},
             seed,
         )
-
-    def check(self):
-        pass
-
-    def report_bad_records(self):
-        pass
 
     def sample_files(self, count):
         return ()

@@ -6,7 +6,7 @@ import os
 from export.model_card import make_card
 from export.saved_model import run_client, write_export
 from export.squad import answering_export
-from inputs.bad_records import BadRecords
+from inputs.damage import Reports
 from inputs.errors import InputError
 from inputs.squad import examples
 from inputs.squad import files as squad_files
@@ -44,6 +44,7 @@ class SquadFineTuning(Task):
         log: takes lines of progress.
         cache_dir: not used.
         shared_dir: see `tasks.task.Task`; the windows are written there.
+        reports: see `tasks.task.Task`.
     """
 
     example_unit = "windows"
@@ -65,6 +66,7 @@ class SquadFineTuning(Task):
         log,
         cache_dir="",
         shared_dir="",
+        reports=None,
     ):
         del cache_dir
         if recipe.model not in bert.SIZES:
@@ -80,7 +82,9 @@ class SquadFineTuning(Task):
         if synthetic:
             self._source = _SyntheticQuestions(recipe, len(self.vocabulary), seed)
         else:
-            self._source = _Questions(recipe, data_dir, self.vocabulary, seed, log, shared_dir)
+            self._source = _Questions(
+                recipe, data_dir, self.vocabulary, seed, log, shared_dir, reports or Reports(log)
+            )
         self.data = self._source.description
         self.amount = self._source.amount
         self.facts = {
@@ -249,14 +253,12 @@ def _known_case(pieces, encoder, resume_dir) -> tuple[bool, str] | None:
 class _Questions:
     """The windows of the training and the dev file."""
 
-    def __init__(self, recipe, data_dir, pieces, seed, log, shared_dir):
+    def __init__(self, recipe, data_dir, pieces, seed, log, shared_dir, reports):
         self._recipe = recipe
         files = squad_files.find_files(data_dir)
         self.description = " and ".join(files)
         log(f"Reading {self.description}")
-        records = BadRecords(
-            recipe.max_bad_record_share, skip=recipe.on_bad_record == "skip", log=log
-        )
+        records = reports.bad_records(recipe)
         read = [squad_files.read_squad(files[0], records), squad_files.read_squad(files[1])]
         self.fingerprint = "-".join(file.fingerprint for file in read)
         self.training, self.dev = (

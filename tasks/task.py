@@ -2,10 +2,11 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from inputs.damage import Damage
 from inputs.order import Order
 
 
@@ -54,12 +55,13 @@ class Task(abc.ABC):
     A subclass is constructed as
 
         Subclass(recipe, data_dir=..., vocab=..., resume_dir=..., seed=..., synthetic=..., log=...,
-                 cache_dir=..., shared_dir=...)
+                 cache_dir=..., shared_dir=..., reports=...)
 
     with the recipe, the values of the flags with these names, the folder of the run to resume
-    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), and a
-    folder that all hosts can read and write (`shared_dir`; "" if the host is this process). It
-    raises `inputs.errors.InputError` if the data cannot be used.
+    (`resume_dir`; None for a new run), a function that takes lines of progress (`log`), a folder
+    that all hosts can read and write (`shared_dir`; "" if the host is this process), and the
+    `inputs.damage.Reports` of damaged records (`reports`; None for those of one process that logs
+    all lines). It raises `inputs.errors.InputError` if the data cannot be used.
 
     recipe: the recipe of the run.
     example_unit: what an example is called in reports, in the plural ("sequences").
@@ -156,12 +158,27 @@ class Task(abc.ABC):
         del phase_index, context, steps
         return set()
 
-    def check_data(self) -> None:  # noqa: B027
+    def damage(self) -> Sequence[Damage]:
+        """The damaged records of each data set that was read so far."""
+        return ()
+
+    def check_data(self) -> None:
         """Reports the damaged records that hosts have found since the last call.
 
         Raises:
             InputError: they are more than the recipe allows.
         """
+        for damage in self.damage():
+            damage.collect()
+
+    def end_data(self) -> None:
+        """Reports the number of all damaged records, once no data is read any more.
+
+        Raises:
+            InputError: they are more than the recipe allows.
+        """
+        for damage in self.damage():
+            damage.end()
 
     def write_files(self, model_dir: str) -> None:
         """Writes the files that a resumed run needs besides the checkpoints."""

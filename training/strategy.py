@@ -69,6 +69,14 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def line_prefix(strategy: tf.distribute.Strategy) -> str:
+    """How lines about this process begin, such as "worker 1: "; "" if it is the only one."""
+    if not is_multi_worker(strategy):
+        return ""
+    resolver = strategy.cluster_resolver
+    return f"{resolver.task_type} {resolver.task_id}: "
+
+
 def drives_other_hosts(strategy: tf.distribute.Strategy) -> bool:
     """Whether one process, this one, drives devices of other processes, as of a TPU pod slice."""
     if is_multi_worker(strategy):

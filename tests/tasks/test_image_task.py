@@ -15,10 +15,13 @@ import recipes
 from export.resnet import NO_IMAGE, ImageClassifier, classifier_export
 from export.saved_model import write_export
 from inputs import order
+from inputs.damage import FOLDER
 from inputs.errors import InputError
 from inputs.images import examples
+from inputs.storage import files
 from models import resnet
 from tasks.resnet import ImageClassification
+from training import strategy
 from training.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -160,6 +163,33 @@ def test_a_flipped_byte_in_a_shard_stops_the_run_with_a_message(in_process, capf
     assert "on_bad_record=skip" in said[-1]
     assert in_process(arguments) == 1
     assert "1 of 12 records are damaged, more than the share of 0.001" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_pods_run_goes_on_once_its_data_is_repaired(
+    in_process, capfd, tmp_path, ram, monkeypatch
+):
+    monkeypatch.setattr(strategy, "drives_other_hosts", lambda where: True)
+    data = prepared(tmp_path, size=(40, 40))
+    arguments = [
+        "--recipe=cifar10-momentum-128",
+        f"--data_dir={data}",
+        f"--model_dir={ram}/run",
+        "--global_batch_size=12",
+        "--steps=2",
+        "--set=image_size=32",
+        "--set=model=cifar-resnet-10",
+    ]
+    whole = (data / "train/train-00000.tfrecord").read_bytes()
+    shard, offset = damage(data / "train", 5)
+    assert in_process(arguments) == 1
+    said = capfd.readouterr().err
+    assert f"Skipped: {shard}, byte {offset}: damaged or missing." in said
+    assert "1 of 12 records are damaged, more than the share of 0.001" in said
+    assert files.is_folder(f"{ram}/run/{FOLDER}")
+    shard.write_bytes(whole)
+    assert in_process(arguments) == 0
+    assert "amaged" not in capfd.readouterr().err and not files.is_folder(f"{ram}/run/{FOLDER}")
 
 
 def task(tmp_path, data_dir="", recipe=None, **changes):

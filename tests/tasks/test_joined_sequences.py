@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -350,3 +351,17 @@ def test_masked_records_take_no_other_masking(make_task, tmp_path):
         make_task(data_dir=str(tmp_path))
     with pytest.raises(InputError, match="--cache_dir is needed: where the records of .* begin"):
         make_task(data_dir=str(tmp_path), cache_dir="", shared_dir="shared")
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_the_total_of_damaged_records_is_reported(make_task, text, records, kind):
+    said = []
+    data_dir = str(text) if kind == "text" else records
+    task = make_task("max_bad_record_share=0.9", said=said, data_dir=data_dir)
+    task.evaluation_batches(0)
+    (damage,) = task.damage()
+    damage.report(*map(tf.constant, ("a.tfrecord", 5, 0, 1)))
+    task.check_data()
+    assert said[-1] == "Skipped: a.tfrecord, byte 5: damaged or missing."
+    task.end_data()
+    assert re.fullmatch("1 of [0-9]+ records were damaged and skipped", said[-1])

@@ -19,7 +19,11 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from batch_checks import corpora
 
+from inputs.pages import PAGE_BYTES
+from inputs.shards import FRAME_BYTES
+from inputs.text.tokenization import vocabulary
 from training import strategy
 from training.checkpoint.manager import CheckpointManager, saved_step
 from training.monitor.progress import read_rows
@@ -281,3 +285,30 @@ def test_dropout_of_a_resumed_run_is_bit_identical(until, mirrored, text, tmp_pa
         for folder in (whole, cut)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.slow
+def test_each_worker_names_the_damaged_pages_that_it_reads(tmp_path):
+    documents = [[f"word {'the ' * (i % 30)} number {i}." for _ in range(5)] for i in range(400)]
+    pieces = [*vocabulary.SPECIAL_TOKENS, "word", "the", "number", ".", *"0123456789"]
+    pieces += [f"##{digit}" for digit in range(10)]
+    training, _ = corpora(documents, pieces, tmp_path / "data")
+    path = pathlib.Path(training.tokens.path)
+    content = bytearray(path.read_bytes())
+    places = [page * (PAGE_BYTES + FRAME_BYTES) for page in (1, 4)]  # of each worker's lane
+    for place in places:
+        content[place + 500] ^= 1
+    path.write_bytes(content)
+    flags = (f"--data_dir={tmp_path}/data", f"--model_dir={tmp_path}/run", "--steps=2")
+    flags += ("--global_batch_size=16", "--steps_per_loop=1", "--set", "max_bad_record_share=0.9")
+    with workers(*flags, "--set", "lanes=2", "--set", "evaluation_examples=16") as processes:
+        chiefs, others = (process.communicate(timeout=SECONDS)[1] for process in processes)
+        assert [process.returncode for process in processes] == [0, 0], chiefs + others
+    of_chief, of_other = (
+        f"worker {worker}: Skipped: {path}, byte {place}: damaged or missing.\n"
+        for worker, place in enumerate(places)
+    )
+    assert of_chief in chiefs and of_other in chiefs
+    assert of_other in others and of_chief not in others
+    assert len(re.findall("of 990 records were damaged and skipped", chiefs)) == 1
+    assert "were damaged and skipped" not in others

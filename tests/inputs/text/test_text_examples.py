@@ -201,17 +201,19 @@ def test_a_long_document_is_paired_with_another(words, tmp_path):
         assert of[0] and of[1] and len(of[0] | of[1]) > 1
 
 
-def test_a_damaged_page_costs_its_examples_and_is_named(words, tmp_path):
+def test_damaged_pages_cost_their_examples_and_are_named(words, tmp_path):
     pieces = words[0]
     documents = [[f"word {'the ' * (i % 30)} number {i}." for _ in range(5)] for i in range(400)]
     training, _ = corpora(documents, pieces, tmp_path / "shards")
     path = pathlib.Path(training.tokens.path)
     content = bytearray(path.read_bytes())
-    content[PAGE_BYTES + FRAME_BYTES + 500] ^= 1  # of the second page
+    places = [page * (PAGE_BYTES + FRAME_BYTES) for page in (1, 3)]
+    for place in places:
+        content[place + 500] ^= 1
     path.write_bytes(content)
     with pytest.raises(
         tf.errors.InvalidArgumentError,
-        match=f"InputError: --data_dir: {path}, byte {PAGE_BYTES + FRAME_BYTES}: damaged",
+        match=f"InputError: --data_dir: {path}, byte ({places[0]}|{places[1]}): damaged",
     ):
         joined(make((pieces, training)).training_batches(BATCH).take(100))
     said = []
@@ -219,11 +221,15 @@ def test_a_damaged_page_costs_its_examples_and_is_named(words, tmp_path):
     examples = make((pieces, training), bad_records=records)
     steps = examples.num_examples // BATCH
     batch = joined(examples.training_batches(BATCH).take(steps))
-    examples.damage.collect()
+    examples.damage.end()
     lost = batch["example_weights"] == 0
     assert 0 < lost.sum() <= records.bad < len(lost)
     assert not batch["masked_lm_weights"][lost].any()
-    assert said[0] == f"Skipped: {path}, byte {PAGE_BYTES + FRAME_BYTES}: damaged or missing."
+    assert sorted(said[:-1]) == [
+        f"Skipped: {path}, byte {place}: damaged or missing." for place in places
+    ]
+    total = f"{records.bad:,} of {examples.num_examples:,} records"
+    assert said[-1] == f"{total} were damaged and skipped"
 
 
 def test_synthetic_batches_have_the_same_spec(words):
