@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 
 from inputs import process  # isort: split
@@ -29,7 +30,7 @@ from preflight.compiler.children import (
 )
 from preflight.compiler.topology import Topology, slices_of
 from preflight.estimate import needed_accumulation
-from training.chips import TPU_CHIPS, TpuChip
+from training.chips import SOURCES, TPU_CHIPS, TpuChip
 
 GIB = 2**30
 PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
@@ -62,8 +63,8 @@ stands for them (listed below).
 CHIPS = """
 ## The chips
 
-What the estimates hold for each generation. `training/chips.py` has the source of each number, and
-the conflicts between them. Memory is what one program can use on one device.
+What the estimates hold for each generation, with the source of each number (`training/chips.py`).
+Memory is what one program can use on one device.
 
 | | TFLOP/s, bfloat16 | memory, GiB | memory, GB/s | links, GB/s each way | devices per chip | \
 cores per chip | chips per host | largest slice |
@@ -305,25 +306,38 @@ def format_page(cells: dict[tuple, Cell]) -> str:
             lines.append(f"| {label} | {phase} | {' | '.join(texts)} |")
     lines += ["", "The same program as", ""]
     lines += [f"- {name}: {', '.join(others)}" for name, others in programs().items() if others]
-    return "\n".join(lines) + "\n" + CHIPS + "\n".join(map(format_chip, TPU_CHIPS.values())) + "\n"
+    return (
+        "\n".join(lines)
+        + "\n"
+        + CHIPS
+        + "\n".join(map(format_chip, TPU_CHIPS.values()))
+        + f"\n\n{SOURCES}"
+    )
 
 
 def format_chip(chip: TpuChip) -> str:
     """Returns a row of the table of chips."""
-    links = {chip.link_bandwidth, chip.other_link_bandwidth}
-    hosts = f"{chip.chips_per_host}"
+
+    def sourced(text, field):
+        return f"{text} ({re.split('[:;,]', chip.sources[field])[0]})"
+
+    links = {chip.link_bandwidth: "link_bandwidth"}
+    if chip.other_link_bandwidth != chip.link_bandwidth:
+        links[chip.other_link_bandwidth] = "other_link_bandwidth"
+    either = " or ".join(sourced(f"{x / 1e9:.0f}", field) for x, field in sorted(links.items()))
+    hosts = sourced(chip.chips_per_host, "chips_per_host")
     if chip.max_chips_of_one_host > chip.chips_per_host:
-        hosts += f"; {chip.max_chips_of_one_host} of one host"
+        hosts += f"; {sourced(chip.max_chips_of_one_host, 'max_chips_of_one_host')} of one host"
     values = (
         chip.name,
-        f"{chip.flops / 1e12:.0f}",
-        f"{chip.hbm_bytes / GIB:.2f}",
-        f"{chip.hbm_bandwidth / 1e9:,.0f}",
-        f"{2 * chip.mesh_dimensions} of {' or '.join(f'{x / 1e9:.0f}' for x in sorted(links))}",
-        str(chip.devices_per_chip),
-        str(chip.cores_per_chip),
+        sourced(f"{chip.flops / 1e12:.0f}", "flops"),
+        sourced(f"{chip.hbm_bytes / GIB:.2f}", "hbm_bytes"),
+        sourced(f"{chip.hbm_bandwidth / 1e9:,.0f}", "hbm_bandwidth"),
+        f"{2 * chip.mesh_dimensions} of {either}",
+        sourced(chip.devices_per_chip, "devices_per_chip"),
+        sourced(chip.cores_per_chip, "cores_per_chip"),
         hosts,
-        f"{chip.max_chips:,} chips",
+        sourced(f"{chip.max_chips:,} chips", "max_chips"),
     )
     return f"| {' | '.join(values)} |"
 

@@ -3,7 +3,17 @@
 Used for model FLOPs utilization (`training.monitor.mfu`) and for the estimates of the pre-flight
 (`preflight.estimate`). Rates are in FLOP/s and bytes/s, per chip unless stated otherwise.
 
-Sources, by the name that stands beside each number in the table:
+`SOURCES` says where those of TPUs are from; those of GPUs are from NVIDIA's data sheets, without
+sparsity.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+GIB = 2**30
+# The names that `TpuChip.sources` has, and the conflicts, in Markdown.
+SOURCES = """\
+Sources:
 
 - docs: the Cloud TPU documentation, docs.cloud.google.com/tpu/docs/NAME, where NAME is v3, v4, v5e,
   v5p or v6e.
@@ -12,6 +22,7 @@ Sources, by the name that stands beside each number in the table:
 - ISCA: Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with
   Hardware Support for Embeddings", ISCA 2023, Table 4.
 - book: Austin et al., "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus.
+- Google: its announcement of v2, see below.
 - compiler: libtpu 0.0.42.1. The memory is its limit when a program is too large; the chips per host
   are those of the topology that it opens.
 
@@ -26,15 +37,8 @@ Published figures that contradict each other:
   64 boards, so 45 for a chip. CACM has 46.
 - Memory bandwidth of v5e: 819 GB/s; later versions of the docs have 800 GiB/s, which is 859.
 - Chips per host of v5e and v6e: the 8 of the documentation is the physical machine, and the virtual
-  machine of a
-  slice of up to 8 chips. The virtual machines of larger slices have 4.
-
-GPUs: NVIDIA's data sheets, without sparsity.
+  machine of a slice of up to 8 chips. The virtual machines of larger slices have 4.
 """
-
-import dataclasses
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class TpuChip:
         wrap_multiple: a dimension of the mesh has wrap-around links if its length is a multiple of
             this.
         max_chips: number of chips in the largest slice.
+        sources: name of a number -> where it is from, by a name in `SOURCES`, and how it follows.
     """
 
     name: str
@@ -75,6 +80,7 @@ class TpuChip:
     max_chips_of_one_host: int
     wrap_multiple: int
     max_chips: int
+    sources: Mapping[str, str] = dataclasses.field(hash=False)
 
     def chips_of_type(self, count: int) -> float:
         """Returns the number of chips of a type with this suffix, such as 4 for v3-8."""
@@ -86,99 +92,182 @@ TPU_CHIPS = {
     for chip in (
         TpuChip(
             name="v2",
-            flops=45e12,  # announced; CACM: 46
-            hbm_bandwidth=700e9,  # CACM
-            link_bandwidth=62e9,  # CACM: 496 Gbit/s
+            flops=45e12,
+            hbm_bandwidth=700e9,
+            link_bandwidth=62e9,
             other_link_bandwidth=62e9,
-            hbm_bytes=int(7.48 * GIB),  # compiler; 16 GiB of a chip (CACM) for two cores
+            hbm_bytes=int(7.48 * GIB),
             devices_per_chip=2,
-            cores_per_chip=2,  # CACM
+            cores_per_chip=2,
             type_counts="cores",
-            mesh_dimensions=2,  # CACM
-            chips_per_host=4,  # compiler
+            mesh_dimensions=2,
+            chips_per_host=4,
             max_chips_of_one_host=4,
-            wrap_multiple=16,  # the side of the pod (book)
-            max_chips=256,  # CACM
+            wrap_multiple=16,
+            max_chips=256,
+            sources={
+                "flops": "Google; CACM: 46",
+                "hbm_bandwidth": "CACM",
+                "link_bandwidth": "CACM: 496 Gbit/s",
+                "hbm_bytes": "compiler; CACM: 16 GiB of a chip for two cores",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "CACM",
+                "mesh_dimensions": "CACM",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "compiler",
+                "wrap_multiple": "book: the side of the pod",
+                "max_chips": "CACM",
+            },
         ),
         TpuChip(
             name="v3",
-            flops=123e12,  # docs
-            hbm_bandwidth=900e9,  # docs
-            link_bandwidth=100e9,  # book
-            other_link_bandwidth=70e9,  # ISCA
-            hbm_bytes=int(15.48 * GIB),  # compiler; docs: 32 GiB of a chip for two cores
+            flops=123e12,
+            hbm_bandwidth=900e9,
+            link_bandwidth=100e9,
+            other_link_bandwidth=70e9,
+            hbm_bytes=int(15.48 * GIB),
             devices_per_chip=2,
-            cores_per_chip=2,  # docs
+            cores_per_chip=2,
             type_counts="cores",
-            mesh_dimensions=2,  # docs
-            chips_per_host=4,  # compiler
+            mesh_dimensions=2,
+            chips_per_host=4,
             max_chips_of_one_host=4,
-            wrap_multiple=32,  # the side of the pod (book)
-            max_chips=1024,  # docs
+            wrap_multiple=32,
+            max_chips=1024,
+            sources={
+                "flops": "docs",
+                "hbm_bandwidth": "docs",
+                "link_bandwidth": "book",
+                "other_link_bandwidth": "ISCA",
+                "hbm_bytes": "compiler; docs: 32 GiB of a chip for two cores",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "docs",
+                "mesh_dimensions": "docs",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "compiler",
+                "wrap_multiple": "book: the side of the pod",
+                "max_chips": "docs",
+            },
         ),
         TpuChip(
             name="v4",
-            flops=275e12,  # docs
-            hbm_bandwidth=1200e9,  # docs
-            link_bandwidth=45e9,  # book
-            other_link_bandwidth=50e9,  # ISCA
-            hbm_bytes=int(30.75 * GIB),  # compiler; docs: 32 GiB
+            flops=275e12,
+            hbm_bandwidth=1200e9,
+            link_bandwidth=45e9,
+            other_link_bandwidth=50e9,
+            hbm_bytes=int(30.75 * GIB),
             devices_per_chip=1,
-            cores_per_chip=2,  # docs
+            cores_per_chip=2,
             type_counts="cores",
-            mesh_dimensions=3,  # docs
-            chips_per_host=4,  # compiler
+            mesh_dimensions=3,
+            chips_per_host=4,
             max_chips_of_one_host=4,
-            wrap_multiple=4,  # docs
-            max_chips=4096,  # docs
+            wrap_multiple=4,
+            max_chips=4096,
+            sources={
+                "flops": "docs",
+                "hbm_bandwidth": "docs",
+                "link_bandwidth": "book",
+                "other_link_bandwidth": "ISCA",
+                "hbm_bytes": "compiler; docs: 32 GiB",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "docs",
+                "mesh_dimensions": "docs",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "compiler",
+                "wrap_multiple": "docs",
+                "max_chips": "docs",
+            },
         ),
         TpuChip(
             name="v5e",
-            flops=197e12,  # docs
-            hbm_bandwidth=819e9,  # docs
-            link_bandwidth=45e9,  # book
-            other_link_bandwidth=50e9,  # docs: 400 GB/s per chip, both directions of 4 links
-            hbm_bytes=int(15.75 * GIB),  # compiler; docs: 16 GB
+            flops=197e12,
+            hbm_bandwidth=819e9,
+            link_bandwidth=45e9,
+            other_link_bandwidth=50e9,
+            hbm_bytes=int(15.75 * GIB),
             devices_per_chip=1,
-            cores_per_chip=1,  # docs
+            cores_per_chip=1,
             type_counts="chips",
-            mesh_dimensions=2,  # docs
-            chips_per_host=4,  # compiler
-            max_chips_of_one_host=8,  # docs
-            wrap_multiple=16,  # book
-            max_chips=256,  # docs
+            mesh_dimensions=2,
+            chips_per_host=4,
+            max_chips_of_one_host=8,
+            wrap_multiple=16,
+            max_chips=256,
+            sources={
+                "flops": "docs",
+                "hbm_bandwidth": "docs",
+                "link_bandwidth": "book",
+                "other_link_bandwidth": "docs: 400 GB/s per chip, both directions of 4 links",
+                "hbm_bytes": "compiler; docs: 16 GB",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "docs",
+                "mesh_dimensions": "docs",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "docs",
+                "wrap_multiple": "book",
+                "max_chips": "docs",
+            },
         ),
         TpuChip(
             name="v5p",
-            flops=459e12,  # docs
-            hbm_bandwidth=2765e9,  # docs
-            link_bandwidth=90e9,  # book
-            other_link_bandwidth=100e9,  # docs: 1,200 GB/s per chip, both directions of 6 links
-            hbm_bytes=int(95.74 * GIB),  # compiler; docs: 95 GiB
+            flops=459e12,
+            hbm_bandwidth=2765e9,
+            link_bandwidth=90e9,
+            other_link_bandwidth=100e9,
+            hbm_bytes=int(95.74 * GIB),
             devices_per_chip=1,
-            cores_per_chip=2,  # docs
+            cores_per_chip=2,
             type_counts="cores",
-            mesh_dimensions=3,  # docs
-            chips_per_host=4,  # compiler
+            mesh_dimensions=3,
+            chips_per_host=4,
             max_chips_of_one_host=4,
-            wrap_multiple=4,  # docs
-            max_chips=6144,  # docs: the largest job, of the 8,960 chips of a pod
+            wrap_multiple=4,
+            max_chips=6144,
+            sources={
+                "flops": "docs",
+                "hbm_bandwidth": "docs",
+                "link_bandwidth": "book",
+                "other_link_bandwidth": "docs: 1,200 GB/s per chip, both directions of 6 links",
+                "hbm_bytes": "compiler; docs: 95 GiB",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "docs",
+                "mesh_dimensions": "docs",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "compiler",
+                "wrap_multiple": "docs",
+                "max_chips": "docs: the largest job, of the 8,960 chips of a pod",
+            },
         ),
         TpuChip(
             name="v6e",
-            flops=918e12,  # docs
-            hbm_bandwidth=1638e9,  # docs
-            link_bandwidth=90e9,  # book
-            other_link_bandwidth=100e9,  # docs: 800 GB/s per chip, both directions of 4 links
-            hbm_bytes=int(31.25 * GIB),  # compiler; docs: 32 GB
+            flops=918e12,
+            hbm_bandwidth=1638e9,
+            link_bandwidth=90e9,
+            other_link_bandwidth=100e9,
+            hbm_bytes=int(31.25 * GIB),
             devices_per_chip=1,
-            cores_per_chip=1,  # docs
+            cores_per_chip=1,
             type_counts="chips",
-            mesh_dimensions=2,  # docs
-            chips_per_host=4,  # compiler
-            max_chips_of_one_host=8,  # docs
-            wrap_multiple=16,  # book
-            max_chips=256,  # docs
+            mesh_dimensions=2,
+            chips_per_host=4,
+            max_chips_of_one_host=8,
+            wrap_multiple=16,
+            max_chips=256,
+            sources={
+                "flops": "docs",
+                "hbm_bandwidth": "docs",
+                "link_bandwidth": "book",
+                "other_link_bandwidth": "docs: 800 GB/s per chip, both directions of 4 links",
+                "hbm_bytes": "compiler; docs: 32 GB",
+                "devices_per_chip": "compiler",
+                "cores_per_chip": "docs",
+                "mesh_dimensions": "docs",
+                "chips_per_host": "compiler",
+                "max_chips_of_one_host": "docs",
+                "wrap_multiple": "book",
+                "max_chips": "docs",
+            },
         ),
     )
 }

@@ -180,5 +180,12 @@ def test_every_recipe_is_in_the_table_once():
 
 def test_the_table_has_the_chips():
     page = generations.format_page({})
-    assert "| v3 | 123 | 15.48 | 900 | 4 of 70 or 100 | 2 | 2 | 4 | 1,024 chips |" in page
-    assert "| v6e | 918 | 31.25 | 1,638 | 4 of 90 or 100 | 1 | 1 | 4; 8 of one host |" in page
+    v3 = "| v3 | 123 (docs) | 15.48 (compiler) | 900 (docs) | 4 of 70 (ISCA) or 100 (book) | "
+    assert v3 + "2 (compiler) | 2 (docs) | 4 (compiler) | 1,024 chips (docs) |" in page
+    assert (
+        "| v6e | 918 (docs) | 31.25 (compiler) | 1,638 (docs) | 4 of 90 (book) or 100 (docs)"
+        in page
+    )
+    assert "4 (compiler); 8 (docs) of one host |" in page
+    for name in ("docs", "CACM", "ISCA", "book", "compiler"):
+        assert f"\n- {name}: " in page
