@@ -1,6 +1,8 @@
 """Measures the memory that this process can still allocate, within the limits of a container."""
 
 import dataclasses
+import errno
+import os
 import pathlib
 import resource
 import signal
@@ -50,8 +52,8 @@ class Limit:
 
     @property
     def is_tight(self) -> bool:
-        """Whether less is free than TensorFlow and a small model take."""
-        return self.free < self.minimum
+        """Whether a process of its own is allowed less than TensorFlow and a small model take."""
+        return self.size < self.minimum
 
     def __str__(self):
         return f"`{self.command}` allows each process {self.size / GIB:.1f} GiB of {self.kind}"
@@ -66,8 +68,8 @@ LIMITS = (
 )
 
 
-def binding_limit(root: str = "/") -> Limit | None:
-    """The limit of this process that is reached first; None without one.
+def limits(root: str = "/") -> list[Limit]:
+    """The limits of this process.
 
     Args:
         root: as for `free_memory`.
@@ -79,7 +81,12 @@ def binding_limit(root: str = "/") -> Limit | None:
         if size != resource.RLIM_INFINITY:
             used = int(pages[0].split()[field]) * resource.getpagesize() if pages else 0
             found.append(Limit(command, kind, minimum, size, max(0, size - used)))
-    return min(found, key=lambda limit: limit.free / limit.minimum, default=None)
+    return found
+
+
+def binding_limit() -> Limit | None:
+    """The limit of this process that TensorFlow reaches first; None without one."""
+    return min(limits(), key=lambda limit: limit.size / limit.minimum, default=None)
 
 
 def describe_limit() -> str:
@@ -100,6 +107,10 @@ MEMORY_WORDS = (
     "pthread_create() failed",  # there is no room for the stack of a thread
     "pthread_create failed",  # the same, of LLVM and OpenBLAS
 )
+# TensorFlow raises a ResourceExhaustedError for these, too.
+OTHER_RESOURCES = tuple(
+    os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+)
 # How imports fail where a limit is tight. They may have other reasons. OpenBLAS raises SIGINT.
 WORDS_WITH_TIGHT_LIMIT = ("SystemError", "KeyboardInterrupt")
 
@@ -114,7 +125,7 @@ def ran_out_of_memory(output: str, status: int) -> bool:
         output: what the process printed.
         status: its exit status; negative if a signal ended it.
     """
-    if status == 0:
+    if status == 0 or any(words in output for words in OTHER_RESOURCES):
         return False
     if status == -signal.SIGKILL or any(words in output for words in MEMORY_WORDS):
         return True  # the kernel sends SIGKILL
@@ -129,7 +140,7 @@ def ran_out_of_memory(output: str, status: int) -> bool:
 def describe_small_limit() -> str | None:
     """A warning if a limit of this process is below what any run takes, else None."""
     limit = binding_limit()
-    if limit is None or limit.size >= limit.minimum:
+    if limit is None or not limit.is_tight:
         return None
     return (
         f"{limit}, and TensorFlow with a small model needs about {limit.minimum / GIB:.1f} GiB: "
@@ -144,7 +155,7 @@ def describe_shortage(needed: int, purpose: str) -> str | None:
         needed: bytes.
         purpose: what needs the memory, as the subject of a sentence.
     """
-    limit = binding_limit()
+    limit = min(limits(), key=lambda limit: limit.free, default=None)
     if limit and limit.free < needed:
         return (
             f"{limit}, of which {limit.free / GIB:.2f} GiB are left, and {purpose} needs "

@@ -144,7 +144,12 @@ class _Output:
 
 def describe_exit(status: int) -> str:
     """Describes an exit status of `subprocess`, which is negative if a signal ended the process."""
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"killed by signal {-status}"
 
 
 def _complain(text: str) -> None:

@@ -220,8 +220,10 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
             if fitting:
                 best = min(fitting, key=lambda key: (key[0].chips, key[1]))
                 tried[best] = compile_cell(tried[best], recipe, children, quick=False)
-                if not tried[best].error:
+                # Without a size it does not compile, and more memory would not help.
+                if not tried[best].error or not tried[best].hbm_bytes:
                     return tried[best]
+                continue
         while (topology, accumulation) in tried:  # an example takes more memory than estimated
             more = needed_accumulation(share, share // accumulation - 1, accumulation + 1)
             if more is None:

@@ -52,7 +52,8 @@ class PhaseResult:
             there was no search.
         parameters: number of trainable parameters.
         program: `preflight.compiler.compile.figures` of the step; FLOPs, bytes and seconds cover
-            all its micro-batches. Contains `error` if the step does not compile.
+            all its micro-batches. Contains `error` if the step does not compile, and the memory for
+            one example alone if not even that fits.
         update: `preflight.compiler.compile.figures` of the update alone.
         memory: purpose -> bytes per replica.
         time: estimates for a step; None if it does not compile.
@@ -238,9 +239,11 @@ class PhaseExaminer:
                 update=update,
             )
             if accumulation is None:
-                smallest = self._figures(phase_index, topology, 1, 1, quick=True)
                 error = "not even a single example fits in memory"
-                return dataclasses.replace(result, program=smallest, error=error)
+                one = self._figures(phase_index, topology, 1, 1, quick=True)  # was tried last
+                return dataclasses.replace(
+                    result, program={"hbm_bytes": one.get("hbm_bytes")}, error=error
+                )
             program = self._figures(phase_index, topology, batch // accumulation, 1)
             step = program
             if accumulation > 1:

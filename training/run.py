@@ -97,8 +97,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 f"{model_dir} was begun by an earlier version, which read the examples in another "
                 "order: in the current epoch some examples come twice and others not at all"
             )
+        compatibility.check_lanes(model_dir, recipe, task.order)  # each worker; none waits for it
         if strategy.is_chief(where):
-            compatibility.check_lanes(model_dir, recipe, task.order)
             compatibility.write_run_config(model_dir, recipe, **facts)
             task.write_files(model_dir)
         with where.scope():

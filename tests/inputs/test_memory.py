@@ -98,8 +98,9 @@ def test_the_limit_that_binds_counts_what_is_reserved(
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/statm").write_text("1024 9 9 9 0 512 0\n")
     limit_memory(address_space, data)
-    limit = memory.binding_limit(tmp_path)
-    assert (limit and limit.command, limit and limit.free // PAGE) == (command, free_pages)
+    free = {limit.command: limit.free // PAGE for limit in memory.limits(tmp_path)}
+    limit = memory.binding_limit()
+    assert (limit and limit.command, limit and free[limit.command]) == (command, free_pages)
 
 
 def test_this_process_can_be_limited():
@@ -120,6 +121,9 @@ def test_what_a_process_without_memory_prints_is_recognized():
     assert not memory.ran_out_of_memory("", -11)
     assert not memory.ran_out_of_memory("a MemoryError that was handled", 0)
     assert memory.ran_out_of_memory("LLVM ERROR: pthread_create failed: Resource temporarily", -6)
+    assert memory.ran_out_of_memory("ResourceExhaustedError: OOM when allocating tensor", 1)
+    for other in ("No space left on device", "Too many open files"):
+        assert not memory.ran_out_of_memory(f"ResourceExhaustedError: /tmp/x; {other}", 1)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,19 @@ def test_a_shortage_is_one_sentence(monkeypatch):
     assert said.startswith("Only 0.50 GiB of memory are free") and "needs 1.00 GiB" in said
     monkeypatch.setattr(memory, "free_memory", lambda: None)
     assert memory.describe_shortage(GIB, "a small run") is None
+
+
+def test_a_limit_is_tight_if_a_new_process_would_lack_memory(monkeypatch):
+    """Not if this process has used most of it: a child may use all of it."""
+    monkeypatch.setattr(memory, "_lines", lambda path: [f"{5 * GIB // PAGE} 1 1 1 1 1 1"])
+    monkeypatch.setattr(
+        memory.resource,
+        "getrlimit",
+        lambda which: ((6 * GIB if which == memory.LIMITS[0][3] else -1), -1),
+    )
+    limit = memory.binding_limit()
+    assert limit.free == GIB and not limit.is_tight
+    assert not memory.ran_out_of_memory("", -signal.SIGSEGV)
 
 
 def test_a_shortage_names_the_limit_that_binds(limit_memory):

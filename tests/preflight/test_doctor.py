@@ -1,5 +1,6 @@
 """The doctor: each problem is a finding with a fix; the exit status follows from the findings."""
 
+import dataclasses
 import io
 import pathlib
 import subprocess
@@ -189,7 +190,8 @@ def test_a_probe_without_memory_is_recognized(tmp_path):
 def test_what_crashes_under_a_tight_limit_is_not_reinstalled(monkeypatch):
     monkeypatch.setattr(doctor, "has_tpu", lambda: True)
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(GIB))
+    tight = dataclasses.replace(limit_with_free(GIB), size=3 * GIB)
+    monkeypatch.setattr(doctor, "binding_limit", lambda: tight)
     changed = {name: {"error": "ValueError: no"} for name in ("orbit", "devices", "XLA")}
     for failure in ("killed by SIGSEGV", "no answer within 180 s"):
         findings = doctor.check_probe(stages(**changed), failure, tpu_wheel=False, fix="pip")

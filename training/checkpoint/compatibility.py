@@ -127,7 +127,10 @@ def check_lanes(model_dir: str, recipe, order: Callable) -> None:
     old = _read_config(model_dir)
     if old is None or not _found_lanes_earlier(old):
         return
-    orders = [one for one in map(order, range(len(recipe.phases))) if one]
+    step = saved_steps(model_dir)[-1]
+    ends = itertools.accumulate(phase.steps for phase in recipe.phases)
+    left = [index for index, end in enumerate(ends) if end > step]
+    orders = [one for one in map(order, left) if one]
     then = [earlier_number_of_lanes(one.batch, one.examples) for one in orders]
     now = [one.lanes for one in orders]
     if then != now:

@@ -6,6 +6,7 @@ evaluations, and the name and shape of each variable in its checkpoint. (The wei
 not regenerate the files with a later version.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -206,6 +207,23 @@ def test_a_run_keeps_the_number_of_lanes_that_was_found_earlier(first_version, b
     start(kept)
     with pytest.raises(InputError, match=rf"lanes {earlier} \(now None\)"):
         start(recipe)
+
+
+@pytest.mark.parametrize(("step", "is_refused"), [(3, True), (4, False), (5, False)])
+def test_only_the_lanes_of_what_is_left_of_a_run_count(tmp_path, step, is_refused):
+    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), steps=4)
+    phases = [dataclasses.replace(recipe.phases[0], global_batch_size=b) for b in (13_888, 64)]
+    recipe = dataclasses.replace(recipe, phases=tuple(phases))
+    (tmp_path / "recipe.json").write_text(json.dumps({"format": 3} | dataclasses.asdict(recipe)))
+    (tmp_path / f"ckpt-{step}.index").touch()
+
+    def order(phase_index):
+        batch = phases[phase_index].global_batch_size
+        return Order(10**6, batch, number_of_lanes(batch, 10**6), 1, 1, 1)
+
+    refused = pytest.raises(InputError, match="in 248 and 64 lanes. With the 224 and 64 of now")
+    with refused if is_refused else contextlib.nullcontext():
+        compatibility.check_lanes(str(tmp_path), recipe, order)
 
 
 def test_a_new_field_of_a_recipe_has_a_default(first_version):
