@@ -94,8 +94,8 @@ def decode_window(data, window, image_size: int):
 
     See `decode_crop` for the arguments.
     """
-    # The kernel scales float32 in less time than uint8, also with the conversion (by a quarter), to
-    # the same values. Whole photographs (`decode_centre`) would take more to convert than it saves.
+    # The kernel scales float32 in less time than uint8, also with the conversion, and to the same
+    # values. Whole photographs (`decode_centre`) would take more to convert than it saves.
     return scale(tf.cast(decode_crop(data, window, image_size), tf.float32), image_size)
 
 
