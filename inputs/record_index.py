@@ -13,7 +13,7 @@ from inputs.shards import record_offsets
 from inputs.storage.files import ROUND_TRIPS
 
 INDEX = "index"  # folder, and name of the array in it
-LEFT_OUT = "left_out"  # fact of the array: the number of records whose length is damaged
+LEFT_OUT = "left_out"  # fact of the array: the number of records left out, about
 
 
 def write_index(
@@ -33,8 +33,8 @@ def write_index(
         counts: the number of records that each file must have.
         progress: called with 1 after each file.
         fix: what to do about a damaged file, for the error message.
-        bad_records: counts the records of each file, and those whose length is damaged, which are
-            left out. If None, the first of them is an error.
+        bad_records: counts the records of each file, and about how many are left out because a
+            length is damaged. If None, the first such length is an error.
 
     Returns:
         The number of records of each file.
@@ -46,8 +46,9 @@ def write_index(
     left_out = 0
 
     def find(path):
-        lost: list[str] = []
-        return record_offsets(path, fix, lost.append if bad_records else None), lost
+        lost: list[tuple[str, int]] = []
+        on_damage = (lambda *gap: lost.append(gap)) if bad_records else None
+        return record_offsets(path, fix, on_damage), lost
 
     with (
         PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer,
@@ -63,9 +64,9 @@ def write_index(
                     )
                 if bad_records:
                     bad_records.add_good(len(offsets))
-                    for message in lost:
-                        bad_records.add_bad(message)
-                left_out += len(lost)
+                    for message, count in lost:
+                        bad_records.add_bad(message, count)
+                left_out += sum(count for _, count in lost)
                 found.append(len(offsets))
                 progress(1)
                 writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})

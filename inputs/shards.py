@@ -155,21 +155,24 @@ def _readable(path, offset):
 def record_offsets(
     path: str,
     fix: str = "Copy it again.",
-    on_damage: Callable[[str], object] | None = None,
+    on_damage: Callable[[str, int], object] | None = None,
 ) -> np.ndarray:
     """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
 
     Args:
         path: the file.
         fix: what to do about a damaged file, for the error message.
-        on_damage: called with a message for each record whose length is damaged; what lies between
-            it and the next record is left out. If None, the first one is an error.
+        on_damage: called for each record whose length is damaged, with a message and the number of
+            records that are left out. What lies between it and the next record is left out; the
+            number follows from the mean size of the file's other records. If None, the first one
+            is an error.
 
     Raises:
-        InputError: the file cannot be read, is compressed, has no record that can be read, or is
-            damaged.
+        InputError: the file cannot be read, is compressed, or is damaged or truncated such that no
+            further record is found.
     """
     offsets = []
+    gaps = []  # (offset, bytes) of what is left out
     try:
         size = file_size(path)
         offset = 0
@@ -184,17 +187,20 @@ def record_offsets(
                 if on_damage:
                     with open_bytes(path) as whole:
                         following = _next_record(whole, offset, size)
-                if on_damage is None or (following == size and not offsets):
+                if following == size:
                     raise InputError(
                         f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
                         f"here; the file is compressed, damaged or truncated. {fix}"
                     )
-                reason = "its length, or the file was truncated; "
-                reason += f"{following - offset:,} bytes are left out"
-                on_damage(damaged(path, offset, reason))
+                gaps.append((offset, following - offset))
                 offset = following
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    if on_damage and gaps:
+        mean = (size - sum(length for _, length in gaps)) / len(offsets)
+        for offset, length in gaps:
+            message = damaged(path, offset, f"its length; {length:,} bytes are left out")
+            on_damage(message, max(1, round(length / mean)))
     return np.array(offsets, np.int64)
 
 

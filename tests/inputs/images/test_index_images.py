@@ -145,6 +145,41 @@ def damage_length(path, number):
     return place, following
 
 
+@pytest.fixture
+def small(tmp_path):
+    """A file of 2,000 small records; also their size in the file."""
+    path = write(tmp_path / "small", [b"x" * 24] * 2_000)
+    return path, path.stat().st_size // 2_000
+
+
+def lenient(path):
+    """Writes the index of a file, as the commands do; returns what it counts."""
+    records = BadRecords(1.0, skip=True, log=print)
+    write_index(str(path.parent), [str(path)], fix="Copy it again.", bad_records=records)
+    return records.good, records.bad
+
+
+@pytest.mark.parametrize("tail", ["cut", "zeros"])
+def test_a_file_without_its_second_half_is_refused(small, tail):
+    """It would count as one damaged record."""
+    path, _ = small
+    data = path.read_bytes()
+    kept = len(data) // 2 + 5
+    path.write_bytes(data[:kept] + bytes(len(data) - kept if tail == "zeros" else 0))
+    with pytest.raises(InputError, match="damaged or truncated. Copy it again") as caught:
+        lenient(path)
+    assert f"{path}, byte {len(data) // 2}: no record" in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [0, 700])
+def test_a_gap_counts_as_the_records_that_were_in_it(small, first):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    data[first * size : (first + 300) * size] = bytes(300 * size)
+    path.write_bytes(data)
+    assert lenient(path) == (1_700, 300)
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
     """Also that of the first record of all; a share too small for it is refused."""
