@@ -98,13 +98,26 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
     """Yields (offset in bytes, record) of each record of a TFRecord file, in order.
 
     The record is None if it is damaged. A record that the end of the file cuts is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for offset, record, _ in record_spans(path):
+        yield offset, record
+
+
+def record_spans(path: str) -> Iterator[tuple[int, bytes | None, int | None]]:
+    """`read_records`, also with where each record ends.
+
+    The end is None if a damaged length has no further record: the rest of the file is lost.
     """
     size = file_size(path)
     offset = 0
     while offset < size:
         for record in _readable(path, offset):
-            yield offset, record
-            offset += len(record) + FRAME_BYTES
+            end = offset + len(record) + FRAME_BYTES
+            yield offset, record, end
+            offset = end
         if offset < size:
             with open_bytes(path) as file:
                 length = record_length(file, offset)
@@ -113,7 +126,8 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
                 following = offset + length + FRAME_BYTES
             if following > size:
                 return
-            yield offset, None
+            lost = length is None and following == size
+            yield offset, None, None if lost else following
             offset = following
 
 

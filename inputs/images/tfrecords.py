@@ -240,22 +240,24 @@ def _records(path: str) -> Iterator[tuple[str, bytes | None]]:
         except tf.errors.DataLossError as error:
             raise _damaged_from(path, index, first_line(error)) from None
         return
-    end = 0  # of the last record; None if it is damaged
+    end: int | None = 0  # of the last record
     readable = 0
-    for offset, record in shards.read_records(path):
+    for offset, record, end in shards.record_spans(path):
+        if end is None:
+            break
         where = f"{path}, record {index}"
         if record is None:
             yield f"{where}, byte {offset}", None
-            end = None
         else:
             yield where, record
-            end = offset + len(record) + shards.FRAME_BYTES
             readable += 1
         index += 1
     size = file_size(path)
     if size and not readable:
         raise _damaged_from(path, 0, "no record can be read")
-    if end is not None and end < size:
+    if end is None:
+        raise _damaged_from(path, index, f"no record is found after byte {offset}")
+    if end < size:
         raise _damaged_from(path, index, f"it ends {size - end:,} bytes after the record's start")
 
 

@@ -7,7 +7,7 @@ from pictures import encoded, example, manifest, prepare, smooth
 
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.images import index
+from inputs.images import index, tfrecords
 from inputs.images.examples import Images
 from inputs.record_index import write_index
 from inputs.shards import HEADER_BYTES, read_records, record_offsets
@@ -169,6 +169,38 @@ def test_a_file_without_its_second_half_is_refused(small, tail):
     with pytest.raises(InputError, match="damaged or truncated. Copy it again") as caught:
         lenient(path)
     assert f"{path}, byte {len(data) // 2}: no record" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        ("zeros", "record 1000: the file is damaged from here on (no record is found after byte"),
+        ("damage and cut", "record 1000: the file is damaged from here on (it ends 20 bytes after"),
+    ],
+)
+def test_a_copy_of_a_file_without_its_second_half_is_refused(small, tail, said):
+    """Also if the last record before the cut is damaged."""
+    path, size = small
+    data = bytearray(path.read_bytes())
+    if tail == "zeros":
+        data[1_000 * size + 5 :] = bytes(len(data) - 1_000 * size - 5)
+    else:
+        data[999 * size + 20] ^= 1
+        del data[1_000 * size + 20 :]
+    path.write_bytes(data)
+    found = []
+    with pytest.raises(InputError) as caught:
+        found.extend(tfrecords._records(str(path)))
+    assert f"{path}, {said}" in str(caught.value)
+
+
+def test_a_last_record_that_is_damaged_costs_one_image(small):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1
+    path.write_bytes(data)
+    found = [record for _, record in tfrecords._records(str(path))]
+    assert len(found) == 2_000 and found[-1] is None and None not in found[:-1]
 
 
 @pytest.mark.parametrize("first", [0, 700])
