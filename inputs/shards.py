@@ -21,6 +21,7 @@ from inputs.storage.files import (
     open_sparse,
     read_json,
 )
+from inputs.storage.remote import os_errors
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tfrecord"
@@ -158,12 +159,36 @@ def _next_record(file, offset, size) -> int:
 
 def _readable(path, offset):
     """Yields the records from `offset` on, up to the first that is damaged."""
-    # Within `flat_map`, as TensorFlow 2.20 cannot serialize a data set that begins with the op.
-    records = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
-        lambda start: records_from(path, start, buffer_bytes=2**20).ignore_errors()
-    )
-    for some in records.batch(RECORDS_PER_READ).as_numpy_iterator():
-        yield from some
+
+    def records():
+        # Within `flat_map`, as TensorFlow 2.20 cannot serialize a data set that begins with the op.
+        return tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
+            lambda start: records_from(path, start, buffer_bytes=2**20)
+        )
+
+    try:
+        for some in elements(path, records().batch(RECORDS_PER_READ)):
+            yield from some
+            offset += sum(map(len, some)) + len(some) * FRAME_BYTES
+    except tf.errors.DataLossError:
+        with contextlib.suppress(tf.errors.DataLossError):
+            yield from elements(path, records())  # of the batch that the damaged one is in
+
+
+def elements(path: str, records: tf.data.Dataset) -> Iterator:
+    """Yields the elements of a data set that reads a file.
+
+    Raises:
+        tf.errors.DataLossError: an element is damaged.
+        OSError: the file cannot be read.
+    """
+    with os_errors(path):
+        try:
+            yield from records.as_numpy_iterator()
+            return
+        except tf.errors.DataLossError as error:
+            damage = error
+    raise damage
 
 
 def record_offsets(

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from pictures import encoded, example, manifest, prepare, smooth
 
+from inputs import shards
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.images import index, tfrecords
@@ -201,6 +202,55 @@ def test_a_last_record_that_is_damaged_costs_one_image(small):
     path.write_bytes(data)
     found = [record for _, record in tfrecords._records(str(path))]
     assert len(found) == 2_000 and found[-1] is None and None not in found[:-1]
+
+
+def failing_after(count):
+    """Stands for `records_from` and `TFRecordDataset`: storage that fails in a later record."""
+
+    def read(number):
+        if number == count:
+            raise MemoryError("for a while")  # the status RESOURCE_EXHAUSTED
+        return b"x" * 24
+
+    return lambda *_, **__: tf.data.Dataset.range(2_000).map(
+        lambda number: tf.ensure_shape(tf.py_function(read, [number], tf.string), [])
+    )
+
+
+def test_an_error_of_the_storage_is_no_damage(small, monkeypatch):
+    path, _ = small
+    monkeypatch.setattr(shards, "records_from", failing_after(600))
+    found = []
+    with pytest.raises(OSError, match="for a while"):
+        found.extend(tfrecords._records(str(path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.data, "TFRecordDataset", failing_after(0))
+        for function in (tfrecords.layout_of, tfrecords._compression):
+            with pytest.raises(OSError, match="for a while"):
+                function(str(path))
+    missing = f"file://{path}-missing"
+    for function in (tfrecords.layout_of, tfrecords._compression):
+        with pytest.raises(FileNotFoundError):
+            function(missing)
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_a_file_without_a_record_has_no_layout(tmp_path, compression):
+    path = str(write(tmp_path / "none", [], compression))
+    with pytest.raises(InputError, match=f"{path}: no record can be read. Copy it again."):
+        tfrecords.layout_of(path)
+
+
+@pytest.mark.parametrize("places", [[0], [300, 301, 600], [1_999]])
+def test_records_around_damaged_ones_are_read(small, places):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place * size + 20] ^= 1
+    path.write_bytes(data)
+    found = [*read_records(str(path))]
+    assert [offset for offset, _ in found] == [*range(0, 2_000 * size, size)]
+    assert [place for place, (_, record) in enumerate(found) if record is None] == places
 
 
 @pytest.mark.parametrize("first", [0, 700])
