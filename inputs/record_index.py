@@ -1,7 +1,9 @@
 """An index of TFRecord files: where each record begins."""
 
 import concurrent.futures
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -44,19 +46,26 @@ def write_index(
     """
     found = []
     left_out = 0
+    stop = threading.Event()
 
     def find(path):
         lost: list[tuple[str, int]] = []
         on_damage = (lambda *gap: lost.append(gap)) if bad_records else None
-        return record_offsets(path, fix, on_damage), lost
+        return record_offsets(path, fix, on_damage, stop), lost
 
     with (
         PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer,
         concurrent.futures.ThreadPoolExecutor(ROUND_TRIPS) as pool,
+        _set_at_end(stop),  # before the end of the pool, which waits for what runs in it
     ):
         for first in range(0, len(files), ROUND_TRIPS):  # so that few results wait in memory
             some = files[first : first + ROUND_TRIPS]
-            for number, (offsets, lost) in enumerate(pool.map(find, some), first):
+            results = [pool.submit(find, path) for path in some]
+            for result in concurrent.futures.as_completed(results):
+                result.result()  # an error in any of the files ends the search in the others
+                progress(1)
+            for number, result in enumerate(results, first):
+                offsets, lost = result.result()
                 if counts and len(offsets) != counts[number]:
                     raise InputError(
                         f"{files[number]} has {len(offsets):,} records, not {counts[number]:,}: it "
@@ -68,7 +77,14 @@ def write_index(
                         bad_records.add_bad(message, count)
                 left_out += sum(count for _, count in lost)
                 found.append(len(offsets))
-                progress(1)
                 writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
         writer.facts = {LEFT_OUT: left_out}
     return found
+
+
+@contextlib.contextmanager
+def _set_at_end(stop):
+    try:
+        yield
+    finally:
+        stop.set()

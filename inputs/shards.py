@@ -4,8 +4,10 @@ The formats of text and images are in `inputs.text.shards` and `inputs.images.sh
 keeps a checksum of each record, so damage is found when the record is read.
 """
 
+import concurrent.futures
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -195,6 +197,7 @@ def record_offsets(
     path: str,
     fix: str = "Copy it again.",
     on_damage: Callable[[str, int], object] | None = None,
+    stop: threading.Event | None = None,
 ) -> np.ndarray:
     """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
 
@@ -205,10 +208,12 @@ def record_offsets(
             records that are left out. What lies between it and the next record is left out; the
             number follows from the mean size of the file's other records. If None, the first one
             is an error.
+        stop: when it is set, the search ends at the next record.
 
     Raises:
         InputError: the file cannot be read, is compressed, or is damaged or truncated such that no
             further record is found.
+        concurrent.futures.CancelledError: `stop` was set.
     """
     offsets = []
     gaps = []  # (offset, bytes) of what is left out
@@ -217,6 +222,8 @@ def record_offsets(
         offset = 0
         with _open_for_lengths(path) as file:
             while offset < size:
+                if stop and stop.is_set():
+                    raise concurrent.futures.CancelledError
                 length = record_length(file, offset)
                 if length is not None and offset + length + FRAME_BYTES <= size:
                     offsets.append(offset)

@@ -1,5 +1,9 @@
 """TFRecords of ImageNet that are read in place, and the command that indexes them."""
 
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -239,6 +243,29 @@ def test_a_file_without_a_record_has_no_layout(tmp_path, compression):
     path = str(write(tmp_path / "none", [], compression))
     with pytest.raises(InputError, match=f"{path}: no record can be read. Copy it again."):
         tfrecords.layout_of(path)
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_an_error_ends_the_search_in_the_other_files(small, tmp_path, monkeypatch, error):
+    """Each of them has 2,000 records, for which the storage takes 20 s."""
+    path, _ = small
+    bad = tmp_path / "bad"
+    bad.write_bytes(bytes(100))
+    length = shards.record_length
+
+    def slow(file, offset):
+        time.sleep(0.01)
+        return length(file, offset)
+
+    monkeypatch.setattr(shards, "record_length", slow)
+    files = [*[str(path)] * 31, str(bad) if error is InputError else str(path)]
+    if error is KeyboardInterrupt:
+        ctrl_c = threading.main_thread().ident, signal.SIGINT
+        threading.Timer(0.5, signal.pthread_kill, ctrl_c).start()
+    start = time.monotonic()
+    with pytest.raises(error, match="bad, byte 0" if error is InputError else None):
+        write_index(str(tmp_path), files, fix="Copy it again.")
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("places", [[0], [300, 301, 600], [1_999]])
