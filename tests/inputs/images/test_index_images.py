@@ -1,6 +1,10 @@
 """TFRecords of ImageNet that are read in place, and the command that indexes them."""
 
+import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -266,6 +270,27 @@ def test_an_error_ends_the_search_in_the_other_files(small, tmp_path, monkeypatc
     with pytest.raises(error, match="bad, byte 0" if error is InputError else None):
         write_index(str(tmp_path), files, fix="Copy it again.")
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("8", "8")])
+def test_blocks_of_gs_are_off_when_tensorflow_is_imported(given, used):
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tensorflow':\n"
+        "            os.write(1, os.environ['GCS_READ_CACHE_BLOCK_SIZE_MB'].encode())\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import inputs.images.index"
+    )
+    name = "GCS_READ_CACHE_BLOCK_SIZE_MB"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {name: given} if given else {}
+    root = pathlib.Path(shards.__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == used, done.stderr
 
 
 @pytest.mark.parametrize("places", [[0], [300, 301, 600], [1_999]])
