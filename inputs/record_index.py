@@ -1,7 +1,9 @@
 """An index of TFRecord files: where each record begins."""
 
 import concurrent.futures
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +15,7 @@ from inputs.shards import record_offsets
 from inputs.storage.files import ROUND_TRIPS
 
 INDEX = "index"  # folder, and name of the array in it
-LEFT_OUT = "left_out"  # fact of the array: the number of records whose length is damaged
+LEFT_OUT = "left_out"  # fact of the array: the number of records left out, about
 
 
 def write_index(
@@ -33,8 +35,8 @@ def write_index(
         counts: the number of records that each file must have.
         progress: called with 1 after each file.
         fix: what to do about a damaged file, for the error message.
-        bad_records: counts the records of each file, and those whose length is damaged, which are
-            left out. If None, the first of them is an error.
+        bad_records: counts the records of each file, and about how many are left out because a
+            length is damaged. If None, the first such length is an error.
 
     Returns:
         The number of records of each file.
@@ -44,18 +46,26 @@ def write_index(
     """
     found = []
     left_out = 0
+    stop = threading.Event()
 
     def find(path):
-        lost: list[str] = []
-        return record_offsets(path, fix, lost.append if bad_records else None), lost
+        lost: list[tuple[str, int]] = []
+        on_damage = (lambda *gap: lost.append(gap)) if bad_records else None
+        return record_offsets(path, fix, on_damage, stop), lost
 
     with (
         PagesWriter(os.path.join(folder, INDEX), {INDEX: np.int64}, {INDEX: 2}) as writer,
         concurrent.futures.ThreadPoolExecutor(ROUND_TRIPS) as pool,
+        _set_at_end(stop),  # before the end of the pool, which waits for what runs in it
     ):
         for first in range(0, len(files), ROUND_TRIPS):  # so that few results wait in memory
             some = files[first : first + ROUND_TRIPS]
-            for number, (offsets, lost) in enumerate(pool.map(find, some), first):
+            results = [pool.submit(find, path) for path in some]
+            for result in concurrent.futures.as_completed(results):
+                result.result()  # an error in any of the files ends the search in the others
+                progress(1)
+            for number, result in enumerate(results, first):
+                offsets, lost = result.result()
                 if counts and len(offsets) != counts[number]:
                     raise InputError(
                         f"{files[number]} has {len(offsets):,} records, not {counts[number]:,}: it "
@@ -63,11 +73,18 @@ def write_index(
                     )
                 if bad_records:
                     bad_records.add_good(len(offsets))
-                    for message in lost:
-                        bad_records.add_bad(message)
-                left_out += len(lost)
+                    for message, count in lost:
+                        bad_records.add_bad(message, count)
+                left_out += sum(count for _, count in lost)
                 found.append(len(offsets))
-                progress(1)
                 writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
         writer.facts = {LEFT_OUT: left_out}
     return found
+
+
+@contextlib.contextmanager
+def _set_at_end(stop):
+    try:
+        yield
+    finally:
+        stop.set()

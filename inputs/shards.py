@@ -4,8 +4,10 @@ The formats of text and images are in `inputs.text.shards` and `inputs.images.sh
 keeps a checksum of each record, so damage is found when the record is read.
 """
 
+import concurrent.futures
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,6 +23,7 @@ from inputs.storage.files import (
     open_sparse,
     read_json,
 )
+from inputs.storage.remote import os_errors
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tfrecord"
@@ -98,13 +101,26 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
     """Yields (offset in bytes, record) of each record of a TFRecord file, in order.
 
     The record is None if it is damaged. A record that the end of the file cuts is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for offset, record, _ in record_spans(path):
+        yield offset, record
+
+
+def record_spans(path: str) -> Iterator[tuple[int, bytes | None, int | None]]:
+    """`read_records`, also with where each record ends.
+
+    The end is None if a damaged length has no further record: the rest of the file is lost.
     """
     size = file_size(path)
     offset = 0
     while offset < size:
         for record in _readable(path, offset):
-            yield offset, record
-            offset += len(record) + FRAME_BYTES
+            end = offset + len(record) + FRAME_BYTES
+            yield offset, record, end
+            offset = end
         if offset < size:
             with open_bytes(path) as file:
                 length = record_length(file, offset)
@@ -113,7 +129,8 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
                 following = offset + length + FRAME_BYTES
             if following > size:
                 return
-            yield offset, None
+            lost = length is None and following == size
+            yield offset, None, None if lost else following
             offset = following
 
 
@@ -144,37 +161,69 @@ def _next_record(file, offset, size) -> int:
 
 def _readable(path, offset):
     """Yields the records from `offset` on, up to the first that is damaged."""
-    # Within `flat_map`, as TensorFlow 2.20 cannot serialize a data set that begins with the op.
-    records = tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
-        lambda start: records_from(path, start, buffer_bytes=2**20).ignore_errors()
-    )
-    for some in records.batch(RECORDS_PER_READ).as_numpy_iterator():
-        yield from some
+
+    def records():
+        # Within `flat_map`, as TensorFlow 2.20 cannot serialize a data set that begins with the op.
+        return tf.data.Dataset.from_tensors(tf.constant(offset, tf.int64)).flat_map(
+            lambda start: records_from(path, start, buffer_bytes=2**20)
+        )
+
+    try:
+        for some in elements(path, records().batch(RECORDS_PER_READ)):
+            yield from some
+            offset += sum(map(len, some)) + len(some) * FRAME_BYTES
+    except tf.errors.DataLossError:
+        with contextlib.suppress(tf.errors.DataLossError):
+            yield from elements(path, records())  # of the batch that the damaged one is in
+
+
+def elements(path: str, records: tf.data.Dataset) -> Iterator:
+    """Yields the elements of a data set that reads a file.
+
+    Raises:
+        tf.errors.DataLossError: an element is damaged.
+        OSError: the file cannot be read.
+    """
+    with os_errors(path):
+        try:
+            yield from records.as_numpy_iterator()
+            return
+        except tf.errors.DataLossError as error:
+            damage = error
+    raise damage
 
 
 def record_offsets(
     path: str,
     fix: str = "Copy it again.",
-    on_damage: Callable[[str], object] | None = None,
+    on_damage: Callable[[str, int], object] | None = None,
+    stop: threading.Event | None = None,
 ) -> np.ndarray:
     """Where each record of a TFRecord file begins, in bytes, [N] int64; reads lengths only.
 
     Args:
         path: the file.
         fix: what to do about a damaged file, for the error message.
-        on_damage: called with a message for each record whose length is damaged; what lies between
-            it and the next record is left out. If None, the first one is an error.
+        on_damage: called for each record whose length is damaged, with a message and the number of
+            records that are left out. What lies between it and the next record is left out; the
+            number follows from the mean size of the file's other records. If None, the first one
+            is an error.
+        stop: when it is set, the search ends at the next record.
 
     Raises:
-        InputError: the file cannot be read, is compressed, has no record that can be read, or is
-            damaged.
+        InputError: the file cannot be read, is compressed, or is damaged or truncated such that no
+            further record is found.
+        concurrent.futures.CancelledError: `stop` was set.
     """
     offsets = []
+    gaps = []  # (offset, bytes) of what is left out
     try:
         size = file_size(path)
         offset = 0
         with _open_for_lengths(path) as file:
             while offset < size:
+                if stop and stop.is_set():
+                    raise concurrent.futures.CancelledError
                 length = record_length(file, offset)
                 if length is not None and offset + length + FRAME_BYTES <= size:
                     offsets.append(offset)
@@ -184,17 +233,20 @@ def record_offsets(
                 if on_damage:
                     with open_bytes(path) as whole:
                         following = _next_record(whole, offset, size)
-                if on_damage is None or (following == size and not offsets):
+                if following == size:
                     raise InputError(
                         f"{path}, byte {offset}: no record of an uncompressed TFRecord file begins "
                         f"here; the file is compressed, damaged or truncated. {fix}"
                     )
-                reason = "its length, or the file was truncated; "
-                reason += f"{following - offset:,} bytes are left out"
-                on_damage(damaged(path, offset, reason))
+                gaps.append((offset, following - offset))
                 offset = following
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    if on_damage and gaps:
+        mean = (size - sum(length for _, length in gaps)) / len(offsets)
+        for offset, length in gaps:
+            message = damaged(path, offset, f"its length; {length:,} bytes are left out")
+            on_damage(message, max(1, round(length / mean)))
     return np.array(offsets, np.int64)
 
 

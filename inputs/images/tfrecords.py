@@ -3,6 +3,7 @@
 The files may be compressed with gzip or zlib.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -161,12 +162,16 @@ def layout_of(path: str) -> Layout:
 
     Raises:
         InputError: no record can be read, or the file has another layout.
+        OSError: the file cannot be read.
     """
-    # Alone, as others are read many at a time.
-    first = tf.data.TFRecordDataset(path, _compression(path)).take(1).ignore_errors()
-    where, record = f"{path}, record 0", next(first.as_numpy_iterator(), None)
+    where, record = f"{path}, record 0", None
+    with contextlib.suppress(tf.errors.DataLossError):
+        record = _first(path, _compression(path))  # alone, as others are read many at a time
     if record is None:
-        where, record = next(found for found in _records(path) if found[1] is not None)
+        readable = (found for found in _records(path) if found[1] is not None)
+        where, record = next(readable, (where, None))
+    if record is None:
+        raise InputError(f"{path}: no record can be read. Copy it again.")
     return _layout(_features(record, where), where)
 
 
@@ -217,45 +222,51 @@ def find_label_base(
 def _compression(path: str) -> str:
     """How a file is compressed, whatever its name; "" also if its first record is damaged."""
     for compression in COMPRESSIONS:
-        try:
-            next(tf.data.TFRecordDataset(path, compression).as_numpy_iterator(), None)
-        except tf.errors.OpError:
-            continue
-        return compression
+        with contextlib.suppress(tf.errors.DataLossError):
+            _first(path, compression)
+            return compression
     return ""
+
+
+def _first(path, compression):
+    """The first record of a file; None if it has none."""
+    return next(shards.elements(path, tf.data.TFRecordDataset(path, compression)), None)
 
 
 def _records(path: str) -> Iterator[tuple[str, bytes | None]]:
     """Yields (place for messages, record, or None if it is damaged) of a file, compressed or not.
 
     Raises:
-        InputError: the file cannot be read from some place on.
+        InputError: the file is damaged from some place on.
+        OSError: the file cannot be read.
     """
     index = 0
     if compression := _compression(path):
         try:
-            for record in tf.data.TFRecordDataset(path, compression).as_numpy_iterator():
+            for record in shards.elements(path, tf.data.TFRecordDataset(path, compression)):
                 yield f"{path}, record {index}", record
                 index += 1
         except tf.errors.DataLossError as error:
             raise _damaged_from(path, index, first_line(error)) from None
         return
-    end = 0  # of the last record; None if it is damaged
+    end: int | None = 0  # of the last record
     readable = 0
-    for offset, record in shards.read_records(path):
+    for offset, record, end in shards.record_spans(path):
+        if end is None:
+            break
         where = f"{path}, record {index}"
         if record is None:
             yield f"{where}, byte {offset}", None
-            end = None
         else:
             yield where, record
-            end = offset + len(record) + shards.FRAME_BYTES
             readable += 1
         index += 1
     size = file_size(path)
     if size and not readable:
         raise _damaged_from(path, 0, "no record can be read")
-    if end is not None and end < size:
+    if end is None:
+        raise _damaged_from(path, index, f"no record is found after byte {offset}")
+    if end < size:
         raise _damaged_from(path, index, f"it ends {size - end:,} bytes after the record's start")
 
 

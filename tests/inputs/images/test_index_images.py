@@ -1,13 +1,22 @@
 """TFRecords of ImageNet that are read in place, and the command that indexes them."""
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from pictures import encoded, example, manifest, prepare, smooth
 
+from inputs import shards
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
-from inputs.images import index
+from inputs.images import index, tfrecords
 from inputs.images.examples import Images
 from inputs.record_index import write_index
 from inputs.shards import HEADER_BYTES, read_records, record_offsets
@@ -143,6 +152,166 @@ def damage_length(path, number):
     data[place + 1] ^= 1
     path.write_bytes(data)
     return place, following
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file of 2,000 small records; also their size in the file."""
+    path = write(tmp_path / "small", [b"x" * 24] * 2_000)
+    return path, path.stat().st_size // 2_000
+
+
+def lenient(path):
+    """Writes the index of a file, as the commands do; returns what it counts."""
+    records = BadRecords(1.0, skip=True, log=print)
+    write_index(str(path.parent), [str(path)], fix="Copy it again.", bad_records=records)
+    return records.good, records.bad
+
+
+@pytest.mark.parametrize("tail", ["cut", "zeros"])
+def test_a_file_without_its_second_half_is_refused(small, tail):
+    """It would count as one damaged record."""
+    path, _ = small
+    data = path.read_bytes()
+    kept = len(data) // 2 + 5
+    path.write_bytes(data[:kept] + bytes(len(data) - kept if tail == "zeros" else 0))
+    with pytest.raises(InputError, match="damaged or truncated. Copy it again") as caught:
+        lenient(path)
+    assert f"{path}, byte {len(data) // 2}: no record" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        ("zeros", "record 1000: the file is damaged from here on (no record is found after byte"),
+        ("damage and cut", "record 1000: the file is damaged from here on (it ends 20 bytes after"),
+    ],
+)
+def test_a_copy_of_a_file_without_its_second_half_is_refused(small, tail, said):
+    """Also if the last record before the cut is damaged."""
+    path, size = small
+    data = bytearray(path.read_bytes())
+    if tail == "zeros":
+        data[1_000 * size + 5 :] = bytes(len(data) - 1_000 * size - 5)
+    else:
+        data[999 * size + 20] ^= 1
+        del data[1_000 * size + 20 :]
+    path.write_bytes(data)
+    found = []
+    with pytest.raises(InputError) as caught:
+        found.extend(tfrecords._records(str(path)))
+    assert f"{path}, {said}" in str(caught.value)
+
+
+def test_a_last_record_that_is_damaged_costs_one_image(small):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1
+    path.write_bytes(data)
+    found = [record for _, record in tfrecords._records(str(path))]
+    assert len(found) == 2_000 and found[-1] is None and None not in found[:-1]
+
+
+def failing_after(count):
+    """Stands for `records_from` and `TFRecordDataset`: storage that fails in a later record."""
+
+    def read(number):
+        if number == count:
+            raise MemoryError("for a while")  # the status RESOURCE_EXHAUSTED
+        return b"x" * 24
+
+    return lambda *_, **__: tf.data.Dataset.range(2_000).map(
+        lambda number: tf.ensure_shape(tf.py_function(read, [number], tf.string), [])
+    )
+
+
+def test_an_error_of_the_storage_is_no_damage(small, monkeypatch):
+    path, _ = small
+    monkeypatch.setattr(shards, "records_from", failing_after(600))
+    found = []
+    with pytest.raises(OSError, match="for a while"):
+        found.extend(tfrecords._records(str(path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.data, "TFRecordDataset", failing_after(0))
+        for function in (tfrecords.layout_of, tfrecords._compression):
+            with pytest.raises(OSError, match="for a while"):
+                function(str(path))
+    missing = f"file://{path}-missing"
+    for function in (tfrecords.layout_of, tfrecords._compression):
+        with pytest.raises(FileNotFoundError):
+            function(missing)
+
+
+@pytest.mark.parametrize("compression", ["", "GZIP"])
+def test_a_file_without_a_record_has_no_layout(tmp_path, compression):
+    path = str(write(tmp_path / "none", [], compression))
+    with pytest.raises(InputError, match=f"{path}: no record can be read. Copy it again."):
+        tfrecords.layout_of(path)
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_an_error_ends_the_search_in_the_other_files(small, tmp_path, monkeypatch, error):
+    """Each of them has 2,000 records, for which the storage takes 20 s."""
+    path, _ = small
+    bad = tmp_path / "bad"
+    bad.write_bytes(bytes(100))
+    length = shards.record_length
+
+    def slow(file, offset):
+        time.sleep(0.01)
+        return length(file, offset)
+
+    monkeypatch.setattr(shards, "record_length", slow)
+    files = [*[str(path)] * 31, str(bad) if error is InputError else str(path)]
+    if error is KeyboardInterrupt:
+        ctrl_c = threading.main_thread().ident, signal.SIGINT
+        threading.Timer(0.5, signal.pthread_kill, ctrl_c).start()
+    start = time.monotonic()
+    with pytest.raises(error, match="bad, byte 0" if error is InputError else None):
+        write_index(str(tmp_path), files, fix="Copy it again.")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("8", "8")])
+def test_blocks_of_gs_are_off_when_tensorflow_is_imported(given, used):
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tensorflow':\n"
+        "            os.write(1, os.environ['GCS_READ_CACHE_BLOCK_SIZE_MB'].encode())\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import inputs.images.index"
+    )
+    name = "GCS_READ_CACHE_BLOCK_SIZE_MB"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {name: given} if given else {}
+    root = pathlib.Path(shards.__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == used, done.stderr
+
+
+@pytest.mark.parametrize("places", [[0], [300, 301, 600], [1_999]])
+def test_records_around_damaged_ones_are_read(small, places):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place * size + 20] ^= 1
+    path.write_bytes(data)
+    found = [*read_records(str(path))]
+    assert [offset for offset, _ in found] == [*range(0, 2_000 * size, size)]
+    assert [place for place, (_, record) in enumerate(found) if record is None] == places
+
+
+@pytest.mark.parametrize("first", [0, 700])
+def test_a_gap_counts_as_the_records_that_were_in_it(small, first):
+    path, size = small
+    data = bytearray(path.read_bytes())
+    data[first * size : (first + 300) * size] = bytes(300 * size)
+    path.write_bytes(data)
+    assert lenient(path) == (1_700, 300)
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -150,7 +150,7 @@ def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
     said = []
     files, _ = opened(tmp_path, many, many[:1], said=said)
     assert files.count == 79
-    assert f"Skipped: {path}, byte {header}: damaged (its length, or the file" in " ".join(said)
+    assert f"Skipped: {path}, byte {header}: damaged (its length; " in " ".join(said)
     assert said[-1] == "1 of 120 records were damaged and skipped"
     with pytest.raises(
         InputError, match="1 of 80 records are damaged, more than the share of 0.01"
