@@ -42,7 +42,7 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     left = len(now.todo) + now.later
     parts = [f"# {table.title}", table.text, _rule(table)]
     if left:
-        parts.append(f"**{len(now.runs)} runs are done; at least {left} are still to be run.**")
+        parts.append(f"**{_runs(len(now.runs))} done; at least {left} still to be run.**")
     parts += [_command(table), _about(now)]
     parts.append(_rows(table, groups, seeds, values))
     parts.append(_lines(table, values))
@@ -165,10 +165,10 @@ def _about(now):
     lines = ["| | |", "|---|---|", f"| date | {span('date')} |", f"| commit | {commits} |"]
     machines = collections.Counter(run["machine"] for run in runs)
     for machine, count in machines.items():
-        lines.append(f"| machine | {machine} ({count} runs) |")
+        lines.append(f"| machine | {machine} ({_runs(count)}) |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
-    lines.append(f"| processor time | {hours:.1f} h for {len(runs)} runs |")
+    lines.append(f"| processor time | {hours:.1f} h for {_runs(len(runs))} |")
     return "\n".join(lines)
 
 
@@ -216,6 +216,10 @@ def _lines(table, values):
             line = f"{group_label(group)}, rate {rate:g}"
             lines.append(f"| {line} | {cost} | {published:.4f} | {here} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def format_value(value: float) -> str:

@@ -298,7 +298,7 @@ def test_a_diverged_run_is_minus_infinity_and_shown_as_such(tmp_path):
     write_page(table, state(table, str(tmp_path)), str(tmp_path / "page.md"), places)
     page = (tmp_path / "page.md").read_text()
     assert "0.001: 0.9000" in page and "0.1: diverged" in page
-    assert "4 runs are done; at least 12 are still to be run" in page
+    assert "4 runs done; at least 12 still to be run" in page
 
 
 def test_a_run_file_of_other_settings_is_refused(tmp_path):
