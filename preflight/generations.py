@@ -55,10 +55,10 @@ HBM where the compiler reuses the memory of arguments for temporaries), and the 
 a replica moves: in HBM, and in all memories by the compiler's own count, which includes on-chip
 ones. (The two counts are made separately, and the second can be smaller by up to 3 %.) An empty
 cell has not been compiled yet. A cell without bytes has been compiled in the compiler's quick mode
-alone, which needs about as much memory as a run, but moves several times as many bytes in HBM,
-because it keeps little on the chip. Recipes that differ only in batch size,
-steps and the values of rates and coefficients run the same program; the one with the largest batch
-stands for them (listed below).
+alone. Such a program needs about as much memory as that of a run, but keeps little on the chip, and
+so it can move several times as many bytes in HBM. Recipes that differ only in batch size, steps and
+the values of rates and coefficients run the same program; the one with the largest batch stands for
+them (listed below).
 """
 CHIPS = """
 ## The chips
