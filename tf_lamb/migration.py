@@ -351,7 +351,7 @@ def _read_checkpoint(path, slot_names) -> _SourceState:
 
 def _no_checkpoint(path, error) -> ValueError:
     """Returns the error for a path that TensorFlow cannot read."""
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ValueError(
         "`source` must be the path of a checkpoint of `tf.train.Checkpoint`: a prefix, such as "
         f"run/ckpt-100, or a folder with a file `checkpoint`. Received: {path!r} ({reason})."
