@@ -8,6 +8,9 @@ import tensorflow as tf
 from inputs.errors import InputError
 from inputs.order import EXAMPLES_PER_LANE, LANES, Order, number_of_lanes, share_of
 from preflight.compiler.topology import Topology
+from preflight.example_data import write_example_data
+from tasks import TASKS
+from tasks.squad import RANDOM
 from training import input_graph
 from training.strategy import with_infinite_cardinality
 
@@ -24,16 +27,59 @@ class DataResult:
         problems: a sentence for each reason why a host could not make its batches.
         examples_per_core: that this machine makes per second of processor time, at the least,
             because the first batches take longer; None if none were made.
+        is_example: whether the graph is that of example data, see `examine_example`.
     """
 
     hosts: int
     graph: input_graph.InputGraph | None
     problems: tuple[str, ...]
     examples_per_core: float | None
+    is_example: bool = False
 
 
-def check_lanes(recipe, phase, topology: Topology) -> DataResult | None:
-    """What is known of a large data set that is not given: None, or that hosts cannot share it."""
+def examine_example(recipe, topologies, folder: str) -> list[DataResult]:
+    """Examines the input graphs of a recipe without its data.
+
+    The operations and the constants of the graphs are those of example data. Whether the hosts can
+    share the data is decided for a large data set.
+
+    Args:
+        recipe: a checked recipe.
+        topologies: the slices.
+        folder: an existing folder, for the example data.
+
+    Returns:
+        For each phase, one result for each topology.
+    """
+    nowhere = {"init_from": "", "init_slots": False, "target": None}  # weights are not read
+    if recipe.task == "squad":
+        nowhere["init_from"] = RANDOM
+    nowhere = {name: value for name, value in nowhere.items() if hasattr(recipe, name)}
+    task = TASKS[recipe.task](
+        dataclasses.replace(recipe, **nowhere),
+        **write_example_data(recipe, folder),
+        resume_dir=None,
+        seed=0,
+        synthetic=False,
+        log=lambda line: None,
+        cache_dir=folder,
+        shared_dir=folder,
+    )
+    results = []
+    for phase_index, phase in enumerate(recipe.phases):
+        context = tf.distribute.InputContext(1, 0, topologies[0].replicas)
+        graph = input_graph.examine_phase(task, phase_index, context, folder)
+        for topology in topologies:
+            hosts = topology.replicas // topology.replicas_per_host
+            # A single host is the machine that training runs on.
+            problems = [*graph.problems, *_lane_problems(recipe, phase, topology)]
+            found = tuple(problems) if hosts > 1 else ()
+            results.append(DataResult(hosts, graph, found, None, is_example=True))
+    return results
+
+
+def _lane_problems(recipe, phase, topology):
+    """Why the hosts of a slice could not share a large data set: at most one sentence."""
     batch = phase.global_batch_size
     examples = LANES * EXAMPLES_PER_LANE
     order = Order(examples, batch, recipe.lanes or number_of_lanes(batch, examples), 1, 1, None)
@@ -41,8 +87,8 @@ def check_lanes(recipe, phase, topology: Topology) -> DataResult | None:
     try:
         share_of(order, tf.distribute.InputContext(hosts, 0, topology.replicas))
     except InputError as error:
-        return DataResult(hosts, None, (str(error),), None)
-    return None
+        return [str(error)]
+    return []
 
 
 def examine_data(task, phase_index: int, topology: Topology, shared_dir: str) -> DataResult:

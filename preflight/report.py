@@ -156,13 +156,15 @@ def _describe_input(recipe, result) -> str:
 def _describe_data(result):
     """Yields the lines about a host's data set."""
     if not result.data:
-        yield _line("data", "not checked; give --data_dir")
         return
     graph = result.data.graph
     if graph:
+        read = f"read by {result.data.hosts:,} host(s)"
+        if result.data.is_example:
+            read = "example data; give --data_dir to check what the hosts can open, and how fast"
         yield _line(
             "data",
-            f"read by {result.data.hosts:,} host(s); {len(graph.operations)} kinds of operation, "
+            f"{read}; {len(graph.operations)} kinds of operation, "
             f"largest tensor {graph.largest_constant:,} bytes",
         )
     if graph and graph.mounted and result.data.hosts > 1:

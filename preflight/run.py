@@ -29,7 +29,7 @@ from preflight.compiler.children import (
     show_progress,
 )
 from preflight.compiler.topology import Topology, parse_topologies
-from preflight.data import DataResult, check_lanes, examine_data
+from preflight.data import DataResult, examine_data, examine_example
 
 GIB = 2**30
 PICTURE_SUFFIX = ".png"
@@ -59,7 +59,7 @@ class PhaseResult:
         time: estimates for a step; None if it does not compile.
         num_operations: number of kinds of operations checked for TPU kernels; None if there was no
             check.
-        data: what is known of the hosts' data; None if none was given, and hosts could share it.
+        data: what is known of the hosts' data; None before it is checked.
     """
 
     phase: int
@@ -137,6 +137,7 @@ class PhaseResult:
             "phase_minutes": self.minutes,
             "examples_per_host": self.examples_per_host,
             "examples_per_core": self.data and self.data.examples_per_core,
+            "data_is_example": self.data and self.data.is_example,
             "data_problems": self.data and list(self.data.problems),
         }
 
@@ -354,7 +355,8 @@ def run(
         log: function that takes a line of progress.
         search: as for `PhaseExaminer`.
         strict: whether to check TensorFlow's TPU kernels, too.
-        make_task: `(shared_dir) -> tasks.task.Task` with the data to check; None checks none.
+        make_task: `(shared_dir) -> tasks.task.Task` with the data to check; None checks the input
+            graph with example data.
 
     Returns:
         The exit status: 1 if a phase does not compile, has no kernels on a topology, or has data
@@ -375,14 +377,7 @@ def run(
         for phase in recipe.phases:
             replica_batch_size(recipe, phase, topology)
     try:
-        if make_task:
-            checked = _check_data(make_task, recipe, topologies, log)
-        else:
-            checked = [
-                check_lanes(recipe, phase, topology)
-                for phase in recipe.phases
-                for topology in topologies
-            ]
+        checked = _check_data(make_task, recipe, topologies, log)
         with show_progress(log, total=len(recipe.phases) * len(topologies)) as progress:
             results = examine(recipe, topologies, progress=progress, search=search, strict=strict)
         results = [
@@ -407,9 +402,11 @@ def run(
 
 def _check_data(make_task, recipe, topologies, log) -> list[DataResult]:
     """For each phase, one result for each topology."""
-    log("Checking the data of a host")
+    log("Checking the data of a host" if make_task else "Checking the input graph")
     several = any(t.replicas > t.replicas_per_host for t in topologies)
     with sigterm_as_interrupt(), temporary_folder("preflight-data-") as folder:
+        if not make_task:
+            return examine_example(recipe, topologies, folder)
         shared_dir = folder if several else ""
         task = make_task(shared_dir)
         return [

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import pathlib
+import re
 
+import numpy as np
 import pytest
+import tensorflow as tf
 import test_run
 from pictures import prepared
 
@@ -14,7 +17,9 @@ from inputs.errors import InputError
 from inputs.text.prepare import prepare_in_cache
 from preflight import data
 from preflight import run as preflight
+from preflight.compiler.topology import parse_topologies
 from tasks import TASKS
+from training import input_graph
 
 
 @pytest.fixture
@@ -41,6 +46,20 @@ def check(monkeypatch, tmp_path, capsys):
         status = preflight.run(
             recipe, topologies, json_path=str(path), log=print, search=False, make_task=make_task
         )
+        return status, json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def check_without_data(monkeypatch, tmp_path, capsys):
+    """As `check`, without data."""
+    monkeypatch.setattr(preflight, "Children", test_run.Compiler)
+    monkeypatch.setattr(preflight, "check_installed", lambda: None)
+
+    def run(recipe, topologies):
+        path = tmp_path / "rows.json"
+        status = preflight.run(recipe, topologies, json_path=str(path), log=print, search=False)
         return status, json.loads(path.read_text()), capsys.readouterr().out
 
     return run
@@ -133,12 +152,70 @@ def test_images(check, tmp_path):
     assert status == 0 and row["examples_per_core"] > 0, printed
 
 
-def test_without_data_the_report_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(preflight, "Children", test_run.Compiler)
-    monkeypatch.setattr(preflight, "check_installed", lambda: None)
-    recipe = recipes.resized(recipes.find_recipe("bert-mini-demo"), global_batch_size=64)
-    path = tmp_path / "rows.json"
-    assert preflight.run(recipe, "v3:2x2", json_path=str(path), log=print, search=False) == 0
-    assert "not checked; give --data_dir" in capsys.readouterr().out
-    (row,) = json.loads(path.read_text())
-    assert row["data_problems"] is row["examples_per_core"] is None
+def test_without_data_the_report_says_so(check_without_data, recipe):
+    status, (row,), printed = check_without_data(recipe, "v3:2x2")
+    assert status == 0 and row["data_is_example"]
+    assert row["data_problems"] == [] and row["examples_per_core"] is None
+    assert re.search(r"data  +example data; give --data_dir .* [0-9]+ kinds of operation", printed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert-large-64k-32k",
+        "squad-base",
+        "resnet50-lars-32k",
+        "cifar10-lamb-4096",
+        "mlperf-bert-v4-8192-2.0",
+    ],
+)
+def test_a_recipe_without_data_has_a_graph_for_hosts(name, tmp_path):
+    recipe = recipes.find_recipe(name)
+    topologies = parse_topologies("v3:2x2,v3:8x8")
+    results = data.examine_example(recipe, topologies, str(tmp_path))
+    assert [result.hosts for result in results] == [1, 16] * len(recipe.phases)
+    for result in results:
+        assert not result.problems and not result.graph.paths
+        assert len(result.graph.operations) > 50 and result.graph.largest_constant < 2**20
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ["sequences_per_row=3", "dropout=0.0"],
+        ["length_buckets=16,64"],
+        ["packing=full-sentences", "whole_word=true"],
+    ],
+)
+def test_the_operations_of_example_data_are_those_of_real_data(fields, text_of, recipe, tmp_path):
+    recipe = recipes.override(recipe, fields)
+    (example,) = data.examine_example(recipe, parse_topologies("v3:2x2"), str(tmp_path))
+    task = TASKS["bert"](
+        recipe,
+        data_dir=text_of(recipe),
+        vocab="",
+        resume_dir=None,
+        seed=1,
+        synthetic=False,
+        log=print,
+    )
+    real = input_graph.examine_phase(task, 0, tf.distribute.InputContext(1, 0, 8))
+    assert example.graph.operations == real.operations
+
+
+def test_without_data_a_graph_that_hosts_cannot_run_is_a_problem(
+    check_without_data, recipe, monkeypatch
+):
+    train_batches = TASKS["bert"].train_batches
+
+    def with_python(self, phase_index, first_step):
+        batches = train_batches(self, phase_index, first_step)
+        return lambda context: batches(context).map(
+            lambda batch: tf.numpy_function(lambda: np.int32(0), [], tf.int32)
+        )
+
+    monkeypatch.setattr(TASKS["bert"], "train_batches", with_python)
+    status, (one, four), printed = check_without_data(recipe, "v3:2x2,v3:4x4")
+    assert status == 1 and one["data_problems"] == []  # a single host is this machine
+    (problem,) = four["data_problems"]
+    assert "calls a Python function (PyFunc)" in problem and f"NO: {problem}" in printed

@@ -107,9 +107,9 @@ def test_lanes_that_hosts_cannot_share_need_no_data(tmp_path, monkeypatch, capsy
         status = preflight.run(recipe, topologies, json_path=str(path), log=print, search=False)
         assert status == (lanes == 3)
         rows[lanes] = [row["data_problems"] for row in json.loads(path.read_text())]
-    assert rows[None] == [None, None]
+    assert rows[None] == [[], []]
     (problem,) = rows[3][1]
-    assert rows[3][0] is None and "--set lanes=3: 4 hosts cannot share 3 lanes" in problem
+    assert rows[3][0] == [] and "--set lanes=3: 4 hosts cannot share 3 lanes" in problem
     assert f"NO: {problem}" in capsys.readouterr().out
 
 
