@@ -32,7 +32,7 @@ FIELDS = (
     "hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
     "compiler_update_bytes_per_parameter seconds_by work_seconds compiler_seconds all_reduce_bytes "
     "all_reduce_seconds step_seconds phase_minutes examples_per_host examples_per_core "
-    "data_problems"
+    "data_is_example data_problems"
 ).split()
 
 
