@@ -33,16 +33,17 @@ MARKERS = "os^DvX"
 LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 BAR_WIDTH = 0.6
 HIGHEST_SHARE = 120  # of HBM, in percent: a higher bar is cut off
-REASON_CHARACTERS = 19  # per line of a reason
-REASON_LINES = 9
+REASON_CHARACTERS = 500
+CHARACTERS_PER_INCH = 14  # of the reasons' font
 
 
 def draw(recipe, results, path: str) -> None:
     """Writes a PNG: memory as a share of HBM, time of a step, minutes, and efficiency.
 
     A phase that does not compile, does not fit, or has no kernel for an operation is drawn as a
-    hatched bar in the panel of memory; one whose data hosts could not read has a red name. The
-    efficiency is drawn if there are several sizes of a generation.
+    hatched bar in the panel of memory, with the number of the reason, which is below the panels;
+    one whose data hosts could not read has a red name. The efficiency is drawn if there are several
+    sizes of a generation.
 
     Args:
         recipe: a checked recipe.
@@ -63,18 +64,39 @@ def draw(recipe, results, path: str) -> None:
     figure.suptitle(
         f"Pre-flight {recipe.name}: estimates, at the least", x=0.01, ha="left", fontsize=12
     )
+    reasons = [
+        textwrap.fill(
+            f"({number}) {textwrap.shorten(reason, REASON_CHARACTERS, placeholder=' ...')}",
+            round(CHARACTERS_PER_INCH * size[0]),
+            subsequent_indent="      ",
+        )
+        for reason, number in _reasons(results).items()
+    ]
+    figure.supxlabel("\n".join(reasons), x=0.01, ha="left", fontsize=8, color=FAILED_COLOR)
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
+def _reasons(results) -> dict[str, int]:
+    """Returns the reasons why steps cannot run, other than too little memory, with a number."""
+    found = dict.fromkeys(r.error for r in results if r.error and not _is_too_large(r))
+    return {reason: number for number, reason in enumerate(found, 1)}
+
+
+def _is_too_large(result) -> bool:
+    needed = result.program.get("hbm_bytes")
+    return bool(result.error) and needed is not None and needed > result.topology.chip.hbm_bytes
+
+
 def _draw_memory(panel, results):
     """Draws the memory of a replica as a share of its HBM."""
+    reasons = _reasons(results)
     for place, result in enumerate(results):
         limit = result.topology.chip.hbm_bytes
         needed = result.program.get("hbm_bytes")
         if result.error:
-            too_large = needed is not None and needed > limit
+            too_large = _is_too_large(result)
             share = min(100 * needed / limit, HIGHEST_SHARE) if too_large else 100
             panel.bar(place, share, BAR_WIDTH, **FAILED)
             if too_large:
@@ -84,7 +106,7 @@ def _draw_memory(panel, results):
                 text = f"{format_bytes(needed)}\n{percent}"
                 _print_above(panel, place, share, text, FAILED_COLOR)
             else:
-                _print_reason(panel, place, result.error)
+                _print_reason(panel, place, f"({reasons[result.error]})")
             continue
         shares = {name: 100 * size / limit for name, size in result.memory.items()}
         _stack(panel, place, shares, MEMORY_COLORS)
@@ -181,17 +203,17 @@ def _scale(panel, highest: float | None):
     panel.set_ylim(0, 1.2 * (highest or 1))
 
 
-def _print_reason(panel, place, reason):
-    """Prints why a step does not compile inside its bar."""
-    short = textwrap.shorten(reason, REASON_LINES * REASON_CHARACTERS, placeholder=" ...")
+def _print_reason(panel, place, text):
+    """Prints the number of the reason why a step cannot run in the middle of its bar."""
     panel.text(
         place,
         50,
-        textwrap.fill(short, REASON_CHARACTERS),
+        text,
         ha="center",
         va="center",
-        fontsize=6,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        fontsize=10,
+        color=FAILED_COLOR,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
     )
 
 

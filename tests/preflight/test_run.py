@@ -295,7 +295,8 @@ def test_the_picture_shows_what_does_not_compile_and_shares_of_hbm(tmp_path, mon
     names = [label.get_text() for label in memory.get_xticklabels()]
     assert names == ["v2:2x2", "v3:2x2", "v4:2x2x2"]
     texts = find_texts(figure)
-    assert "no kernel for Foo" in texts and texts.count("cannot\nrun") == 2
+    assert "(1)" in texts and texts.count("cannot\nrun") == 2
+    assert figure.get_supxlabel() == "(1) no kernel for Foo"
     hatched = [bar for bar in memory.patches if bar.get_hatch()]
     assert len(hatched) == 1 and hatched[0].get_height() == 100
     # 8 examples of 1 GiB and 12,000 bytes of the 15.48 GiB of a v3 core.
