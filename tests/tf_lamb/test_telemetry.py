@@ -52,6 +52,8 @@ def test_records_equal_the_telemetry_of_the_optimizer(rule, flavour, tmp_path):
         assert record["skipped_steps"] == 0
         assert list(record["layers"]) == list(LAYERS)
         np.testing.assert_array_equal(rows_of(record), rows)
+        said = {name: layer["adapted"] for name, layer in record["layers"].items()}
+        assert said == {name: name != "conv/bias" for name in LAYERS}
     events = EventAccumulator(str(tmp_path / "new" / "folder")).Reload()
     adapted = [layer.adapted for layer in run.optimizer.layers]
     for i, name in enumerate(LAYERS):
@@ -257,6 +259,20 @@ def test_the_heat_map_shows_the_records(tmp_path):
     draw_heat_map(path, picture)
     with Image.open(picture) as image:
         assert image.width == 13 * 120
+
+
+def test_a_layer_that_is_not_adapted_is_not_drawn_even_if_an_update_was_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    layers = {"a": (0.5, True), "b": (0.0, False)}
+    rows = {
+        name: {"weight_norm": 1.0, "update_norm": 1.0, "ratio": ratio, "adapted": adapted}
+        for name, (ratio, adapted) in layers.items()
+    }
+    path.write_text(json.dumps({"step": 1, "skipped_steps": 0, "layers": rows}))
+    figure = telemetry._new_figure(2)
+    draw_heat_map(path, None, figure=figure)
+    assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["a"]
+    assert figure.get_suptitle() == "Trust ratio of 1 layer (without 1 whose ratio is always 1)"
 
 
 def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():

@@ -295,7 +295,11 @@ def _drawn_layers(records) -> int:
         rows = [*read_records(records)]
     for row in rows:
         layers |= row["layers"].keys()
-        adapted |= {name for name, layer in row["layers"].items() if layer["ratio"] != 1.0}
+        adapted |= {
+            name
+            for name, layer in row["layers"].items()
+            if layer.get("adapted", True) and layer["ratio"] != 1.0
+        }
     return len(adapted) or len(layers)
 
 
