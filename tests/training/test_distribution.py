@@ -287,21 +287,34 @@ def test_dropout_of_a_resumed_run_is_bit_identical(until, mirrored, text, tmp_pa
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+@pytest.fixture
+def damaged_text(tmp_path):
+    """Damages the first page of some workers' lanes; returns flags, the file and the places."""
+
+    def damage(*lanes):
+        documents = [
+            [f"word {'the ' * (i % 30)} number {i}." for _ in range(5)] for i in range(400)
+        ]
+        pieces = [*vocabulary.SPECIAL_TOKENS, "word", "the", "number", ".", *"0123456789"]
+        pieces += [f"##{digit}" for digit in range(10)]
+        training, _ = corpora(documents, pieces, tmp_path / "data")
+        path = pathlib.Path(training.tokens.path)
+        content = bytearray(path.read_bytes())
+        places = [(1, 4)[lane] * (PAGE_BYTES + FRAME_BYTES) for lane in lanes]
+        for place in places:
+            content[place + 500] ^= 1
+        path.write_bytes(content)
+        flags = (f"--data_dir={tmp_path}/data", f"--model_dir={tmp_path}/run", "--steps=2")
+        flags += ("--global_batch_size=16", "--steps_per_loop=1", "--set", "lanes=2")
+        return (*flags, "--set", "evaluation_examples=16"), path, places
+
+    return damage
+
+
 @pytest.mark.slow
-def test_each_worker_names_the_damaged_pages_that_it_reads(tmp_path):
-    documents = [[f"word {'the ' * (i % 30)} number {i}." for _ in range(5)] for i in range(400)]
-    pieces = [*vocabulary.SPECIAL_TOKENS, "word", "the", "number", ".", *"0123456789"]
-    pieces += [f"##{digit}" for digit in range(10)]
-    training, _ = corpora(documents, pieces, tmp_path / "data")
-    path = pathlib.Path(training.tokens.path)
-    content = bytearray(path.read_bytes())
-    places = [page * (PAGE_BYTES + FRAME_BYTES) for page in (1, 4)]  # of each worker's lane
-    for place in places:
-        content[place + 500] ^= 1
-    path.write_bytes(content)
-    flags = (f"--data_dir={tmp_path}/data", f"--model_dir={tmp_path}/run", "--steps=2")
-    flags += ("--global_batch_size=16", "--steps_per_loop=1", "--set", "max_bad_record_share=0.9")
-    with workers(*flags, "--set", "lanes=2", "--set", "evaluation_examples=16") as processes:
+def test_each_worker_names_the_damaged_pages_that_it_reads(damaged_text):
+    flags, path, places = damaged_text(0, 1)
+    with workers(*flags, "--set", "max_bad_record_share=0.9") as processes:
         chiefs, others = (process.communicate(timeout=SECONDS)[1] for process in processes)
         assert [process.returncode for process in processes] == [0, 0], chiefs + others
     of_chief, of_other = (
@@ -312,3 +325,15 @@ def test_each_worker_names_the_damaged_pages_that_it_reads(tmp_path):
     assert of_other in others and of_chief not in others
     assert len(re.findall("of 990 records were damaged and skipped", chiefs)) == 1
     assert "were damaged and skipped" not in others
+
+
+@pytest.mark.slow
+def test_workers_stop_together_if_one_of_them_finds_too_much_damage(damaged_text):
+    flags, path, (place,) = damaged_text(1)
+    with workers(*flags, "--set", "max_bad_record_share=0.001") as processes:
+        said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1], said
+    for one in said:
+        assert re.search("records are damaged|another worker has found more damaged", one)
+        assert "has ended" not in one and "Traceback" not in one
+    assert f"{path}, byte {place}: damaged or missing" in said[1]
