@@ -326,7 +326,7 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     results = run.fit()
     if not FLAGS.dry_run:
         results |= task.final_metrics(run.model, where, model_dir if chief else None)
-    task.end_data()
+    strategy.check_together(where, task.end_data)
     if not chief:
         # Reading batch normalization's averages, which each replica has, takes all processes.
         with temporary_folder("export-") as folder:

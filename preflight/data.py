@@ -10,7 +10,7 @@ from inputs.order import EXAMPLES_PER_LANE, LANES, Order, number_of_lanes, share
 from preflight.compiler.topology import Topology
 from preflight.example_data import write_example_data
 from tasks import TASKS
-from tasks.squad import RANDOM
+from tasks.squad import POSITIONS, RANDOM
 from training import input_graph
 from training.strategy import with_infinite_cardinality
 
@@ -40,8 +40,9 @@ class DataResult:
 def examine_example(recipe, topologies, folder: str) -> list[DataResult]:
     """Examines the input graphs of a recipe without its data.
 
-    The operations and the constants of the graphs are those of example data. Whether the hosts can
-    share the data is decided for a large data set.
+    The operations of the graphs are those for prepared text, questions, or images. Constants that
+    grow with the data, such as the names of its files, are smaller than those of real data. Whether
+    the hosts can share the data is decided for a large data set.
 
     Args:
         recipe: a checked recipe.
@@ -50,13 +51,17 @@ def examine_example(recipe, topologies, folder: str) -> list[DataResult]:
 
     Returns:
         For each phase, one result for each topology.
+
+    Raises:
+        InputError: the example data cannot be written.
     """
-    nowhere = {"init_from": "", "init_slots": False, "target": None}  # weights are not read
+    changes = {"init_from": "", "init_slots": False, "target": None}  # weights are not read
     if recipe.task == "squad":
-        nowhere["init_from"] = RANDOM
-    nowhere = {name: value for name, value in nowhere.items() if hasattr(recipe, name)}
+        length = min(recipe.sequence_length, POSITIONS)  # a checkpoint could have more positions
+        changes |= {"init_from": RANDOM, "sequence_length": length}
+    changes = {name: value for name, value in changes.items() if hasattr(recipe, name)}
     task = TASKS[recipe.task](
-        dataclasses.replace(recipe, **nowhere),
+        dataclasses.replace(recipe, **changes),
         **write_example_data(recipe, folder),
         resume_dir=None,
         seed=0,
@@ -72,9 +77,10 @@ def examine_example(recipe, topologies, folder: str) -> list[DataResult]:
         for topology in topologies:
             hosts = topology.replicas // topology.replicas_per_host
             # A single host is the machine that training runs on.
-            problems = [*graph.problems, *_lane_problems(recipe, phase, topology)]
-            found = tuple(problems) if hosts > 1 else ()
-            results.append(DataResult(hosts, graph, found, None, is_example=True))
+            problems = ()
+            if hosts > 1:
+                problems = (*graph.problems, *_lane_problems(recipe, phase, topology))
+            results.append(DataResult(hosts, graph, problems, None, is_example=True))
     return results
 
 

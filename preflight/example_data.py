@@ -7,6 +7,7 @@ import random
 import numpy as np
 import tensorflow as tf
 
+from inputs.errors import InputError, first_line
 from inputs.images import cifar, shards
 from inputs.images.prepare import encode
 from inputs.images.sources import Class, Item
@@ -20,20 +21,32 @@ DOCUMENTS = 400  # enough that some of them are held out
 SENTENCES = 8  # of a document
 WORDS = 12  # of a sentence
 IMAGES = 32  # of each split
+SIDE = 64  # of a JPEG, in pixels
 CLASSES = [Class(name, name) for name in ("even", "odd")]
 
 
 def write_example_data(recipe, folder: str) -> dict[str, str]:
-    """Writes data of a few words or images.
+    """Writes prepared text, questions, or images: CIFAR-10's pixels for 32 pixels, else JPEGs.
 
     Args:
         recipe: a checked recipe.
-        folder: an existing folder.
+        folder: an existing temporary folder.
 
     Returns:
         `data_dir` and `vocab` of the task.
+
+    Raises:
+        InputError: the data cannot be written.
     """
-    return _WRITERS[recipe.task](recipe, folder)
+    fix = "Set the environment variable TMPDIR to another folder."
+    if "," in folder:  # `--data_dir` can be several files
+        raise InputError(f"{folder}: the name of a temporary folder has a comma. {fix}")
+    try:
+        return _WRITERS[recipe.task](recipe, folder)
+    except (OSError, InputError) as error:
+        cause = error.__context__ or error
+        reason = getattr(cause, "strerror", None) or first_line(cause)
+        raise InputError(f"{folder} cannot be written ({reason}). {fix}") from None
 
 
 def _text(recipe, folder):
@@ -42,7 +55,7 @@ def _text(recipe, folder):
     text = os.path.join(folder, "text.txt")
     _write(text, "\n\n".join(documents))
     data_dir = os.path.join(folder, "prepared")
-    prepare_text(text, vocab, data_dir, workers=0)
+    prepare_text(text, vocab, data_dir, workers=0, lower_case=recipe.lower_case)
     return {"data_dir": data_dir, "vocab": ""}
 
 
@@ -52,33 +65,33 @@ def _squad(recipe, folder):
     data_dir = os.path.join(folder, "squad")
     os.makedirs(data_dir)
     for split in ("train", "dev"):
-        questions = []
+        paragraphs = []
         for i in range(DOCUMENTS):
             context = " ".join(_sentences(PUBLISHED_VOCABULARY_SIZE, i))
             answer = {"text": context.split()[0], "answer_start": 0}
-            asked = {"id": f"{split}{i}", "question": "word1 word2 ?", "answers": [answer]}
-            questions.append({"context": context, "qas": [asked]})
-        content = {"version": "1.1", "data": [{"title": "example", "paragraphs": questions}]}
+            question = {"id": f"{split}{i}", "question": "word1 word2 ?", "answers": [answer]}
+            paragraphs.append({"context": context, "qas": [question]})
+        content = {"version": "1.1", "data": [{"title": "example", "paragraphs": paragraphs}]}
         _write(os.path.join(data_dir, f"{split}.json"), json.dumps(content))
     return {"data_dir": data_dir, "vocab": vocab}
 
 
 def _images(recipe, folder):
-    shape = [recipe.image_size] * 2 + [3]
-    is_pixels = tuple(shape) == cifar.SHAPE
-    numbers = np.random.default_rng(0)
+    is_pixels = recipe.image_size == cifar.SHAPE[0]
+    shape = list(cifar.SHAPE) if is_pixels else [SIDE, SIDE, 3]
+    generator = np.random.default_rng(0)
     data_dir = os.path.join(folder, "images")
     for split in ("train", "validation"):
-        where = os.path.join(data_dir, split)
-        shards.begin(where, {})
+        split_dir = os.path.join(data_dir, split)
+        shards.begin(split_dir, {})
         records = []
         for i in range(IMAGES):
-            image = numbers.integers(0, 256, shape, np.uint8)
+            image = generator.integers(0, 256, shape, np.uint8)
             data = image.tobytes() if is_pixels else tf.io.encode_jpeg(image).numpy()
             records.append(encode(Item(str(i), data, i % len(CLASSES)), *shape[:2]))
         shards.finish(
-            where,
-            [shards.write_shard(where, f"{split}-00000", records, {})],
+            split_dir,
+            [shards.write_shard(split_dir, f"{split}-00000", records, {})],
             kind=IMAGE_FORMAT[1],
             pixels=shape if is_pixels else None,
             classes=CLASSES,
@@ -95,10 +108,10 @@ def _vocabulary(size, folder):
 
 def _sentences(vocabulary_size, seed):
     """Sentences of the words of `synthetic_vocabulary`."""
-    numbers = random.Random(seed)
-    most = min(vocabulary_size // 2, 1_000)
+    generator = random.Random(seed)
+    words = min(vocabulary_size // 2, 1_000)
     for _ in range(SENTENCES):
-        yield " ".join(f"word{numbers.randrange(most)}" for _ in range(WORDS)) + "."
+        yield " ".join(f"word{generator.randrange(words)}" for _ in range(WORDS)) + "."
 
 
 def _write(path, text):

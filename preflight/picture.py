@@ -35,15 +35,16 @@ BAR_WIDTH = 0.6
 HIGHEST_SHARE = 120  # of HBM, in percent: a higher bar is cut off
 REASON_CHARACTERS = 500
 CHARACTERS_PER_INCH = 14  # of the reasons' font
+INCHES_PER_LINE = 0.14
 
 
 def draw(recipe, results, path: str) -> None:
     """Writes a PNG: memory as a share of HBM, time of a step, minutes, and efficiency.
 
     A phase that does not compile, does not fit, or has no kernel for an operation is drawn as a
-    hatched bar in the panel of memory, with the number of the reason, which is below the panels;
-    one whose data hosts could not read has a red name. The efficiency is drawn if there are several
-    sizes of a generation.
+    hatched bar in the panel of memory: with the memory that it needs, or with the number of another
+    reason, which is below the panels. One whose data hosts could not read has a red name. The
+    efficiency is drawn if there are several sizes of a generation.
 
     Args:
         recipe: a checked recipe.
@@ -56,7 +57,9 @@ def draw(recipe, results, path: str) -> None:
     panels = [_draw_memory, _draw_time, _draw_minutes]
     if _generations_of_several_sizes(results):
         panels.append(_draw_efficiency)
-    size = (max(9, 1.2 * len(results) + 5), 3.4 * len(panels))
+    width = max(9, 1.2 * len(results) + 5)
+    reasons = _describe_reasons(results, round(CHARACTERS_PER_INCH * width))
+    size = (width, 3.4 * len(panels) + INCHES_PER_LINE * (reasons.count("\n") + 1))
     figure, axes = plt.subplots(len(panels), figsize=size, layout="constrained")
     for panel, draw_panel in zip(axes, panels, strict=True):
         draw_panel(panel, results)
@@ -64,15 +67,8 @@ def draw(recipe, results, path: str) -> None:
     figure.suptitle(
         f"Pre-flight {recipe.name}: estimates, at the least", x=0.01, ha="left", fontsize=12
     )
-    reasons = [
-        textwrap.fill(
-            f"({number}) {textwrap.shorten(reason, REASON_CHARACTERS, placeholder=' ...')}",
-            round(CHARACTERS_PER_INCH * size[0]),
-            subsequent_indent="      ",
-        )
-        for reason, number in _reasons(results).items()
-    ]
-    figure.supxlabel("\n".join(reasons), x=0.01, ha="left", fontsize=8, color=FAILED_COLOR)
+    below = figure.supxlabel(reasons, x=0.01, ha="left", fontsize=8, color=FAILED_COLOR)
+    below.set_parse_math(False)  # an error message can have dollar signs
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
@@ -80,8 +76,18 @@ def draw(recipe, results, path: str) -> None:
 
 def _reasons(results) -> dict[str, int]:
     """Returns the reasons why steps cannot run, other than too little memory, with a number."""
-    found = dict.fromkeys(r.error for r in results if r.error and not _is_too_large(r))
-    return {reason: number for number, reason in enumerate(found, 1)}
+    reasons = dict.fromkeys(r.error for r in results if r.error and not _is_too_large(r))
+    return {reason: number for number, reason in enumerate(reasons, 1)}
+
+
+def _describe_reasons(results, width) -> str:
+    """Returns the numbered reasons, in lines of at most `width` characters."""
+    texts = []
+    for reason, number in _reasons(results).items():
+        more = " ..." if len(reason) > REASON_CHARACTERS else ""
+        text = f"({number}) {reason[:REASON_CHARACTERS]}{more}"
+        texts.append(textwrap.fill(text, width, subsequent_indent="      "))
+    return "\n".join(texts)
 
 
 def _is_too_large(result) -> bool:

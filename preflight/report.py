@@ -14,6 +14,10 @@ is modeled as 2·bytes·(n-1)/n over a chip's links at their peak rate, plus 1 u
 included: waiting for the host and for the slowest replica, random bits, evaluation, checkpoints and
 start-up. Real kernels do not reach the peak rate."""
 
+EXAMPLE = """
+The data is an example of a few random words or images. Give the real one with --data_dir, without
+--synthetic, to check which of its files a host could not open, and at what rate it is read."""
+
 # Measured examples/s of one CPU core, from docs/results/text.md (`pairs` on two cores) and
 # docs/results/images.md: task, sequence length or image size, examples/s, command.
 EXAMPLES_PER_CORE = (
@@ -33,6 +37,8 @@ def describe(recipe, results) -> str:
     blocks = [f"Pre-flight {recipe.name}: {recipe.task} {recipe.model}, {recipe.compute_dtype}"]
     blocks += [_describe_phase(recipe, result) for result in results]
     blocks += _describe_recipe(results)
+    if any(result.data and result.data.is_example for result in results):
+        blocks.append(EXAMPLE)
     return "\n".join([*blocks, LEGEND])
 
 
@@ -161,7 +167,7 @@ def _describe_data(result):
     if graph:
         read = f"read by {result.data.hosts:,} host(s)"
         if result.data.is_example:
-            read = "example data; give --data_dir to check what the hosts can open, and how fast"
+            read = "an example of it"
         yield _line(
             "data",
             f"{read}; {len(graph.operations)} kinds of operation, "

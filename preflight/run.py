@@ -12,6 +12,8 @@ import math
 import os
 from collections.abc import Callable
 
+import tensorflow as tf
+
 from inputs.errors import InputError
 from inputs.process import INTERRUPTED, sigterm_as_interrupt
 from inputs.storage.files import (
@@ -110,7 +112,8 @@ class PhaseResult:
 
         `bytes_accessed` and the entries with `compiler` in their names are the compiler's figures.
         From v4 on they contain on-chip memory. `seconds_by` says whether `work_seconds` is the
-        compiler's time or that of the model.
+        compiler's time or that of the model. With `data_is_example`, `data_problems` are those of
+        the input graph and of sharing the data, and `examples_per_core` is null.
         """
         time = self.time
         return {
@@ -359,8 +362,8 @@ def run(
             graph with example data.
 
     Returns:
-        The exit status: 1 if a phase does not compile, has no kernels on a topology, or has data
-        that the hosts could not read; 130 after Ctrl-C; else 0.
+        The exit status: 1 if a phase does not compile, has no kernels on a topology, or has an
+        input graph or data that the hosts could not use; 130 after Ctrl-C; else 0.
 
     Raises:
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
@@ -403,6 +406,8 @@ def run(
 def _check_data(make_task, recipe, topologies, log) -> list[DataResult]:
     """For each phase, one result for each topology."""
     log("Checking the data of a host" if make_task else "Checking the input graph")
+    with contextlib.suppress(RuntimeError):  # TensorFlow has been used before
+        tf.config.set_visible_devices([], "GPU")  # another program may be training on it
     several = any(t.replicas > t.replicas_per_host for t in topologies)
     with sigterm_as_interrupt(), temporary_folder("preflight-data-") as folder:
         if not make_task:

@@ -119,8 +119,8 @@ class TelemetryWriter:
         writer.close()
 
     Each record is a line of `logs/trust_ratios.jsonl`, with the keys `step`, `skipped_steps` and
-    `layers`, which has `weight_norm`, `update_norm` and `ratio` of each layer, and whether it is
-    `adapted`. NaN and infinity are the strings "nan" and "inf". A resumed run appends to the file.
+    `layers`. Each layer has `weight_norm`, `update_norm`, `ratio` and `adapted`. NaN and infinity
+    are the strings "nan" and "inf". A resumed run appends to the file.
     For TensorBoard, a record has three scalars for each layer and a histogram of the ratios. If a
     variable stacks layers, their means are recorded. For LARS, `update_norm` is the denominator of
     the ratio.
@@ -365,8 +365,8 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
 
     The logarithmic scale is centered on a ratio of 1. A few ratios far beyond the others are
     clipped to the ends of the color scale. Prefixes that nearly all names share are left out, as
-    are layers with a ratio of 1 in all steps, such as those that are not adapted. If a step was
-    recorded twice because a run was resumed, the later record is drawn.
+    are layers that are not adapted or whose ratio is 1 in all steps. If a step was recorded twice
+    because a run was resumed, the later record is drawn.
 
     Args:
         records_path: Path of the JSON lines, `trust_ratios.jsonl`. Beside it there may be files
@@ -380,17 +380,18 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
         RuntimeError: If matplotlib is not installed.
     """
     _check_matplotlib()
-    labels, steps, values = _read_records(records_path)
+    records = [*read_records(records_path)]
+    labels, steps, values = _latest_values(records)
     if not labels:
         raise ValueError(f"There are no records to draw yet. Received: {str(records_path)!r}.")
-    adapted = [i for i in range(len(labels)) if np.any(values[i, :, 2] != 1.0)]
-    rows = adapted or range(len(labels))
+    adapted = adapted_layers(records)
+    rows = [i for i, label in enumerate(labels) if label in adapted] or range(len(labels))
     drawn, prefixes = _shorten_names([labels[i] for i in rows])
     figure = figure or _new_figure(len(rows))
     _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
     title = f"Trust ratio of {len(rows)} layer{'s' if len(rows) > 1 else ''}"
     if len(rows) < len(labels):
-        title += f" (without {len(labels) - len(rows)} whose ratio is always 1)"
+        title += f" (without {len(labels) - len(rows)} that are not adapted, or always 1)"
     if prefixes:
         title += f"; names without {', '.join(prefixes)}"
     figure.suptitle(title, fontsize=11)
@@ -455,19 +456,30 @@ def read_records(records_path) -> Iterator[dict]:
                     yield json.loads(line)
 
 
-def _read_records(records_path):
-    """Reads the last record of each step.
+def adapted_layers(records) -> set[str]:
+    """Returns the names of the layers that are adapted, and have a ratio other than 1 in a record.
+
+    Args:
+        records: From `read_records`. Those of 0.1.0 do not say whether a layer is adapted.
+    """
+    return {
+        name
+        for record in records
+        for name, layer in record["layers"].items()
+        if layer.get("adapted", True) and layer["ratio"] != 1.0
+    }
+
+
+def _latest_values(records):
+    """Takes the last record of each step.
 
     Returns:
         A tuple `(labels, steps, values)`: list of strings, list of integers, and float array
         [layers, steps, 3], with zeros for a layer that a record does not have.
     """
     by_step = {}
-    for record in read_records(records_path):
+    for record in records:
         by_step[record["step"]] = record["layers"]
-        for layer in record["layers"].values():
-            if not layer.get("adapted", True):  # Records up to 0.1.0 do not say.
-                layer["ratio"] = 1.0  # Not 0 if the update was skipped.
     steps = sorted(by_step)
     labels = list(dict.fromkeys(label for step in steps for label in by_step[step]))
     empty = dict.fromkeys(COLUMNS, 0.0)

@@ -8,7 +8,6 @@ import numpy as np
 import orbit
 import tensorflow as tf
 
-from inputs.errors import InputError
 from inputs.order import with_one_graph
 from tasks.task import loss_terms, means
 from training import optimizers, strategy
@@ -379,7 +378,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
             self._train_iterator = iter(self._train_dataset)
         totals, record, waited = self._train_loop(num_steps)
         self._divergence.check(record)
-        self._check_data()
+        strategy.check_together(self.strategy, self.task.check_data)
         values = self._means_and_loss(self._train_metrics, totals)
         return (
             values
@@ -401,25 +400,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
                 self._stop()
             sums = self._eval_step(batch)
             totals = sums if totals is None else tf.nest.map_structure(tf.add, totals, sums)
-        self._check_data()
+        strategy.check_together(self.strategy, self.task.check_data)
         return self._means_and_loss(self.task.metrics, totals)
-
-    def _check_data(self):
-        """Reports damaged records. If one worker must stop because of them, all of them do."""
-        error = None
-        try:
-            self.task.check_data()
-        except InputError as found:
-            error = found
-        if not self._max_over_workers(error is not None):
-            return
-        if error is None:
-            self.task.check_data()  # the report may be visible here by now
-            error = InputError(
-                "--data_dir: another worker has found more damaged records than may be skipped; "
-                "its log names them."
-            )
-        raise error
 
     @staticmethod
     def _means_and_loss(metrics, totals):

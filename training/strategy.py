@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -150,6 +151,28 @@ def max_over_workers(strategy: tf.distribute.Strategy, value):
         return value
     own = np.array([[value]], np.float64 if isinstance(value, float) else np.int64)
     return type(value)(_of_all_workers(strategy, own).max())
+
+
+def check_together(strategy: tf.distribute.Strategy, check_data: Callable[[], object]) -> None:
+    """Checks the data in all workers, which must call this at the same point.
+
+    Args:
+        strategy: a `tf.distribute.Strategy`.
+        check_data: `check_data` or `end_data` of a `tasks.task.Task`.
+
+    Raises:
+        InputError: in one of the workers, more records are damaged than may be skipped.
+    """
+    error = None
+    try:
+        check_data()
+    except InputError as own:
+        error = own
+    if max_over_workers(strategy, error is not None):
+        raise error or InputError(
+            "--data_dir: another worker has found more damaged records than may be skipped; its "
+            "log names them."
+        )
 
 
 def _of_all_workers(strategy, own):

@@ -1,7 +1,9 @@
 """The check of a pod's data: what its hosts could read, and what they could not."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 
@@ -15,7 +17,7 @@ import recipes
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.text.prepare import prepare_in_cache
-from preflight import data
+from preflight import data, example_data
 from preflight import run as preflight
 from preflight.compiler.topology import parse_topologies
 from tasks import TASKS
@@ -156,7 +158,8 @@ def test_without_data_the_report_says_so(check_without_data, recipe):
     status, (row,), printed = check_without_data(recipe, "v3:2x2")
     assert status == 0 and row["data_is_example"]
     assert row["data_problems"] == [] and row["examples_per_core"] is None
-    assert re.search(r"data  +example data; give --data_dir .* [0-9]+ kinds of operation", printed)
+    assert re.search(r"data  +an example of it; [0-9]+ kinds of operation", printed)
+    assert printed.count("Give the real one with --data_dir") == 1
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,43 @@ def test_the_operations_of_example_data_are_those_of_real_data(fields, text_of, 
     )
     real = input_graph.examine_phase(task, 0, tf.distribute.InputContext(1, 0, 8))
     assert example.graph.operations == real.operations
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("bert-mini-demo", ["lower_case=false"]),
+        ("bert-mini-demo", ["lower_case=true"]),
+        ("bert-mini-demo", ["init_from=/nowhere", "target=0.7"]),
+        ("squad-mini", ["sequence_length=1024", "init_from=/nowhere"]),
+        ("resnet50-lars-32k", ["image_size=8000"]),
+    ],
+)
+def test_what_is_not_in_the_input_graph_is_not_checked_with_example_data(name, fields, tmp_path):
+    recipe = recipes.override(recipes.find_recipe(name), fields)
+    for result in data.examine_example(recipe, parse_topologies("v3:2x2"), str(tmp_path)):
+        assert not result.problems and result.graph.operations
+
+
+@pytest.mark.parametrize("name", ["bert-mini-demo", "squad-mini"])
+def test_a_temporary_folder_that_cannot_be_used_is_named(name, tmp_path):
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    recipe = recipes.find_recipe(name)
+    with pytest.raises(InputError, match="a,b: the name .* has a comma. Set .* TMPDIR"):
+        data.examine_example(recipe, parse_topologies("v3:2x2"), str(folder))
+
+
+@pytest.mark.parametrize("name", ["bert-mini-demo", "squad-mini", "resnet50-lars-32k"])
+def test_example_data_on_a_full_disk(name, tmp_path, monkeypatch):
+    def full(*arguments, **names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(example_data, "save_vocabulary", full)
+    monkeypatch.setattr(example_data.shards, "write_shard", full)
+    recipe = recipes.find_recipe(name)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left.* Set .* TMPDIR"):
+        data.examine_example(recipe, parse_topologies("v3:2x2"), str(tmp_path))
 
 
 def test_without_data_a_graph_that_hosts_cannot_run_is_a_problem(

@@ -342,6 +342,23 @@ def draw(tmp_path, monkeypatch):
         picture.plt.close(figure)
 
 
+def test_reasons_are_below_the_panels_and_take_no_room_from_them(draw):
+    reasons = {"v3:2x2": "no $\\foo$", "v3:4x4": "x" * 600, "v4:2x2x1": "no $\\foo$"}
+
+    def fail(self, phase_index, batch, accumulation, topology, *, quick):
+        return {"error": reasons[topology]}
+
+    figure = draw(",".join(reasons), fail, 64)
+    first, *others = figure.get_supxlabel().splitlines()
+    assert first == "(1) no $\\foo$" and others[0].startswith("(2) xxx")
+    assert others[-1].endswith("x ...") and len(others) > 2
+    numbers = [text for text in find_texts(figure) if text.startswith("(")]
+    assert numbers == ["(1)", "(2)", "(1)"]
+    figure.draw_without_rendering()
+    lowest = figure.axes[-1].get_tightbbox().y0
+    assert lowest >= figure._supxlabel.get_window_extent().y1
+
+
 def test_a_bar_that_is_cut_says_so_and_nothing_has_no_scale(draw):
     def too_large(self, phase_index, batch, accumulation, topology, *, quick):
         return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": 27 * 2**30}

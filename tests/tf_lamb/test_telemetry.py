@@ -243,7 +243,7 @@ def heat_map_records(path, steps, layers):
 def test_the_heat_map_shows_the_records(tmp_path):
     path, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
     heat_map_records(path, [5, 1, 5, 3], ["bias", "a", "b"])
-    labels, steps, values = telemetry._read_records(path)
+    labels, steps, values = telemetry._latest_values(read_records(path))
     assert (labels, steps, values.shape) == (["bias", "a", "b"], [1, 3, 5], (3, 3, 3))
     values[1, 0, 1], values[2, 2, 2] = math.nan, 0.0
     logs = telemetry._log_ratios(values[1:])
@@ -263,16 +263,23 @@ def test_the_heat_map_shows_the_records(tmp_path):
 
 def test_a_layer_that_is_not_adapted_is_not_drawn_even_if_an_update_was_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
-    layers = {"a": (0.5, True), "b": (0.0, False)}
+    layers = {"a": (0.5, True), "b": (0.0, False), "c": (1.0, False)}
     rows = {
         name: {"weight_norm": 1.0, "update_norm": 1.0, "ratio": ratio, "adapted": adapted}
         for name, (ratio, adapted) in layers.items()
     }
-    path.write_text(json.dumps({"step": 1, "skipped_steps": 0, "layers": rows}))
+    some = {name: rows[name] for name in "ab"}  # c is new in the second record
+    lines = (
+        json.dumps({"step": step, "skipped_steps": 0, "layers": layers})
+        for step, layers in ((1, some), (2, rows))
+    )
+    path.write_text("\n".join(lines))
     figure = telemetry._new_figure(2)
     draw_heat_map(path, None, figure=figure)
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["a"]
-    assert figure.get_suptitle() == "Trust ratio of 1 layer (without 1 whose ratio is always 1)"
+    assert figure.get_suptitle() == (
+        "Trust ratio of 1 layer (without 2 that are not adapted, or always 1)"
+    )
 
 
 def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():

@@ -69,3 +69,20 @@ def test_a_tpu_computes_in_bfloat16_unless_told_otherwise(flags, dtype, in_proce
 
     monkeypatch.setattr("training.checkpoint.compatibility.check_compatible", check)
     assert in_process(["--synthetic", *flags]) == 1 and asked_for == [dtype]
+
+
+def test_all_workers_stop_if_one_finds_too_much_damage(monkeypatch):
+    def damaged():
+        raise InputError("a.tfrecord is damaged")
+
+    where = tf.distribute.get_strategy()
+    strategy.check_together(where, lambda: None)
+    with pytest.raises(InputError, match="a.tfrecord is damaged"):
+        strategy.check_together(where, damaged)
+    told = []
+    monkeypatch.setattr(strategy, "max_over_workers", lambda _, bad: told.append(bad) or True)
+    with pytest.raises(InputError, match="another worker has found more damaged records"):
+        strategy.check_together(where, lambda: None)
+    with pytest.raises(InputError, match="a.tfrecord is damaged"):
+        strategy.check_together(where, damaged)
+    assert told == [False, True]

@@ -24,7 +24,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
-from tf_lamb.telemetry import RECORDS, draw_heat_map, read_records, save_figure
+from tf_lamb.telemetry import (
+    RECORDS,
+    adapted_layers,
+    draw_heat_map,
+    read_records,
+    save_figure,
+)
 from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows
 from training.monitor.run_monitor import TELEMETRY
 
@@ -288,19 +294,11 @@ def _records(model_dir) -> str:
 
 
 def _drawn_layers(records) -> int:
-    """The number of rows of the heat map: layers with a trust ratio other than 1; 0: no records."""
-    layers, adapted = set(), set()
+    """The number of rows of the heat map; 0 if there are no records."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         rows = [*read_records(records)]
-    for row in rows:
-        layers |= row["layers"].keys()
-        adapted |= {
-            name
-            for name, layer in row["layers"].items()
-            if layer.get("adapted", True) and layer["ratio"] != 1.0
-        }
-    return len(adapted) or len(layers)
+    return len(adapted_layers(rows)) or len({name for row in rows for name in row["layers"]})
 
 
 def _held_out_losses(evaluations):
