@@ -167,7 +167,7 @@ def _describe_data(result):
     if graph:
         read = f"read by {result.data.hosts:,} host(s)"
         if result.data.is_example:
-            read = "an example of it"
+            read = "example data"
         yield _line(
             "data",
             f"{read}; {len(graph.operations)} kinds of operation, "

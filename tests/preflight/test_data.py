@@ -158,7 +158,7 @@ def test_without_data_the_report_says_so(check_without_data, recipe):
     status, (row,), printed = check_without_data(recipe, "v3:2x2")
     assert status == 0 and row["data_is_example"]
     assert row["data_problems"] == [] and row["examples_per_core"] is None
-    assert re.search(r"data  +an example of it; [0-9]+ kinds of operation", printed)
+    assert re.search(r"data  +example data; [0-9]+ kinds of operation", printed)
     assert printed.count("Give the real one with --data_dir") == 1
 
 
