@@ -376,6 +376,8 @@ def _draw_curves(table, done, groups, seeds, now, path):
         axes = row.reshape(2, 1)
     for panel in axes[0] if not error else axes.flat:
         panel.set_yscale("log")
+        for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            set_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))
     held_out = False
     ends = []
     for value, (top, bottom) in zip(values, axes.T, strict=True):
@@ -402,7 +404,7 @@ def _draw_curves(table, done, groups, seeds, now, path):
         if error:
             panel.yaxis.set_major_formatter("{x:g}")
         elif ends:  # not those of runs that diverged
-            panel.set_ylim(bottom=min(ends) - 0.05)
+            panel.set_ylim(bottom=min(ends) / 2)
     handles = {
         label: handle
         for panel in axes.flat
