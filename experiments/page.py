@@ -362,6 +362,13 @@ def _curves(run, metric):
     return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))
 
 
+class _Plain(ticker.LogFormatter):
+    """Labels the ticks of a logarithmic axis as 0.1, not as 1e-01."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _draw_curves(table, done, groups, seeds, now, path):
     """Draws loss and metric over steps, with a column for each value of `table.x`."""
     values = sorted({group.settings[table.x] for group in done}) if table.x else [None]
@@ -377,7 +384,7 @@ def _draw_curves(table, done, groups, seeds, now, path):
     for panel in axes[0] if not error else axes.flat:
         panel.set_yscale("log")
         for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            set_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))
+            set_formatter(_Plain(minor_thresholds=(1, 0.4)))
     held_out = False
     ends = []
     for value, (top, bottom) in zip(values, axes.T, strict=True):
@@ -401,9 +408,7 @@ def _draw_curves(table, done, groups, seeds, now, path):
     axes[0][0].set_ylabel(f"{'held-out' if held_out else 'training'} loss, nats")
     axes[1][0].set_ylabel(f"1 − {table.metric}" if error else table.metric)
     for panel in axes[1]:
-        if error:
-            panel.yaxis.set_major_formatter("{x:g}")
-        elif ends:  # not those of runs that diverged
+        if ends and not error:  # not those of runs that diverged
             panel.set_ylim(bottom=min(ends) / 2)
     handles = {
         label: handle
