@@ -120,10 +120,9 @@ class TelemetryWriter:
 
     Each record is a line of `logs/trust_ratios.jsonl`, with the keys `step`, `skipped_steps` and
     `layers`. Each layer has `weight_norm`, `update_norm`, `ratio` and `adapted`. NaN and infinity
-    are the strings "nan" and "inf". A resumed run appends to the file.
-    For TensorBoard, a record has three scalars for each layer and a histogram of the ratios. If a
-    variable stacks layers, their means are recorded. For LARS, `update_norm` is the denominator of
-    the ratio.
+    are the strings "nan" and "inf". A resumed run appends to the file. For TensorBoard, a record
+    has three scalars for each layer and a histogram of the ratios. If a variable stacks layers,
+    their means are recorded. For LARS, `update_norm` is the denominator of the ratio.
 
     On object storage, where appending writes a file again, records are kept in memory until
     `flush`, which writes them to a new file, `trust_ratios-TIME.jsonl`.
@@ -391,7 +390,7 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
     title = f"Trust ratio of {len(rows)} layer{'s' if len(rows) > 1 else ''}"
     if len(rows) < len(labels):
-        title += f" (without {len(labels) - len(rows)} that are not adapted, or always 1)"
+        title += f" (without {len(labels) - len(rows)} that are not adapted or have a ratio of 1)"
     if prefixes:
         title += f"; names without {', '.join(prefixes)}"
     figure.suptitle(title, fontsize=11)

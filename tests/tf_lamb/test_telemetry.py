@@ -278,7 +278,7 @@ def test_a_layer_that_is_not_adapted_is_not_drawn_even_if_an_update_was_skipped(
     draw_heat_map(path, None, figure=figure)
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["a"]
     assert figure.get_suptitle() == (
-        "Trust ratio of 1 layer (without 2 that are not adapted, or always 1)"
+        "Trust ratio of 1 layer (without 2 that are not adapted or have a ratio of 1)"
     )
 
 
