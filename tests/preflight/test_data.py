@@ -26,7 +26,10 @@ from training import input_graph
 
 @pytest.fixture
 def check(monkeypatch, tmp_path, capsys):
-    """Runs the pre-flight without a compiler; returns (status, rows, what it prints)."""
+    """Runs the pre-flight without a compiler; returns (status, rows, what it prints).
+
+    Without a folder, it has no data.
+    """
     monkeypatch.setattr(preflight, "Children", test_run.Compiler)
     monkeypatch.setattr(preflight, "check_installed", lambda: None)
     monkeypatch.setattr(data, "MEASURED_SECONDS", 0.1)
@@ -46,22 +49,13 @@ def check(monkeypatch, tmp_path, capsys):
 
         path = tmp_path / "rows.json"
         status = preflight.run(
-            recipe, topologies, json_path=str(path), log=print, search=False, make_task=make_task
+            recipe,
+            topologies,
+            json_path=str(path),
+            log=print,
+            search=False,
+            make_task=make_task if folder else None,
         )
-        return status, json.loads(path.read_text()), capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def check_without_data(monkeypatch, tmp_path, capsys):
-    """As `check`, without data."""
-    monkeypatch.setattr(preflight, "Children", test_run.Compiler)
-    monkeypatch.setattr(preflight, "check_installed", lambda: None)
-
-    def run(recipe, topologies):
-        path = tmp_path / "rows.json"
-        status = preflight.run(recipe, topologies, json_path=str(path), log=print, search=False)
         return status, json.loads(path.read_text()), capsys.readouterr().out
 
     return run
@@ -154,8 +148,8 @@ def test_images(check, tmp_path):
     assert status == 0 and row["examples_per_core"] > 0, printed
 
 
-def test_without_data_the_report_says_so(check_without_data, recipe):
-    status, (row,), printed = check_without_data(recipe, "v3:2x2")
+def test_without_data_the_report_says_so(check, recipe):
+    status, (row,), printed = check(recipe, "", "v3:2x2")
     assert status == 0 and row["data_is_example"]
     assert row["data_problems"] == [] and row["examples_per_core"] is None
     assert re.search(r"data  +example data; [0-9]+ kinds of operation", printed)
@@ -243,9 +237,7 @@ def test_example_data_on_a_full_disk(name, tmp_path, monkeypatch):
         data.examine_example(recipe, parse_topologies("v3:2x2"), str(tmp_path))
 
 
-def test_without_data_a_graph_that_hosts_cannot_run_is_a_problem(
-    check_without_data, recipe, monkeypatch
-):
+def test_without_data_a_graph_that_hosts_cannot_run_is_a_problem(check, recipe, monkeypatch):
     train_batches = TASKS["bert"].train_batches
 
     def with_python(self, phase_index, first_step):
@@ -255,7 +247,7 @@ def test_without_data_a_graph_that_hosts_cannot_run_is_a_problem(
         )
 
     monkeypatch.setattr(TASKS["bert"], "train_batches", with_python)
-    status, (one, four), printed = check_without_data(recipe, "v3:2x2,v3:4x4")
+    status, (one, four), printed = check(recipe, "", "v3:2x2,v3:4x4")
     assert status == 1 and one["data_problems"] == []  # a single host is this machine
     (problem,) = four["data_problems"]
     assert "calls a Python function (PyFunc)" in problem and f"NO: {problem}" in printed
