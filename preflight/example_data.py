@@ -44,7 +44,9 @@ def write_example_data(recipe, folder: str) -> dict[str, str]:
     try:
         return _WRITERS[recipe.task](recipe, folder)
     except (OSError, InputError) as error:
-        cause = error.__context__ or error
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, (OSError, tf.errors.OpError)):  # not a matter of the folder
+            raise
         reason = getattr(cause, "strerror", None) or first_line(cause)
         raise InputError(f"{folder} cannot be written ({reason}). {fix}") from None
 

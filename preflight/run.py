@@ -367,8 +367,8 @@ def run(
 
     Raises:
         InputError: a topology is unknown, the batch does not divide by its replicas, the compiler
-            is not installed, a file cannot be written, the host's memory is not sufficient, or the
-            data cannot be read.
+            is not installed, a file or the example data cannot be written, the host's memory is not
+            sufficient, or the data cannot be read.
     """
     topologies = sorted(parse_topologies(names), key=lambda t: (t.chip.name, t.chips))
     check_installed()
