@@ -44,7 +44,8 @@ class Places:
 
     Attributes:
         data_dir: the data, as the table's program expects it.
-        runs: the folder of logs and checkpoints; those of a run are in RUNS/TABLE/CELL.
+        runs: the folder of logs and checkpoints; those of a run are in RUNS/TABLE/CELL. What JAX
+            compiles is kept in RUNS/compiled.
         output: the folder of the run files, one JSON file per finished run.
         train_flags: further flags of train.py, such as --tpu=NAME.
     """
@@ -122,6 +123,11 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
             backend = cell.group.settings.get("backend", "tensorflow")
             one_core = table.one_core or (table.program, backend) == ("keras", "tensorflow")
             os.environ.update(ENVIRONMENT if one_core else {}, KERAS_BACKEND=backend)
+            if not one_core:
+                # Runs that differ in the seed or the rate share what XLA compiles, or at least the
+                # kernels that it chooses, which takes a GPU minutes.
+                compiled = os.path.join(os.path.abspath(places.runs), "compiled")
+                os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
             program = importlib.import_module(PROGRAMS[table.program])
             start, processor = time.perf_counter(), _processor_seconds()
             extra = {"flags": places.train_flags} if places.train_flags else {}

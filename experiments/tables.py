@@ -301,7 +301,12 @@ Table 7 of the [paper](https://arxiv.org/abs/1904.00962) with its network, 6,573
 parameters, at batch 512, 24 epochs, and the same epochs at 2,048 and 8,192. It needs a GPU: Keras
 runs on JAX, with the policy mixed_bfloat16 (float32 weights, updates and loss). "LAMB, untuned" has
 the rate that is best at 512, times √(batch / 512), and 6 epochs of warm-up, as at 512.
-{DAVIDNET_TEXT}""",
+{DAVIDNET_TEXT}
+
+Give `--jobs` only after a first run at each batch size, `--limit=1`: runs at the same time disturb
+each other while XLA times kernels. On an H200, this took a minute at batch 2,048 with two runs, and
+more than 2 minutes with five; at batch 8,192, two runs had not finished it after 8 minutes, beside
+five of 2,048.""",
     )
 
 

@@ -168,6 +168,7 @@ sys.exit(command.main(["toy", "--runs={tmp_path}/runs", "--output={tmp_path}/out
     run = json.loads((tmp_path / "out" / "lamb-1024-rate0.01-seed1.json").read_text())
     assert run["versions"].keys() >= {"keras", "jax"}
     assert "cores" in run["machine"]
+    assert os.listdir(tmp_path / "runs" / "compiled")  # the next run finds what this one compiled
 
 
 def test_every_image_is_seen_once_in_an_epoch_whatever_the_batch():
