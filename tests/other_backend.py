@@ -140,6 +140,37 @@ def check_fit(rule, rate):
         assert np.array_equal(*(keras.ops.convert_to_numpy(v.value) for v in (a, b)))
 
 
+def check_failed_fit(rule):
+    """The error of a step that fails is not hidden by another one. Only JAX fails here."""
+    x = np.ones((32, 4), "float32")
+    model = keras.Sequential(
+        [keras.layers.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)]
+    )
+    optimizer = rule(0.01)
+    model.compile(optimizer, loss="mse")
+    model.fit(x, x[:, :1], verbose=0)
+    model.layers[0].trainable = False
+    model.compile(optimizer, loss="mse")
+    try:
+        model.fit(x, x[:, :1], verbose=0)
+    except ValueError as error:
+        assert keras.backend.backend() == "jax" and "optimizer_variables" in str(error), error
+
+
+def check_bfloat16(rule):
+    """Accumulation trains where all floats are bfloat16."""
+    keras.config.set_floatx("bfloat16")
+    try:
+        x = np.ones((32, 4), "float32")
+        model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1)])
+        model.compile(rule(0.01, gradient_accumulation_steps=2, telemetry=True), loss="mse")
+        before = numpy(model.weights)
+        model.fit(x, x[:, :1], batch_size=8, verbose=0)
+        assert not np.array_equal(before[0], numpy(model.weights)[0])
+    finally:
+        keras.config.set_floatx("float32")
+
+
 def main():
     """All checks."""
     assert keras.backend.backend() == "tensorflow" or "tensorflow" not in sys.modules
@@ -149,6 +180,8 @@ def main():
     check_corners(tf_lamb.LARS)
     check_fit(tf_lamb.LAMB, 0.05)
     check_fit(tf_lamb.LARS, 5.0)
+    check_failed_fit(tf_lamb.LAMB)
+    check_bfloat16(tf_lamb.LAMB)
     print("agrees on", keras.backend.backend())
 
 

@@ -167,7 +167,7 @@ class Adapter(keras.optimizers.Optimizer):
         index, grads = sum_duplicates(index, [ops.cast(_to_dense(g), "float32") for g in grads])
         accumulation_steps = self.gradient_accumulation_steps or 1
         calls = ops.convert_to_tensor(self._iterations)
-        completes_update = ops.convert_to_tensor(True)
+        completes_update = _true()
         if accumulation_steps > 1:
             completes_update = ops.equal((calls + 1) % accumulation_steps, 0)
             totals = [self._accumulated_gradients[i] for i in index]
@@ -190,11 +190,11 @@ class Adapter(keras.optimizers.Optimizer):
                 ops.cast(self.learning_rate, "float32"),
                 ops.cast(updates, "float32") + 1.0,
             )
-            finite = ops.convert_to_tensor(True) if finite is None else finite
+            finite = _true() if finite is None else finite
             return values, finite, [] if rows is None else [replace_rows(old_rows, rows)]
 
         def keep():
-            return old_values, ops.convert_to_tensor(True), [] if old_rows is None else [old_rows]
+            return old_values, _true(), [] if old_rows is None else [old_rows]
 
         if accumulation_steps > 1:
             values, finite, telemetry = ops.cond(completes_update, update, keep)
@@ -240,7 +240,11 @@ class Adapter(keras.optimizers.Optimizer):
         Args:
             var_list: List of the model's trainable variables.
         """
-        if self._plan is not None and int(ops.convert_to_numpy(self.iterations)) > 0:
+        # Keras also calls this after a step that failed, where JAX has deleted the variables: an
+        # error of reading them would hide the one of the step.
+        if not self.use_ema or self._plan is None:
+            return
+        if int(ops.convert_to_numpy(self.iterations)) > 0:
             super().finalize_variable_values(var_list)
 
     def get_config(self):
@@ -251,6 +255,11 @@ class Adapter(keras.optimizers.Optimizer):
         """
         rates.check_savable(self._learning_rate)
         return super().get_config()
+
+
+def _true():
+    """Returns a boolean scalar. With floatx bfloat16, Keras on JAX makes it a float by default."""
+    return ops.convert_to_tensor(True, dtype="bool")
 
 
 def _to_dense(g):
