@@ -545,10 +545,14 @@ def describe_error(error: Exception) -> str:
             f"({first_line(error)}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
-    written = [path for path in (FLAGS.model_dir, FLAGS.export_dir) if files.is_remote(path)]
-    if isinstance(error, OSError) and files.is_remote(error.filename or ""):
+    written = tuple(path for path in (FLAGS.model_dir, FLAGS.export_dir) if path)
+    remote = tuple(path for path in written if files.is_remote(path))
+    if isinstance(error, OSError) and error.filename:
         said = f"{error.filename}: {error.strerror}."
-        return f"{said} {NOT_LOST}" if error.filename.startswith(tuple(written)) else said
+        if str(error.filename).startswith(written):
+            return f"{said} {NOT_LOST}"
+        if files.is_remote(error.filename):
+            return said
     if isinstance(error, tf.errors.ResourceExhaustedError):
         return f"out of memory ({first_line(error)}).{memory.describe_limit()} {LESS_MEMORY}"
     if isinstance(error, tf.errors.OpError) and strategy.is_lost_worker(error):
@@ -559,7 +563,7 @@ def describe_error(error: Exception) -> str:
     message = message_in(error)
     if message:
         return message
-    if any(path in str(error) for path in written):  # such as of TensorBoard's files
+    if any(path in str(error) for path in remote):  # such as of TensorBoard's files
         return f"{first_line(error)}. {NOT_LOST}"
     raise error
 

@@ -38,6 +38,9 @@ class BadRecords:
             only one.
         chief: whether this process also names what other workers find, and reports their total.
 
+    Raises:
+        InputError: `max_share` is not in [0, 1].
+
     Attributes:
         skip, worker, chief: as given.
         good: number of usable records so far.
@@ -54,6 +57,8 @@ class BadRecords:
         worker: str = "",
         chief: bool = True,
     ):
+        if not 0 <= max_share <= 1:
+            raise InputError(f"{limit_flag}={max_share:g}: give a share from 0 to 1.")
         self._max_share = max_share
         self.skip = skip
         self._log = log

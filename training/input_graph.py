@@ -1,5 +1,6 @@
 """Checks the graph of a data set: whether any host of a pod can run it by itself."""
 
+import collections
 import dataclasses
 import os
 import re
@@ -133,13 +134,23 @@ def _paths(values) -> Iterator[str]:
 
 
 def _path_problems(paths) -> Iterator[str]:
+    """Yields a sentence for each folder and reason, which may concern thousands of files."""
+    found = collections.defaultdict(list)
     for path in sorted(paths):
         if path.startswith(ONE_PROCESS):
-            yield f"{path} exists in the memory of one process only; a host cannot open it."
+            reason = "in the memory of one process only; other hosts cannot open it."
         elif not SCHEME.match(path) and not os.path.isabs(path):
-            yield (
-                f"{path} is relative to the folder of this process, which other hosts do not have. "
-                "Give the path from / on, or one with a scheme, such as gs://."
+            reason = (
+                "relative to the folder of this process, which other hosts do not have. Give the "
+                "path from / on, or one with a scheme, such as gs://."
             )
         elif any(path.startswith(folder) for folder in SCRATCH):
-            yield f"{path} is in a temporary folder of this machine; other hosts cannot open it."
+            reason = "in a temporary folder of this machine; other hosts cannot open it."
+        else:
+            continue
+        found[os.path.dirname(path), reason].append(path)
+    for (folder, reason), files in found.items():
+        if len(files) == 1:
+            yield f"{files[0]} is {reason}"
+        else:
+            yield f"{folder}, where {len(files):,} of the files are, is {reason}"

@@ -193,7 +193,12 @@ def _json_documents(
         except (ValueError, RecursionError) as error:  # ValueError: also too many digits
             records.add_bad(f"{place}: not JSON ({error}).")
             continue
-        text = record.get("paragraphs", record.get("text")) if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            record = {}
+        if "paragraphs" in record and "text" in record:
+            records.add_bad(f"{place}: both `paragraphs` and `text`. Leave one of them out.")
+            continue
+        text = record.get("paragraphs", record.get("text"))
         paragraphs = text.splitlines() if isinstance(text, str) else text
         if not isinstance(paragraphs, list) or not all(isinstance(p, str) for p in paragraphs):
             records.add_bad(
@@ -201,7 +206,21 @@ def _json_documents(
                 "(a list of strings) or `text` (a string)."
             )
             continue
+        if wrong := _not_text(paragraphs):
+            records.add_bad(f"{place}: {wrong}, which text does not have.")
+            continue
         records.add_good()
-        # JSON can encode half of a surrogate pair, which is not text and has no UTF-8.
-        valid = [decode(p).encode("utf-8", "replace").decode("utf-8").strip() for p in paragraphs]
-        yield [paragraph for paragraph in valid if paragraph]
+        paragraphs = [decode(paragraph).strip() for paragraph in paragraphs]
+        yield [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _not_text(paragraphs) -> str:
+    """What a JSON string may contain and text may not; "" if there is no such thing."""
+    together = "\n".join(paragraphs)
+    if "\0" in together:
+        return "a NUL"
+    try:
+        together.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"
+    return ""

@@ -51,9 +51,10 @@ from inputs.text.tokenization.word_pieces import tokenize_in_order
 
 NAME = "inputs.text.prepare"
 SHARD_TOKENS = 2**24
-COMPARED_BYTES = 2**20  # at each end of an input file, to recognize the same file again
 LISTED_CHARACTERS = 100  # of a shard's unknown characters, in the manifest
+COMPARED_BYTES = 2**20  # at each end of a file, to recognize the same file again
 CASES = {"auto": None, "true": True, "false": False}
+SLOWLY_READ = 2**30  # bytes of raw text that take seconds to read
 LARGE = 2**27  # bytes of raw text from which processes pay
 MIN_LENGTH = 8  # [CLS] A [SEP] B [SEP] with some text
 
@@ -103,7 +104,7 @@ def prepare(
     )
     return prepare_documents(
         lambda advance: documents.read_documents(files, records, advance),
-        [identity(file) for file in files],
+        identify(files, log),
         sum(map(file_size, files)),
         load_vocabulary(vocab),
         output,
@@ -223,7 +224,7 @@ def prepare_in_cache(
     """
     if text:
         files = find_files(text, log=log)
-        inputs = [identity(file) for file in files]
+        inputs = identify(files, log)
         size = sum(map(file_size, files))
 
         def read(advance):
@@ -306,7 +307,7 @@ def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
         return _new_manifest(output, facts)
     manifest = load_manifest(output)
     for field, value in facts.items():
-        if manifest[field] != value:
+        if not _agree(manifest[field], value):
             if not manifest["shards"]:  # nothing would be lost
                 return _new_manifest(output, facts)
             raise InputError(
@@ -314,6 +315,15 @@ def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
                 f"{MANIFEST}. Give the same command as then, or choose an empty folder."
             )
     return manifest
+
+
+def _agree(known, value) -> bool:
+    """Whether a fact of a manifest is still so; of a file, earlier versions kept less."""
+    if not isinstance(value, list):
+        return known == value
+    return len(known) == len(value) and all(
+        old.items() <= new.items() for old, new in zip(known, value, strict=True)
+    )
 
 
 def _new_manifest(output, facts):
@@ -324,7 +334,7 @@ def _new_manifest(output, facts):
 
 
 def identity(path: str) -> dict:
-    """Identifies an input file by its name, its size, and the hash of both ends."""
+    """Identifies a file by its name, its size, and the hash of both ends."""
     size = file_size(path)
     ends = hashlib.blake2b(digest_size=8)
     with open_bytes(path) as file:
@@ -332,6 +342,24 @@ def identity(path: str) -> dict:
         file.seek(max(0, size - COMPARED_BYTES))
         ends.update(file.read())
     return {"file": os.path.basename(path), "bytes": size, "ends": ends.hexdigest()}
+
+
+def identify(files: list[str], log: Callable[[str], object]) -> list[dict]:
+    """`identity` of the files of a text, with the hash of all of their content.
+
+    A repaired line in the middle of a file changes neither its size nor its ends.
+    """
+    if sum(map(file_size, files)) >= SLOWLY_READ:
+        log("Reading the text once to see whether it is the one that was prepared before")
+    return [identity(file) | {"content": _content_hash(file)} for file in files]
+
+
+def _content_hash(path):
+    content = hashlib.blake2b(digest_size=16)
+    with open_bytes(path) as file:
+        while block := file.read(2**20):
+            content.update(block)
+    return content.hexdigest()
 
 
 class _Preparation:

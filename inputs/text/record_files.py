@@ -10,14 +10,25 @@ from collections.abc import Callable
 
 from inputs.errors import InputError
 from inputs.shards import HEADER_BYTES, is_prepared, record_length
-from inputs.storage.files import COMPRESSIONS, PassedOver, is_file, is_folder, open_bytes
+from inputs.storage.files import (
+    COMPRESSIONS,
+    PassedOver,
+    file_size,
+    is_file,
+    is_folder,
+    is_remote,
+    open_bytes,
+)
 from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME, files_below, matches
 from inputs.text.prepare import identity
 
-# Of a file's name, or of that of a folder below the entry: its examples are held out.
+# Of a file's name, or of that of a folder that distinguishes it from other files of the list: its
+# examples are held out.
 HELD_OUT_NAME = re.compile(
     r"(?i)(^|[^a-z])(eval(uation)?|valid(ation)?|dev|test|held[-_]?out)([^a-z]|$)"
 )
+# Of a file that should be a TFRecord file.
+RECORD_NAME = re.compile(r"(?i).+(\.tfrecords?|-\d+-of-\d+)+")
 MLPERF_HELD_OUT = "eval_10k"  # 10,000 examples, picked from `eval_intermediate` beside it
 FLAG = "--data_dir"
 GZIP = b"\x1f\x8b"
@@ -42,9 +53,10 @@ def find_record_files(
 
     Raises:
         InputError: an entry has none while another has, all of them are held out, they are
-            compressed, or a folder cannot be read.
+            compressed or damaged, or a folder cannot be read.
     """
     found: dict[str, list[str]] = {}
+    others: list[str] = []
     for entry in data.split(","):
         passed_over = PassedOver()
         found[entry] = []
@@ -52,6 +64,7 @@ def find_record_files(
             if is_record_file(path):
                 found[entry].append(path)
             else:
+                others.append(path)
                 passed_over.add(path)
         if found[entry]:
             rest = passed_over.describe()
@@ -66,9 +79,11 @@ def find_record_files(
                 f"--data_dir: {entry!r} has no TFRecord file, but other entries have. Give either "
                 "text, or TFRecord files of masked examples."
             )
-    files = {path: entry for entry, paths in found.items() for path in paths}
-    held_out = [path for path, entry in files.items() if _is_held_out(path, entry)]
-    training = [path for path in files if path not in set(held_out)]
+    _check_others(others, [path for paths in found.values() for path in paths])
+    files = {_identifier(path): (path, entry) for entry in found for path in found[entry]}
+    several = len({_root(path, entry) for path, entry in files.values()}) > 1
+    held_out = [path for path, entry in files.values() if _is_held_out(path, entry, several)]
+    training = [path for path, _ in files.values() if path not in set(held_out)]
     chosen = [path for path in held_out if os.path.basename(path) == MLPERF_HELD_OUT]
     if chosen and len(chosen) < len(held_out):
         others = sorted(set(held_out).difference(chosen))
@@ -145,6 +160,48 @@ def _files(entry: str, passed_over: PassedOver) -> list[str]:
     return [path for path in found if is_file(path)]
 
 
-def _is_held_out(path: str, entry: str) -> bool:
-    below = os.path.relpath(path, entry) if path.startswith(entry.rstrip("/") + "/") else ""
-    return any(map(HELD_OUT_NAME.search, (below or os.path.basename(path)).split("/")))
+def _check_others(others, found) -> None:
+    """Refuses files that are no TFRecord files but have the name of one, or of one that was found.
+
+    Raises:
+        InputError: there is such a file.
+    """
+    kinds = {_kind(path) for path in found}
+    for path in others:
+        if RECORD_NAME.fullmatch(os.path.basename(path)) or _kind(path) in kinds:
+            is_empty = not file_size(path)
+            raise InputError(
+                f"--data_dir: {path} is {'empty' if is_empty else 'no TFRecord file'}, by its name "
+                f"one of the data{'' if is_empty else ', or its first record is damaged'}. Copy it "
+                "again, or remove it."
+            )
+
+
+def _identifier(path) -> str:
+    """Equal for two spellings of a path, so that no file is read twice."""
+    return path if is_remote(path) else os.path.realpath(path)
+
+
+def _kind(path) -> str:
+    """The name of a file without its numbers, and its folder."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, re.sub(r"\d+", "#", name))
+
+
+def _root(path: str, entry: str) -> str:
+    """The folder of an entry: the part before its first wildcard, or that of a single file."""
+    entry = entry.rstrip("/")
+    if path.startswith(f"{entry}/"):
+        return entry
+    return os.path.dirname(path if path == entry else re.split(r"[*?[]", entry)[0])
+
+
+def _is_held_out(path: str, entry: str, several: bool) -> bool:
+    """Whether a file is held out by a name below the folder of its entry.
+
+    With several such folders, the name of this one counts, too.
+    """
+    root = _root(path, entry)
+    names = os.path.relpath(path, root or os.curdir).split("/")
+    names += [os.path.basename(root)] if several else []
+    return any(map(HELD_OUT_NAME.search, names))

@@ -274,7 +274,7 @@ def test_the_data_of_evaluations_are_examined_too():
     graph = input_graph.examine_phase(task, 0, ONE)
     assert graph.paths == {"gs://bucket/train", "ram://held-out/a"}
     (said,) = graph.problems
-    assert said.startswith("In evaluations: ram://held-out/a exists in the memory of one process")
+    assert said.startswith("In evaluations: ram://held-out/a is in the memory of one process")
 
 
 def test_what_a_host_cannot_run_is_named(tmp_path):
@@ -304,6 +304,9 @@ def test_what_a_host_cannot_run_is_named(tmp_path):
     pathlib.Path("data/a").touch()
     (said,) = problems(records("data/a"))
     assert said.startswith("data/a is relative")
+    pathlib.Path("data/b").touch()
+    (said,) = problems(lambda: tf.data.TFRecordDataset(["data/a", "data/b"]))
+    assert said.startswith("data, where 2 of the files are, is relative")
     (said,) = problems(records("ram://a/b"))
     assert "one process only" in said
     owner = np.zeros(0)  # any object

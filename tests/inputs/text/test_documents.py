@@ -148,6 +148,9 @@ TORN_GZIP = gzip.compress(b"words " * 999, mtime=0)[:40]
         ("a.jsonl", b'["x"]', "line 1: not a document"),
         ("a.jsonl", b'{"paragraphs": [1]}', "line 1: not a document"),
         ("a.jsonl", b'{"paragraphs": []}', "holds no text"),
+        ("a.jsonl", b'{"paragraphs": ["x"], "text": "y"}', "both `paragraphs` and `text`"),
+        ("a.jsonl", rb'{"text": "x\u0000"}', "line 1: a NUL, which text does not have"),
+        ("a.jsonl", rb'{"text": "\ud83d"}', "line 1: half of a surrogate pair"),
     ],
 )
 def test_errors_in_a_file_are_named(tmp_path, name, content, said):

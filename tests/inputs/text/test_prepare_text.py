@@ -104,6 +104,29 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
+def test_a_change_within_a_text_is_noticed(source, folder, monkeypatch):
+    """Also one that changes neither its size nor its ends."""
+    monkeypatch.setattr(prepare_text, "SLOWLY_READ", 0)
+    said = []
+    prepare(source, folder, log=said.append)
+    assert any("Reading the text once to see whether it is the one" in line for line in said)
+    path = source / "text/a.jsonl"
+    before = path.read_bytes()
+    middle = before.index(b"e", len(before) // 2)
+    try:
+        path.write_bytes(before[:middle] + b"a" + before[middle + 1 :])
+        with pytest.raises(InputError, match="was begun with another `inputs`"):
+            prepare(source, folder)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_share_outside_0_to_1_is_refused(source, tmp_path):
+    for share in (-1.0, 2.0, float("nan")):
+        with pytest.raises(InputError, match=f"--max_bad_record_share={share:g}: give a share"):
+            prepare(source, tmp_path / "new", max_bad_record_share=share)
+
+
 @pytest.mark.slow
 def test_the_documents_are_those_of_the_text(source, folder):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")

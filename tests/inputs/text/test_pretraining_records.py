@@ -250,6 +250,39 @@ def test_mlperf_layout_of_a_folder(many, tmp_path):
         find_record_files(str(tmp_path))
 
 
+def test_the_same_files_are_held_out_however_the_list_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["rec/train/part-0.tfrecord", "rec/train/part-1.tfrecord", "rec/eval/part-0.tfrecord"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(name, example(MLPERF, 9, 2))
+    for spelling in ("rec", "rec/", "rec/*", "rec/*/*", "rec/**", "rec/train,rec/eval"):
+        assert find_record_files(spelling) == (names[:2], names[2:]), spelling
+    assert find_record_files("rec/train/*,rec/eval/*") == (names[:2], names[2:])
+    assert find_record_files(",".join(names)) == (names[:2], names[2:])
+    # What all files have in common says nothing about one of them.
+    for spelling in ("rec/eval", "rec/eval/*", names[2]):
+        assert find_record_files(spelling) == (names[2:], [])
+    twice = find_record_files(f"rec/train,rec/./train/part-0.tfrecord,{tmp_path}/rec/train")[0]
+    assert len(twice) == 2  # no file is read twice
+
+
+def test_a_file_that_should_have_records_is_not_passed_over(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"part{number}", example(MLPERF, 9, 2))
+    (tmp_path / "notes").write_text("passed over")
+    assert len(find_record_files(str(tmp_path))[0]) == 3
+    for name in ("part3", "other.tfrecord", "x.tfrecord-00000-of-00002", "x-00001-of-00002"):
+        path = tmp_path / name
+        path.touch()
+        with pytest.raises(InputError, match=rf"{name} is empty, by its name one of the data"):
+            find_record_files(str(tmp_path))
+        path.write_bytes(b"xx" + bytes(100))
+        with pytest.raises(InputError, match=rf"{name} is no TFRecord file.* first record is dam"):
+            find_record_files(str(tmp_path))
+        path.unlink()
+
+
 def test_what_is_no_such_file_is_said_in_one_sentence(tmp_path):
     other = tf.train.Example(
         features=tf.train.Features(
