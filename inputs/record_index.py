@@ -26,8 +26,11 @@ def write_index(
     *,
     fix: str,
     bad_records: BadRecords | None = None,
+    at_end: Callable[[], object] = lambda: None,
 ) -> list[int]:
     """Writes where each record of the files begins, into FOLDER/index; reads lengths only.
+
+    If it raises, an earlier index is not changed.
 
     Args:
         folder: a folder.
@@ -37,12 +40,13 @@ def write_index(
         fix: what to do about a damaged file, for the error message.
         bad_records: counts the records of each file, and about how many are left out because a
             length is damaged. If None, the first such length is an error.
+        at_end: called when all files were searched, before an earlier index is replaced.
 
     Returns:
         The number of records of each file.
 
     Raises:
-        InputError: a file cannot be read or is damaged; or from `bad_records`.
+        InputError: a file cannot be read or is damaged; or from `bad_records` or `at_end`.
     """
     found = []
     left_out = 0
@@ -78,6 +82,7 @@ def write_index(
                 left_out += sum(count for _, count in lost)
                 found.append(len(offsets))
                 writer.append(**{INDEX: np.stack([np.full_like(offsets, number), offsets], axis=1)})
+        at_end()
         writer.facts = {LEFT_OUT: left_out}
     return found
 

@@ -91,9 +91,13 @@ def index(
         check_writable(folder, "--output")
         with locked(folder, "--output"), Progress(len(files), " files") as progress:
             counts = write_index(
-                folder, files, progress=progress.advance, fix=FIX, bad_records=records
+                folder,
+                files,
+                progress=progress.advance,
+                fix=FIX,
+                bad_records=records,
+                at_end=records.end,
             )
-            records.end()
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
             manifests[split] = {

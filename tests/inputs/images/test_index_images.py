@@ -338,6 +338,19 @@ def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
     assert "{{" not in said.err
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_fails_leaves_an_earlier_index_as_it_is(demo, tmp_path, capsys):
+    assert run(demo) == 0
+    before = contents(tmp_path / "out")
+    damage_length(demo / "train-00000-of-00002", 1)
+    assert run(demo) == 1
+    assert "raise the limit with --max_bad_record_share" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
 def test_the_versions_of_a_data_set_of_tensorflow_datasets(tmp_path, capsys):
     name = "imagenet2012-train.tfrecord-00000-of-00001"
     source = tmp_path / "imagenet2012"
