@@ -24,7 +24,15 @@ from inputs.images import tfrecords
 from inputs.progress import Progress, log
 from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
-from inputs.storage.files import absolute, check_writable, file_sizes, locked, write_json
+from inputs.storage.files import (
+    absolute,
+    check_writable,
+    exists,
+    file_sizes,
+    locked,
+    read_json,
+    write_json,
+)
 
 NAME = "inputs.images.index"
 FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."
@@ -57,6 +65,7 @@ def index(
         InputError: the records, the class list or the folder cannot be used.
     """
     source = tfrecords.version_folder(source)
+    _check_output(output, source)
     splits = tfrecords.record_files(source)
     if "validation" in splits:
         splits.pop("test", None)  # that of ImageNet has no labels
@@ -102,6 +111,7 @@ def index(
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
             manifests[split] = {
                 "kind": IMAGES[1],
+                "source": absolute(source),
                 "pixels": None,
                 "classes": classes,
                 "layout": {"image": layout.image, "label": layout.label, "label_base": base},
@@ -114,6 +124,22 @@ def index(
             }
             write_json(os.path.join(folder, MANIFEST), manifests[split])
     return manifests
+
+
+def _check_output(output, source):
+    """Raises `InputError` if a split in the folder was made from another source."""
+    for split in ("train", "validation"):
+        path = os.path.join(output, split, MANIFEST)
+        if not exists(path):
+            continue
+        manifest = read_json(path, flag="--output", fix="Delete it, or give another folder.")
+        found = manifest.get("source") if isinstance(manifest, dict) else None
+        if found != absolute(source):
+            maker = f"from {found}" if found else "by another command"
+            raise InputError(
+                f"--output: {os.path.dirname(path)} was made {maker}, and training would mix it "
+                f"with {source}. Give another folder, or delete it."
+            )
 
 
 def main(arguments=None) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -349,6 +350,26 @@ def test_a_command_that_fails_leaves_an_earlier_index_as_it_is(demo, tmp_path, c
     assert run(demo) == 1
     assert "raise the limit with --max_bad_record_share" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_takes_the_splits_of_one_source(demo, tmp_path, capsys):
+    """Training would mix them; the same source may be indexed again, also after a change."""
+    other = tmp_path / "other"
+    write(other / "train-00000-of-00001", map(demo_record, range(2)))
+    assert run(demo) == 0
+    before = contents(tmp_path / "out")
+    for indexed in ("train", "validation"):
+        assert run(other) == 1
+        said = f"out/{indexed} was made from {demo}, and training would mix it with {other}. Give"
+        assert said in capsys.readouterr().err
+        assert contents(tmp_path / "out").items() <= before.items()
+        shutil.rmtree(tmp_path / "out" / indexed)
+    write(demo / "train-00001-of-00002", map(demo_record, range(4, 6)))
+    assert run(demo) == 0 and run("source/") == 0
+    assert "out/train: 6 images" in capsys.readouterr().out
+    assert prepare("--source", demo, "--output", "copy", "--classes", "classes.csv") == 0
+    assert index.main([f"--source={demo}", "--output=copy", "--classes=classes.csv"]) == 1
+    assert "copy/train was made by another command" in capsys.readouterr().err
 
 
 def test_the_versions_of_a_data_set_of_tensorflow_datasets(tmp_path, capsys):
