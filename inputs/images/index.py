@@ -1,14 +1,16 @@
 """Makes TFRecords of ImageNet usable in place: python -m inputs.images.index --source=DIR ...
 
 Writes, for each split, a manifest and where each record begins, into a small folder that train.py
-takes as --data_dir. The command reads the lengths of the records only. The records are those of the
-TPU demos (train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they
-are, and must not be changed. A record whose length is damaged is named and left out, up to the next
+takes as --data_dir. The command reads the lengths of all records, and the labels of about 2,000 in
+each split, which must agree with the class list. The records are those of the TPU demos
+(train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they are, and
+must not be changed. A record whose length is damaged is named and left out, up to the next
 record that can be found. A file without a further record is refused: it was probably truncated.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -62,7 +64,8 @@ def index(
         The manifest of each split.
 
     Raises:
-        InputError: the records, the class list or the folder cannot be used.
+        InputError: the records, the class list or the folder cannot be used, or the labels
+            contradict the class list.
     """
     source = tfrecords.version_folder(source)
     _check_output(output, source)
@@ -78,7 +81,7 @@ def index(
     classes = tfrecords.listed_classes(source, classes_csv)
     if classes is None:
         raise InputError(
-            "--classes is needed, as only the lengths of the records are read: give a CSV with the "
+            "--classes is needed, as the labels of few records are read: give a CSV with the "
             "columns index (from 0), wnid, name. In the layout of TensorFlow Datasets, "
             f"label.labels.txt in {source} serves, too."
         )
@@ -89,10 +92,14 @@ def index(
         if not filled:
             raise InputError(f"--source: all {len(files)} files of {split} in {source} are empty.")
         layout = tfrecords.layout_of(filled[0])
-        base = label_base
-        if base is None and layout == tfrecords.TFDS:
-            base = tfrecords.find_label_base(files, len(classes), log)
-        base = layout.base if base is None else base
+        if label_base is None and layout == tfrecords.TFDS:
+            label_base = tfrecords.find_label_base(
+                [file for files in splits.values() for file in files], len(classes), log
+            )
+        base = layout.base if label_base is None else label_base
+        check = functools.partial(
+            tfrecords.check_record, layout=layout, label_base=base, classes=classes
+        )
         records = BadRecords(
             max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
         )
@@ -105,6 +112,7 @@ def index(
                 progress=progress.advance,
                 fix=FIX,
                 bad_records=records,
+                check=check,
                 at_end=records.end,
             )
             names = [os.path.basename(file) for file in files]

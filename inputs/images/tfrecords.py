@@ -289,33 +289,56 @@ def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
             the records after that place are lost.
     """
     layout = None
-    num_classes = len(classes) if classes else None
     for where, record in _records(path):
         if record is None:
             yield Item(f"{where}: damaged", b"", 0)
             continue
         features = _features(record, where)
         layout = layout or _layout(features, where)
-        for key in (layout.image, layout.label):
-            if key not in features:
-                raise InputError(f"{where}: no {key!r}; {_found(features)}.")
-        base = layout.base if label_base is None else label_base
-        value = (features[layout.label].int64_list.value or [base - 1])[0]
-        _check_label(value, base, num_classes, f"{where}, {layout.label}")
-        wnid = _text(features, "image/class/synset")
-        if classes and wnid and classes[value - base].wnid != wnid:
-            raise InputError(
-                f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the class "
-                f"list, but image/class/synset is {wnid}. The two count their labels differently; "
-                "give --label_base."
-            )
-        yield Item(
-            f"{where} ({_text(features, layout.name)})",
-            (features[layout.image].bytes_list.value or [b""])[0],
-            value - base,
-            wnid,
-            _text(features, "image/class/text"),
+        yield _item(features, where, layout, label_base, classes)
+
+
+def check_record(path, offset, layout, label_base, classes) -> None:
+    """Checks the features and the label of a record, unless it is damaged.
+
+    Args:
+        path: the file, which is not compressed.
+        offset: where the record begins in it, in bytes.
+        layout: of the file's records.
+        label_base: label of the first class.
+        classes: the class list.
+
+    Raises:
+        InputError: a feature is missing, or the label contradicts the class list.
+        OSError: the file cannot be read.
+    """
+    record = shards.read_record(path, offset)
+    if record is not None:
+        where = f"{path}, byte {offset}"
+        _item(_features(record, where), where, layout, label_base, classes)
+
+
+def _item(features, where, layout, label_base, classes) -> Item:
+    for key in (layout.image, layout.label):
+        if key not in features:
+            raise InputError(f"{where}: no {key!r}; {_found(features)}.")
+    base = layout.base if label_base is None else label_base
+    value = (features[layout.label].int64_list.value or [base - 1])[0]
+    _check_label(value, base, len(classes) if classes else None, f"{where}, {layout.label}")
+    wnid = _text(features, "image/class/synset")
+    if classes and wnid and classes[value - base].wnid != wnid:
+        raise InputError(
+            f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the class list, "
+            f"but image/class/synset is {wnid}. The two count their labels differently; give "
+            "--label_base."
         )
+    return Item(
+        f"{where} ({_text(features, layout.name)})",
+        (features[layout.image].bytes_list.value or [b""])[0],
+        value - base,
+        wnid,
+        _text(features, "image/class/text"),
+    )
 
 
 def _features(record, where):
@@ -350,5 +373,5 @@ def _check_label(value, base, num_classes, where):
         raise InputError(
             f"{where}: {value} is outside the labels {base}{last} of this layout. If all labels "
             f"count from {1 - base}, give --label_base={1 - base}; otherwise the records mix label "
-            "bases."
+            f"bases{last and ', or the class list lacks classes'}."
         )

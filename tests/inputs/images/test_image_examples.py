@@ -290,16 +290,21 @@ def test_every_kind_of_damage_costs_its_image_only(tmp_path):
     bad |= {i: (good[i][0], 0) for i in range(16, 32)}
     (tmp_path / "classes.csv").write_text("index,wnid,name\n0,n0,a\n1,n1,b\n2,n2,c\n")
     sets = []
-    for name, rows in (("good", good), ("bad", list(bad.values()))):
-        source = tmp_path / name
-        source.mkdir()
+
+    def write(source, rows):
         for part in range(2):
             path = str(source / f"train-{part:05d}-of-00002")
             with tf.io.TFRecordWriter(path) as writer:
                 for image, label in rows[25 * part : 25 * part + 25]:
                     writer.write(example(image__encoded=image, image__class__label=label))
+
+    for name, rows in (("good", good), ("bad", list(bad.values()))):
+        source = tmp_path / name
+        source.mkdir()
+        write(source, [(image, 1) for image, _ in rows])  # labels that the index accepts
         out = str(tmp_path / f"{name}-index")
         index.index(str(source), out, str(tmp_path / "classes.csv"), 1, log=lambda line: None)
+        write(source, rows)
         records = BadRecords(0.9, skip=True, log=lambda line: None)
         data = examples.Images(f"{out}/train", SIZE, seed=1, bad_records=records)
         sets.append((data, records))

@@ -339,6 +339,82 @@ def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
     assert "{{" not in said.err
 
 
+def many(label):
+    """Two large files; the labels of a few records in the middle of the second are out of range."""
+
+    def make(source):
+        for shard in range(2):
+            rows = [label if shard and 2_000 <= i < 2_020 else 1 for i in range(4_000)]
+            records = [example(image__encoded=b"", image__class__label=row) for row in rows]
+            write(source / f"train-{shard:05d}-of-00002", records)
+
+    return make
+
+
+def labelled(**features):
+    return lambda source: write(
+        source / "train-00000-of-00001",
+        [example(**{key: value[i] for key, value in features.items()}) for i in range(3)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "said"),
+    [
+        (
+            labelled(image__encoded=PICTURES, image__class__label=(1, 2, 0)),
+            (),
+            "image/class/label: 0 is outside the labels 1 to 3 of this layout. If all labels count "
+            "from 0, give --label_base=0",
+        ),
+        (
+            labelled(image=PICTURES, label=(5, 6, 7)),
+            (),
+            "byte 0, label: 5 is outside the labels 0 to 2 of this layout. If all labels count "
+            "from 1, give --label_base=1; otherwise the records mix label bases, or the class list",
+        ),
+        (
+            labelled(
+                image__encoded=PICTURES,
+                image__class__label=(0, 1, 1),
+                image__class__synset=(b"a", b"b", b"c"),
+            ),
+            ("--label_base=0",),
+            "image/class/label: 1 is b in the class list, but image/class/synset is c. The two",
+        ),
+        (many(4), (), "train-00001-of-00002, byte"),
+        (many(3), (), ""),
+    ],
+)
+def test_labels_must_agree_with_the_class_list(tmp_path, capsys, make, flags, said):
+    (tmp_path / "classes.csv").write_text(CLASSES)
+    make(tmp_path / "source")
+    assert run(tmp_path / "source", *flags) == bool(said)
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "out/train/manifest.json").exists() != bool(said)
+
+
+def test_the_label_base_is_that_of_both_splits(tmp_path, capsys):
+    """The validation split alone has neither the label 0 nor the label 3."""
+    source = tmp_path / "source"
+    for split, labels in (("train", (1, 2, 3)), ("validation", (1, 2))):
+        records = [example(image=PICTURES[label], label=label) for label in labels]
+        write(source / f"{split}-00000-of-00001", records)
+    (source / "label.labels.txt").write_text("a\nb\nc\n")
+    assert run(source, classes=None) == 0
+    for split in ("train", "validation"):
+        assert manifest(tmp_path / "out" / split)["layout"]["label_base"] == 1
+    assert capsys.readouterr().err.count("Labels count from 1") == 1
+
+
+@pytest.mark.parametrize("files", [1, 40])
+def test_few_records_of_each_file_are_checked(small, tmp_path, files):
+    path = str(small[0])
+    places = []
+    write_index(str(tmp_path), [path] * files, fix="", check=lambda *place: places.append(place))
+    assert len(places) == 2_000 and len(set(places)) == 2_000 // files
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
