@@ -69,10 +69,8 @@ def index(
     """
     source = tfrecords.version_folder(source)
     _check_output(output, source)
-    splits = tfrecords.record_files(source)
-    if "validation" in splits:
-        splits.pop("test", None)  # that of ImageNet has no labels
-    elif "test" in splits:
+    splits = tfrecords.labeled_splits(source, log)
+    if "test" in splits:
         splits["validation"] = splits.pop("test")
     if not splits:
         raise InputError(

@@ -15,12 +15,21 @@ from google.protobuf.message import DecodeError
 from inputs import shards
 from inputs.errors import InputError, first_line
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
-from inputs.storage.files import exists, file_size, file_state, list_folder, read_bytes
+from inputs.storage.files import (
+    PassedOver,
+    exists,
+    file_size,
+    file_state,
+    list_folder,
+    read_bytes,
+)
 
 FILE_NAME = re.compile(
     r"(?:.*[-_.])?(train|val|validation|test)(?:\.tfrecords?)?-(\d{5})-of-(\d{5})"
     r"(?:\.tfrecords?)?(?:\.gz)?"
 )
+NUMBER = re.compile(r"-\d{5}-of-\d{5}")  # of a file
+LABELS = "label.labels.txt"  # the class list of TensorFlow Datasets
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder of TensorFlow Datasets
 COMPRESSIONS = ("", "GZIP", "ZLIB")  # of `tf.data.TFRecordDataset`
 
@@ -68,16 +77,38 @@ def version_folder(path: str) -> str:
     return versions[0] if versions else path
 
 
-def record_files(path: str) -> dict[str, list[str]]:
+def labeled_splits(path: str, log: Callable[[str], object]) -> dict[str, list[str]]:
+    """`record_files`, without a test split beside one of validation.
+
+    Args:
+        path: the folder.
+        log: receives lines about what is read and what is passed over.
+    """
+    passed_over = PassedOver()
+    splits = record_files(path, passed_over)
+    if "validation" in splits and splits.pop("test", None):  # that of ImageNet has no labels
+        log(f"{path}: the test split is passed over, as there is a validation split")
+    if splits:
+        rest = passed_over.describe()
+        count = sum(map(len, splits.values()))
+        log(f"{path}: {count:,} file{'s' * (count != 1)} to read{rest and f'; {rest}'}")
+    return splits
+
+
+def record_files(path: str, passed_over: PassedOver | None = None) -> dict[str, list[str]]:
     """The TFRecord files in a folder and in its folders of splits, as split -> paths.
+
+    Args:
+        path: the folder.
+        passed_over: counts the other files, except a class list of TensorFlow Datasets.
 
     Raises:
         InputError: some of a split's files are missing, or one exists twice.
     """
-    folders, files = list_folder(path, "--source")
+    folders, files = list_folder(path, "--source", passed_over)
     for folder in folders:
         if split_of(folder.name):
-            files += list_folder(folder.path, "--source")[1]
+            files += list_folder(folder.path, "--source", passed_over)[1]
     splits: dict[str, dict[int, str]] = {}
     totals: dict[str, int] = {}
     for file in files:
@@ -92,6 +123,8 @@ def record_files(path: str) -> dict[str, list[str]]:
                     f"--source: {file.path} and {other} belong to two copies of the {split} split. "
                     "Remove one of the copies."
                 )
+        elif passed_over is not None and file.name != LABELS:
+            passed_over.add(NUMBER.sub("", file.name))  # a thousand files are of one kind
     for split, found in splits.items():
         if len(found) != totals[split]:
             raise InputError(
@@ -112,7 +145,7 @@ def record_sources(
 
     Args:
         path: the folder.
-        splits: from `record_files`.
+        splits: from `labeled_splits`.
         classes_csv: the class list; "" for label.labels.txt of TensorFlow Datasets, or else for
             the classes that the records name.
         label_base: label of the first class; None to infer it from the records.
@@ -150,7 +183,7 @@ def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
     """
     if classes_csv:
         return read_classes(classes_csv)
-    listed = os.path.join(path, "label.labels.txt")
+    listed = os.path.join(path, LABELS)
     if not exists(listed):
         return None
     names = read_bytes(listed, flag="--source").decode(errors="replace").splitlines()

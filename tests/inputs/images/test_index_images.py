@@ -415,6 +415,20 @@ def test_few_records_of_each_file_are_checked(small, tmp_path, files):
     assert len(places) == 2_000 and len(set(places)) == 2_000 // files
 
 
+@pytest.mark.parametrize("command", [index.main, lambda flags: prepare(*flags)])
+def test_one_line_says_what_is_read_and_what_is_not(demo, capsys, command):
+    write(demo / "test-00000-of-00001", [example(image__encoded=b"", image__class__label=-1)])
+    others = ("p-train2.tfrecord-00000-of-00002", "p-train2.tfrecord-00001-of-00002")
+    others += ("train_00001.tfrecord", "train-00001-of-00002.incomplete", ".hidden")
+    for name in (*others, "label.labels.txt"):
+        (demo / name).write_bytes(b"")
+    assert command([f"--source={demo}", "--output=out", "--classes=classes.csv"]) == 0
+    said = capsys.readouterr().err
+    assert f"{demo}: the test split is passed over, as there is a validation split\n" in said
+    passed_over = "5 passed over: 3 × .tfrecord, 1 × hidden, 1 × .incomplete"
+    assert f"{demo}: 3 files to read; {passed_over}\n" in said
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
