@@ -23,6 +23,7 @@ os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "0")
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
 from inputs.images import tfrecords
+from inputs.images.shards import missing_split
 from inputs.progress import Progress, log
 from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
@@ -199,6 +200,8 @@ def main(arguments=None) -> int:
             f"{len(manifest['classes']):,} classes in {len(manifest['shards']):,} files, hash "
             f"{manifest['hash']}"
         )
+    if problem := missing_split(flags.output):
+        log(problem)
     return 0
 
 

@@ -413,6 +413,8 @@ def main(arguments=None) -> int:
                     f"{len(manifest['classes']):,} classes, {len(manifest['damaged'])} damaged and "
                     f"left out, hash {manifest['hash']}"
                 )
+            if problem := shards.missing_split(flags.output):
+                log(problem)
     except InputError as error:
         log(f"{NAME}: {error}")
         return 1

@@ -429,6 +429,18 @@ def test_one_line_says_what_is_read_and_what_is_not(demo, capsys, command):
     assert f"{demo}: 3 files to read; {passed_over}\n" in said
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("command", [index.main, lambda flags: prepare(*flags)])
+def test_a_missing_split_is_named(demo, tmp_path, capsys, command, split):
+    for path in demo.glob(f"{split}-*"):
+        path.unlink()
+    assert command([f"--source={demo}", "--output=out", "--classes=classes.csv"]) == 0
+    said = f"has no {split} split, which training needs. Give its images to `python -m inputs.imag"
+    assert f"out {said}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"^--data_dir: {tmp_path}/out {said}"):
+        Images(f"out/{split}", 16, seed=1)
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
