@@ -83,7 +83,7 @@ class Damage:
         self._seen: set[str] = set()
         records.expect(examples)
 
-    def report(self, path, offset, example, lost):
+    def report(self, path, offset, example, lost, reason=None):
         """Reports a record, in a graph.
 
         Args:
@@ -91,16 +91,19 @@ class Damage:
             offset: int64 scalar, where the record begins, in bytes.
             example: int64 scalar, the number of the first example that is lost with it.
             lost: int64 scalar, how many examples are lost.
+            reason: string scalar, what is wrong with a record that is not damaged, and what to do.
 
         Returns:
             An operation. It fails if damaged records may not be skipped; the error then ends in an
             `inputs.errors.InputError` as text.
         """
-        message = tf.strings.format("{}, byte {}: damaged or missing.", (path, offset))
-        message = tf.strings.regex_replace(message, '"', "")
+        place = [path, ", byte ", tf.strings.as_string(offset), ": "]
+        message = tf.strings.join([*place, "damaged or missing." if reason is None else reason])
         if not self._records.skip:
-            message = tf.strings.join(["InputError: --data_dir: ", message, " ", REPAIR])
-            return tf.debugging.Assert(False, [message])
+            fix = f" {REPAIR}" if reason is None else ""
+            return tf.debugging.Assert(
+                False, [tf.strings.join(["InputError: --data_dir: ", message, fix])]
+            )
         key = tf.strings.to_hash_bucket_strong(
             tf.strings.format("{} {} {}", (path, offset, example)), 2**62, [1, 2]
         )

@@ -109,6 +109,26 @@ def read_records(path: str) -> Iterator[tuple[int, bytes | None]]:
         yield offset, record
 
 
+def read_record(path: str, offset: int) -> bytes | None:
+    """The record that begins at a place of a TFRecord file, in bytes; None if it is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with os_errors(path):
+        try:
+            return _first_record(tf.constant(path), tf.constant(offset, tf.int64)).numpy()
+        except tf.errors.DataLossError:
+            return None
+
+
+@tf.function(
+    input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int64)], autograph=False
+)
+def _first_record(path, offset):
+    return records_from(path, offset).take(1).get_single_element()
+
+
 def record_spans(path: str) -> Iterator[tuple[int, bytes | None, int | None]]:
     """`read_records`, also with where each record ends.
 

@@ -59,8 +59,9 @@ class Images:
             shifted by up to 4 pixels instead of cropped), "randaugment" for two random operations
             in addition, "none" for images as in evaluation.
         mixup_alpha: parameter of the Beta distribution of mixup weights; 0 turns mixup off.
-        bad_records: counts damaged records. A damaged record is replaced by another image of its
-            batch, with weight 0. If None, the first damaged record raises an error.
+        bad_records: counts damaged records, and those with a label outside the class list. Such a
+            record is replaced by another image of its batch, with weight 0. If None, the first one
+            raises an error.
         lanes: see `inputs.text.examples.Examples`.
         damage_folder: see `inputs.damage.Damage`.
 
@@ -161,7 +162,7 @@ class Images:
     def files(self, count: int):
         """Yields (bytes of an image file, label) of at most `count` evenly spaced images.
 
-        An image whose record is damaged is left out.
+        An image whose record is damaged, or has no label of the class list, is left out.
         """
         chosen = range(0, self.num_examples, max(1, self.num_examples // count))[:count]
         places = [
@@ -182,7 +183,8 @@ class Images:
 
         found = tf.data.Dataset.from_tensor_slices((list(paths), np.array(offsets, np.int64)))
         for data, label in found.map(image_file).ignore_errors().as_numpy_iterator():
-            yield data, int(label)
+            if self._is_class(label):
+                yield data, int(label)
 
     @property
     def _features(self):
@@ -223,7 +225,7 @@ class Images:
         return tf.concat([rows[:, :1], rows[:, 1:2] * counts, rows[:, 2:]], 1)
 
     def _group(self, training, rows):
-        """Reads and decodes some images; a damaged one becomes black, with weight 0."""
+        """Reads and decodes some images; one that is damaged, or of no class, has weight 0."""
         count = tf.shape(rows)[0]
         ids = tf.bitcast(rows[:, 5:7], tf.int64)
         places = tf.range(count)
@@ -241,21 +243,27 @@ class Images:
         places = found["place"]
         images = found["image"]
         labels = found["label"]
+        is_class = self._is_class(labels)
 
         def with_gaps():
             at = places[:, tf.newaxis]
-            readable = tf.scatter_nd(at, tf.ones_like(places), [count]) > 0
-            with tf.control_dependencies([self._report(tf.boolean_mask(rows, ~readable))]):
+            whole = tf.scatter_nd(at, tf.ones_like(places), [count]) > 0
+            usable = tf.scatter_nd(at, tf.cast(is_class, tf.int32), [count]) > 0
+            damaged = self._report(tf.boolean_mask(rows, ~whole))
+            others = tf.boolean_mask(places, ~is_class)
+            others = self._report(tf.gather(rows, others), tf.boolean_mask(labels, ~is_class))
+            with tf.control_dependencies([damaged, others]):
                 return (
                     tf.scatter_nd(at, images, [count, *images.shape[1:]]),
-                    tf.scatter_nd(at, labels, [count]),
-                    tf.identity(readable),
+                    tf.scatter_nd(at, tf.where(is_class, labels, 0), [count]),
+                    tf.identity(usable),
                 )
 
         def complete():
             return images, labels, tf.ones([count], tf.bool)
 
-        images, labels, readable = tf.cond(tf.size(places) < count, with_gaps, complete)
+        usable_count = tf.reduce_sum(tf.cast(is_class, tf.int32))
+        images, labels, readable = tf.cond(usable_count < count, with_gaps, complete)
         return {
             "id": ids,
             "image": tf.ensure_shape(images, [None, self._size, self._size, 3]),
@@ -309,22 +317,34 @@ class Images:
         """The path and the offset of an image's record."""
         return tf.gather(tf.constant(self._paths), row[2]), tf.bitcast(row[3:5], tf.int64)
 
-    def _report(self, rows):
-        """Reports the images of `rows` as damaged."""
+    def _report(self, rows, labels=None):
+        """Reports the images of `rows`: as damaged, or as having `labels` of no class."""
 
-        def report(row):
+        def report(row_and_label):
+            row, *label = row_and_label
             lost = tf.cast(row[0], tf.int64), tf.constant(1, tf.int64)
-            with tf.control_dependencies([self.damage.report(*self._place_of(row), *lost)]):
+            told = self.damage.report(*self._place_of(row), *lost, *map(self._reason, label))
+            with tf.control_dependencies([told]):
                 return tf.constant(0)
 
-        return tf.map_fn(report, rows, fn_output_signature=tf.int32)
+        given = (rows,) if labels is None else (rows, labels)
+        return tf.map_fn(report, given, fn_output_signature=tf.int32)
+
+    def _reason(self, label):
+        base = self._label_base
+        last = base + len(self.manifest["classes"]) - 1
+        return tf.strings.format(
+            f"label {{}} is outside the labels {base} to {last} of the class list. Give "
+            "--label_base or --classes to `python -m inputs.images.index`.",
+            [label + base],
+        )
+
+    def _is_class(self, labels):
+        return (labels >= 0) & (labels < len(self.manifest["classes"]))
 
     def _parsed(self, record):
         features = tf.io.parse_single_example(record, self._features)
-        label = tf.cast(features[self._label], tf.int32) - self._label_base
-        in_range = (label >= 0) & (label < len(self.manifest["classes"]))
-        with tf.control_dependencies([tf.debugging.Assert(in_range, [label])]):
-            return features[self._image], tf.identity(label)
+        return features[self._image], tf.cast(features[self._label], tf.int32) - self._label_base
 
     def _augmented(self, image_and_id):
         image, example_id = image_and_id

@@ -1,14 +1,16 @@
 """Makes TFRecords of ImageNet usable in place: python -m inputs.images.index --source=DIR ...
 
 Writes, for each split, a manifest and where each record begins, into a small folder that train.py
-takes as --data_dir. The command reads the lengths of the records only. The records are those of the
-TPU demos (train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they
-are, and must not be changed. A record whose length is damaged is named and left out, up to the next
+takes as --data_dir. The command reads the lengths of all records, and the labels of about 2,000 in
+each split, which must agree with the class list. The records are those of the TPU demos
+(train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they are, and
+must not be changed. A record whose length is damaged is named and left out, up to the next
 record that can be found. A file without a further record is refused: it was probably truncated.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,10 +23,19 @@ os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "0")
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError, refuse_empty
 from inputs.images import tfrecords
+from inputs.images.shards import missing_split
 from inputs.progress import Progress, log
 from inputs.record_index import write_index
 from inputs.shards import IMAGES, MANIFEST
-from inputs.storage.files import absolute, check_writable, file_sizes, locked, write_json
+from inputs.storage.files import (
+    absolute,
+    check_writable,
+    exists,
+    file_sizes,
+    locked,
+    read_json,
+    write_json,
+)
 
 NAME = "inputs.images.index"
 FIX = "Copy it again; compressed files are converted by `python -m inputs.images.prepare`."
@@ -54,13 +65,13 @@ def index(
         The manifest of each split.
 
     Raises:
-        InputError: the records, the class list or the folder cannot be used.
+        InputError: the records, the class list or the folder cannot be used, or the labels
+            contradict the class list.
     """
     source = tfrecords.version_folder(source)
-    splits = tfrecords.record_files(source)
-    if "validation" in splits:
-        splits.pop("test", None)  # that of ImageNet has no labels
-    elif "test" in splits:
+    _check_output(output, source)
+    splits = tfrecords.labeled_splits(source, log)
+    if "test" in splits:
         splits["validation"] = splits.pop("test")
     if not splits:
         raise InputError(
@@ -69,7 +80,7 @@ def index(
     classes = tfrecords.listed_classes(source, classes_csv)
     if classes is None:
         raise InputError(
-            "--classes is needed, as only the lengths of the records are read: give a CSV with the "
+            "--classes is needed, as the labels of few records are read: give a CSV with the "
             "columns index (from 0), wnid, name. In the layout of TensorFlow Datasets, "
             f"label.labels.txt in {source} serves, too."
         )
@@ -80,10 +91,14 @@ def index(
         if not filled:
             raise InputError(f"--source: all {len(files)} files of {split} in {source} are empty.")
         layout = tfrecords.layout_of(filled[0])
-        base = label_base
-        if base is None and layout == tfrecords.TFDS:
-            base = tfrecords.find_label_base(files, len(classes), log)
-        base = layout.base if base is None else base
+        if label_base is None and layout == tfrecords.TFDS:
+            label_base = tfrecords.find_label_base(
+                [file for files in splits.values() for file in files], len(classes), log
+            )
+        base = layout.base if label_base is None else label_base
+        check = functools.partial(
+            tfrecords.check_record, layout=layout, label_base=base, classes=classes
+        )
         records = BadRecords(
             max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
         )
@@ -91,13 +106,19 @@ def index(
         check_writable(folder, "--output")
         with locked(folder, "--output"), Progress(len(files), " files") as progress:
             counts = write_index(
-                folder, files, progress=progress.advance, fix=FIX, bad_records=records
+                folder,
+                files,
+                progress=progress.advance,
+                fix=FIX,
+                bad_records=records,
+                check=check,
+                at_end=records.end,
             )
-            records.end()
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
             manifests[split] = {
                 "kind": IMAGES[1],
+                "source": absolute(source),
                 "pixels": None,
                 "classes": classes,
                 "layout": {"image": layout.image, "label": layout.label, "label_base": base},
@@ -110,6 +131,22 @@ def index(
             }
             write_json(os.path.join(folder, MANIFEST), manifests[split])
     return manifests
+
+
+def _check_output(output, source):
+    """Raises `InputError` if a split in the folder was made from another source."""
+    for split in ("train", "validation"):
+        path = os.path.join(output, split, MANIFEST)
+        if not exists(path):
+            continue
+        manifest = read_json(path, flag="--output", fix="Delete it, or give another folder.")
+        found = manifest.get("source") if isinstance(manifest, dict) else None
+        if found != absolute(source):
+            maker = f"from {found}" if found else "by another command"
+            raise InputError(
+                f"--output: {os.path.dirname(path)} was made {maker}, and training would mix it "
+                f"with {source}. Give another folder, or delete it."
+            )
 
 
 def main(arguments=None) -> int:
@@ -163,6 +200,8 @@ def main(arguments=None) -> int:
             f"{len(manifest['classes']):,} classes in {len(manifest['shards']):,} files, hash "
             f"{manifest['hash']}"
         )
+    if problem := missing_split(flags.output):
+        log(problem)
     return 0
 
 

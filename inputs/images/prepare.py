@@ -88,10 +88,7 @@ def find_sources(
     if found:
         return found
     path = tfrecords.version_folder(path)
-    records = tfrecords.record_files(path)
-    if "validation" in records and records.pop("test", None):  # that of ImageNet has no labels
-        log(f"{path}: the test split is passed over, as there is a validation split")
-    if records:
+    if records := tfrecords.labeled_splits(path, log):
         return tfrecords.record_sources(path, records, classes_csv, label_base, log)
     return _folder_sources(path, split, classes_csv, log)
 
@@ -416,6 +413,8 @@ def main(arguments=None) -> int:
                     f"{len(manifest['classes']):,} classes, {len(manifest['damaged'])} damaged and "
                     f"left out, hash {manifest['hash']}"
                 )
+            if problem := shards.missing_split(flags.output):
+                log(problem)
     except InputError as error:
         log(f"{NAME}: {error}")
         return 1

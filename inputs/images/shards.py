@@ -20,6 +20,7 @@ from inputs.record_index import INDEX, write_index
 from inputs.shards import IMAGES, MANIFEST, OLD_SUFFIX, SUFFIX, record_writer
 from inputs.storage.files import (
     NEW,
+    absolute,
     check_writable,
     exists,
     file_size,
@@ -198,6 +199,9 @@ def open_images(folder: str) -> PreparedImages:
             "it continues where it stopped."
         )
     fix = "Give a folder that `python -m inputs.images.prepare` or `inputs.images.index` wrote."
+    is_split = os.path.basename(absolute(folder)) in ("train", "validation")
+    if is_split and not exists(path) and (problem := missing_split(parent(folder))):
+        raise InputError(f"--data_dir: {problem}")
     manifest = read_json(path, flag="--data_dir", fix=fix)
     try:
         found = manifest["kind"]
@@ -234,6 +238,19 @@ def open_images(folder: str) -> PreparedImages:
             "folder again, or run the command that prepared it again."
         )
     return PreparedImages(manifest, paths, index[0][INDEX])
+
+
+def missing_split(folder: str) -> str:
+    """Says what a folder with only one of the two splits needs; "" for any other folder."""
+    splits = ("train", "validation")
+    missing = [split for split in splits if not exists(os.path.join(folder, split, MANIFEST))]
+    if len(missing) != 1:
+        return ""
+    return (
+        f"{folder} has no {missing[0]} split, which training needs. Give its images to `python -m "
+        f"inputs.images.prepare --split={missing[0]} --output={folder}`, or a --source with both "
+        "splits to the command that made the other one."
+    )
 
 
 def old_splits(folder: str) -> list[str]:

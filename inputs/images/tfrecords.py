@@ -15,12 +15,21 @@ from google.protobuf.message import DecodeError
 from inputs import shards
 from inputs.errors import InputError, first_line
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
-from inputs.storage.files import exists, file_size, file_state, list_folder, read_bytes
+from inputs.storage.files import (
+    PassedOver,
+    exists,
+    file_size,
+    file_state,
+    list_folder,
+    read_bytes,
+)
 
 FILE_NAME = re.compile(
     r"(?:.*[-_.])?(train|val|validation|test)(?:\.tfrecords?)?-(\d{5})-of-(\d{5})"
     r"(?:\.tfrecords?)?(?:\.gz)?"
 )
+NUMBER = re.compile(r"-\d{5}-of-\d{5}")  # of a file
+LABELS = "label.labels.txt"  # the class list of TensorFlow Datasets
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder of TensorFlow Datasets
 COMPRESSIONS = ("", "GZIP", "ZLIB")  # of `tf.data.TFRecordDataset`
 
@@ -68,16 +77,38 @@ def version_folder(path: str) -> str:
     return versions[0] if versions else path
 
 
-def record_files(path: str) -> dict[str, list[str]]:
+def labeled_splits(path: str, log: Callable[[str], object]) -> dict[str, list[str]]:
+    """`record_files`, without a test split beside one of validation.
+
+    Args:
+        path: the folder.
+        log: receives lines about what is read and what is passed over.
+    """
+    passed_over = PassedOver()
+    splits = record_files(path, passed_over)
+    if "validation" in splits and splits.pop("test", None):  # that of ImageNet has no labels
+        log(f"{path}: the test split is passed over, as there is a validation split")
+    if splits:
+        rest = passed_over.describe()
+        count = sum(map(len, splits.values()))
+        log(f"{path}: {count:,} file{'s' * (count != 1)} to read{rest and f'; {rest}'}")
+    return splits
+
+
+def record_files(path: str, passed_over: PassedOver | None = None) -> dict[str, list[str]]:
     """The TFRecord files in a folder and in its folders of splits, as split -> paths.
+
+    Args:
+        path: the folder.
+        passed_over: counts the other files, except a class list of TensorFlow Datasets.
 
     Raises:
         InputError: some of a split's files are missing, or one exists twice.
     """
-    folders, files = list_folder(path, "--source")
+    folders, files = list_folder(path, "--source", passed_over)
     for folder in folders:
         if split_of(folder.name):
-            files += list_folder(folder.path, "--source")[1]
+            files += list_folder(folder.path, "--source", passed_over)[1]
     splits: dict[str, dict[int, str]] = {}
     totals: dict[str, int] = {}
     for file in files:
@@ -92,6 +123,8 @@ def record_files(path: str) -> dict[str, list[str]]:
                     f"--source: {file.path} and {other} belong to two copies of the {split} split. "
                     "Remove one of the copies."
                 )
+        elif passed_over is not None and file.name != LABELS:
+            passed_over.add(NUMBER.sub("", file.name))  # a thousand files are of one kind
     for split, found in splits.items():
         if len(found) != totals[split]:
             raise InputError(
@@ -112,7 +145,7 @@ def record_sources(
 
     Args:
         path: the folder.
-        splits: from `record_files`.
+        splits: from `labeled_splits`.
         classes_csv: the class list; "" for label.labels.txt of TensorFlow Datasets, or else for
             the classes that the records name.
         label_base: label of the first class; None to infer it from the records.
@@ -150,7 +183,7 @@ def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
     """
     if classes_csv:
         return read_classes(classes_csv)
-    listed = os.path.join(path, "label.labels.txt")
+    listed = os.path.join(path, LABELS)
     if not exists(listed):
         return None
     names = read_bytes(listed, flag="--source").decode(errors="replace").splitlines()
@@ -289,33 +322,56 @@ def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
             the records after that place are lost.
     """
     layout = None
-    num_classes = len(classes) if classes else None
     for where, record in _records(path):
         if record is None:
             yield Item(f"{where}: damaged", b"", 0)
             continue
         features = _features(record, where)
         layout = layout or _layout(features, where)
-        for key in (layout.image, layout.label):
-            if key not in features:
-                raise InputError(f"{where}: no {key!r}; {_found(features)}.")
-        base = layout.base if label_base is None else label_base
-        value = (features[layout.label].int64_list.value or [base - 1])[0]
-        _check_label(value, base, num_classes, f"{where}, {layout.label}")
-        wnid = _text(features, "image/class/synset")
-        if classes and wnid and classes[value - base].wnid != wnid:
-            raise InputError(
-                f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the class "
-                f"list, but image/class/synset is {wnid}. The two count their labels differently; "
-                "give --label_base."
-            )
-        yield Item(
-            f"{where} ({_text(features, layout.name)})",
-            (features[layout.image].bytes_list.value or [b""])[0],
-            value - base,
-            wnid,
-            _text(features, "image/class/text"),
+        yield _item(features, where, layout, label_base, classes)
+
+
+def check_record(path, offset, layout, label_base, classes) -> None:
+    """Checks the features and the label of a record, unless it is damaged.
+
+    Args:
+        path: the file, which is not compressed.
+        offset: where the record begins in it, in bytes.
+        layout: of the file's records.
+        label_base: label of the first class.
+        classes: the class list.
+
+    Raises:
+        InputError: a feature is missing, or the label contradicts the class list.
+        OSError: the file cannot be read.
+    """
+    record = shards.read_record(path, offset)
+    if record is not None:
+        where = f"{path}, byte {offset}"
+        _item(_features(record, where), where, layout, label_base, classes)
+
+
+def _item(features, where, layout, label_base, classes) -> Item:
+    for key in (layout.image, layout.label):
+        if key not in features:
+            raise InputError(f"{where}: no {key!r}; {_found(features)}.")
+    base = layout.base if label_base is None else label_base
+    value = (features[layout.label].int64_list.value or [base - 1])[0]
+    _check_label(value, base, len(classes) if classes else None, f"{where}, {layout.label}")
+    wnid = _text(features, "image/class/synset")
+    if classes and wnid and classes[value - base].wnid != wnid:
+        raise InputError(
+            f"{where}, {layout.label}: {value} is {classes[value - base].wnid} in the class list, "
+            f"but image/class/synset is {wnid}. The two count their labels differently; give "
+            "--label_base."
         )
+    return Item(
+        f"{where} ({_text(features, layout.name)})",
+        (features[layout.image].bytes_list.value or [b""])[0],
+        value - base,
+        wnid,
+        _text(features, "image/class/text"),
+    )
 
 
 def _features(record, where):
@@ -350,5 +406,5 @@ def _check_label(value, base, num_classes, where):
         raise InputError(
             f"{where}: {value} is outside the labels {base}{last} of this layout. If all labels "
             f"count from {1 - base}, give --label_base={1 - base}; otherwise the records mix label "
-            "bases."
+            f"bases{last and ', or the class list lacks classes'}."
         )

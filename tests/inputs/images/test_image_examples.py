@@ -11,8 +11,9 @@ from pictures import damage, encoded, example, prepare, prepared, smooth, stored
 from read_only import read_only
 
 from inputs.bad_records import BadRecords
-from inputs.errors import InputError
+from inputs.errors import InputError, message_in
 from inputs.images import decoding, examples, index
+from inputs.shards import read_records
 
 SIZE, BATCH, COUNT = 32, 4, 12
 
@@ -290,16 +291,21 @@ def test_every_kind_of_damage_costs_its_image_only(tmp_path):
     bad |= {i: (good[i][0], 0) for i in range(16, 32)}
     (tmp_path / "classes.csv").write_text("index,wnid,name\n0,n0,a\n1,n1,b\n2,n2,c\n")
     sets = []
-    for name, rows in (("good", good), ("bad", list(bad.values()))):
-        source = tmp_path / name
-        source.mkdir()
+
+    def write(source, rows):
         for part in range(2):
             path = str(source / f"train-{part:05d}-of-00002")
             with tf.io.TFRecordWriter(path) as writer:
                 for image, label in rows[25 * part : 25 * part + 25]:
                     writer.write(example(image__encoded=image, image__class__label=label))
+
+    for name, rows in (("good", good), ("bad", list(bad.values()))):
+        source = tmp_path / name
+        source.mkdir()
+        write(source, [(image, 1) for image, _ in rows])  # labels that the index accepts
         out = str(tmp_path / f"{name}-index")
         index.index(str(source), out, str(tmp_path / "classes.csv"), 1, log=lambda line: None)
+        write(source, rows)
         records = BadRecords(0.9, skip=True, log=lambda line: None)
         data = examples.Images(f"{out}/train", SIZE, seed=1, bad_records=records)
         sets.append((data, records))
@@ -344,6 +350,41 @@ def test_without_leave_a_damaged_record_ends_the_run_with_its_place(tmp_path):
         match=f"InputError: --data_dir: {shard}, byte {offset}: damaged",
     ):
         joined(examples.Images(str(out), SIZE, seed=1).evaluation_batches(5, 100))
+
+
+def test_a_label_outside_the_class_list_is_no_damage(tmp_path):
+    said = []
+    path = tmp_path / "source/train-00000-of-00001"
+    path.parent.mkdir()
+
+    def write(labels):
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for label in labels:
+                image = encoded(smooth(60, 80, seed=1))
+                writer.write(example(image__encoded=image, image__class__label=label))
+
+    write([1, 2, 1])
+    (tmp_path / "classes.csv").write_text("index,wnid,name\n0,n0,a\n1,n1,b\n")
+    out = str(tmp_path / "out")
+    index.index(str(path.parent), out, str(tmp_path / "classes.csv"), 1, log=said.append)
+    said.clear()
+    write([1, 7, 0])
+    records = BadRecords(0.9, skip=True, log=said.append)
+    data = examples.Images(f"{out}/train", SIZE, seed=1, bad_records=records)
+    for batches in (data.evaluation_batches(3, 3), data.training_batches(3).take(1)):
+        found = joined(batches)
+        assert sorted(found["example_weights"]) == [0, 0, 1] and not found["label"].any()
+    data.damage.collect()
+    offsets = [offset for offset, _ in read_records(str(path))]
+    messages = [
+        f"{path}, byte {offsets[i]}: label {label} is outside the labels 1 to 2 of the class list. "
+        "Give --label_base or --classes to `python -m inputs.images.index`."
+        for i, label in ((1, 7), (2, 0))
+    ]
+    assert sorted(said) == sorted(f"Skipped: {message}" for message in messages)
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        joined(examples.Images(f"{out}/train", SIZE, seed=1).evaluation_batches(3, 3))
+    assert message_in(caught.value) in {f"--data_dir: {message}" for message in messages}
 
 
 def test_a_folder_without_readable_records_is_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,141 @@ def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
     assert "copy/train: 6 images of 3 classes, 1 damaged and left out" in said.out
     assert f"Left out {path}, record {number}, byte {place}: damaged" in said.err
     assert "{{" not in said.err
+
+
+def many(label):
+    """Two large files; the labels of a few records in the middle of the second are out of range."""
+
+    def make(source):
+        for shard in range(2):
+            rows = [label if shard and 2_000 <= i < 2_020 else 1 for i in range(4_000)]
+            records = [example(image__encoded=b"", image__class__label=row) for row in rows]
+            write(source / f"train-{shard:05d}-of-00002", records)
+
+    return make
+
+
+def labelled(**features):
+    return lambda source: write(
+        source / "train-00000-of-00001",
+        [example(**{key: value[i] for key, value in features.items()}) for i in range(3)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "said"),
+    [
+        (
+            labelled(image__encoded=PICTURES, image__class__label=(1, 2, 0)),
+            (),
+            "image/class/label: 0 is outside the labels 1 to 3 of this layout. If all labels count "
+            "from 0, give --label_base=0",
+        ),
+        (
+            labelled(image=PICTURES, label=(5, 6, 7)),
+            (),
+            "byte 0, label: 5 is outside the labels 0 to 2 of this layout. If all labels count "
+            "from 1, give --label_base=1; otherwise the records mix label bases, or the class list",
+        ),
+        (
+            labelled(
+                image__encoded=PICTURES,
+                image__class__label=(0, 1, 1),
+                image__class__synset=(b"a", b"b", b"c"),
+            ),
+            ("--label_base=0",),
+            "image/class/label: 1 is b in the class list, but image/class/synset is c. The two",
+        ),
+        (many(4), (), "train-00001-of-00002, byte"),
+        (many(3), (), ""),
+    ],
+)
+def test_labels_must_agree_with_the_class_list(tmp_path, capsys, make, flags, said):
+    (tmp_path / "classes.csv").write_text(CLASSES)
+    make(tmp_path / "source")
+    assert run(tmp_path / "source", *flags) == bool(said)
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "out/train/manifest.json").exists() != bool(said)
+
+
+def test_the_label_base_is_that_of_both_splits(tmp_path, capsys):
+    """The validation split alone has neither the label 0 nor the label 3."""
+    source = tmp_path / "source"
+    for split, labels in (("train", (1, 2, 3)), ("validation", (1, 2))):
+        records = [example(image=PICTURES[label], label=label) for label in labels]
+        write(source / f"{split}-00000-of-00001", records)
+    (source / "label.labels.txt").write_text("a\nb\nc\n")
+    assert run(source, classes=None) == 0
+    for split in ("train", "validation"):
+        assert manifest(tmp_path / "out" / split)["layout"]["label_base"] == 1
+    assert capsys.readouterr().err.count("Labels count from 1") == 1
+
+
+@pytest.mark.parametrize("files", [1, 40])
+def test_few_records_of_each_file_are_checked(small, tmp_path, files):
+    path = str(small[0])
+    places = []
+    write_index(str(tmp_path), [path] * files, fix="", check=lambda *place: places.append(place))
+    assert len(places) == 2_000 and len(set(places)) == 2_000 // files
+
+
+@pytest.mark.parametrize("command", [index.main, lambda flags: prepare(*flags)])
+def test_one_line_says_what_is_read_and_what_is_not(demo, capsys, command):
+    write(demo / "test-00000-of-00001", [example(image__encoded=b"", image__class__label=-1)])
+    others = ("p-train2.tfrecord-00000-of-00002", "p-train2.tfrecord-00001-of-00002")
+    others += ("train_00001.tfrecord", "train-00001-of-00002.incomplete", ".hidden")
+    for name in (*others, "label.labels.txt"):
+        (demo / name).write_bytes(b"")
+    assert command([f"--source={demo}", "--output=out", "--classes=classes.csv"]) == 0
+    said = capsys.readouterr().err
+    assert f"{demo}: the test split is passed over, as there is a validation split\n" in said
+    passed_over = "5 passed over: 3 × .tfrecord, 1 × hidden, 1 × .incomplete"
+    assert f"{demo}: 3 files to read; {passed_over}\n" in said
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("command", [index.main, lambda flags: prepare(*flags)])
+def test_a_missing_split_is_named(demo, tmp_path, capsys, command, split):
+    for path in demo.glob(f"{split}-*"):
+        path.unlink()
+    assert command([f"--source={demo}", "--output=out", "--classes=classes.csv"]) == 0
+    said = f"has no {split} split, which training needs. Give its images to `python -m inputs.imag"
+    assert f"out {said}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"^--data_dir: {tmp_path}/out {said}"):
+        Images(f"out/{split}", 16, seed=1)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_fails_leaves_an_earlier_index_as_it_is(demo, tmp_path, capsys):
+    assert run(demo) == 0
+    before = contents(tmp_path / "out")
+    damage_length(demo / "train-00000-of-00002", 1)
+    assert run(demo) == 1
+    assert "raise the limit with --max_bad_record_share" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_takes_the_splits_of_one_source(demo, tmp_path, capsys):
+    """Training would mix them; the same source may be indexed again, also after a change."""
+    other = tmp_path / "other"
+    write(other / "train-00000-of-00001", map(demo_record, range(2)))
+    assert run(demo) == 0
+    before = contents(tmp_path / "out")
+    for indexed in ("train", "validation"):
+        assert run(other) == 1
+        said = f"out/{indexed} was made from {demo}, and training would mix it with {other}. Give"
+        assert said in capsys.readouterr().err
+        assert contents(tmp_path / "out").items() <= before.items()
+        shutil.rmtree(tmp_path / "out" / indexed)
+    write(demo / "train-00001-of-00002", map(demo_record, range(4, 6)))
+    assert run(demo) == 0 and run("source/") == 0
+    assert "out/train: 6 images" in capsys.readouterr().out
+    assert prepare("--source", demo, "--output", "copy", "--classes", "classes.csv") == 0
+    assert index.main([f"--source={demo}", "--output=copy", "--classes=classes.csv"]) == 1
+    assert "copy/train was made by another command" in capsys.readouterr().err
 
 
 def test_the_versions_of_a_data_set_of_tensorflow_datasets(tmp_path, capsys):
