@@ -7,6 +7,7 @@ are used, because the library does not depend on them.
 
 import collections
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -399,14 +400,34 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
 
 
 def save_figure(figure, path) -> None:
-    """Writes a figure as a PNG file, also to a path with a scheme."""
-    if not _is_remote(path):
-        figure.savefig(path, dpi=120)
-        return
+    """Writes a figure as a PNG file, also to a path with a scheme.
+
+    If it cannot be written, an earlier file of this name is left as it was.
+
+    Raises:
+        OSError: It cannot be written. `filename` is `path`.
+    """
+    path = os.fspath(path)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    with _import_tensorflow().io.gfile.GFile(path, "wb") as file:
-        file.write(picture.getvalue())
+    figure.savefig(picture, dpi=120, format=os.path.splitext(path)[1][1:] or "png")
+    new = f"{path}.new"
+    create: Callable
+    replace: Callable
+    create, remove, replace = open, os.remove, os.replace
+    if _is_remote(path):
+        gfile = _import_tensorflow().io.gfile
+        create, remove = gfile.GFile, gfile.remove
+        replace = functools.partial(gfile.rename, overwrite=True)
+    try:
+        with create(new, "wb") as file:
+            file.write(picture.getvalue())
+        replace(new, path)
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            remove(new)
+        if isinstance(error, OSError):  # That of a full disk has no name, or that of the new file.
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
 
 
 def _check_matplotlib():

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 
@@ -259,6 +260,29 @@ def test_the_heat_map_shows_the_records(tmp_path):
     draw_heat_map(path, picture)
     with Image.open(picture) as image:
         assert image.width == 13 * 120
+
+
+@pytest.mark.parametrize("folder", [None, "ram://pictures"])
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
+    path = f"{folder or tmp_path}/a.png"
+    tf.io.gfile.makedirs(folder or str(tmp_path))
+    figure = telemetry._new_figure(2)
+
+    def full(*unused, **options):
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        telemetry.save_figure(figure, path)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        earlier = file.read()
+    assert earlier.startswith(b"\x89PNG")
+    figure.suptitle("changed")
+    monkeypatch.setattr(*((tf.io.gfile, "rename") if folder else (os, "replace")), full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        telemetry.save_figure(figure, path)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        assert file.read() == earlier
+    assert tf.io.gfile.listdir(os.path.dirname(path)) == ["a.png"]
 
 
 def test_a_layer_that_is_not_adapted_is_not_drawn_even_if_an_update_was_skipped(tmp_path):

@@ -329,21 +329,25 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("model_dirs", metavar="MODEL_DIR", nargs="+", help="the folder of a run")
     model_dirs = parser.parse_args(arguments).model_dirs
-    path = os.path.join(model_dirs[0], PICTURE)
+    picture = os.path.join(model_dirs[0], PICTURE)
     try:
-        draw(model_dirs, path)
-        print(path)
+        draw(model_dirs, picture)
+        print(picture)
         for model_dir in model_dirs[1:] and model_dirs:
             if _drawn_layers(_records(model_dir)):
-                heat_map = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
-                draw_heat_map(_records(model_dir), heat_map)
-                print(heat_map)
-    except (OSError, ValueError) as error:
-        known = isinstance(error, OSError) and error.filename
-        said = f"{error.filename}: {error.strerror}." if known else error
-        print(f"training.monitor.plot: {said}", file=sys.stderr)
-        return 1
-    return 0
+                picture = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
+                draw_heat_map(_records(model_dir), picture)
+                print(picture)
+    except OSError as error:
+        name = error.filename or picture
+        done = "written" if name == picture else "read"
+        said = f"{name} cannot be {done} ({error.strerror or error})."
+    except ValueError as error:
+        said = str(error)
+    else:
+        return 0
+    print(f"training.monitor.plot: {said}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

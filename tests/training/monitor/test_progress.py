@@ -7,6 +7,7 @@ import os
 import pathlib
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -504,6 +505,23 @@ def test_a_run_of_one_loop_is_drawn(tmp_path, figures):
     loss, rate, speed = figures[0].axes
     assert all(axes.lines[0].get_marker() == "." for axes in (loss, rate, speed))
     assert speed.lines[0].get_ydata().tolist() == [5.0]
+
+
+def test_a_full_disk_leaves_the_earlier_picture(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [3.0, 2.0])
+    picture = tmp_path / "run/history.png"
+    assert plot.main([run]) == 0
+    earlier = picture.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, unlimited[1]))
+    try:
+        assert plot.main([run]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    said = capsys.readouterr().err
+    assert said == f"training.monitor.plot: {picture} cannot be written (File too large).\n"
+    assert picture.read_bytes() == earlier
+    assert {path.name for path in picture.parent.iterdir()} == {"history.jsonl", "history.png"}
 
 
 def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
