@@ -143,9 +143,12 @@ def _color(place: int, runs):
     return f"C{place}" if len(runs) <= 10 else matplotlib.colormaps["turbo"](place / len(runs))
 
 
-def _style(place: int, histories, rows) -> dict:
-    """Returns the style of a run's lines; a single row is drawn as a point."""
-    return {"color": _color(place, histories), "marker": "." if len(rows) == 1 else ""}
+def _style(place: int, histories, values) -> dict:
+    """Returns the style of a run's line; a finite value without a finite neighbor is a point."""
+    finite = np.pad(np.isfinite(values), 1)
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
+    style = {"color": _color(place, histories)}
+    return style | ({"marker": ".", "markevery": alone} if alone.any() else {})
 
 
 def _first_of_last_nonfinite(steps, values) -> int | None:
@@ -172,9 +175,9 @@ def _draw_loss(panel, histories, evaluations):
     drawn, first = [], []  # the latter: of each curve
     for place, (label, rows) in enumerate(histories.items()):
         steps, losses = _curve(rows, "loss")
-        curves = {"training": (steps, losses, _style(place, histories, rows))}
-        later = np.array(steps) > FIRST_SHARE * steps[-1]
-        drawn.append(losses[later] if later.any() else losses)
+        curves = {"training": (steps, losses, _style(place, histories, losses))}
+        later = losses[np.array(steps) > FIRST_SHARE * steps[-1]]
+        drawn.append(later if np.isfinite(later).any() else losses)
         if evaluations[label]:
             held_out = _held_out_losses(evaluations[label])
             curves["held out"] = (*held_out, {"color": _color(place, histories)} | HELD_OUT)
@@ -229,7 +232,8 @@ def _draw_accuracy(panel, histories, evaluations):
 
 def _draw_learning_rate(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
-        panel.plot(*_curve(rows, "learning_rate"), **_style(place, histories, rows))
+        steps, rates = _curve(rows, "learning_rate")
+        panel.plot(steps, rates, **_style(place, histories, rates))
     panel.set_ylabel("learning rate")
     peaks = [np.nanmax(_curve(rows, "learning_rate")[1]) for rows in histories.values()]
     if 0 < WIDE * min(peaks) < max(peaks):
@@ -242,7 +246,7 @@ def _draw_speed(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
         steps, speeds = _curve(rows, "examples_per_second")
         speeds[_slow(rows)] = np.nan
-        panel.plot(steps, speeds, **_style(place, histories, rows))
+        panel.plot(steps, speeds, **_style(place, histories, speeds))
     panel.set_ylabel("examples/s")
     _scale_from_zero(panel)
 

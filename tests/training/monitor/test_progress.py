@@ -524,6 +524,25 @@ def test_a_full_disk_leaves_the_earlier_picture(tmp_path, capsys):
     assert {path.name for path in picture.parent.iterdir()} == {"history.jsonl", "history.png"}
 
 
+def test_a_finite_value_between_others_is_a_point(tmp_path, figures):
+    nan = float("nan")
+    runs = [
+        ([5.0, 4.0, 3.0], [[], [], [2]]),  # the speeds of the first two loops are left out
+        ([11.2, nan], [[0], [], []]),
+        ([5.0, nan, 4.0, nan, nan, 3.0, 2.9, nan, 2.0], [[0, 2, 8], [], []]),
+        ([9.0, *[nan] * 40], [[0], [], []]),  # in the first 5 % of the steps
+    ]
+    for number, (losses, points) in enumerate(runs):
+        plot.draw([write_run(tmp_path / f"{number}", losses)], str(tmp_path / "picture.png"))
+        for axes, places in zip(figures[-1].axes, points, strict=True):
+            line = axes.lines[0]
+            drawn = np.flatnonzero(line.get_markevery()) if line.get_marker() == "." else []
+            assert list(drawn) == places
+            low, high = axes.get_ylim()
+            assert all(low < value < high for value in line.get_ydata()[places])
+        assert len(figures[-1].axes[0].get_yticks())
+
+
 def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
     with pytest.raises(SystemExit) as end:
         plot.main(["--help"])
