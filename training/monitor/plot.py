@@ -178,8 +178,8 @@ def _draw_loss(panel, histories, evaluations):
         curves = {"training": (steps, losses, _style(place, histories, losses))}
         later = losses[np.array(steps) > FIRST_SHARE * steps[-1]]
         drawn.append(later if np.isfinite(later).any() else losses)
-        if evaluations[label]:
-            held_out = _held_out_losses(evaluations[label])
+        held_out = _held_out_losses(evaluations[label])
+        if held_out[0]:
             curves["held out"] = (*held_out, {"color": _color(place, histories)} | HELD_OUT)
             drawn.append(held_out[1])
         for name, (steps, losses, style) in curves.items():
@@ -206,7 +206,8 @@ def _draw_loss(panel, histories, evaluations):
     panel.set_ylabel("loss (nats)")
     if len(histories) == 1:
         panel.legend()
-    elif any(evaluations.values()):  # the runs are in the legend of the figure
+    elif any(_held_out_losses(rows)[0] for rows in evaluations.values()):
+        # The runs are in the legend of the figure.
         panel.legend(handles=[Line2D([], [], color="black", label="held out", **HELD_OUT)])
 
 
@@ -235,8 +236,9 @@ def _draw_learning_rate(panel, histories, evaluations):
         steps, rates = _curve(rows, "learning_rate")
         panel.plot(steps, rates, **_style(place, histories, rates))
     panel.set_ylabel("learning rate")
-    peaks = [np.nanmax(_curve(rows, "learning_rate")[1]) for rows in histories.values()]
-    if 0 < WIDE * min(peaks) < max(peaks):
+    rates = [line.get_ydata() for line in panel.lines]
+    peaks = [np.nanmax(values) for values in rates if np.isfinite(values).any()]
+    if peaks and 0 < WIDE * min(peaks) < max(peaks):
         _scale_by_factors(panel, min(peaks) / WIDE, max(peaks))
     else:
         _scale_from_zero(panel)
@@ -306,16 +308,14 @@ def _drawn_layers(records) -> int:
 
 
 def _held_out_losses(evaluations):
-    """Returns (steps, losses) of evaluations."""
-    return _curve([row | {"loss": _loss(row)} for row in evaluations], "loss")
-
-
-def _loss(row):
-    """The loss of an evaluation, also of version 0.1.0."""
-    if "loss" in row:
-        return row["loss"]
-    terms = [row[name] for name in LOSSES_OF_0_1_0 if name in row]
-    return None if None in terms else sum(terms)
+    """Returns (steps, losses) of the evaluations that recorded one, also of version 0.1.0."""
+    rows = []
+    for row in evaluations:
+        names = ("loss",) if "loss" in row else LOSSES_OF_0_1_0
+        terms = [row[name] for name in names if name in row]
+        if terms:
+            rows.append({"step": row["step"], "loss": None if None in terms else sum(terms)})
+    return _curve(rows, "loss")
 
 
 def _curve(rows, name):

@@ -543,6 +543,26 @@ def test_a_finite_value_between_others_is_a_point(tmp_path, figures):
         assert len(figures[-1].axes[0].get_yticks())
 
 
+def test_an_evaluation_without_a_loss_is_left_out(tmp_path, figures):
+    run = write_run(tmp_path / "run", [3.0, 2.0, 1.5, 1.0])
+    evaluations = Rows(tmp_path / "run/evaluations.jsonl")
+    evaluations.append({"step": 20, "masked_accuracy": 0.5})
+    plot.draw([run], str(tmp_path / "picture.png"))
+    assert legend_of(figures[0].axes[0]) == ["training"]
+    evaluations.append({"step": 40, "masked_loss": 1.5, "sentence_loss": 0.5})
+    plot.draw([run], str(tmp_path / "picture.png"))
+    held_out = figures[1].axes[0].lines[1]
+    assert list(held_out.get_xdata()) == [40] and list(held_out.get_ydata()) == [2.0]
+
+
+def test_a_run_without_a_finite_rate_is_drawn(tmp_path, figures):
+    lost = write_run(tmp_path / "lost", [3.0, 2.0], rate=float("nan"))
+    others = [write_run(tmp_path / f"{rate}", [3.0, 2.0], rate=rate) for rate in (0.1, 9.0)]
+    plot.draw([lost], str(tmp_path / "picture.png"))
+    plot.draw([lost, *others], str(tmp_path / "picture.png"))
+    assert [figure.axes[1].get_yscale() for figure in figures] == ["linear", "log"]
+
+
 def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
     with pytest.raises(SystemExit) as end:
         plot.main(["--help"])
