@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -376,7 +377,7 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
 
     Raises:
         FileNotFoundError: If there is no file with records.
-        ValueError: If there is no complete record in it.
+        ValueError: If there is no complete record in it, or a line that is not a record.
         RuntimeError: If matplotlib is not installed.
     """
     _check_matplotlib()
@@ -454,6 +455,7 @@ def read_records(records_path) -> Iterator[dict]:
 
     Raises:
         FileNotFoundError: If there are no records.
+        ValueError: If a line is valid JSON, but not a record.
     """
     folder, name = os.path.split(os.fspath(records_path))
     stem, suffix = os.path.splitext(name)
@@ -471,9 +473,29 @@ def read_records(records_path) -> Iterator[dict]:
     for name in sorted(names, key=lambda name: (len(name), name)):
         path = os.path.join(folder, name)
         with gfile.GFile(path, "rb") if remote else open(path, "rb") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if not _is_record(record):
+                    raise ValueError(
+                        f"{path}, line {number}: a record must have an integer step, and "
+                        f"{', '.join(COLUMNS)} of its layers. Received: {reprlib.repr(record)}. "
+                        "Correct or delete this line."
+                    )
+                yield record
+
+
+def _is_record(record) -> bool:
+    """Returns whether a value has the steps and numbers that are drawn."""
+    try:
+        for layer in record["layers"].values():
+            for column in COLUMNS:
+                float(layer[column])  # "nan" and "inf" are strings.
+        return type(record["step"]) is int
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError):
+        return False
 
 
 def adapted_layers(records) -> set[str]:

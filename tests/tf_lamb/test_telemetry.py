@@ -262,6 +262,31 @@ def test_the_heat_map_shows_the_records(tmp_path):
         assert image.width == 13 * 120
 
 
+LAYER = {"weight_norm": 1.0, "update_norm": "nan", "ratio": 2.0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        3,
+        None,
+        {"step": 1},
+        {"layers": {"a": LAYER}},
+        {"step": "1", "layers": {"a": LAYER}},
+        {"step": 1, "layers": [LAYER]},
+        {"step": 1, "layers": {"a": LAYER | {"ratio": "high"}}},
+        {"step": 1, "layers": {"a": LAYER | {"ratio": None}}},
+        {"step": 1, "layers": {"a": {"ratio": 2.0}}},
+    ],
+)
+def test_a_line_that_is_not_a_record_is_named(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"step": 1, "layers": {"a": LAYER}})
+    path.write_text(f'{good}\n{{"step": 9, "lay\n{json.dumps(line)}\n')
+    with pytest.raises(ValueError, match=rf"{path}, line 3: .*Received: .*\. Correct or delete"):
+        draw_heat_map(path, tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("folder", [None, "ram://pictures"])
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
     path = f"{folder or tmp_path}/a.png"

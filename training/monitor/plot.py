@@ -7,7 +7,6 @@ into a file in each run's own folder.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 import textwrap
@@ -22,6 +21,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from inputs.errors import InputError
 from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
 from tf_lamb.telemetry import (
@@ -31,7 +31,13 @@ from tf_lamb.telemetry import (
     read_records,
     save_figure,
 )
-from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows
+from training.monitor.progress import (
+    EVALUATIONS,
+    HIGHER_IS_BETTER,
+    HISTORY,
+    SLOW_LOOPS,
+    read_rows,
+)
 from training.monitor.run_monitor import TELEMETRY
 
 PICTURE = "history.png"
@@ -61,13 +67,14 @@ def draw(model_dirs: list[str], path: str) -> None:
     their heat map (layers x steps) is drawn below the curves.
 
     Raises:
-        ValueError: a folder without a history.
+        InputError: a folder without a history, or with a line that is JSON, but not a row.
+        OSError: a file cannot be read, or the picture cannot be written.
     """
     histories, evaluations = {}, {}
     for model_dir, label in zip(model_dirs, distinct_names(model_dirs), strict=True):
         rows = read_rows(os.path.join(model_dir, HISTORY))
         if not rows:
-            raise ValueError(
+            raise InputError(
                 f"{model_dir} has no {HISTORY} with a step in it. Give a run's --model_dir."
             )
         histories[label] = rows
@@ -291,7 +298,7 @@ def _accuracy_names(rows) -> list[str]:
     """Returns the names of the metrics of evaluations of which a higher value is better."""
     names = {}
     for row in rows:
-        names |= dict.fromkeys(row.get("higher_is_better", ACCURACIES_OF_0_1_0))
+        names |= dict.fromkeys(row.get(HIGHER_IS_BETTER, ACCURACIES_OF_0_1_0))
     return [name for name in names if any(name in row for row in rows)]
 
 
@@ -300,10 +307,17 @@ def _records(model_dir) -> str:
 
 
 def _drawn_layers(records) -> int:
-    """The number of rows of the heat map; 0 if there are no records."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
+    """The number of rows of the heat map; 0 if there are no records.
+
+    Raises:
+        InputError: a line is JSON, but not a record.
+    """
+    try:
         rows = [*read_records(records)]
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return len(adapted_layers(rows)) or len({name for row in rows for name in row["layers"]})
 
 
@@ -346,7 +360,7 @@ def main(arguments: list[str]) -> int:
         name = error.filename or picture
         done = "written" if name == picture else "read"
         said = f"{name} cannot be {done} ({error.strerror or error})."
-    except ValueError as error:
+    except InputError as error:
         said = str(error)
     else:
         return 0

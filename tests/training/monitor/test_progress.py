@@ -21,6 +21,7 @@ import tf_keras
 from small_runs import SmallTask, begin, small_recipe, small_run
 
 from recipes.types import profile_window
+from tf_lamb.telemetry import read_records
 from tf_lamb.tf_keras import LAMB
 from training import chips
 from training.monitor import mfu, plot
@@ -147,6 +148,27 @@ def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
     assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
     Rows(path).drop_after(1)
     assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"loss": 3}', "a row must be an object with an integer step. Received: {'loss': 3}"),
+        ('{"step": "1"}', "a row must be an object with an integer step. Received: {'step': '1'}"),
+        ("null", "a row must be an object with an integer step. Received: None"),
+        ('{"step": 10, "loss": "abc"}', "loss must be a number or null. Received: 'abc'"),
+        (
+            '{"step": 10, "higher_is_better": 1}',
+            "higher_is_better must be a list of names. Received: 1",
+        ),
+    ],
+)
+def test_a_line_that_is_not_a_row_is_named(line, wrong, tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 3}}\n{{"step": 2, "lo\n{line}\n')
+    assert plot.main([str(tmp_path)]) == 1
+    said = f"training.monitor.plot: {path}, line 3: {wrong}. Correct or delete this line.\n"
+    assert capsys.readouterr().err == said
 
 
 ROW = {
@@ -349,7 +371,7 @@ def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
             {"step": step, "loss": 1.0, "learning_rate": 0.1, "examples_per_second": 5.0},
         )
     ratios.close()
-    records = read_rows(tmp_path / "telemetry" / "trust_ratios.jsonl")
+    records = read_records(tmp_path / "telemetry" / "trust_ratios.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     (events,) = (tmp_path / "weights").iterdir()
     found = [
@@ -561,6 +583,17 @@ def test_a_run_without_a_finite_rate_is_drawn(tmp_path, figures):
     plot.draw([lost], str(tmp_path / "picture.png"))
     plot.draw([lost, *others], str(tmp_path / "picture.png"))
     assert [figure.axes[1].get_yscale() for figure in figures] == ["linear", "log"]
+
+
+def test_a_line_that_is_not_a_record_of_telemetry_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [3.0, 2.0])
+    path = tmp_path / "run/telemetry/trust_ratios.jsonl"
+    path.parent.mkdir()
+    path.write_text("3\n")
+    for folders in ([run], [run, run]):
+        assert plot.main(folders) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"training.monitor.plot: {path}, line 1: ") and "Received: 3" in said
 
 
 def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
