@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import reprlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -34,6 +35,7 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a 
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_TICKS = 10  # The maximum number of intervals between labels on the axis of the steps.
+TITLE_CHARACTERS = 110  # The maximum length of a line of the title.
 SHARED_PREFIX = 0.8  # The share of names that a prefix must have to be left out.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 # Colors of the heat map.
@@ -388,14 +390,18 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     adapted = adapted_layers(records)
     rows = [i for i, label in enumerate(labels) if label in adapted] or range(len(labels))
     drawn, prefixes = _shorten_names([labels[i] for i in rows])
-    figure = figure or _new_figure(len(rows))
-    _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
+    names = [escape_missing(name, "monospace") for name in drawn]
     title = f"Trust ratio of {len(rows)} layer{'s' if len(rows) > 1 else ''}"
     if len(rows) < len(labels):
         title += f" (without {len(labels) - len(rows)} that are not adapted or have a ratio of 1)"
     if prefixes:
         title += f"; names without {', '.join(prefixes)}"
-    figure.suptitle(title, fontsize=11)
+    lines = textwrap.wrap(escape_missing(title), TITLE_CHARACTERS)
+    if len(lines) > 2:  # A third line would take the room of a single layer.
+        lines[1:] = [f"{lines[1][: TITLE_CHARACTERS - 4]} ..."]
+    figure = figure or _new_figure(len(rows))
+    _draw_on(figure, names, steps, _log_ratios(values[rows]))
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
     if picture_path is not None:
         save_figure(figure, picture_path)
 
@@ -429,6 +435,25 @@ def save_figure(figure, path) -> None:
         if isinstance(error, OSError):  # That of a full disk has no name, or that of the new file.
             raise OSError(error.errno, error.strerror, path) from error
         raise
+
+
+def escape_missing(text: str, family: str | None = None) -> str:
+    r"""Returns a text for a picture, with characters escaped that the font lacks, as \u4e2d.
+
+    matplotlib would draw boxes for them, and warn.
+
+    Args:
+        text: The text.
+        family: Family of the font, as in matplotlib. `None` means its default.
+    """
+    from matplotlib import font_manager
+
+    properties = font_manager.FontProperties(family=family)
+    known = font_manager.get_font(font_manager.findfont(properties)).get_charmap()
+    return "".join(
+        character if ord(character) in known else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _check_matplotlib():
@@ -574,7 +599,8 @@ def _draw_on(figure, labels, steps, logs):
     axes.set_facecolor(NO_UPDATE)
     broken = np.ma.masked_where(~np.isinf(logs), np.ones_like(logs))
     axes.imshow(broken, cmap=colors.ListedColormap([NOT_FINITE]), **settings)
-    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    style = {"fontsize": 7, "family": "monospace", "parse_math": False}
+    axes.set_yticks(range(len(labels)), labels, **style)
     tick_steps, places = _tick_steps(steps, logs.shape[1])
     axes.set_xticks(places, [f"{step:,}" for step in tick_steps], fontsize=8)
     axes.tick_params(axis="x", top=True, labeltop=True)

@@ -262,6 +262,34 @@ def test_the_heat_map_shows_the_records(tmp_path):
         assert image.width == 13 * 120
 
 
+@pytest.mark.parametrize(("layers", "repeats"), [(1, 11), (1, 90), (5, 11)])
+def test_a_long_title_is_wrapped(layers, repeats, tmp_path):
+    path = tmp_path / "a.jsonl"
+    # The first layer has a ratio of 1, and is not drawn.
+    heat_map_records(path, [1], [f"{'long_name_' * repeats}/{i}" for i in range(layers + 1)])
+    figure = telemetry._new_figure(layers)
+    draw_heat_map(path, None, figure=figure)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert 0 < box.x0 and box.x1 < figure.bbox.width and box.y1 < figure.bbox.height
+    assert figure.get_suptitle().endswith("..." if repeats == 90 else "long_name_/")
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    assert all(panel.height > 0.05 * figure.dpi and panel.y1 < box.y0 for panel in panels)
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """A dollar sign begins no formula, and what the font lacks is escaped without a warning."""
+    path, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
+    names = ["a$x_1$b", "c$\\frac$", "$bad{$", "Ünï/中"]
+    heat_map_records(path, [1], [f"$\\frac$ 文/{name}" for name in ["of ratio 1", *names]])
+    figure = telemetry._new_figure(4)
+    draw_heat_map(path, picture, figure=figure)
+    drawn = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    assert drawn == [*names[:3], r"Ünï/\u4e2d"]
+    assert figure.get_suptitle().endswith(r"names without $\frac$ \u6587/")
+    assert picture.exists()
+
+
 LAYER = {"weight_norm": 1.0, "update_norm": "nan", "ratio": 2.0}
 
 

@@ -28,6 +28,7 @@ from tf_lamb.telemetry import (
     RECORDS,
     adapted_layers,
     draw_heat_map,
+    escape_missing,
     read_records,
     save_figure,
 )
@@ -120,7 +121,7 @@ def distinct_names(model_dirs: list[str]) -> list[str]:
 
 def _escape(name: str) -> str:
     """Returns a name so that matplotlib shows it as it is."""
-    name = name.replace("$", r"\$")
+    name = escape_missing(name).replace("$", r"\$")
     return f"./{name}" if name.startswith("_") else name  # else it has no place in a legend
 
 

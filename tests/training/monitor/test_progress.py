@@ -511,6 +511,14 @@ def test_long_names_and_many_runs_leave_room_for_the_curves(tmp_path, figures):
     assert legend_of(figures[-1].axes[1]) == ["masked accuracy"]
 
 
+def test_characters_that_the_font_lacks_are_escaped(tmp_path, figures):
+    runs = [write_run(tmp_path / name, [3.0, 2.0]) for name in ("Ünï 中文", "b")]
+    for folders in (runs[:1], runs):
+        plot.draw(folders, str(tmp_path / "picture.png"))
+    assert figures[0].get_suptitle() == r"Ünï \u4e2d\u6587: 20 steps"
+    assert figures[1].legends[0].get_texts()[0].get_text() == r"Ünï \u4e2d\u6587"
+
+
 def test_a_metric_is_drawn_if_a_higher_value_is_better_whatever_its_name(tmp_path, figures):
     run = write_run(tmp_path / "run", [3.0, 2.0, 1.0])
     for step, found in ((10, 0.7), (20, 0.704)):
