@@ -35,6 +35,7 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a 
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_TICKS = 10  # The maximum number of intervals between labels on the axis of the steps.
+MAX_DECADES = 5  # The maximum number of labels on each side of 1 on the color bar.
 TITLE_CHARACTERS = 110  # The maximum length of a line of the title.
 SHARED_PREFIX = 0.8  # The share of names that a prefix must have to be left out.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
@@ -606,10 +607,11 @@ def _draw_on(figure, labels, steps, logs):
     axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel("step", fontsize=9)
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
-    powers = range(-int(end), int(end) + 1)
-    bar.set_ticks(list(powers), labels=[f"{10.0**power:g}" for power in powers])
-    digits = np.log10(np.arange(2, 10))
-    between = np.arange(-int(end) - 1, int(end) + 1)[:, np.newaxis] + digits
+    decades = np.arange(-int(end) - 1, int(end) + 1)
+    each = math.ceil(int(end) / MAX_DECADES)
+    powers = [power * each for power in range(-(int(end) // each), int(end) // each + 1)]
+    bar.set_ticks(powers, labels=[f"{10.0**power:g}" for power in powers])
+    between = decades if each > 1 else np.add.outer(decades, np.log10(np.arange(2, 10)))
     bar.set_ticks(between[np.abs(between) < end], minor=True)
     bar.ax.set_xlim(-end, end)
     bar.ax.tick_params(labelsize=8)

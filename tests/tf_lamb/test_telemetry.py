@@ -373,6 +373,22 @@ def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():
     assert [label.get_text() for label in bar.get_xticklabels()] == ["0.1", "1", "10"]
 
 
+@pytest.mark.parametrize("decades", [3, 5, 7, 20, 30])
+def test_the_labels_of_the_color_bar_do_not_overlap(decades):
+    figure = telemetry._new_figure(2)
+    logs = np.array([[-decades, decades], [0.0, decades]])
+    telemetry._draw_on(figure, ["a", "b"], [1, 2], logs)
+    figure.draw_without_rendering()
+    bar, _ = figure.axes
+    places = bar.get_xticks()
+    np.testing.assert_array_equal(places, -places[::-1])
+    assert 0 in places and 5 <= len(places) <= 11 and places[-1] > decades / 2
+    labels = [label.get_text() for label in bar.get_xticklabels()]
+    np.testing.assert_allclose([float(label) for label in labels], 10.0**places)
+    boxes = [label.get_window_extent() for label in bar.get_xticklabels()]
+    assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_ticks_are_round_steps():
     ticks, places = telemetry._tick_steps(list(range(7, 1000, 7)), 142)
     assert ticks == list(range(100, 1000, 100))
