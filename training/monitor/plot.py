@@ -228,7 +228,7 @@ def _draw_accuracy(panel, histories, evaluations):
         for place, rows in enumerate(evaluations.values()):
             # One run: a color for each accuracy. Several runs: the color of the run.
             color = _color(place, evaluations) if several else f"C{kind}"
-            steps, values = _curve(rows, name)
+            steps, values = _curve([row for row in rows if name in row], name)
             end = "" if several else _describe_end(steps, values)
             label = "; ".join(filter(None, [name.replace("_", " "), end]))
             panel.plot(steps, values, color=color, label=label, clip_on=False, **style)

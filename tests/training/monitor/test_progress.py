@@ -579,10 +579,11 @@ def test_an_evaluation_without_a_loss_is_left_out(tmp_path, figures):
     evaluations.append({"step": 20, "masked_accuracy": 0.5})
     plot.draw([run], str(tmp_path / "picture.png"))
     assert legend_of(figures[0].axes[0]) == ["training"]
-    evaluations.append({"step": 40, "masked_loss": 1.5, "sentence_loss": 0.5})
+    evaluations.append({"step": 40, "masked_loss": 1.5, "sentence_loss": 0.5})  # no accuracy
     plot.draw([run], str(tmp_path / "picture.png"))
     held_out = figures[1].axes[0].lines[1]
     assert list(held_out.get_xdata()) == [40] and list(held_out.get_ydata()) == [2.0]
+    assert legend_of(figures[1].axes[1]) == ["masked accuracy"]
 
 
 def test_a_run_without_a_finite_rate_is_drawn(tmp_path, figures):
