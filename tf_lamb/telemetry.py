@@ -7,6 +7,7 @@ are used, because the library does not depend on them.
 
 import collections
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -15,6 +16,8 @@ import math
 import os
 import pathlib
 import re
+import reprlib
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,6 +35,8 @@ COLUMNS = ("weight_norm", "update_norm", "ratio")  # The values of a layer in a 
 SEGMENT_BYTES = 4_000_000  # The most that is kept in memory before a segment is written.
 MAX_COLUMNS = 1500  # The maximum width of the heat map. More records are averaged.
 MAX_TICKS = 10  # The maximum number of intervals between labels on the axis of the steps.
+MAX_DECADES = 5  # The maximum number of labels on each side of 1 on the color bar.
+TITLE_CHARACTERS = 110  # The maximum length of a line of the title.
 SHARED_PREFIX = 0.8  # The share of names that a prefix must have to be left out.
 MAX_NAMED = 5  # The maximum number of layers that a warning names.
 # Colors of the heat map.
@@ -375,7 +380,7 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
 
     Raises:
         FileNotFoundError: If there is no file with records.
-        ValueError: If there is no complete record in it.
+        ValueError: If there is no complete record in it, or a line that is not a record.
         RuntimeError: If matplotlib is not installed.
     """
     _check_matplotlib()
@@ -386,27 +391,70 @@ def draw_heat_map(records_path, picture_path=None, *, figure=None) -> None:
     adapted = adapted_layers(records)
     rows = [i for i, label in enumerate(labels) if label in adapted] or range(len(labels))
     drawn, prefixes = _shorten_names([labels[i] for i in rows])
-    figure = figure or _new_figure(len(rows))
-    _draw_on(figure, drawn, steps, _log_ratios(values[rows]))
+    names = [escape_missing(name, "monospace") for name in drawn]
     title = f"Trust ratio of {len(rows)} layer{'s' if len(rows) > 1 else ''}"
     if len(rows) < len(labels):
         title += f" (without {len(labels) - len(rows)} that are not adapted or have a ratio of 1)"
     if prefixes:
         title += f"; names without {', '.join(prefixes)}"
-    figure.suptitle(title, fontsize=11)
+    lines = textwrap.wrap(escape_missing(title), TITLE_CHARACTERS)
+    if len(lines) > 2:  # A third line would take the room of a single layer.
+        lines[1:] = [f"{lines[1][: TITLE_CHARACTERS - 4]} ..."]
+    figure = figure or _new_figure(len(rows))
+    _draw_on(figure, names, steps, _log_ratios(values[rows]))
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
     if picture_path is not None:
         save_figure(figure, picture_path)
 
 
 def save_figure(figure, path) -> None:
-    """Writes a figure as a PNG file, also to a path with a scheme."""
-    if not _is_remote(path):
-        figure.savefig(path, dpi=120)
-        return
+    """Writes a figure as a PNG file, also to a path with a scheme.
+
+    If it cannot be written, an earlier file of this name is left as it was.
+
+    Raises:
+        OSError: It cannot be written. `filename` is `path`.
+    """
+    path = os.fspath(path)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    with _import_tensorflow().io.gfile.GFile(path, "wb") as file:
-        file.write(picture.getvalue())
+    figure.savefig(picture, dpi=120, format=os.path.splitext(path)[1][1:] or "png")
+    new = f"{path}.new"
+    create: Callable
+    replace: Callable
+    create, remove, replace = open, os.remove, os.replace
+    if _is_remote(path):
+        gfile = _import_tensorflow().io.gfile
+        create, remove = gfile.GFile, gfile.remove
+        replace = functools.partial(gfile.rename, overwrite=True)
+    try:
+        with create(new, "wb") as file:
+            file.write(picture.getvalue())
+        replace(new, path)
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            remove(new)
+        if isinstance(error, OSError):  # That of a full disk has no name, or that of the new file.
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
+
+
+def escape_missing(text: str, family: str | None = None) -> str:
+    r"""Returns a text for a picture, with characters escaped that the font lacks, as \u4e2d.
+
+    matplotlib would draw boxes for them, and warn.
+
+    Args:
+        text: The text.
+        family: Family of the font, as in matplotlib. `None` means its default.
+    """
+    from matplotlib import font_manager
+
+    properties = font_manager.FontProperties(family=family)
+    known = font_manager.get_font(font_manager.findfont(properties)).get_charmap()
+    return "".join(
+        character if ord(character) in known else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def _check_matplotlib():
@@ -433,6 +481,7 @@ def read_records(records_path) -> Iterator[dict]:
 
     Raises:
         FileNotFoundError: If there are no records.
+        ValueError: If a line is valid JSON, but not a record.
     """
     folder, name = os.path.split(os.fspath(records_path))
     stem, suffix = os.path.splitext(name)
@@ -450,9 +499,29 @@ def read_records(records_path) -> Iterator[dict]:
     for name in sorted(names, key=lambda name: (len(name), name)):
         path = os.path.join(folder, name)
         with gfile.GFile(path, "rb") if remote else open(path, "rb") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if not _is_record(record):
+                    raise ValueError(
+                        f"{path}, line {number}: a record must have an integer step, and "
+                        f"{', '.join(COLUMNS)} of its layers. Received: {reprlib.repr(record)}. "
+                        "Correct or delete this line."
+                    )
+                yield record
+
+
+def _is_record(record) -> bool:
+    """Returns whether a value has the steps and numbers that are drawn."""
+    try:
+        for layer in record["layers"].values():
+            for column in COLUMNS:
+                float(layer[column])  # "nan" and "inf" are strings.
+        return type(record["step"]) is int
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError):
+        return False
 
 
 def adapted_layers(records) -> set[str]:
@@ -531,16 +600,18 @@ def _draw_on(figure, labels, steps, logs):
     axes.set_facecolor(NO_UPDATE)
     broken = np.ma.masked_where(~np.isinf(logs), np.ones_like(logs))
     axes.imshow(broken, cmap=colors.ListedColormap([NOT_FINITE]), **settings)
-    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    style = {"fontsize": 7, "family": "monospace", "parse_math": False}
+    axes.set_yticks(range(len(labels)), labels, **style)
     tick_steps, places = _tick_steps(steps, logs.shape[1])
     axes.set_xticks(places, [f"{step:,}" for step in tick_steps], fontsize=8)
     axes.tick_params(axis="x", top=True, labeltop=True)
     axes.set_xlabel("step", fontsize=9)
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend="both")
-    powers = range(-int(end), int(end) + 1)
-    bar.set_ticks(list(powers), labels=[f"{10.0**power:g}" for power in powers])
-    digits = np.log10(np.arange(2, 10))
-    between = np.arange(-int(end) - 1, int(end) + 1)[:, np.newaxis] + digits
+    decades = np.arange(-int(end) - 1, int(end) + 1)
+    each = math.ceil(int(end) / MAX_DECADES)
+    powers = [power * each for power in range(-(int(end) // each), int(end) // each + 1)]
+    bar.set_ticks(powers, labels=[f"{10.0**power:g}" for power in powers])
+    between = decades if each > 1 else np.add.outer(decades, np.log10(np.arange(2, 10)))
     bar.set_ticks(between[np.abs(between) < end], minor=True)
     bar.ax.set_xlim(-end, end)
     bar.ax.tick_params(labelsize=8)

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import sys
 
@@ -261,6 +262,82 @@ def test_the_heat_map_shows_the_records(tmp_path):
         assert image.width == 13 * 120
 
 
+@pytest.mark.parametrize(("layers", "repeats"), [(1, 11), (1, 90), (5, 11)])
+def test_a_long_title_is_wrapped(layers, repeats, tmp_path):
+    path = tmp_path / "a.jsonl"
+    # The first layer has a ratio of 1, and is not drawn.
+    heat_map_records(path, [1], [f"{'long_name_' * repeats}/{i}" for i in range(layers + 1)])
+    figure = telemetry._new_figure(layers)
+    draw_heat_map(path, None, figure=figure)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert 0 < box.x0 and box.x1 < figure.bbox.width and box.y1 < figure.bbox.height
+    assert figure.get_suptitle().endswith("..." if repeats == 90 else "long_name_/")
+    panels = [axes.get_window_extent() for axes in figure.axes]
+    assert all(panel.height > 0.05 * figure.dpi and panel.y1 < box.y0 for panel in panels)
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """A dollar sign begins no formula, and what the font lacks is escaped without a warning."""
+    path, picture = tmp_path / "a.jsonl", tmp_path / "a.png"
+    names = ["a$x_1$b", "c$\\frac$", "$bad{$", "Ünï/中"]
+    heat_map_records(path, [1], [f"$\\frac$ 文/{name}" for name in ["of ratio 1", *names]])
+    figure = telemetry._new_figure(4)
+    draw_heat_map(path, picture, figure=figure)
+    drawn = [text.get_text() for text in figure.axes[1].get_yticklabels()]
+    assert drawn == [*names[:3], r"Ünï/\u4e2d"]
+    assert figure.get_suptitle().endswith(r"names without $\frac$ \u6587/")
+    assert picture.exists()
+
+
+LAYER = {"weight_norm": 1.0, "update_norm": "nan", "ratio": 2.0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        3,
+        None,
+        {"step": 1},
+        {"layers": {"a": LAYER}},
+        {"step": "1", "layers": {"a": LAYER}},
+        {"step": 1, "layers": [LAYER]},
+        {"step": 1, "layers": {"a": LAYER | {"ratio": "high"}}},
+        {"step": 1, "layers": {"a": LAYER | {"ratio": None}}},
+        {"step": 1, "layers": {"a": {"ratio": 2.0}}},
+    ],
+)
+def test_a_line_that_is_not_a_record_is_named(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"step": 1, "layers": {"a": LAYER}})
+    path.write_text(f'{good}\n{{"step": 9, "lay\n{json.dumps(line)}\n')
+    with pytest.raises(ValueError, match=rf"{path}, line 3: .*Received: .*\. Correct or delete"):
+        draw_heat_map(path, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("folder", [None, "ram://pictures"])
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(folder, tmp_path, monkeypatch):
+    path = f"{folder or tmp_path}/a.png"
+    tf.io.gfile.makedirs(folder or str(tmp_path))
+    figure = telemetry._new_figure(2)
+
+    def full(*unused, **options):
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        telemetry.save_figure(figure, path)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        earlier = file.read()
+    assert earlier.startswith(b"\x89PNG")
+    figure.suptitle("changed")
+    monkeypatch.setattr(*((tf.io.gfile, "rename") if folder else (os, "replace")), full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        telemetry.save_figure(figure, path)
+    with tf.io.gfile.GFile(path, "rb") as file:
+        assert file.read() == earlier
+    assert tf.io.gfile.listdir(os.path.dirname(path)) == ["a.png"]
+
+
 def test_a_layer_that_is_not_adapted_is_not_drawn_even_if_an_update_was_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     layers = {"a": (0.5, True), "b": (0.0, False), "c": (1.0, False)}
@@ -294,6 +371,22 @@ def test_the_scale_is_centered_on_1_and_an_outlier_does_not_flatten_the_rest():
     assert low == -high and 1 <= high < 1.7
     np.testing.assert_allclose(image.cmap(image.norm(0.0))[:3], 0.97, atol=0.03)  # white
     assert [label.get_text() for label in bar.get_xticklabels()] == ["0.1", "1", "10"]
+
+
+@pytest.mark.parametrize("decades", [3, 5, 7, 20, 30])
+def test_the_labels_of_the_color_bar_do_not_overlap(decades):
+    figure = telemetry._new_figure(2)
+    logs = np.array([[-decades, decades], [0.0, decades]])
+    telemetry._draw_on(figure, ["a", "b"], [1, 2], logs)
+    figure.draw_without_rendering()
+    bar, _ = figure.axes
+    places = bar.get_xticks()
+    np.testing.assert_array_equal(places, -places[::-1])
+    assert 0 in places and 5 <= len(places) <= 11 and places[-1] > decades / 2
+    labels = [label.get_text() for label in bar.get_xticklabels()]
+    np.testing.assert_allclose([float(label) for label in labels], 10.0**places)
+    boxes = [label.get_window_extent() for label in bar.get_xticklabels()]
+    assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_ticks_are_round_steps():

@@ -7,7 +7,6 @@ into a file in each run's own folder.
 """
 
 import argparse
-import contextlib
 import os
 import sys
 import textwrap
@@ -22,16 +21,24 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from inputs.errors import InputError
 from inputs.storage import files
 from tf_lamb.telemetry import PICTURE as HEAT_MAP
 from tf_lamb.telemetry import (
     RECORDS,
     adapted_layers,
     draw_heat_map,
+    escape_missing,
     read_records,
     save_figure,
 )
-from training.monitor.progress import EVALUATIONS, HISTORY, SLOW_LOOPS, read_rows
+from training.monitor.progress import (
+    EVALUATIONS,
+    HIGHER_IS_BETTER,
+    HISTORY,
+    SLOW_LOOPS,
+    read_rows,
+)
 from training.monitor.run_monitor import TELEMETRY
 
 PICTURE = "history.png"
@@ -61,13 +68,14 @@ def draw(model_dirs: list[str], path: str) -> None:
     their heat map (layers x steps) is drawn below the curves.
 
     Raises:
-        ValueError: a folder without a history.
+        InputError: a folder without a history, or with a line that is JSON, but not a row.
+        OSError: a file cannot be read, or the picture cannot be written.
     """
     histories, evaluations = {}, {}
     for model_dir, label in zip(model_dirs, distinct_names(model_dirs), strict=True):
         rows = read_rows(os.path.join(model_dir, HISTORY))
         if not rows:
-            raise ValueError(
+            raise InputError(
                 f"{model_dir} has no {HISTORY} with a step in it. Give a run's --model_dir."
             )
         histories[label] = rows
@@ -113,7 +121,7 @@ def distinct_names(model_dirs: list[str]) -> list[str]:
 
 def _escape(name: str) -> str:
     """Returns a name so that matplotlib shows it as it is."""
-    name = name.replace("$", r"\$")
+    name = escape_missing(name).replace("$", r"\$")
     return f"./{name}" if name.startswith("_") else name  # else it has no place in a legend
 
 
@@ -143,9 +151,12 @@ def _color(place: int, runs):
     return f"C{place}" if len(runs) <= 10 else matplotlib.colormaps["turbo"](place / len(runs))
 
 
-def _style(place: int, histories, rows) -> dict:
-    """Returns the style of a run's lines; a single row is drawn as a point."""
-    return {"color": _color(place, histories), "marker": "." if len(rows) == 1 else ""}
+def _style(place: int, histories, values) -> dict:
+    """Returns the style of a run's line; a finite value without a finite neighbor is a point."""
+    finite = np.pad(np.isfinite(values), 1)
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
+    style = {"color": _color(place, histories)}
+    return style | ({"marker": ".", "markevery": alone} if alone.any() else {})
 
 
 def _first_of_last_nonfinite(steps, values) -> int | None:
@@ -172,11 +183,11 @@ def _draw_loss(panel, histories, evaluations):
     drawn, first = [], []  # the latter: of each curve
     for place, (label, rows) in enumerate(histories.items()):
         steps, losses = _curve(rows, "loss")
-        curves = {"training": (steps, losses, _style(place, histories, rows))}
-        later = np.array(steps) > FIRST_SHARE * steps[-1]
-        drawn.append(losses[later] if later.any() else losses)
-        if evaluations[label]:
-            held_out = _held_out_losses(evaluations[label])
+        curves = {"training": (steps, losses, _style(place, histories, losses))}
+        later = losses[np.array(steps) > FIRST_SHARE * steps[-1]]
+        drawn.append(later if np.isfinite(later).any() else losses)
+        held_out = _held_out_losses(evaluations[label])
+        if held_out[0]:
             curves["held out"] = (*held_out, {"color": _color(place, histories)} | HELD_OUT)
             drawn.append(held_out[1])
         for name, (steps, losses, style) in curves.items():
@@ -203,7 +214,8 @@ def _draw_loss(panel, histories, evaluations):
     panel.set_ylabel("loss (nats)")
     if len(histories) == 1:
         panel.legend()
-    elif any(evaluations.values()):  # the runs are in the legend of the figure
+    elif any(_held_out_losses(rows)[0] for rows in evaluations.values()):
+        # The runs are in the legend of the figure.
         panel.legend(handles=[Line2D([], [], color="black", label="held out", **HELD_OUT)])
 
 
@@ -216,7 +228,7 @@ def _draw_accuracy(panel, histories, evaluations):
         for place, rows in enumerate(evaluations.values()):
             # One run: a color for each accuracy. Several runs: the color of the run.
             color = _color(place, evaluations) if several else f"C{kind}"
-            steps, values = _curve(rows, name)
+            steps, values = _curve([row for row in rows if name in row], name)
             end = "" if several else _describe_end(steps, values)
             label = "; ".join(filter(None, [name.replace("_", " "), end]))
             panel.plot(steps, values, color=color, label=label, clip_on=False, **style)
@@ -229,10 +241,12 @@ def _draw_accuracy(panel, histories, evaluations):
 
 def _draw_learning_rate(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
-        panel.plot(*_curve(rows, "learning_rate"), **_style(place, histories, rows))
+        steps, rates = _curve(rows, "learning_rate")
+        panel.plot(steps, rates, **_style(place, histories, rates))
     panel.set_ylabel("learning rate")
-    peaks = [np.nanmax(_curve(rows, "learning_rate")[1]) for rows in histories.values()]
-    if 0 < WIDE * min(peaks) < max(peaks):
+    rates = [line.get_ydata() for line in panel.lines]
+    peaks = [np.nanmax(values) for values in rates if np.isfinite(values).any()]
+    if peaks and 0 < WIDE * min(peaks) < max(peaks):
         _scale_by_factors(panel, min(peaks) / WIDE, max(peaks))
     else:
         _scale_from_zero(panel)
@@ -242,7 +256,7 @@ def _draw_speed(panel, histories, evaluations):
     for place, rows in enumerate(histories.values()):
         steps, speeds = _curve(rows, "examples_per_second")
         speeds[_slow(rows)] = np.nan
-        panel.plot(steps, speeds, **_style(place, histories, rows))
+        panel.plot(steps, speeds, **_style(place, histories, speeds))
     panel.set_ylabel("examples/s")
     _scale_from_zero(panel)
 
@@ -285,7 +299,7 @@ def _accuracy_names(rows) -> list[str]:
     """Returns the names of the metrics of evaluations of which a higher value is better."""
     names = {}
     for row in rows:
-        names |= dict.fromkeys(row.get("higher_is_better", ACCURACIES_OF_0_1_0))
+        names |= dict.fromkeys(row.get(HIGHER_IS_BETTER, ACCURACIES_OF_0_1_0))
     return [name for name in names if any(name in row for row in rows)]
 
 
@@ -294,24 +308,29 @@ def _records(model_dir) -> str:
 
 
 def _drawn_layers(records) -> int:
-    """The number of rows of the heat map; 0 if there are no records."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
+    """The number of rows of the heat map; 0 if there are no records.
+
+    Raises:
+        InputError: a line is JSON, but not a record.
+    """
+    try:
         rows = [*read_records(records)]
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return len(adapted_layers(rows)) or len({name for row in rows for name in row["layers"]})
 
 
 def _held_out_losses(evaluations):
-    """Returns (steps, losses) of evaluations."""
-    return _curve([row | {"loss": _loss(row)} for row in evaluations], "loss")
-
-
-def _loss(row):
-    """The loss of an evaluation, also of version 0.1.0."""
-    if "loss" in row:
-        return row["loss"]
-    terms = [row[name] for name in LOSSES_OF_0_1_0 if name in row]
-    return None if None in terms else sum(terms)
+    """Returns (steps, losses) of the evaluations that recorded one, also of version 0.1.0."""
+    rows = []
+    for row in evaluations:
+        names = ("loss",) if "loss" in row else LOSSES_OF_0_1_0
+        terms = [row[name] for name in names if name in row]
+        if terms:
+            rows.append({"step": row["step"], "loss": None if None in terms else sum(terms)})
+    return _curve(rows, "loss")
 
 
 def _curve(rows, name):
@@ -329,21 +348,25 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("model_dirs", metavar="MODEL_DIR", nargs="+", help="the folder of a run")
     model_dirs = parser.parse_args(arguments).model_dirs
-    path = os.path.join(model_dirs[0], PICTURE)
+    picture = os.path.join(model_dirs[0], PICTURE)
     try:
-        draw(model_dirs, path)
-        print(path)
+        draw(model_dirs, picture)
+        print(picture)
         for model_dir in model_dirs[1:] and model_dirs:
             if _drawn_layers(_records(model_dir)):
-                heat_map = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
-                draw_heat_map(_records(model_dir), heat_map)
-                print(heat_map)
-    except (OSError, ValueError) as error:
-        known = isinstance(error, OSError) and error.filename
-        said = f"{error.filename}: {error.strerror}." if known else error
-        print(f"training.monitor.plot: {said}", file=sys.stderr)
-        return 1
-    return 0
+                picture = os.path.join(model_dir, TELEMETRY, HEAT_MAP)
+                draw_heat_map(_records(model_dir), picture)
+                print(picture)
+    except OSError as error:
+        name = error.filename or picture
+        done = "written" if name == picture else "read"
+        said = f"{name} cannot be {done} ({error.strerror or error})."
+    except InputError as error:
+        said = str(error)
+    else:
+        return 0
+    print(f"training.monitor.plot: {said}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

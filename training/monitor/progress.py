@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ import rich.console
 import rich.progress
 import rich.text
 
+from inputs.errors import InputError
 from inputs.storage.files import atomic_write, is_remote, read_file
 from training.monitor.terminal import STDERR, capture_stderr
 
@@ -21,13 +23,17 @@ HISTORY = "history.jsonl"  # one object per loop of steps
 EVALUATIONS = "evaluations.jsonl"  # one object per evaluation
 COMPILING_LOOPS = 1  # of a phase: they compile, and say nothing about the speed
 SLOW_LOOPS = 2  # of a phase: caches and input threads are still filling in the last of them
+HIGHER_IS_BETTER = "higher_is_better"  # in a row of an evaluation: the names of such metrics
 FLUSH_SECONDS = 60.0  # between two writes of these to object storage, if no checkpoint is due
 
 
 def read_rows(path) -> list[dict]:
-    """Returns the rows of a JSON-lines file; [] if it does not exist. Skips incomplete lines.
+    """Returns the rows of a JSON-lines file; [] if it does not exist.
+
+    Skips lines that are not JSON, because a killed run may leave an incomplete one.
 
     Raises:
+        InputError: a line is JSON, but not a row.
         OSError: it cannot be read.
     """
     rows = []
@@ -35,10 +41,29 @@ def read_rows(path) -> list[dict]:
         content = read_file(path)
     except FileNotFoundError:
         return []
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        wrong = _wrong_in(row)
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong}. Correct or delete this line.")
+        rows.append(row)
     return rows
+
+
+def _wrong_in(row) -> str:
+    """Returns what keeps a value from being a row, in words; "" if nothing does."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return f"a row must be an object with an integer step. Received: {reprlib.repr(row)}"
+    for name, value in row.items():
+        if name != HIGHER_IS_BETTER and not isinstance(value, int | float | None):
+            return f"{name} must be a number or null. Received: {reprlib.repr(value)}"
+    names = row.get(HIGHER_IS_BETTER, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return f"{HIGHER_IS_BETTER} must be a list of names. Received: {reprlib.repr(names)}"
+    return ""
 
 
 class Rows:
@@ -209,7 +234,7 @@ class Progress:
         step = int(self._step.numpy())
         self._evaluations.drop_after(step - 1)  # a finished run is evaluated again
         row = {"step": step, "phase": self._phase} | values
-        self._evaluations.append(row | {"higher_is_better": self._higher_is_better})
+        self._evaluations.append(row | {HIGHER_IS_BETTER: self._higher_is_better})
         self.flush()
         self._last_time = time.perf_counter()
 

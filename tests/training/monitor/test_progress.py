@@ -7,6 +7,7 @@ import os
 import pathlib
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tf_keras
 from small_runs import SmallTask, begin, small_recipe, small_run
 
 from recipes.types import profile_window
+from tf_lamb.telemetry import read_records
 from tf_lamb.tf_keras import LAMB
 from training import chips
 from training.monitor import mfu, plot
@@ -146,6 +148,27 @@ def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
     assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}]
     Rows(path).drop_after(1)
     assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"loss": 3}', "a row must be an object with an integer step. Received: {'loss': 3}"),
+        ('{"step": "1"}', "a row must be an object with an integer step. Received: {'step': '1'}"),
+        ("null", "a row must be an object with an integer step. Received: None"),
+        ('{"step": 10, "loss": "abc"}', "loss must be a number or null. Received: 'abc'"),
+        (
+            '{"step": 10, "higher_is_better": 1}',
+            "higher_is_better must be a list of names. Received: 1",
+        ),
+    ],
+)
+def test_a_line_that_is_not_a_row_is_named(line, wrong, tmp_path, capsys):
+    path = tmp_path / "history.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 3}}\n{{"step": 2, "lo\n{line}\n')
+    assert plot.main([str(tmp_path)]) == 1
+    said = f"training.monitor.plot: {path}, line 3: {wrong}. Correct or delete this line.\n"
+    assert capsys.readouterr().err == said
 
 
 ROW = {
@@ -348,7 +371,7 @@ def test_trust_ratios_and_weights_are_recorded_and_plotted(tmp_path):
             {"step": step, "loss": 1.0, "learning_rate": 0.1, "examples_per_second": 5.0},
         )
     ratios.close()
-    records = read_rows(tmp_path / "telemetry" / "trust_ratios.jsonl")
+    records = read_records(tmp_path / "telemetry" / "trust_ratios.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     (events,) = (tmp_path / "weights").iterdir()
     found = [
@@ -488,6 +511,14 @@ def test_long_names_and_many_runs_leave_room_for_the_curves(tmp_path, figures):
     assert legend_of(figures[-1].axes[1]) == ["masked accuracy"]
 
 
+def test_characters_that_the_font_lacks_are_escaped(tmp_path, figures):
+    runs = [write_run(tmp_path / name, [3.0, 2.0]) for name in ("Ünï 中文", "b")]
+    for folders in (runs[:1], runs):
+        plot.draw(folders, str(tmp_path / "picture.png"))
+    assert figures[0].get_suptitle() == r"Ünï \u4e2d\u6587: 20 steps"
+    assert figures[1].legends[0].get_texts()[0].get_text() == r"Ünï \u4e2d\u6587"
+
+
 def test_a_metric_is_drawn_if_a_higher_value_is_better_whatever_its_name(tmp_path, figures):
     run = write_run(tmp_path / "run", [3.0, 2.0, 1.0])
     for step, found in ((10, 0.7), (20, 0.704)):
@@ -504,6 +535,74 @@ def test_a_run_of_one_loop_is_drawn(tmp_path, figures):
     loss, rate, speed = figures[0].axes
     assert all(axes.lines[0].get_marker() == "." for axes in (loss, rate, speed))
     assert speed.lines[0].get_ydata().tolist() == [5.0]
+
+
+def test_a_full_disk_leaves_the_earlier_picture(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [3.0, 2.0])
+    picture = tmp_path / "run/history.png"
+    assert plot.main([run]) == 0
+    earlier = picture.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, unlimited[1]))
+    try:
+        assert plot.main([run]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    said = capsys.readouterr().err
+    assert said == f"training.monitor.plot: {picture} cannot be written (File too large).\n"
+    assert picture.read_bytes() == earlier
+    assert {path.name for path in picture.parent.iterdir()} == {"history.jsonl", "history.png"}
+
+
+def test_a_finite_value_between_others_is_a_point(tmp_path, figures):
+    nan = float("nan")
+    runs = [
+        ([5.0, 4.0, 3.0], [[], [], [2]]),  # the speeds of the first two loops are left out
+        ([11.2, nan], [[0], [], []]),
+        ([5.0, nan, 4.0, nan, nan, 3.0, 2.9, nan, 2.0], [[0, 2, 8], [], []]),
+        ([9.0, *[nan] * 40], [[0], [], []]),  # in the first 5 % of the steps
+    ]
+    for number, (losses, points) in enumerate(runs):
+        plot.draw([write_run(tmp_path / f"{number}", losses)], str(tmp_path / "picture.png"))
+        for axes, places in zip(figures[-1].axes, points, strict=True):
+            line = axes.lines[0]
+            drawn = np.flatnonzero(line.get_markevery()) if line.get_marker() == "." else []
+            assert list(drawn) == places
+            low, high = axes.get_ylim()
+            assert all(low < value < high for value in line.get_ydata()[places])
+        assert len(figures[-1].axes[0].get_yticks())
+
+
+def test_an_evaluation_without_a_loss_is_left_out(tmp_path, figures):
+    run = write_run(tmp_path / "run", [3.0, 2.0, 1.5, 1.0])
+    evaluations = Rows(tmp_path / "run/evaluations.jsonl")
+    evaluations.append({"step": 20, "masked_accuracy": 0.5})
+    plot.draw([run], str(tmp_path / "picture.png"))
+    assert legend_of(figures[0].axes[0]) == ["training"]
+    evaluations.append({"step": 40, "masked_loss": 1.5, "sentence_loss": 0.5})  # no accuracy
+    plot.draw([run], str(tmp_path / "picture.png"))
+    held_out = figures[1].axes[0].lines[1]
+    assert list(held_out.get_xdata()) == [40] and list(held_out.get_ydata()) == [2.0]
+    assert legend_of(figures[1].axes[1]) == ["masked accuracy"]
+
+
+def test_a_run_without_a_finite_rate_is_drawn(tmp_path, figures):
+    lost = write_run(tmp_path / "lost", [3.0, 2.0], rate=float("nan"))
+    others = [write_run(tmp_path / f"{rate}", [3.0, 2.0], rate=rate) for rate in (0.1, 9.0)]
+    plot.draw([lost], str(tmp_path / "picture.png"))
+    plot.draw([lost, *others], str(tmp_path / "picture.png"))
+    assert [figure.axes[1].get_yscale() for figure in figures] == ["linear", "log"]
+
+
+def test_a_line_that_is_not_a_record_of_telemetry_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [3.0, 2.0])
+    path = tmp_path / "run/telemetry/trust_ratios.jsonl"
+    path.parent.mkdir()
+    path.write_text("3\n")
+    for folders in ([run], [run, run]):
+        assert plot.main(folders) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"training.monitor.plot: {path}, line 1: ") and "Received: 3" in said
 
 
 def test_the_help_of_the_plot_command_is_a_usage_text(capsys):
