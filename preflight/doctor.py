@@ -332,7 +332,8 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
     found = {stage["stage"]: stage for stage in stages}
     findings = []
     for name in IMPORTS:
-        if "error" in found.get(name, {}):
+        # The program cannot be imported either if a package that it needs cannot.
+        if "error" in found.get(name, {}) and not (name == "train" and findings):
             message = f"cannot be imported: {found[name]['error']}"
             findings.append(Finding(ERROR, name, message, _fix(found[name]["error"], fix)))
     if "error" not in found.get("tensorflow", {"error": ""}):

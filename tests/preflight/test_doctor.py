@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_devices(monkeypatch, tpu_wheel, tpu, gpu, changed, expected):
 
 
 def test_a_crash_is_a_finding_that_names_the_stage():
-    findings = doctor.check_probe(stages()[:5], "killed by SIGSEGV", tpu_wheel=False, fix="fix")
+    findings = doctor.check_probe(
+        stages()[: doctor.STAGES.index("devices")], "killed by SIGSEGV", tpu_wheel=False, fix="fix"
+    )
     assert levels(findings) == [("error", "Trial run")]
     assert findings[0].message == "killed by SIGSEGV, in stage 'devices'"
 
@@ -116,6 +119,30 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
         [{"stage": "tensorflow"}],
         "killed by SIGSEGV",
     )
+
+
+def test_what_only_the_program_imports_is_imported(tmp_path):
+    """With a package that TensorFlow's model garden imports below its top-level package."""
+    (tmp_path / "cv2.py").write_text("raise ModuleNotFoundError(\"No module named 'cv2'\")")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "from preflight import doctor; print(*doctor.run_probe('.'))"]
+    printed = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert "{'stage': 'official'}" in printed and "{'stage': 'orbit'}" in printed
+    assert "{'stage': 'train', 'error': \"ModuleNotFoundError: No module named 'cv2'\"}" in printed
+
+
+def test_a_missing_package_is_one_error(monkeypatch):
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    broken = {"error": "ModuleNotFoundError: No module named 'cv2'"}
+    (program, *_) = doctor.check_probe(stages(train=broken), "", tpu_wheel=False, fix="fix")
+    assert program == Finding("error", "train", f"cannot be imported: {broken['error']}", "fix")
+    found = stages(orbit=broken, train=broken)
+    errors = [
+        finding
+        for finding in doctor.check_probe(found, "", tpu_wheel=False, fix="fix")
+        if finding.level == "error"
+    ]
+    assert levels(errors) == [("error", "orbit")]
 
 
 def install_metadata(folder, version):
@@ -169,7 +196,7 @@ def test_what_fails_for_lack_of_memory_is_not_reinstalled(monkeypatch, failure):
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
     broken = {"error": "ImportError: libx.so: failed to map segment from shared object"}
     changed = {"tensorflow_text": broken, "XLA": {"error": "MemoryError: "}}
-    found = stages(**changed)[: 5 if failure else None]
+    found = stages(**changed)[: doctor.STAGES.index("devices") if failure else None]
     findings = doctor.check_probe(found, failure, tpu_wheel=False, fix="pip install")
     errors = [finding for finding in findings if finding.level == "error"]
     assert len(errors) == 2 and all("ulimit -v unlimited" in error.fix for error in errors)
