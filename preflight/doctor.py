@@ -10,8 +10,8 @@ import collections
 import configparser
 import dataclasses
 import glob
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
@@ -158,6 +158,61 @@ def check_copies(copies: dict[str, list[tuple[str, str]]]) -> list[Finding]:
     return [Finding(WARNING, "Packages", message, fix)]
 
 
+def find_hidden(names) -> dict[str, str]:
+    """Returns the packages in whose place Python imports a file of another folder.
+
+    Args:
+        names: names of distributions; those that are not installed are left out.
+
+    Returns:
+        Module -> path of the file or folder that Python takes for it.
+    """
+    hidden = {}
+    for name in names:
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        folder = os.path.realpath(str(distribution.locate_file("")))
+        for module in _top_modules(distribution.files or []):
+            # Unlike `importlib.util.find_spec`, this ignores what has been imported already.
+            spec = importlib.machinery.PathFinder.find_spec(module)
+            if spec and spec.origin:
+                path = pathlib.Path(spec.origin)
+                path = path.parent if spec.submodule_search_locations else path
+                if os.path.realpath(path.parent) != folder:
+                    hidden[module] = str(path)
+    return hidden
+
+
+def _top_modules(files) -> set[str]:
+    """Returns the names under which the files of a distribution are imported."""
+    single = [file for file in files if len(file.parts) == 1 and file.suffix in (".py", ".so")]
+    packages = [file for file in files if file.parts[1:] == ("__init__.py",)]
+    return {file.name.partition(".")[0] for file in single} | {file.parts[0] for file in packages}
+
+
+def check_hidden(hidden: dict[str, str]) -> list[Finding]:
+    """Warns of files that hide installed packages.
+
+    Args:
+        hidden: from `find_hidden`.
+    """
+    return [
+        Finding(WARNING, "Packages", f"{path} hides the installed package {module}", rename([path]))
+        for module, path in sorted(hidden.items())
+    ]
+
+
+def rename(paths) -> str:
+    """Returns the fix for files that hide installed packages."""
+    entries = os.getenv("PYTHONPATH", "").split(os.pathsep)
+    searched = {os.path.realpath(entry) for entry in entries if entry}
+    folders = {os.path.realpath(os.path.dirname(path)) for path in paths}
+    unset = ", or unset PYTHONPATH" if folders & searched else ""
+    return f"rename {', '.join(paths)}{unset}"
+
+
 def read_pins(path) -> dict[str, str]:
     """Returns the version of each `name==version` in a constraints file, by normalized name."""
     pins = {}
@@ -263,9 +318,17 @@ def check_packages(installed: dict[str, str]) -> list[Finding]:
     if Requirement is None:
         message = "the package `packaging` is not installed: versions were not compared"
         return [Finding(ERROR, "Packages", message, install_command(installed))]
+    return check_versions(installed, tested_versions(installed), needed_packages())
+
+
+def tested_versions(installed: dict[str, str]) -> dict[str, str]:
+    """Returns the tested version of each package, by normalized name.
+
+    Args:
+        installed: name -> version.
+    """
     tpu = "tensorflow-tpu" in installed
-    pins = read_pins(ROOT / ("constraints-tpu.txt" if tpu else "constraints.txt"))
-    return check_versions(installed, pins, needed_packages())
+    return read_pins(ROOT / ("constraints-tpu.txt" if tpu else "constraints.txt"))
 
 
 def check_backend() -> list[Finding]:
@@ -332,7 +395,8 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
     found = {stage["stage"]: stage for stage in stages}
     findings = []
     for name in IMPORTS:
-        if "error" in found.get(name, {}):
+        # The program cannot be imported either if a package that it needs cannot.
+        if "error" in found.get(name, {}) and not (name == "train" and findings):
             message = f"cannot be imported: {found[name]['error']}"
             findings.append(Finding(ERROR, name, message, _fix(found[name]["error"], fix)))
     if "error" not in found.get("tensorflow", {"error": ""}):
@@ -479,18 +543,20 @@ def check_all(model_dir: str) -> list[Finding]:
     installed = {name: found[0][0] for name, found in copies.items()}
     findings = [check_python(sys.version_info), check_wheels(installed)]
     findings += check_copies(copies) + check_packages(installed) + check_backend()
+    hidden = find_hidden(tested_versions(installed)) if Requirement else {}
+    findings += check_hidden(hidden)
     if set(TENSORFLOW_WHEELS) & set(installed):
-        tpu_wheel = "tensorflow-tpu" in installed
         findings += check_probe(
-            *run_probe(ROOT), tpu_wheel=tpu_wheel, fix=install_command(installed)
+            *run_probe(ROOT),
+            tpu_wheel="tensorflow-tpu" in installed,
+            fix=rename(sorted(hidden.values())) if hidden else install_command(installed),
         )
     return findings + check_tpu_vm(model_dir) + check_machine(model_dir)
 
 
 def show(findings: list[Finding], stream) -> None:
     """Prints the findings: as a table on a terminal, else one line per finding and per fix."""
-    if stream.isatty() and importlib.util.find_spec("rich"):
-        _show_table(findings, stream)
+    if stream.isatty() and _show_table(findings, stream):
         return
     width = max(len(finding.check) for finding in findings)
     for finding in findings:
@@ -499,17 +565,25 @@ def show(findings: list[Finding], stream) -> None:
             print(f"{'':9}{'':{width}}  fix: {finding.fix}", file=stream)
 
 
-def _show_table(findings, stream):
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _show_table(findings, stream) -> bool:
+    """Prints a table and returns True; False without a usable `rich`."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except Exception:  # it is missing, or another file hides it: whatever that one raises
+        return False
 
-    table = Table("", "check", "found", "fix")
+    table = Table("")
+    for header in ("check", "found", "fix"):
+        # The default cuts a path that is longer than its column.
+        table.add_column(header, overflow="fold")
     for finding in findings:
         level = Text(finding.level, STYLES[finding.level])
         # As `Text`, so that rich does not read ".[train]" as a style.
         table.add_row(level, *map(Text, (finding.check, finding.message, finding.fix)))
     Console(file=stream).print(table)
+    return True
 
 
 def main(arguments: list[str]) -> int:

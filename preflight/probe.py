@@ -9,7 +9,8 @@ JSON object per stage: `stage`, and either `error` or what was found.
 import importlib
 import json
 
-IMPORTS = ("tensorflow", "tensorflow_text", "tf_keras", "official", "orbit")
+# The last one is the program itself, which imports more packages, and modules of these packages.
+IMPORTS = ("tensorflow", "tensorflow_text", "tf_keras", "official", "orbit", "train")
 STAGES = (*IMPORTS, "devices", "XLA")
 
 

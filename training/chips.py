@@ -61,7 +61,7 @@ class TpuChip:
         chips_per_host: in a slice of several hosts.
         max_chips_of_one_host: the largest slice of a single host.
         wrap_multiple: a dimension of the mesh has wrap-around links if its length is a multiple of
-            this.
+            this; with three dimensions, if the lengths of all three are.
         max_chips: number of chips in the largest slice.
         sources: name of a number -> where it is from, by a name in `SOURCES`, and how it follows.
     """
@@ -175,7 +175,7 @@ TPU_CHIPS = {
                 "mesh_dimensions": "docs",
                 "chips_per_host": "compiler",
                 "max_chips_of_one_host": "compiler",
-                "wrap_multiple": "docs",
+                "wrap_multiple": "docs; book: none below a cube of 4x4x4",
                 "max_chips": "docs",
             },
         ),
@@ -235,7 +235,7 @@ TPU_CHIPS = {
                 "mesh_dimensions": "docs",
                 "chips_per_host": "compiler",
                 "max_chips_of_one_host": "compiler",
-                "wrap_multiple": "docs",
+                "wrap_multiple": "docs; book: none below a cube of 4x4x4",
                 "max_chips": "docs: the largest job, of the 8,960 chips of a pod",
             },
         ),

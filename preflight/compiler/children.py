@@ -21,6 +21,7 @@ import time
 import psutil
 import rich.console
 import rich.progress
+from rich.table import Column
 
 from inputs.errors import InputError
 from inputs.memory import describe_limit, free_memory, ran_out_of_memory
@@ -34,6 +35,11 @@ TPU_INSTALLED = ROOT / ".venv-tpu/installed"  # written last by `make preflight-
 RESERVED_BYTES = 512 * 2**20  # host memory that a child must leave free
 LINE_EVERY_SECONDS = 15
 WAITING = "waiting for the pre-flight of"  # how a child says that another process is compiling
+# The last line of a child that has no compiler: no jax or libtpu, or a damaged file of theirs.
+NOT_LOADED = re.compile(
+    r"failed: (ModuleNotFoundError|ImportError)\b"
+    r"|TPU support not installed|Failed to open \S*libtpu"
+)
 MAX_PRINTED = 2**16  # bytes of a child's output that are searched for `WAITING`
 CACHE = pathlib.Path(cache_folder(), "preflight")
 
@@ -148,17 +154,19 @@ def show_progress(write, total: int, stream=None):
     if not stream.isatty():
         yield ProgressLines(write, total)
         return
+    # On a narrow terminal, the task is cut first, and the numbers are not.
+    task = Column(ratio=4, no_wrap=True, overflow="ellipsis")
     columns = (
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.fields[left]}"),
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=None, table_column=Column(ratio=1, width=5)),
+        rich.progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        rich.progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        rich.progress.TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+        rich.progress.TextColumn("{task.description}", table_column=task),
     )
     console = rich.console.Console(file=stream)
     # No refresh thread: `Children` updates the bar twice per second.
     live = rich.progress.Progress(
-        *columns, console=console, auto_refresh=False, redirect_stdout=False
+        *columns, console=console, auto_refresh=False, redirect_stdout=False, expand=True
     )
     with live:
         yield ProgressBar(live, total)
@@ -237,6 +245,10 @@ class Children:
         Returns:
             The result of `preflight.compiler.compile.compile_file`, or {"error": reason} if its
             process fails.
+
+        Raises:
+            InputError: the compiler cannot be loaded, or the host's memory or disk is not
+                sufficient.
         """
         program = "the update" if batch is None else f"{batch} examples per replica"
         if accumulation > 1:
@@ -251,6 +263,13 @@ class Children:
             task = f"phase {phase_index + 1}: compiling {program} for {topology}"
             return self._run("preflight.compiler.compile.compile_file", task, job)
         except ChildFailed as error:
+            if NOT_LOADED.search(str(error)):
+                reason = str(error).partition("failed: ")[2].partition(". ")[0]
+                raise InputError(
+                    f"the TPU compiler of this Python cannot be loaded ({reason}); reinstall it "
+                    "with pip install --force-reinstall --no-deps -c constraints.txt jax jaxlib "
+                    "libtpu"
+                ) from error
             return {"error": str(error)}
 
     def check_kernels(self, recipe, phase_index: int) -> dict:

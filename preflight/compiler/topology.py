@@ -54,20 +54,29 @@ class Topology:
         return chips * self.chip.devices_per_chip
 
     @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Whether each dimension of the mesh has wrap-around links."""
+        wraps = [side % self.chip.wrap_multiple == 0 for side in self.shape]
+        if self.chip.mesh_dimensions == 3:
+            # The optical switches, which close the rings, connect whole cubes of 4x4x4.
+            return (all(wraps),) * len(wraps)
+        return tuple(wraps)
+
+    @property
     def links_per_chip(self) -> int:
         """The number of links over which every chip can send at the same time.
 
         In a dimension without wrap-around links, the chips at the ends have one link, and limit the
         others.
         """
-        wraps = self.chip.wrap_multiple
-        return sum(2 if side % wraps == 0 else 1 for side in self.shape if side > 1)
+        sides = zip(self.shape, self.wraps, strict=True)
+        return sum(2 if wraps else 1 for side, wraps in sides if side > 1)
 
     @property
     def diameter(self) -> int:
         """The number of links on the shortest path between the two most distant chips."""
-        wraps = self.chip.wrap_multiple
-        return sum(side // 2 if side % wraps == 0 else side - 1 for side in self.shape)
+        sides = zip(self.shape, self.wraps, strict=True)
+        return sum(side // 2 if wraps else side - 1 for side, wraps in sides)
 
 
 def parse_topologies(text: str, flag: str = "--preflight") -> list[Topology]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_devices(monkeypatch, tpu_wheel, tpu, gpu, changed, expected):
 
 
 def test_a_crash_is_a_finding_that_names_the_stage():
-    findings = doctor.check_probe(stages()[:5], "killed by SIGSEGV", tpu_wheel=False, fix="fix")
+    findings = doctor.check_probe(
+        stages()[: doctor.STAGES.index("devices")], "killed by SIGSEGV", tpu_wheel=False, fix="fix"
+    )
     assert levels(findings) == [("error", "Trial run")]
     assert findings[0].message == "killed by SIGSEGV, in stage 'devices'"
 
@@ -116,6 +119,30 @@ def test_a_crash_of_tensorflow_ends_only_the_probe(tmp_path):
         [{"stage": "tensorflow"}],
         "killed by SIGSEGV",
     )
+
+
+def test_what_only_the_program_imports_is_imported(tmp_path):
+    """With a package that TensorFlow's model garden imports below its top-level package."""
+    (tmp_path / "cv2.py").write_text("raise ModuleNotFoundError(\"No module named 'cv2'\")")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", "from preflight import doctor; print(*doctor.run_probe('.'))"]
+    printed = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert "{'stage': 'official'}" in printed and "{'stage': 'orbit'}" in printed
+    assert "{'stage': 'train', 'error': \"ModuleNotFoundError: No module named 'cv2'\"}" in printed
+
+
+def test_a_missing_package_is_one_error(monkeypatch):
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    broken = {"error": "ModuleNotFoundError: No module named 'cv2'"}
+    (program, *_) = doctor.check_probe(stages(train=broken), "", tpu_wheel=False, fix="fix")
+    assert program == Finding("error", "train", f"cannot be imported: {broken['error']}", "fix")
+    found = stages(orbit=broken, train=broken)
+    errors = [
+        finding
+        for finding in doctor.check_probe(found, "", tpu_wheel=False, fix="fix")
+        if finding.level == "error"
+    ]
+    assert levels(errors) == [("error", "orbit")]
 
 
 def install_metadata(folder, version):
@@ -155,6 +182,34 @@ def test_of_two_copies_of_a_package_the_one_that_python_takes_is_read(tmp_path, 
     assert doctor.check_copies(doctor.find_packages()) == []  # two copies of one version
 
 
+def test_a_file_that_hides_an_installed_package_is_named(tmp_path, monkeypatch):
+    assert doctor.find_hidden(["rich", "tf-models-official", "no-such-package"]) == {}
+    (tmp_path / "orbit.py").touch()
+    (tmp_path / "official").mkdir()
+    (tmp_path / "official/__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    hidden = doctor.find_hidden(["rich", "tf-models-official"])
+    assert hidden == {"orbit": f"{tmp_path}/orbit.py", "official": f"{tmp_path}/official"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    _, finding = doctor.check_hidden(hidden)
+    assert finding.level == "warning"
+    assert finding.message == f"{tmp_path}/orbit.py hides the installed package orbit"
+    assert finding.fix == f"rename {tmp_path}/orbit.py"
+    monkeypatch.setenv("PYTHONPATH", f"/elsewhere:{tmp_path}")
+    _, finding = doctor.check_hidden(hidden)
+    assert finding.fix == f"rename {tmp_path}/orbit.py, or unset PYTHONPATH"
+
+
+def test_what_a_hidden_package_breaks_is_not_reinstalled(monkeypatch):
+    monkeypatch.setattr(doctor, "binding_limit", lambda: None)
+    monkeypatch.setattr(doctor, "find_hidden", lambda names: {"orbit": "/mine/orbit.py"})
+    broken = stages(orbit={"error": "RuntimeError: mine"})
+    monkeypatch.setattr(doctor, "run_probe", lambda root: (broken, ""))
+    (error,) = [finding for finding in doctor.check_all(".") if finding.check == "orbit"]
+    assert (error.level, error.fix) == ("error", "rename /mine/orbit.py")
+
+
 def test_a_backend_that_is_ignored_is_mentioned(monkeypatch):
     for asked, said in (("jax", True), ("nonsense", True), ("tensorflow", False), ("", False)):
         monkeypatch.setattr(doctor.process, "ASKED_BACKEND", asked)
@@ -169,7 +224,7 @@ def test_what_fails_for_lack_of_memory_is_not_reinstalled(monkeypatch, failure):
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
     broken = {"error": "ImportError: libx.so: failed to map segment from shared object"}
     changed = {"tensorflow_text": broken, "XLA": {"error": "MemoryError: "}}
-    found = stages(**changed)[: 5 if failure else None]
+    found = stages(**changed)[: doctor.STAGES.index("devices") if failure else None]
     findings = doctor.check_probe(found, failure, tpu_wheel=False, fix="pip install")
     errors = [finding for finding in findings if finding.level == "error"]
     assert len(errors) == 2 and all("ulimit -v unlimited" in error.fix for error in errors)
@@ -277,15 +332,37 @@ def test_without_any_package_there_is_a_fix_and_no_traceback():
     assert "Training cannot start: " in done.stdout
 
 
-def test_findings_are_a_table_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_findings_are_a_table_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     doctor.show([Finding("error", "Disk", "0.1 GiB free", "pip install -e .[train]")], stream)
     assert "┃" in stream.getvalue() and ".[train]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_table_cuts_nothing(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    message = "/mnt/" + "a-long-name-of-a-folder/" * 3
+    finding = Finding(
+        "error", "tensorflow_text", message, "pip install --no-deps -r constraints.txt"
+    )
+    doctor.show([finding], stream)
+    rows = [line.split("│")[1:5] for line in stream.getvalue().splitlines() if "│" in line]
+    shown = ["".join(cells).replace(" ", "") for cells in zip(*rows, strict=True)]
+    assert shown[1:] == [text.replace(" ", "") for text in dataclasses.astuple(finding)[1:]]
+
+
+def test_without_a_usable_rich_the_findings_are_lines(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    stream = Terminal()
+    doctor.show([Finding("ok", "Disk", "9.9 GiB free")], stream)
+    assert stream.getvalue() == "ok       Disk  9.9 GiB free\n"
 
 
 def test_the_tpu_constraints_differ_only_in_tensorflow():

@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,28 @@ def test_a_full_disk_is_not_a_program_that_does_not_compile(children, monkeypatc
     assert not isinstance(error.value, children_module.ChildFailed)
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "RuntimeError('JAX TPU support not installed; no topology. See a page.')",
+        "ModuleNotFoundError('No module named jax')",
+        "RuntimeError('INTERNAL: Failed to open /x/libtpu.so: file too short')",
+    ],
+)
+def test_a_compiler_that_cannot_be_loaded_is_not_a_program_that_does_not_compile(
+    children, monkeypatch, tmp_path, raised
+):
+    (tmp_path / "jax.py").write_text(f"raise {raised}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(children, "_lowered", {(0, None, 1): "unused"})
+    said = (
+        r"^the TPU compiler of this Python cannot be loaded \(\w+: [^()]*\); reinstall it with pip"
+    )
+    with pytest.raises(InputError, match=said) as error:
+        children.compile(0, None, 1, "v3:2x2")
+    assert not isinstance(error.value, children_module.ChildFailed)
+
+
 PARENT = """
 import sys, tempfile
 from preflight.compiler.children import Children, ProgressLines
@@ -173,6 +196,21 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch, clock):
     assert show(terminal, clock) == []
     for shown in ("1/2", "compiling, 40 s", "about 0:00:40 left"):
         assert shown in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+def test_a_narrow_terminal_cuts_the_task_and_no_number(monkeypatch, clock, columns):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    with children_module.show_progress(print, total=8, stream=terminal) as progress:
+        clock.seconds = 100.0
+        progress.advance()
+        progress.update("phase 1: compiling 64 examples per replica for v5e:16x16", 15)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    line = [line for line in shown.splitlines() if line.strip()][-1]
+    assert len(line) <= columns
+    assert re.fullmatch(r"[━╸╺]{5,} 1/8 0:00:00 about 0:11:40 left ph.*", line.strip())
 
 
 def test_progress_is_plain_lines_in_a_file(clock):

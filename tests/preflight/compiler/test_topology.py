@@ -117,6 +117,24 @@ def test_the_slices_of_a_chip_grow_by_factors_of_two():
 
 
 @pytest.mark.parametrize(
+    ("name", "links", "diameter"),
+    [
+        ("v4:2x2x1", 2, 2),
+        ("v4:2x2x4", 3, 5),
+        ("v5p:2x4x4", 3, 7),
+        ("v4:4x4x4", 6, 6),
+        ("v5p:4x4x8", 6, 8),
+        ("v6e:8x16", 3, 15),
+        ("v3:32x32", 4, 32),
+    ],
+)
+def test_three_dimensions_wrap_around_together(name, links, diameter):
+    """Below a cube of 4x4x4, a slice is a mesh; each of two dimensions wraps by itself."""
+    (topology,) = parse_topologies(name)
+    assert (topology.links_per_chip, topology.diameter) == (links, diameter)
+
+
+@pytest.mark.parametrize(
     ("name", "replicas"),
     [("v3-8", 8), ("v3-2048", 8), ("v4-64", 4), ("v6e-1", 1), ("v5e-8", 8), ("v5litepod-16", 4)],
 )
