@@ -13,10 +13,10 @@ from inputs.shards import HEADER_BYTES, is_prepared, record_length
 from inputs.storage.files import (
     COMPRESSIONS,
     PassedOver,
+    absolute,
     file_size,
     is_file,
     is_folder,
-    is_remote,
     open_bytes,
 )
 from inputs.text.files import SUFFIXES, VOCABULARY, WIKI_NAME, files_below, matches
@@ -80,9 +80,10 @@ def find_record_files(
                 "text, or TFRecord files of masked examples."
             )
     _check_others(others, [path for paths in found.values() for path in paths])
-    files = {_identifier(path): (path, entry) for entry in found for path in found[entry]}
-    several = len({_root(path, entry) for path, entry in files.values()}) > 1
-    held_out = [path for path, entry in files.values() if _is_held_out(path, entry, several)]
+    # So that a file that is named twice is read once.
+    files = {absolute(path): (path, entry) for entry in found for path in found[entry]}
+    roots = {absolute(_root(path, entry) or os.curdir) for path, entry in files.values()}
+    held_out = [path for path, entry in files.values() if _is_held_out(path, entry, len(roots) > 1)]
     training = [path for path, _ in files.values() if path not in set(held_out)]
     chosen = [path for path in held_out if os.path.basename(path) == MLPERF_HELD_OUT]
     if chosen and len(chosen) < len(held_out):
@@ -175,11 +176,6 @@ def _check_others(others, found) -> None:
                 f"one of the data{'' if is_empty else ', or its first record is damaged'}. Copy it "
                 "again, or remove it."
             )
-
-
-def _identifier(path) -> str:
-    """Equal for two spellings of a path, so that no file is read twice."""
-    return path if is_remote(path) else os.path.realpath(path)
 
 
 def _kind(path) -> str:

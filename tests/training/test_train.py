@@ -262,7 +262,9 @@ def test_a_finished_run_without_its_examples_is_reported(error, in_process, tmp_
     assert json.loads((tmp_path / "results.json").read_text())["loss"] == 1.0
 
 
-def test_too_little_memory_or_a_folder_in_the_way_is_one_sentence(in_process, monkeypatch, capfd, tmp_path):
+def test_too_little_memory_or_a_folder_in_the_way_is_one_sentence(
+    in_process, monkeypatch, capfd, tmp_path
+):
     from training import strategy
 
     for error, said in (
