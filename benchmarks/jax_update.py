@@ -1,4 +1,4 @@
-"""Times one update on JAX beside its peers': KERAS_BACKEND=jax python -m benchmarks.jax_update
+"""Times one update on JAX beside its peers': python -m benchmarks.jax_update
 
 An update is one call of `stateless_apply`, compiled with `jax.jit`, which gives its arguments away
 (`donate_argnums`), of 54 tensors with 16.5 million elements. The optimizers take turns in one run;
@@ -10,6 +10,9 @@ import os
 import statistics
 import time
 
+from inputs import process  # isort: split
+
+os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX would wait for a TPU
 
 import jax
@@ -76,8 +79,6 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20, help="updates of each optimizer")
     flags = parser.parse_args()
-    if keras.backend.backend() != "jax":
-        parser.error("set the environment variable KERAS_BACKEND=jax")
     seconds = measure(
         {
             PEER: keras_update(keras.optimizers.Lamb(1e-3, weight_decay=DECAY)),
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process.run(main)

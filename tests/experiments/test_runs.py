@@ -26,6 +26,13 @@ from inputs.errors import InputError
 IMAGES = 96
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """A run in this process sets variables that later tests must not see."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
     """A folder with MNIST's files, of random images that their labels can be read from."""

@@ -312,6 +312,7 @@ def test_a_model_dir_on_object_storage_is_written_to():
 
 def test_this_environment_can_train(monkeypatch, capsys):
     """Runs all checks, with the probe in a child process."""
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")  # as `inputs.process` has set it
     monkeypatch.setattr(doctor, "check_versions", lambda *arguments: [])  # versions may be newer
     monkeypatch.setattr(doctor, "MIN_MEMORY", (0, 0))
     monkeypatch.setattr(doctor, "MIN_DISK", (0, 0))
