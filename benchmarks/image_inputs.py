@@ -3,6 +3,7 @@
 DATA_DIR/train contains shards of JPEGs from `inputs.images.prepare`; tf-models reads the same
 images from TFRecords. Training batches are 224 pixels wide. The pipelines take turns in one run.
 Images per second of CPU time are the rate of one core, independent of other load on the machine.
+Rates are medians over the rounds, ratios medians of the ratio in each round.
 The limit is a pipeline that only decodes, crops drawn in the same way.
 """
 
@@ -68,7 +69,7 @@ def decoding_alone(data: examples.Images, batch_size: int) -> tf.data.Dataset:
 
 
 def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict:
-    """name -> (images/s of wall time, images/s of CPU time), medians over the rounds."""
+    """name -> (images/s of wall time, images/s of CPU time) of each round."""
     figures: dict[str, list] = {name: [] for name in batches}
     for _ in range(rounds):
         for name, dataset in batches.items():
@@ -88,10 +89,16 @@ def measure(batches: dict, batch_size: int, rounds: int, seconds: float) -> dict
                 (count / (time.perf_counter() - wall), count / (time.process_time() - cpu))
             )
             del iterator
-    return {
-        name: tuple(statistics.median(row[column] for row in rows) for column in (0, 1))
-        for name, rows in figures.items()
-    }
+    return figures
+
+
+def median_ratio(rows: list, others: list) -> float:
+    """The median over the rounds of the ratio of two pipelines, by CPU time.
+
+    Two turns of one round are neighbours in time, so that a change of the machine's speed between
+    rounds does not count.
+    """
+    return statistics.median(row[1] / other[1] for row, other in zip(rows, others, strict=True))
 
 
 def main() -> None:
@@ -106,9 +113,9 @@ def main() -> None:
     )
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="turns of each pipeline; the medians are printed"
+        "--rounds", type=int, default=15, help="turns of each pipeline; the medians are printed"
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="duration of a turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of a turn")
     parser.add_argument("--json", default="", help="write the figures to this file")
     flags = parser.parse_args()
     folder = os.path.join(flags.data_dir, "train")
@@ -127,11 +134,13 @@ def main() -> None:
             flags.rounds,
             flags.seconds,
         )
-    limit = figures["decoding alone"][1]
-    own = figures["tf_lamb, uint8"][1]
+    limit = figures["decoding alone"]
+    own = figures["tf_lamb, uint8"]
     print(f"{'':22}{'images/s':>10}{'per core':>10}{'of limit':>10}{'ours':>10}")
-    for name, (wall, cpu) in figures.items():
-        print(f"{name:22}{wall:10.0f}{cpu:10.0f}{cpu / limit:10.2f}{own / cpu:9.2f}x")
+    for name, rows in figures.items():
+        wall, cpu = (statistics.median(row[column] for row in rows) for column in (0, 1))
+        share = median_ratio(rows, limit)
+        print(f"{name:22}{wall:10.0f}{cpu:10.0f}{share:10.2f}{median_ratio(own, rows):9.2f}x")
     if flags.json:
         write_json(flags.json, figures)
 
