@@ -47,7 +47,7 @@ MODULES = {
     "keras3": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "xla"},
     "tf_keras": {"lamb", "lars", "layerwise", "learning_rate", "schedules", "telemetry", "xla"},
     "telemetry": {"arguments", "layers", "layerwise"},
-    "migration": {"layers", "layerwise"},
+    "migration": {"arguments", "layers", "layerwise"},
 }
 # Which others each module of recipes may import; apart from them, only the standard library.
 RECIPE_MODULES = {

@@ -125,6 +125,7 @@ def check_interval(
     high: float = math.inf,
     *,
     open_low: bool = False,
+    open_high: bool = True,
     whole: bool = False,
 ) -> Any:
     """Checks that an argument is a number in an interval.
@@ -133,24 +134,25 @@ def check_interval(
         name: String. The name of the argument, for the error message.
         value: The value of the argument.
         low: Float. The lower bound.
-        high: Float. The upper bound, which is not part of the interval.
-        open_low: Boolean. Whether the lower bound is excluded, too.
+        high: Float. The upper bound.
+        open_low: Boolean. Whether the lower bound is excluded.
+        open_high: Boolean. Whether the upper bound is excluded.
         whole: Boolean. Whether the number must be an integer, such as a number of steps.
 
     Returns:
         The value as a Python number.
 
     Raises:
-        ValueError: If the value is not a number in [low, high), or in (low, high) if `open_low`; or
-            not an integer if `whole`.
+        ValueError: If the value is not a number in the interval, or not an integer if `whole`.
     """
     number = as_number(value)
     if whole and number is not None and math.isfinite(number):
         if number != int(number):
             raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}.")
         number = int(number)
-    if number is None or not (low < number if open_low else low <= number) or not number < high:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
+    above = number is not None and (low < number if open_low else low <= number)
+    if not above or not (number < high if open_high else number <= high):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
     return number
 

@@ -91,8 +91,18 @@ def scale_batch(
     total_steps = _as_int("total_steps", total_steps, 1)
     warmup_steps = _as_int("warmup_steps", warmup_steps, 0)
     check_interval("warmup_steps", warmup_steps, 0, total_steps)
-    k = batch_size_to / batch_size_from
-    rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
+    try:
+        k = batch_size_to / batch_size_from
+        rate_factor, warmup_factor = (math.sqrt(k), 1.0) if rule == "sqrt" else (k, 1 / k)
+    except (OverflowError, ZeroDivisionError):  # beyond the range of a float
+        rate_factor = warmup_factor = math.inf
+    scaled_rate = float(learning_rate * rate_factor)
+    if not 0 < scaled_rate < math.inf:
+        raise ValueError(
+            "The scaled learning rate is beyond the range of a float. Received: "
+            f"learning_rate={learning_rate!r}, batch_size_from={batch_size_from}, "
+            f"batch_size_to={batch_size_to}."
+        )
     warmup = round(warmup_steps * warmup_factor)
     # total_steps / k, rounded to the nearest integer; a half is rounded up.
     steps = (2 * total_steps * batch_size_from + batch_size_to) // (2 * batch_size_to)
@@ -102,7 +112,7 @@ def scale_batch(
             f"Received: batch_size_to={batch_size_to}. Use a smaller batch size or a shorter "
             "warm-up."
         )
-    return ScaledSchedule(float(learning_rate * rate_factor), warmup, steps)
+    return ScaledSchedule(scaled_rate, warmup, steps)
 
 
 def _as_int(name: str, value, low: int) -> int:

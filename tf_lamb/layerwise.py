@@ -33,6 +33,8 @@ KERAS_3_ONLY = ("loss_scale_factor", "gradient_accumulation_steps")
 # Arguments that can be assigned after construction, because Keras assigns them.
 SETTABLE = ("learning_rate", "loss_scale_factor", "name")
 MOMENT_DTYPES = ("float32", "bfloat16")
+# Types of the attributes of a user's subclass that its compiled update can read.
+PLAIN_TYPES = (bool, int, float, str, tuple, np.generic)
 # Arguments that change the formula. If one is overridden, the result is not the published variant.
 FORMULA = (
     "adapt_undecayed",
@@ -146,7 +148,11 @@ class Layerwise:
             "learning_rate": rates.check_learning_rate(
                 arguments["learning_rate"], self.schedule_class
             ),
-            "weight_decay": check_interval("weight_decay", arguments["weight_decay"] or 0.0, 0),
+            "weight_decay": check_interval(
+                "weight_decay",
+                0.0 if arguments["weight_decay"] is None else arguments["weight_decay"],
+                0,
+            ),
             "trust_ratio_bounds": check_bounds(
                 "trust_ratio_bounds", arguments["trust_ratio_bounds"]
             ),
@@ -185,6 +191,19 @@ class Layerwise:
                 raise ValueError(
                     f"`{name}` exists in Keras 3 only. Received: {name}={given[name]!r}."
                 )
+        # Keras accepts NaN for some of these, and others fail in the first step.
+        if given["use_ema"]:
+            given["ema_momentum"] = check_interval(
+                "ema_momentum", given["ema_momentum"], 0, 1, open_high=False
+            )
+        if given["loss_scale_factor"] is not None:
+            given["loss_scale_factor"] = check_interval(
+                "loss_scale_factor", given["loss_scale_factor"], 0, open_low=True
+            )
+        if given["gradient_accumulation_steps"] is not None:
+            given["gradient_accumulation_steps"] = check_interval(
+                "gradient_accumulation_steps", given["gradient_accumulation_steps"], 2, whole=True
+            )
         super().__init__(**{name: given[name] for name in base if name in given} | base_arguments)
         self.hyperparameters = Hyperparameters(given)
         self._patterns = patterns
@@ -217,7 +236,13 @@ class Layerwise:
         hyperparameters = self.__dict__.get("hyperparameters")
         if hyperparameters is not None and name in hyperparameters:
             return hyperparameters[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if hyperparameters is not None and "_patterns" not in self.__dict__:
+            message += (
+                " in its compiled update. The methods of a rule can read the constructor's "
+                "arguments, and attributes that are numbers, strings or tuples."
+            )
+        raise AttributeError(message)
 
     def __setattr__(self, name: str, value: Any) -> None:
         hyperparameters = self.__dict__.get("hyperparameters")
@@ -304,8 +329,7 @@ class Layerwise:
         else:
             rule_class = type(self)
             # The methods of a user's subclass may read plain attributes of their own.
-            plain_types = (bool, int, float, str, tuple)
-            own = {k: v for k, v in vars(self).items() if isinstance(v, plain_types)}
+            own = {k: v for k, v in vars(self).items() if isinstance(v, PLAIN_TYPES)}
             kept |= {k: v for k, v in own.items() if k not in ("name", "built")}
         rule = object.__new__(rule_class)
         rule.__dict__["hyperparameters"] = Hyperparameters(kept)

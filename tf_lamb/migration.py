@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from tf_lamb.arguments import check_interval
 from tf_lamb.layers import align_columns
 from tf_lamb.layerwise import Layerwise
 
@@ -114,8 +115,8 @@ def migrate(
         mapping: Dictionary {name in our optimizer: name in the source}. Takes precedence over
             `rename`.
         by_order: Boolean. Whether to match variables by position instead of by name.
-        step: Integer or `None`. The number of updates made. Required if the source does not store
-            it (`optax.lars` with a constant learning rate). Otherwise it replaces the source's
+        step: Integer >= 0 or `None`. The number of updates made. Required if the source does not
+            store it (`optax.lars` with a constant learning rate). Otherwise it replaces its
             step count.
 
     Returns:
@@ -134,7 +135,7 @@ def migrate(
     layers = optimizer.layers  # Raises `ValueError` if the optimizer is not built.
     state = _read_state(source, optimizer.slot_names)
     _check_momentum(state, optimizer)
-    step = state.step if step is None else step
+    step = state.step if step is None else check_interval("step", step, 0, whole=True)
     if step is None:
         raise ValueError(
             "The source has no step count. Pass `step`, the number of updates it has made."

@@ -5,6 +5,7 @@ them with the `LearningRateSchedule` of Keras 3 and of tf_keras.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 
 from keras import ops
 
@@ -174,22 +175,23 @@ class WarmupStepDecayRule:
         )
         total_steps = check_interval("total_steps", total_steps, 0, open_low=True, whole=True)
         warmup_steps = check_interval("warmup_steps", warmup_steps, 0, total_steps, whole=True)
+        if not isinstance(decay_steps, Iterable):
+            raise ValueError(
+                f"`decay_steps` must be a list of integers. Received: decay_steps={decay_steps!r}."
+            )
         decay_steps = list(decay_steps)
         earliest = warmup_steps
         for i, step in enumerate(decay_steps):
             decay_steps[i] = check_interval("decay_steps", step, earliest, total_steps, whole=True)
             earliest = decay_steps[i] + 1
-        factor = as_number(decay_factor)
-        if factor is None or not 0 < factor <= 1:
-            raise ValueError(
-                f"`decay_factor` must be a number in (0, 1]. "
-                f"Received: decay_factor={decay_factor!r}."
-            )
+        decay_factor = check_interval(
+            "decay_factor", decay_factor, 0, 1, open_low=True, open_high=False
+        )
         self.peak_learning_rate = peak_learning_rate
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.decay_steps = decay_steps
-        self.decay_factor = factor
+        self.decay_factor = decay_factor
         self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
 
@@ -226,27 +228,51 @@ class PhasesRule:
 
     Args:
         phases: List of dictionaries with the arguments of a `WarmupPolynomialDecay`, or, if
-            `decay_steps` is one of them, of a `WarmupStepDecay`. A phase lasts `total_steps` steps.
-            After the last phase, the rate stays at that phase's final value.
+            `decay_steps` is one of them, of a `WarmupStepDecay`, except
+            `gradient_accumulation_steps`. A phase lasts `total_steps` steps. After the last phase,
+            the rate stays at that phase's final value.
         gradient_accumulation_steps: As in `WarmupPolynomialDecay`, for all phases.
 
     Raises:
-        ValueError: If there are no phases, or an argument of a phase is out of range.
+        ValueError: If there are no phases, or an argument of a phase is unknown, missing or out of
+            range.
     """
 
     _schedule: type
     _step_schedule: type
 
     def __init__(self, phases, name=None, *, gradient_accumulation_steps=None):
-        self.phases = [dict(phase) for phase in phases]
-        if not self.phases:
-            raise ValueError(f"`phases` must hold at least one phase. Received: phases={phases!r}.")
+        given = list(phases) if isinstance(phases, Iterable) else []
+        if not given or not all(isinstance(phase, Mapping) for phase in given):
+            raise ValueError(
+                "`phases` must be a list of at least one dictionary, with the arguments of a "
+                f"schedule. Received: phases={phases!r}."
+            )
         self.gradient_accumulation_steps = _check_accumulation(gradient_accumulation_steps)
         self.name = name
-        self._schedules = [
-            (self._step_schedule if "decay_steps" in phase else self._schedule)(**phase)
-            for phase in self.phases
+        self._schedules = [self._create(i, phase) for i, phase in enumerate(given)]
+        # The checked values, because a NumPy array or an iterator cannot be saved.
+        self.phases = [
+            {argument: getattr(schedule, argument) for argument in phase}
+            for schedule, phase in zip(self._schedules, given, strict=True)
         ]
+
+    def _create(self, index, phase):
+        """Creates the schedule of a phase."""
+        kind = self._step_schedule if "decay_steps" in phase else self._schedule
+        if phase.get("gradient_accumulation_steps") is not None:
+            raise ValueError(
+                "A phase counts updates, so pass `gradient_accumulation_steps` to `Phases` itself. "
+                f"Received: phases[{index}]={phase!r}."
+            )
+        try:
+            return kind(**phase)
+        except TypeError as error:  # Python's, for an unknown or a missing argument.
+            reason = str(error).rpartition("__init__() ")[2]
+            raise ValueError(
+                f"`phases[{index}]` must hold the arguments of a `{kind.__name__}`: {reason}. "
+                f"Received: phases[{index}]={phase!r}."
+            ) from None
 
     def __call__(self, step):
         """Returns the learning rate, a float32 scalar, at `step`, an integer scalar from 0."""

@@ -173,7 +173,7 @@ class TelemetryWriter:
                 "`optimizer` must be a LAMB or LARS of tf_lamb with `telemetry=True`. "
                 f"Received: optimizer={optimizer!r}."
             )
-        check_interval("every_steps", every_steps, 1)
+        check_interval("every_steps", every_steps, 1, whole=True)
         if max_ratio is not None:
             check_interval("max_ratio", max_ratio, 0, open_low=True)
         if tensorboard is None:

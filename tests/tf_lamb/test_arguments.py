@@ -38,6 +38,13 @@ BAD = [
     ("both", {"clipnorm": 0}, r"`clipnorm` .* \(0, inf\)\. Received: clipnorm=0\."),
     ("both", {"global_clipnorm": NAN}, r"`global_clipnorm` .* Received: global_clipnorm=nan\."),
     ("both", {"clipvalue": -1.0}, r"`clipvalue` .* Received: clipvalue=-1\.0\."),
+    ("both", {"weight_decay": ""}, r"`weight_decay` must be a number .* weight_decay=''\."),
+    (
+        "both",
+        {"use_ema": True, "ema_momentum": float("nan")},
+        r"`ema_momentum` must be a number in \[0, 1\]\. Received: ema_momentum=nan\.",
+    ),
+    ("both", {"use_ema": True, "ema_momentum": None}, r"`ema_momentum` .* ema_momentum=None\."),
     ("both", {"clipnorm": 1.0, "clipvalue": 2.0}, r"only one .*: clipnorm=1\.0, clipvalue=2\.0"),
     ("both", {"clip_norm": 1.0}, r"no argument `clip_norm`\. .* `clipnorm`\. .* clip_norm=1\.0\."),
     ("LAMB", {"beta2": 0.9}, r"`LAMB` .* `beta2`\. Here it is `beta_2`\. Received: beta2=0\.9\."),
@@ -109,6 +116,22 @@ def built(flavour, optimizer):
 def test_a_bad_argument_is_refused(flavour, rule, arguments, message):
     with pytest.raises(ValueError, match=message):
         getattr(flavour.lamb, rule)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient_accumulation_steps": 2.5}, "must be an integer"),
+        ({"gradient_accumulation_steps": "2"}, r"must be a number in \[2, inf\)"),
+        ({"gradient_accumulation_steps": 1}, r"must be a number in \[2, inf\)"),
+        ({"loss_scale_factor": 0}, r"must be a number in \(0, inf\)"),
+        ({"loss_scale_factor": float("nan")}, r"must be a number in \(0, inf\)"),
+    ],
+)
+def test_a_bad_argument_of_keras_3_is_refused(keras3, arguments, message):
+    """Keras accepts some of them, with which no update is ever made."""
+    with pytest.raises(ValueError, match=message):
+        keras3.lamb.LAMB(**arguments)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -295,7 +295,7 @@ def test_a_schedule_takes_an_iterator(flavour):
     schedule = flavour.lamb.WarmupStepDecay(1.0, 0, 100, iter([10, 20]), 0.5)
     assert [float(schedule(step)) for step in (0, 10, 20)] == [1.0, 0.5, 0.25]
     assert schedule.get_config()["decay_steps"] == [10, 20]
-    with pytest.raises(ValueError, match="at least one phase"):
+    with pytest.raises(ValueError, match="at least one dictionary"):
         flavour.lamb.Phases(iter([]))
 
 
@@ -677,6 +677,27 @@ def test_a_subclass_changes_the_rule(keras3):
     np.testing.assert_allclose(moved["half"], moved["plain"] / 2, rtol=1e-5)
     np.testing.assert_allclose(moved["quarter"], moved["plain"] / 4, rtol=1e-5)
     np.testing.assert_allclose(moved["variant"], moved["half"], rtol=1e-5)
+
+
+def test_a_subclass_reads_its_numbers_and_is_told_of_other_attributes(keras3):
+    class Capped(keras3.lamb.LAMB):
+        def __init__(self, cap, **arguments):
+            super().__init__(**arguments)
+            self.cap = cap
+
+        def ratio(self, x_norm, u_norm, decay_norm):
+            ratio, denominator = super().ratio(x_norm, u_norm, decay_norm)
+            return keras3.keras.ops.minimum(ratio, self.cap), denominator
+
+    moved = []
+    for cap in (0.25, np.float32(0.25)):
+        (variable,) = make_variables(keras3, [3.0, 4.0])
+        apply(Capped(cap, learning_rate=0.1), [variable], [1.0, 2.0])
+        moved.append(variable.numpy())
+    np.testing.assert_array_equal(*moved)
+    (variable,) = make_variables(keras3, [3.0, 4.0])
+    with pytest.raises(AttributeError, match="'cap' in its compiled update.* numbers, strings or"):
+        apply(Capped([0.25], learning_rate=0.1), [variable], [1.0, 2.0])
 
 
 def test_a_negative_rate_moves_against_the_step(flavour, monkeypatch):

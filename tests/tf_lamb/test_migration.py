@@ -221,6 +221,10 @@ def test_the_report_shows_names_norms_and_steps(flavour):
     again = migrate(original.optimizer, optimizer, by_order=True, step=7)
     assert again.layers[0].before == first.after
     assert (again.step_before, again.step_after, int(optimizer.iterations)) == (5, 7, 7)
+    for bad in (-1, 1.7, True, "3", float("nan")):
+        with pytest.raises(ValueError, match="`step` must be .* Received: step="):
+            migrate(original.optimizer, optimizer, by_order=True, step=bad)
+    assert int(optimizer.iterations) == 7
 
 
 def test_names_that_differ_are_mapped_or_refused(flavour):

@@ -172,6 +172,7 @@ BAD_STEPS = [
         r"`decay_factor` must be a number in \(0, 1\]\. Received: decay_factor=0\.",
     ),
     ({"warmup_steps": 90}, r"`warmup_steps` .* Received: warmup_steps=90\."),
+    ({"decay_steps": None}, r"`decay_steps` must be a list of integers\. Received: .*=None\."),
 ]
 
 
@@ -183,6 +184,34 @@ def test_a_bad_step_is_refused(flavour, arguments, message):
         flavour.lamb.WarmupStepDecay(**GOYAL | arguments)
 
 
-def test_phases_must_not_be_empty(flavour):
-    with pytest.raises(ValueError, match=r"at least one phase\. Received: phases=\[\]"):
-        flavour.lamb.Phases([])
+PHASE = {"peak_learning_rate": 0.02, "warmup_steps": 2, "total_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([], r"at least one dictionary.* Received: phases=\[\]\."),
+        (None, r"at least one dictionary.* Received: phases=None\."),
+        ([1, 2], r"at least one dictionary.* Received: phases=\[1, 2\]\."),
+        (PHASE, r"at least one dictionary"),
+        ([PHASE, {"peak": 1}], r"`phases\[1\]` .* `WarmupPolynomialDecay`: .*argument 'peak'"),
+        ([PHASE | {"decay_steps": [5], "x": 1}], r"`phases\[0\]` .* `WarmupStepDecay`: .* 'x'"),
+        ([{"total_steps": 9}], r"missing 2 .* 'peak_learning_rate' and 'warmup_steps'\."),
+        (
+            [PHASE | {"gradient_accumulation_steps": 2}],
+            r"to `Phases` itself\. Received: phases\[0\]",
+        ),
+    ],
+)
+def test_bad_phases_are_refused(flavour, phases, message):
+    with pytest.raises(ValueError, match=message):
+        flavour.lamb.Phases(phases)
+
+
+@pytest.mark.parametrize("kind", [np.array, iter, tuple])
+def test_phases_save_any_kind_of_list(flavour, kind):
+    schedule = flavour.lamb.Phases(iter([PHASE | {"decay_steps": kind([5, 6])}]))
+    config = json.loads(json.dumps(flavour.keras.optimizers.schedules.serialize(schedule)))
+    clone = flavour.keras.optimizers.schedules.deserialize(config)
+    assert [float(clone(step)) for step in (4, 5, 6)] == [float(schedule(s)) for s in (4, 5, 6)]
+    assert clone.phases == [PHASE | {"decay_steps": [5, 6]}]

@@ -194,7 +194,9 @@ def test_a_variable_that_keras_overwrites_raises_no_alarm(keras3, tmp_path):
     assert optimizer.telemetry_rows[0].all() and not optimizer.telemetry_rows[1].any()
 
 
-@pytest.mark.parametrize("arguments", [{"every_steps": 0}, {"max_ratio": 0.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"every_steps": 0}, {"every_steps": 1.5}, {"max_ratio": 0.0}]
+)
 def test_bad_arguments_are_refused(arguments, keras3, tmp_path):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         TelemetryWriter(tmp_path, keras3.lamb.LAMB(telemetry=True), **arguments)
