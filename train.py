@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import re
+import shlex
 import sys
 import time
 
@@ -26,7 +27,7 @@ from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, chec
 from inputs import damage, memory
 from inputs.errors import InputError, first_line, message_in, refuse_empty, refuse_misspelled
 from inputs.storage import files
-from inputs.storage.files import locked, recover_folder, temporary_folder, write_json
+from inputs.storage.files import locked, read_json, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
 from tasks import TASKS
 from training import cluster, optimizers, strategy
@@ -106,9 +107,14 @@ def log(line: str) -> None:
 
 @contextlib.contextmanager
 def blame(flag: str):
-    """Converts a `ValueError` inside to an `InputError` whose message starts with `flag`."""
+    """Converts a `ValueError` inside to an `InputError` whose message starts with `flag`.
+
+    An `InputError`, which is a `ValueError`, names its flag itself.
+    """
     try:
         yield
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{flag}: {error}") from None
 
@@ -129,8 +135,10 @@ def choose_recipe() -> Recipe:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
     for name in ("steps", "global_batch_size", "steps_per_loop"):
         value = FLAGS[name].value
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+        if value is not None and not 1 <= value < 2**31:
+            raise InputError(
+                f"--{name} must be at least 1 and below 2**31. Received: --{name}={value}."
+            )
     if not 0 < FLAGS.connect_seconds <= MAX_SECONDS:
         raise InputError(
             f"--connect_seconds must lie in (0, {MAX_SECONDS}]. Received: "
@@ -382,11 +390,10 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
 
     task = run.task
     recipe = run.recipe
-    speed = {"examples_per_second": run.progress.examples_per_second}
-    write_json(os.path.join(model_dir, "results.json"), results | speed)
+    results_file = os.path.join(model_dir, "results.json")
+    speed = run.progress.examples_per_second or earlier_speed(results_file)
+    write_json(results_file, results | {"examples_per_second": speed})
     picture = os.path.join(model_dir, plot.PICTURE)
-    if read_rows(os.path.join(model_dir, HISTORY)):
-        plot.draw([model_dir], picture)
     parameters = sum(int(np.prod(v.shape)) for v in run.model.trainable_variables)
     replicas = run.strategy.num_replicas_in_sync
     print(
@@ -398,9 +405,14 @@ Held out   {task.describe(results)}
 Speed      on {replicas} replica{"s" * (replicas > 1)}: {run.progress.describe_speed()}
 SavedModel {export_dir}
 Picture    {picture}
-Logs       tensorboard --logdir={model_dir}""",
+Logs       tensorboard --logdir={shlex.quote(model_dir)}""",
         flush=True,
     )
+    try:
+        if read_rows(os.path.join(model_dir, HISTORY)):
+            plot.draw([model_dir], picture)
+    except (InputError, OSError) as error:
+        log(f"train.py: the run is complete, but its picture could not be drawn: {error}")
     try:
         task.demonstrate(export_dir)
     except (ClientFailed, OSError, ValueError) as error:  # a ValueError: a name or text, encoded
@@ -408,6 +420,14 @@ Logs       tensorboard --logdir={model_dir}""",
             "train.py: the run is complete, but export.client could not show examples of the "
             f"SavedModel: {error}"
         )
+
+
+def earlier_speed(results_file: str) -> float | None:
+    """Returns the speed of an earlier start, for one that had nothing left to train."""
+    try:
+        return read_json(results_file).get("examples_per_second")
+    except (InputError, AttributeError):  # there is none, or it is damaged
+        return None
 
 
 def format_loss(loss: float | None) -> str:
@@ -497,17 +517,20 @@ def main(arguments) -> int:
         try:
             train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllog)
         except Interrupted as signal:
+            if FLAGS.dry_run:
+                log_line(f"{signal}: the dry run was stopped; it keeps no files")
+                return signal.exit_status
             log_line(
                 f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "
                 f"{model_dir}. The same command goes on from there."
             )
             return signal.exit_status
         except Diverged as error:
+            kept = f"the newest checkpoint is from step {manager.saved_step(model_dir)}"
             log_line(
-                f"train.py: {error}; the newest checkpoint is from step "
-                f"{manager.saved_step(model_dir)}. Lower --set peak_learning_rate or lengthen "
-                "the warm-up, in another --model_dir; --set on_divergence=rollback rolls back by "
-                "itself."
+                f"train.py: {error}; {'a dry run keeps none' if FLAGS.dry_run else kept}. Lower "
+                "--set peak_learning_rate or lengthen the warm-up, in another --model_dir; --set "
+                "on_divergence=rollback rolls back by itself."
             )
             return DIVERGED
     return 0

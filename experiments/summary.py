@@ -46,7 +46,7 @@ what was not tuned. The differences and the lists of runs are written from the r
   AdamW 0.9942, published 0.9941; momentum 0.9919, behind LAMB), and DavidNet on CIFAR-10 at 512
   (LAMB has the highest mean, as in Table 7, by less than the spread of the seeds).
 - **On CIFAR-10, LAMB's mean is half a point lower at batch 2,048 than at 512**, without retuning:
-  0.9274 and 0.9329 (corrected p 0.064). The best of four rates at 2,048 gives 0.9276 with one seed.
+  0.9274 and 0.9329 (corrected p 0.064). The best of four rates at 2,048 gives 0.9284 (three seeds).
   The other optimizers are not finished there.
 - **Not decided**: BERT with enough steps at the large batch, CIFAR-10 at 8,192, ImageNet.
 

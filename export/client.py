@@ -2,7 +2,7 @@
 
 The inputs depend on the model. Its signature tells which kind it is:
 
-    a pre-trained BERT     TEXT...              fills every [MASK] of each text
+    a pre-trained BERT     TEXT...              fills the [MASK]s of each text
     a SQuAD model          CONTEXT QUESTION...  answers each question about the context
     an image classifier    FILE...              classifies each image file
 
@@ -80,7 +80,10 @@ def utf8(text: str) -> bytes:
 
 
 def fill_masks(signature, *texts: str) -> None:
-    """Prints each text and, for each of its masks, the most likely word pieces."""
+    """Prints each text and, for each of its masks, the most likely word pieces.
+
+    A model reads a limited number of word pieces. A last line counts the masks after them.
+    """
     outputs = signature(text=tf.constant([*map(utf8, texts)]))
     columns = (outputs[key].numpy() for key in ("tokens", "probabilities", "masks"))
     for text, tokens, probabilities, masks in zip(texts, *columns, strict=True):
@@ -88,6 +91,9 @@ def fill_masks(signature, *texts: str) -> None:
         for mask in range(masks):
             best = zip(tokens[mask], probabilities[mask], strict=True)
             print("     " + ", ".join(f"{t.decode()} {100 * p:.0f} %" for t, p in best))
+        beyond = text.count("[MASK]") - masks
+        if beyond:
+            print(f"     not filled: {beyond} [MASK], after the last word that the model can read")
 
 
 def answer_questions(signature, context: str, *questions: str) -> None:
@@ -101,7 +107,10 @@ def answer_questions(signature, context: str, *questions: str) -> None:
     print(f"  {context}")
     for question, answer, start, end, score in zip(questions, *columns, strict=True):
         print(f"  {question}")
-        print(f"     {answer.decode()!r}, characters {start} to {end}, score {score:.2f}")
+        if score == tf.float32.min:  # of a context without words
+            print("     no answer: the context has no words")
+        else:
+            print(f"     {answer.decode()!r}, characters {start} to {end}, score {score:.2f}")
 
 
 def read_file(path: str) -> bytes:

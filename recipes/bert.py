@@ -66,7 +66,7 @@ class BertRecipe(Recipe):
     def check(self):
         """Checks the fields, as `Recipe.check` does."""
         super().check()
-        check_minimums(self, vocabulary_size=6, sequences_per_row=1)
+        check_minimums(self, vocabulary_size=6, sequences_per_row=1, initializer_stddev=0)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
         if self.packing not in PACKINGS:

@@ -31,6 +31,7 @@ class SquadRecipe(Recipe):
         """Checks the fields, as `Recipe.check` does."""
         super().check()
         check_minimums(self, max_query_length=1, doc_stride=1, max_answer_length=1, n_best=1)
+        check_minimums(self, initializer_stddev=0)
         if self.sequence_length <= self.max_query_length + SPECIAL_TOKENS:
             raise ValueError(
                 "sequence_length must leave room for the context after max_query_length word "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 # Normalization and biases, which the published runs neither decay nor adapt. tf_lamb/layers.py has
 # the same lists, with their sources. tests/recipes/test_recipes.py compares them.
@@ -33,6 +34,19 @@ OPTIMIZERS = {
     "momentum": ("momentum",),
     "adagrad": ("epsilon",),
 }
+
+
+def check_numbers(recipe):
+    """Raises `ValueError` for a field of a recipe or phase that no run can use, whatever it means.
+
+    Steps and sizes are 32-bit integers in some of the operations that count them.
+    """
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite. Received: {field.name}={value}.")
+        if isinstance(value, int) and not abs(value) < 2**31:
+            raise ValueError(f"{field.name} must be below 2**31. Received: {field.name}={value}.")
 
 
 def check_minimums(recipe, **minimums):
@@ -131,6 +145,7 @@ class Phase:
         Raises:
             ValueError: If a field is out of range.
         """
+        check_numbers(self)
         check_minimums(self, steps=1, global_batch_size=1)
         polynomial = ("end_learning_rate", "power", "decay_from", "warmup_from")
         unused = [name for name in polynomial if getattr(self, name) != getattr(Phase, name)]
@@ -260,9 +275,10 @@ class Recipe:
         Raises:
             ValueError: If a field is out of range. The message has the field and its value.
         """
+        check_numbers(self)
         check_minimums(self, evaluation_examples=1, save_every_steps=1, evaluate_every_steps=1)
         check_minimums(self, keep_checkpoints=1, max_skipped_in_row=0, max_rollbacks=0)
-        check_minimums(self, evaluate_every_examples=1, l2_regularization=0)
+        check_minimums(self, evaluate_every_examples=1, l2_regularization=0, target=0)
         if self.evaluate_every_steps and self.evaluate_every_examples:
             raise ValueError(
                 "evaluate_every_steps and evaluate_every_examples exclude each other. Received: "

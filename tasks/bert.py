@@ -14,6 +14,7 @@ from inputs.text import chunks
 from inputs.text.packing import bucket_batches
 from inputs.text.tokenization import casing, vocabulary
 from models import bert, packing
+from recipes import RECIPES
 from tasks import initial_pretraining, pretraining_data
 from tasks.task import Metric, Task, loss_metric
 
@@ -81,7 +82,7 @@ class BertPretraining(Task):
         if recipe.init_from and not resume_dir:
             self._start = initial_pretraining.Start(recipe.init_from, recipe.init_slots)
             vocab = vocab or initial_pretraining.vocabulary_beside(recipe.init_from)
-        elif recipe.target is not None and not recipe.init_from:
+        elif not recipe.init_from and _has_published_target(recipe):
             log(
                 f"Starting from random weights. The target of {recipe.target:g} was published for "
                 "runs from a checkpoint: --set init_from=FOLDER"
@@ -231,3 +232,9 @@ class BertPretraining(Task):
         sentences, words = zip(*self._source.masked_sentences(), strict=True)
         run_client(export_dir, *sentences)
         print(f"The words behind the masks: {', '.join(words)}")
+
+
+def _has_published_target(recipe) -> bool:
+    """Whether the target is the recipe's own, and not one that the user has set."""
+    shipped = RECIPES.get(recipe.name)
+    return shipped is not None and recipe.target is not None and recipe.target == shipped.target

@@ -389,6 +389,7 @@ def atomic_folder(path: str, *, last: str = "") -> Iterator[str]:
     An existing folder `path` is replaced, with two renames. The temporary folder is always
     .NAME.new in the same parent, so that the next writer finds what a killed process left there.
     If it was killed between the renames, `recover_folder` gives the earlier folder its name back.
+    If `path` is a symbolic link, the folder that it leads to is replaced, and the link stays.
 
     On object storage the temporary folder is a local one. It is uploaded to .NAME.new and then
     moved, file by file. If that is interrupted, `recover_folder` completes it.
@@ -405,6 +406,7 @@ def atomic_folder(path: str, *, last: str = "") -> Iterator[str]:
             yield new
             remote.replace_folder(new, absolute(path), temporary, last)
         return
+    path = os.path.realpath(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         new = os.path.join(temporary, "new")
@@ -443,11 +445,13 @@ def recover_folder(
     old = os.path.join(_temporary_folder(path), OLD)
     if os.path.exists(path) or not os.path.exists(old):
         return False
-    os.replace(old, path)
+    os.replace(old, os.path.realpath(path))
     return True
 
 
 def _temporary_folder(path: str) -> str:
+    if not is_remote(path):
+        path = os.path.realpath(path)
     return os.path.join(parent(path), f".{os.path.basename(absolute(path))}{NEW}")
 
 
@@ -615,8 +619,11 @@ def check_writable(folder: str, flag: str) -> None:
     try:
         _try_to_write(folder)
     except OSError as error:
+        reason = error.strerror
+        if not is_remote(folder) and os.path.islink(folder) and not os.path.exists(folder):
+            reason = f"it is a link to {os.path.realpath(folder)}, which does not exist"
         raise InputError(
-            f"{flag}: {folder} cannot be written ({error.strerror}). Choose another folder."
+            f"{flag}: {folder} cannot be written ({reason}). Choose another folder."
         ) from None
 
 

@@ -43,6 +43,10 @@ def test_masks_are_filled(tmp_path, capsys):
     assert client.main([folder, "no mask", "[MASK] and [MASK]"]) == 0
     line = "     word 75 %, word 25 %\n"
     assert capsys.readouterr().out == f"  no mask\n  [MASK] and [MASK]\n{line}{line}"
+    assert client.main([folder, "[MASK] " * 5]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"{line}{line}     not filled: 3 [MASK], after the last word that the model can read\n"
+    )
 
 
 def test_a_savedmodel_of_version_0_1_0_fills_masks(tmp_path, capsys):
@@ -113,7 +117,7 @@ def test_questions_are_answered(tmp_path, capsys):
             "answer": tf.strings.substr(context, 0, 3),
             "start": tf.zeros_like(question, tf.int32),
             "end": 3 + tf.zeros_like(question, tf.int32),
-            "score": tf.fill([tf.size(question)], 1.5),
+            "score": tf.where(tf.strings.length(context) > 0, 1.5, tf.float32.min),
         }
 
     folder = save(tmp_path / "model", answer, QUESTION)
@@ -122,6 +126,9 @@ def test_questions_are_answered(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"  Ada wrote it.\n  Who wrote it?\n{expected}  Who?\n{expected}"
     )
+    assert client.main([folder, "", "Who wrote it?"]) == 0
+    out = capsys.readouterr().out
+    assert out == "  \n  Who wrote it?\n     no answer: the context has no words\n"
     assert client.main([folder, "A context without a question."]) == 1
     assert "Give CONTEXT QUESTION..." in capsys.readouterr().err
 

@@ -90,7 +90,7 @@ def test_the_result_consists_of_python_numbers():
         ({"batch_size_to": True}, "`batch_size_to` must be an integer >= 1"),
         ({"learning_rate": 0.0}, r"`learning_rate` must be a number in \(0, inf\)"),
         ({"learning_rate": math.nan}, "`learning_rate` must be a number"),
-        ({"learning_rate": 1e308}, "beyond the range of a float. Received: learning_rate=1e"),
+        ({"learning_rate": 1.5e308}, "beyond the range of a float. Received: learning_rate=1.5e"),
         ({"batch_size_to": 10**400}, "beyond the range of a float"),
         ({"batch_size_from": 10**400}, "beyond the range of a float"),
         ({"warmup_steps": -1}, "`warmup_steps` must be an integer >= 0. Received: .*=-1"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest import mock
 
 import pytest
 import tensorflow as tf
@@ -16,8 +17,10 @@ import tensorflow as tf
 from export.saved_model import ClientFailed
 from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
 from recipes import find_recipe
+from training.checkpoint.interruption import Interrupted
 from training.checkpoint.manager import saved_step
 from training.monitor import plot
+from training.monitor.divergence import Diverged
 from training.monitor.progress import read_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,11 +121,14 @@ def test_the_history_is_plotted(whole_run, tmp_path, capfd):
 
 def test_a_finished_run_is_not_trained_again(whole_run, text, in_process, capfd):
     folder, first = whole_run
+    results = json.loads((folder / "results.json").read_text())
+    assert results["examples_per_second"] > 0
     assert in_process([f"--data_dir={text}", f"--model_dir={folder}", *SMALL]) == 0
     again = capfd.readouterr()
     assert "loss" not in again.err and "nothing was left to train" in again.out
     held_out = re.compile("Held out.*")
     assert held_out.search(again.out)[0] == held_out.search(first.stdout)[0]
+    assert json.loads((folder / "results.json").read_text()) == results
 
 
 def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
@@ -175,6 +181,12 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
         (["--set", "compute_dtype=int8"], "compute_dtype must be one of float32, bfloat16"),
         (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
         (["--steps=0"], "--steps must be at least 1"),
+        (["--steps=99999999999999999999"], "--steps must be at least 1 and below 2**31"),
+        (["--set", "steps=99999999999999999999"], "--set: steps must be below 2**31"),
+        (["--set", "target=nan"], "--set: target must be finite. Received: target=nan."),
+        (["--set", "target=-1"], "--set: target must be at least 0"),
+        (["--set", "l2_regularization=inf"], "--set: l2_regularization must be finite"),
+        (["--set", "initializer_stddev=-1"], "--set: initializer_stddev must be at least 0"),
         (["--scaling=sqrt"], "--scaling=sqrt needs the batch size to scale to"),
         (["--scaling=cubic", "--global_batch_size=8"], "--scaling: rule must be one of sqrt"),
         (
@@ -227,6 +239,22 @@ def test_a_dry_run_trains_and_exports_but_keeps_no_files(tmp_path, in_process, c
 
 
 @pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Interrupted(signal.SIGTERM), "SIGTERM: the dry run was stopped; it keeps no files"),
+        (Diverged("no"), "train.py: no; a dry run keeps none. Lower --set peak_learning_rate or"),
+    ],
+)
+def test_a_dry_run_that_ends_early_names_no_checkpoint(error, said, in_process, capfd, monkeypatch):
+    import train as program
+
+    monkeypatch.setattr(program, "train", mock.Mock(side_effect=error))
+    assert in_process(["--dry_run", "--synthetic", *SMALL]) in (128 + signal.SIGTERM, 3)
+    err = capfd.readouterr().err
+    assert said in err and "goes on" not in err and "newest checkpoint" not in err
+
+
+@pytest.mark.parametrize(
     "error",
     [
         ClientFailed("it ended with exit status 1"),
@@ -252,10 +280,13 @@ def test_a_finished_run_without_its_examples_is_reported(error, in_process, tmp_
         strategy=types.SimpleNamespace(num_replicas_in_sync=1),
         steps_done=1,
     )
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "history.png").mkdir()
     program.report(run, {"loss": 1.0}, str(tmp_path), "exported")
     said = capfd.readouterr()
     assert "SavedModel exported" in said.out
-    assert said.err == (
+    assert "its picture could not be drawn: [Errno 21] Is a directory" in said.err
+    assert said.err.endswith(
         "train.py: the run is complete, but export.client could not show examples of the "
         f"SavedModel: {error}\n"
     )
@@ -293,7 +324,8 @@ def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path, 
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("cat", "cow"))
     assert in_process([f"--data_dir={other}", f"--model_dir={folder}", *SMALL]) == 1
-    assert "holds a run with other settings: data" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"train.py: --model_dir: {folder} holds a run with other settings: data" in said
 
 
 def test_a_run_beyond_the_requested_steps_is_refused(whole_run, text, in_process, capfd):

@@ -30,7 +30,8 @@ FLUSH_SECONDS = 60.0  # between two writes of these to object storage, if no che
 def read_rows(path) -> list[dict]:
     """Returns the rows of a JSON-lines file; [] if it does not exist.
 
-    Skips lines that are not JSON, because a killed run may leave an incomplete one.
+    Skips lines that are not JSON, because a killed run may leave an incomplete one. NaN and
+    infinity, which other programs write, are read as `Rows` would have written them, as null.
 
     Raises:
         InputError: a line is JSON, but not a row.
@@ -43,14 +44,20 @@ def read_rows(path) -> list[dict]:
         return []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
+        except (ValueError, RecursionError):
             continue
         wrong = _wrong_in(row)
         if wrong:
             raise InputError(f"{path}, line {number}: {wrong}. Correct or delete this line.")
         rows.append(row)
     return rows
+
+
+def _finite(number: str | float) -> float | None:
+    """Returns a number, or None for one that is NaN or infinite, as 1e400 is."""
+    value = float(number)
+    return value if math.isfinite(value) else None
 
 
 def _wrong_in(row) -> str:
@@ -60,6 +67,8 @@ def _wrong_in(row) -> str:
     for name, value in row.items():
         if name != HIGHER_IS_BETTER and not isinstance(value, int | float | None):
             return f"{name} must be a number or null. Received: {reprlib.repr(value)}"
+        if isinstance(value, int) and not abs(value) < 2**63:
+            return f"{name} must be below 2**63. Received: {reprlib.repr(value)}"
     names = row.get(HIGHER_IS_BETTER, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return f"{HIGHER_IS_BETTER} must be a list of names. Received: {reprlib.repr(names)}"
@@ -88,8 +97,7 @@ class Rows:
     def append(self, row: dict) -> None:
         """Appends a row. NaN and infinity, which JSON does not have, are written as null."""
         finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
+            key: _finite(value) if isinstance(value, float) else value for key, value in row.items()
         }
         if self._remote:
             self._rows.append(finite)

@@ -45,6 +45,26 @@ def test_a_folder_is_replaced_only_on_success(tmp_path):
     assert names(path) == ["whole"] and names(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_stays_and_the_folder_that_it_leads_to_is_replaced(exists, tmp_path):
+    (tmp_path / "disk").mkdir()
+    folder = tmp_path / "disk/folder"
+    if exists:
+        folder.mkdir()
+        (folder / "old").touch()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with files.atomic_folder(str(link)) as new:
+        (pathlib.Path(new) / "whole").touch()
+    assert link.is_symlink() and names(folder) == ["whole"]
+    assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["folder"]
+    # As a process leaves it that is killed between the renames.
+    (tmp_path / "disk/.folder.new").mkdir()
+    folder.rename(tmp_path / "disk/.folder.new" / files.OLD)
+    assert files.recover_folder(str(link))
+    assert link.is_symlink() and names(folder) == ["whole"]
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -182,6 +202,11 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--flag: .*file/b cannot be written .Not a directory"):
         files.check_writable(tmp_path / "file/b", "--flag")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        InputError, match=r"link cannot be written \(it is a link to .*/gone, which"
+    ):
+        files.check_writable(str(tmp_path / "link"), "--flag")
     with pytest.raises(InputError, match="--flag: .*nowhere cannot be written: No such file"):
         with files.locked(tmp_path / "nowhere", "--flag"):
             pass

@@ -150,12 +150,25 @@ def test_history_is_strict_json_and_drops_repeated_steps(tmp_path):
     assert path.read_text() == '{"step": 1, "loss": null}\n'
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e400"])
+def test_a_value_that_is_not_finite_is_read_as_null(value, tmp_path):
+    """Python's `json` and other programs write them; a resumed run wrote them again and failed."""
+    path = tmp_path / "history.jsonl"
+    path.write_text(
+        f'{{"step": 1, "loss": {value}}}\n{"[" * 100_000}\n{{"step": 2, "loss": 2.5}}\n'
+    )
+    assert read_rows(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 2.5}]
+    Rows(path).drop_after(1)
+    assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
         ('{"loss": 3}', "a row must be an object with an integer step. Received: {'loss': 3}"),
         ('{"step": "1"}', "a row must be an object with an integer step. Received: {'step': '1'}"),
         ("null", "a row must be an object with an integer step. Received: None"),
+        (f'{{"step": 1{"0" * 20}}}', f"step must be below 2**63. Received: 1{'0' * 20}"),
         ('{"step": 10, "loss": "abc"}', "loss must be a number or null. Received: 'abc'"),
         (
             '{"step": 10, "higher_is_better": 1}',
