@@ -502,7 +502,7 @@ def read_records(records_path) -> Iterator[dict]:
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if not _is_record(record):
                     raise ValueError(

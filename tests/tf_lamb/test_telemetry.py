@@ -231,7 +231,7 @@ def test_layers_with_the_same_name_get_a_number(keras3, tmp_path):
 
 
 def heat_map_records(path, steps, layers):
-    """Writes a file in which log10 of layer i's ratio is i, with an incomplete last line."""
+    """Writes a file in which log10 of layer i's ratio is i, with two lines that are not JSON."""
     with open(path, "w", encoding="utf-8") as file:
         for step in steps:
             rows = {
@@ -240,6 +240,7 @@ def heat_map_records(path, steps, layers):
             }
             json.dump({"step": step, "skipped_steps": 0, "layers": rows}, file)
             file.write("\n")
+        file.write("[" * 100_000 + "\n")  # too deep for the parser
         file.write('{"step": 9, "lay')
 
 

@@ -206,7 +206,7 @@ def _read_settings(model_dir: str, recipe) -> dict:
                 settings[field] = list(EARLIER_PATTERNS.get(tuple(value), value))
         newer = written > FORMAT
         all(phase["steps"] for phase in phases)  # raises KeyError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"--model_dir: {model_dir} holds checkpoints but no readable recipe.json ({error}). "
             "Choose another folder."
