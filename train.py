@@ -25,7 +25,14 @@ from absl import app, flags, logging
 import recipes
 from export.saved_model import SAVED_MODEL, ClientFailed, check_export_dir, check_not_occupied
 from inputs import damage, memory
-from inputs.errors import InputError, first_line, message_in, refuse_empty, refuse_misspelled
+from inputs.errors import (
+    InputError,
+    first_line,
+    message_in,
+    refuse_below,
+    refuse_empty,
+    refuse_misspelled,
+)
 from inputs.storage import files
 from inputs.storage.files import locked, read_json, recover_folder, temporary_folder, write_json
 from recipes.types import Recipe
@@ -133,12 +140,11 @@ def choose_recipe() -> Recipe:
                     refuse_misspelled(value.rpartition("=")[2], f"--{flag.name}")
     if not 0 <= FLAGS.seed < 2**32:
         raise InputError(f"--seed must lie in [0, 2**32). Received: --seed={FLAGS.seed}.")
-    for name in ("steps", "global_batch_size", "steps_per_loop"):
-        value = FLAGS[name].value
-        if value is not None and not 1 <= value < 2**31:
-            raise InputError(
-                f"--{name} must be at least 1 and below 2**31. Received: --{name}={value}."
-            )
+    sizes = {name: FLAGS[name].value for name in ("steps", "global_batch_size", "steps_per_loop")}
+    refuse_below(1, **sizes)
+    for name, value in sizes.items():
+        if value is not None and value >= 2**31:
+            raise InputError(f"--{name} must be below 2**31. Received: --{name}={value}.")
     if not 0 < FLAGS.connect_seconds <= MAX_SECONDS:
         raise InputError(
             f"--connect_seconds must lie in (0, {MAX_SECONDS}]. Received: "

@@ -14,7 +14,6 @@ Then `train.py` is started, stopped after its first step, and started again.
 
 import argparse
 import contextlib
-import json
 import pathlib
 import signal
 import subprocess
@@ -30,6 +29,8 @@ import tensorflow as tf
 import tf_keras
 
 from benchmarks.contenders import bare_block, fit_block, make_parts, make_recipe, make_task
+from inputs.errors import InputError, refuse_below
+from inputs.storage.files import check_file_writable, write_json
 from models import bert
 from training import strategy
 from training.checkpoint import manager
@@ -201,14 +202,22 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of 500 steps each")
     parser.add_argument(
-        "--steps_per_loop", type=int, default=100, help="training steps in one call on the device"
+        "--rounds", type=int, default=3, help="rounds of 500 steps each; 0 for none"
+    )
+    parser.add_argument(
+        "--steps_per_loop",
+        type=int,
+        default=100,
+        help="training steps in one call on the device; a divisor of 500, at most 250",
     )
     parser.add_argument("--global_batch_size", type=int, default=64, help="sequences per step")
-    parser.add_argument("--starts", type=int, default=3, help="pairs of a new and a resumed run")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="pairs of a new and a resumed run; 0 for none"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
+    check(options)
     size = bert.SIZES["tiny"]
     figures = {}
     print(f"BERT-tiny ({size.layers} x {size.width}), {options.global_batch_size} sequences of 64")
@@ -226,7 +235,28 @@ def main():
         )
         figures |= {"fresh": list(fresh), "resumed": list(resumed)}
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(figures))
+        write_json(options.json, figures)
+
+
+def check(options) -> None:
+    """Checks the command line, before seconds are spent on it.
+
+    Raises:
+        InputError: a number is out of range, nothing is left to time, or the file of `--json`
+            cannot be written.
+    """
+    refuse_below(0, rounds=options.rounds, starts=options.starts)
+    steps = options.steps_per_loop
+    refuse_below(1, steps_per_loop=steps, global_batch_size=options.global_batch_size)
+    if not options.rounds and not options.starts:
+        raise InputError("--rounds=0 --starts=0 leave nothing to time. Give at least 1 for one.")
+    if SAVE_EVERY % steps or steps == SAVE_EVERY:
+        raise InputError(
+            f"--steps_per_loop={steps}: give a divisor of {SAVE_EVERY}, at most {SAVE_EVERY // 2}. "
+            "The engine saves between blocks of so many steps, and blocks without are timed, too."
+        )
+    if options.json:
+        check_file_writable(options.json, f"--json={options.json}")
 
 
 def show_steps(steps, host, save, steps_per_loop):

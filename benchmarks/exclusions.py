@@ -36,6 +36,8 @@ import tensorflow as tf
 import tf_keras
 
 from benchmarks import model_zoo
+from inputs.errors import InputError
+from inputs.storage.files import atomic_write, check_file_writable
 from tf_lamb import BERT_EXCLUSIONS, RESNET_EXCLUSIONS
 
 KINDS = ("norm", "bias", "gain", "table", "other")
@@ -153,34 +155,54 @@ def main():
     )
     parser.add_argument("--json", metavar="FILE", help="write the paths to this file (.json.gz)")
     arguments = parser.parse_args()
+    if arguments.json:
+        check_file_writable(arguments.json, f"--json={arguments.json}")
     warnings.simplefilter("ignore")
+    makers = all_makers(arguments.words)
     columns = ["all", *KINDS, *(f"{name:.4}?" for name in LISTS), "excl."]
     print(f"{'model':44}", *(f"{name:>7}" for name in columns), sep="")
     found = {}
-    for library, models in model_zoo.libraries().items():
-        try:
-            models = models()
-        except Exception as error:
-            print(f"{library:44}not built: {brief(error)}")
+    for full, make in makers.items():
+        if arguments.words and not any(word in full for word in arguments.words):
             continue
-        for name, make in models.items():
-            full = f"{library}/{name}"
-            if arguments.words and not any(word in full for word in arguments.words):
-                continue
-            keras.backend.clear_session()
-            tf_keras.backend.clear_session()
-            gc.collect()
-            try:
-                of = variables(make())
-            except Exception as error:  # a model of another library may fail in any way
-                print(f"{full:44}not built: {brief(error)}")
-                continue
-            print(f"{full:44}{row(of)}", flush=True)
-            found[full] = {
-                kind: sorted(path for path, its in distinct(of) if its == kind) for kind in KINDS
-            }
+        keras.backend.clear_session()
+        tf_keras.backend.clear_session()
+        gc.collect()
+        try:
+            of = variables(make())
+        except Exception as error:  # a model of another library may fail in any way
+            print(f"{full:44}not built: {brief(error)}")
+            continue
+        print(f"{full:44}{row(of)}", flush=True)
+        found[full] = {
+            kind: sorted(path for path, its in distinct(of) if its == kind) for kind in KINDS
+        }
     if arguments.json:
         write(found, arguments.json)
+
+
+def all_makers(words) -> dict:
+    """LIBRARY/MODEL -> the function that builds it, of all libraries that can be imported.
+
+    Args:
+        words: parts of names, which must each be in one.
+
+    Raises:
+        InputError: a word is in no name.
+    """
+    makers = {}
+    for library, models in model_zoo.libraries().items():
+        try:
+            makers |= {f"{library}/{name}": make for name, make in models().items()}
+        except Exception as error:
+            print(f"{library:44}not built: {brief(error)}")
+    if unknown := [word for word in words if not any(word in full for full in makers)]:
+        libraries = dict.fromkeys(full.partition("/")[0] for full in makers)
+        raise InputError(
+            f"{unknown[0]!r} is in the name of no model. The names are LIBRARY/MODEL, of the "
+            f"libraries {', '.join(libraries)}."
+        )
+    return makers
 
 
 def brief(error) -> str:
@@ -191,7 +213,7 @@ def brief(error) -> str:
 def write(found, file):
     """Writes JSON, compressed by gzip: model -> kind -> paths."""
     text = json.dumps(found, indent=0, sort_keys=True)
-    with open(file, "wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed:
+    with atomic_write(file, "wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed:
         packed.write(text.encode())
 
 

@@ -21,9 +21,11 @@ import numpy as np
 import tensorflow as tf
 
 from inputs.bad_records import BadRecords
+from inputs.errors import InputError
 from inputs.images import index
 from inputs.images.examples import Images
 from inputs.pages import Pages, PagesWriter, open_pages
+from inputs.storage.files import check_writable
 from inputs.text.chunks import FULL, TABLE
 from inputs.text.examples import Examples
 from inputs.text.tokenization.vocabulary import SPECIAL_TOKENS
@@ -136,6 +138,17 @@ def memory() -> dict[str, int]:
     return {key: int(status[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM")}
 
 
+def check_folder(folder: str) -> None:
+    """Checks `--folder`.
+
+    Raises:
+        InputError: it is not a folder of this machine, or it cannot be written.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"--folder={folder} is not a folder of this machine. Create it first.")
+    check_writable(folder, "--folder")
+
+
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
@@ -144,11 +157,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", help="for the synthetic data (default: a temporary folder)")
-    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, choices=range(len(CASES)), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.case is not None:
         print(json.dumps(measure(flags.folder, *CASES[flags.case])))
         return
+    if flags.folder:
+        check_folder(flags.folder)
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         write_corpus(os.path.join(folder, "corpus"))
         write_images(os.path.join(folder, "images"))

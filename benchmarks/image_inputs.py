@@ -19,8 +19,9 @@ import tensorflow as tf
 from official.core import config_definitions, input_reader
 from official.vision.dataloaders import classification_input
 
+from inputs.errors import refuse_below, refuse_not_positive
 from inputs.images import decoding, examples
-from inputs.storage.files import write_json
+from inputs.storage.files import check_file_writable, write_json
 
 IMAGE_SIZE = 224
 CLASSES = 1_000
@@ -118,6 +119,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="duration of a turn")
     parser.add_argument("--json", default="", help="write the figures to this file")
     flags = parser.parse_args()
+    refuse_below(1, batch_size=flags.batch_size, rounds=flags.rounds)
+    refuse_not_positive(seconds=flags.seconds)
+    if flags.json:
+        check_file_writable(flags.json, f"--json={flags.json}")
     folder = os.path.join(flags.data_dir, "train")
     ours = examples.Images(folder, IMAGE_SIZE, seed=1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import tensorflow as tf
 from official.nlp.data import pretrain_text_dataloader
 
 from inputs.bad_records import BadRecords
-from inputs.storage.files import write_json
+from inputs.errors import InputError, refuse_below
+from inputs.storage.files import check_file_writable, write_json
 from inputs.text import documents
 from inputs.text import examples as text
 from inputs.text.corpus import load_prepared
 from inputs.text.files import find_files
 from inputs.text.tokenization.casing import is_cased
+from inputs.text.tokenization.vocabulary import load_vocabulary
 from inputs.text.tokenization.word_pieces import Tokenizer, batch_documents
 
 BATCH = 64
@@ -51,23 +54,31 @@ def read(path):
 
 
 def cpu_seconds(command) -> tuple[float, float]:
-    """(wall, CPU) seconds of a command and all its child processes."""
+    """(wall, CPU) seconds of a command and all its child processes.
+
+    Raises:
+        InputError: the command failed. The message ends with the last line of its errors.
+    """
     start = time.perf_counter()
     spent = {}
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        family = [process]
-        try:
-            family += process.children(recursive=True)
-            for member in family:
-                times = member.cpu_times()
-                spent[member.pid] = times.user + times.system
-        except psutil.Error:  # the process ended
-            pass
-        time.sleep(0.1)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - start, sum(spent.values())
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        child = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while child.poll() is None:
+            family = [child]
+            try:
+                family += child.children(recursive=True)
+                for member in family:
+                    times = member.cpu_times()
+                    spent[member.pid] = times.user + times.system
+            except psutil.Error:  # the child ended
+                pass
+            time.sleep(0.1)
+        wall = time.perf_counter() - start
+        if child.returncode:
+            errors.seek(0)
+            lines = errors.read().splitlines() or [process.describe_exit(child.returncode)]
+            raise InputError(f"`{shlex.join(command)}` failed: {lines[-1]}")
+    return wall, sum(spent.values())
 
 
 def tokenizing(path, vocab, folder) -> dict:
@@ -246,6 +257,11 @@ def main():
     )
     parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
+    refuse_below(1, rounds=flags.rounds)
+    find_files(flags.text, "--text")
+    load_vocabulary(flags.vocab)
+    if flags.json:
+        check_file_writable(flags.json, f"--json={flags.json}")
     with tempfile.TemporaryDirectory() as folder:
         shards = os.path.join(folder, "shards")
         figures = {"tokenizing": tokenizing(flags.text, flags.vocab, shards), "reading": []}

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import tf_lamb
+from inputs.errors import refuse_below
 
 SHAPES = [*[(768, 768)] * 8, *[(768, 3072), (3072, 768)] * 2, *[(768,)] * 41, (3, 3, 512, 512)]
 DECAY = 0.01
@@ -79,6 +80,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20, help="updates of each optimizer")
     flags = parser.parse_args()
+    refuse_below(1, rounds=flags.rounds)
     seconds = measure(
         {
             PEER: keras_update(keras.optimizers.Lamb(1e-3, weight_decay=DECAY)),

@@ -17,6 +17,7 @@ import tensorflow as tf
 import tf_keras
 
 import recipes
+from inputs.errors import refuse_below
 from recipes.types import Recipe
 from tasks import TASKS
 from training import optimizers
@@ -125,8 +126,9 @@ def main(arguments=None) -> int:
         help="number of replicas that share the global batch",
     )
     options = parser.parse_args(arguments)
+    refuse_below(1, replicas=options.replicas)
     try:
-        measure(replica_recipe(recipes.find_recipe(options.recipe), max(options.replicas, 1)))
+        measure(replica_recipe(recipes.find_recipe(options.recipe), options.replicas))
     except ValueError as error:
         print(f"benchmarks.lowering: {error}", file=sys.stderr)
         return 1

@@ -28,10 +28,12 @@ from official.modeling.optimization import lars as tfm_lars
 
 import tf_lamb
 from benchmarks import shapes
-from inputs.storage.files import write_json
+from inputs.errors import InputError, refuse_below
+from inputs.storage.files import check_file_writable, write_json
 from tf_lamb import tf_keras as tf_lamb_2
 
 FLOATS_MOVED = {"lamb": 10, "lars": 7}
+OPTAX = "optax, JAX"
 WAYS = ("eager", "function", "jit")
 
 
@@ -182,6 +184,20 @@ def measure(make_update, copy, rounds: int) -> dict:
     }
 
 
+def check_name(part: str, rules, has_optax: bool) -> None:
+    """Checks that the name of an optimizer contains the text of `--only`.
+
+    Raises:
+        InputError: there is none among those of the rules.
+    """
+    names = dict.fromkeys(name for rule in rules for name in optimizers(rule, ()))
+    names |= {OPTAX: None} if has_optax else {}
+    if not any(part in name for name in names):
+        raise InputError(
+            f"--only={part} is in the name of no optimizer. The names are {'; '.join(names)}."
+        )
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -205,7 +221,12 @@ def main():
     )
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
-    if not importlib.util.find_spec("optax"):
+    refuse_below(1, rounds=flags.rounds)
+    has_optax = importlib.util.find_spec("optax") is not None
+    check_name(flags.only, flags.rule or FLOATS_MOVED, has_optax)
+    if flags.json:
+        check_file_writable(flags.json, f"--json={flags.json}")
+    if not has_optax:
         print("optax is not installed and is skipped. Install it: pip install -e .[train,bench]")
     rows = []
     print(f"{'':68}update   ratio to copy    first two   temporaries")
@@ -220,9 +241,9 @@ def main():
                 for name, make in optimizers(rule, shapes.EXCLUDED[model]).items()
                 for way in WAYS
             ]
-            if importlib.util.find_spec("optax"):
+            if has_optax:
                 make_update = functools.partial(optax_update, rule, layers)
-                cases.append(("optax, JAX", "jit", make_update))
+                cases.append((OPTAX, "jit", make_update))
             for name, way, make_update in cases:
                 if flags.only not in name:
                     continue

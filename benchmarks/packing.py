@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 import recipes
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_below
 from inputs.text import packing
 from models import bert
 from models import packing as packed_bert
@@ -88,10 +88,19 @@ def compile_steps(name: str, topology: str, per_row: int, lengths: str) -> None:
     places = len(lengths.split(","))
     packed = [f"sequences_per_row={per_row}", f"global_batch_size={examples_of(phase, per_row)}"]
     buckets = [f"length_buckets={lengths}", f"global_batch_size={examples_of(phase, places)}"]
-    for form, settings in (("padded", []), ("packed", packed), ("buckets", buckets)):
+    try:
+        forms = {
+            form: recipes.override(recipe, ["compute_dtype=bfloat16", *settings])
+            for form, settings in (("padded", []), ("packed", packed), ("buckets", buckets))
+        }
+        for changed in forms.values():
+            changed.check()
+    except ValueError as error:
+        raise InputError(f"--recipe, --per_row or --length_buckets: {error}") from None
+    for form, changed in forms.items():
         with show_progress(lambda line: print(line, file=sys.stderr), total=1) as progress:
             (result,) = preflight.examine(
-                recipes.override(recipe, ["compute_dtype=bfloat16", *settings]),
+                changed,
                 [where],
                 progress=progress,
                 search=False,
@@ -136,6 +145,8 @@ def main() -> None:
         help="lengths of a group's places; --topology",
     )
     flags = parser.parse_args()
+    refuse_below(2, length=flags.length)  # a word to predict, and another
+    refuse_below(1, sequences=flags.sequences, rounds=flags.rounds, per_row=flags.per_row)
     if flags.topology:
         compile_steps(flags.recipe, flags.topology, flags.per_row, flags.length_buckets)
         return

@@ -23,6 +23,7 @@ import tensorflow as tf
 from export.bert import pretrained_export
 from export.saved_model import write_export
 from export.squad import answering_export
+from inputs.errors import InputError, refuse_below
 from inputs.squad import files as squad
 from inputs.text.tokenization import vocabulary
 from inputs.text.tokenization.casing import is_cased
@@ -31,6 +32,7 @@ from models.squad import build_span_labeler
 from recipes.squad import SQUAD_BASE
 
 POSITIONS = 512
+BATCH = 32  # strings of a call, for the rate
 
 
 def exports(size: str, pieces: list[str]):
@@ -79,6 +81,20 @@ def seconds(functions, make, count: int, repeats: int) -> list[float]:
     return [statistics.median(times) for times in taken]
 
 
+def check_enough(read: squad.Squad, repeats: int, batches: int) -> None:
+    """Checks that there are different questions for each call, and for a first call before them.
+
+    Raises:
+        InputError: the file has too few questions.
+    """
+    needed = max(repeats + 1, BATCH * (batches + 1))
+    if len(read.questions) < needed:
+        raise InputError(
+            f"SQUAD: {read.path} has {len(read.questions):,} questions, but --repeats={repeats} "
+            f"needs {needed:,} different ones. Give a file with more, or fewer repeats."
+        )
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -90,11 +106,18 @@ def main():
         "--size", default="mini", choices=bert.SIZES, help="size of BERT, with random weights"
     )
     parser.add_argument(
-        "--repeats", type=int, default=15, help="calls of each signature; the median is printed"
+        "--repeats",
+        type=int,
+        default=15,
+        help="calls of each signature with one string, and a third as many, but at least 3, with "
+        "32; the medians are printed",
     )
     arguments = parser.parse_args()
-    pieces = vocabulary.load_vocabulary(arguments.vocab)
-    read = squad.read_squad(arguments.squad)
+    refuse_below(1, repeats=arguments.repeats)
+    pieces = vocabulary.load_vocabulary(arguments.vocab, "VOCAB")
+    read = squad.read_squad(arguments.squad, flag="SQUAD")
+    batches = max(3, arguments.repeats // 3)
+    check_enough(read, arguments.repeats, batches)
     print(f"BERT-{arguments.size}, {len(pieces):,} word pieces, {os.cpu_count()} CPU cores")
     print(f"{'':27}{'one string, ms':>24}{'strings/s at 32':>24}")
     print(f"{'':27}{'SavedModel':>12}{'Python':>12}{'SavedModel':>12}{'Python':>12}")
@@ -110,9 +133,9 @@ def main():
                 made[name].signatures[signature].python_function,
             ]
             alone = seconds(pair, make, 1, arguments.repeats)
-            together = seconds(pair, make, 32, max(3, arguments.repeats // 3))
+            together = seconds(pair, make, BATCH, batches)
             latency = "".join(f"{1e3 * time:12.1f}" for time in alone)
-            print(f"{what:27}{latency}" + "".join(f"{32 / time:12.0f}" for time in together))
+            print(f"{what:27}{latency}" + "".join(f"{BATCH / time:12.0f}" for time in together))
 
 
 if __name__ == "__main__":

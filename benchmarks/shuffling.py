@@ -17,6 +17,7 @@ from inputs import process  # isort: split
 import numpy as np
 import tensorflow as tf
 
+from inputs.errors import InputError, refuse_below
 from inputs.order import Order, number_of_lanes, row_batches
 
 PERMUTATIONS = 5
@@ -45,6 +46,28 @@ def drift(batches: np.ndarray) -> float:
     return float(np.corrcoef(steps, batches.ravel())[0, 1])
 
 
+def parse_batches(text: str, examples: int) -> list[int]:
+    """Reads `--batches`.
+
+    Raises:
+        InputError: the text is something else, or the epoch of a batch size has less than two
+            steps, so that there is no drift.
+    """
+    try:
+        batches = [int(size) for size in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--batches={text}: give batch sizes separated by commas, such as 64,4096."
+        ) from None
+    refuse_below(1, batches=min(batches))
+    if examples < 2 * max(batches):
+        raise InputError(
+            f"--batches={text}: an epoch of --examples={examples} has less than two steps of "
+            f"{max(batches)}. Give at least {2 * max(batches)} examples, or smaller batches."
+        )
+    return batches
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -65,9 +88,17 @@ def main() -> None:
         help="largest distance of two neighbors in the data set",
     )
     flags = parser.parse_args()
+    refuse_below(
+        1,
+        examples=flags.examples,
+        block=flags.block,
+        window=flags.window,
+        distance=flags.distance,
+    )
+    batches = parse_batches(flags.batches, flags.examples)
     print(f"{'batch':>8}{'lanes':>7}   neighbors: order, permutation   drift: order, permutation")
     rng = np.random.default_rng(0)
-    for batch in map(int, flags.batches.split(",")):
+    for batch in batches:
         lanes = number_of_lanes(batch, flags.examples)
         order = Order(flags.examples, batch, lanes, flags.block, flags.window, seed=1)
         ours = epoch(order)

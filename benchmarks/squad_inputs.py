@@ -14,6 +14,7 @@ import time
 from inputs import process  # isort: split
 
 from inputs.bad_records import BadRecords
+from inputs.errors import refuse_below
 from inputs.squad import examples as squad_examples
 from inputs.squad import files as squad
 from inputs.text.tokenization import vocabulary
@@ -56,9 +57,11 @@ def main():
     parser.add_argument("vocab", metavar="VOCAB", help="a BERT vocab.txt")
     parser.add_argument("--batches", type=int, default=500, help="batches of 64 windows to time")
     arguments = parser.parse_args()
-    pieces = vocabulary.load_vocabulary(arguments.vocab)
+    refuse_below(1, batches=arguments.batches)
+    pieces = vocabulary.load_vocabulary(arguments.vocab, "VOCAB")
     begin = time.perf_counter()
-    read = squad.read_squad(arguments.squad, BadRecords(0.01, skip=True, log=print))
+    records = BadRecords(0.01, skip=True, log=print)
+    read = squad.read_squad(arguments.squad, records, flag="SQUAD")
     parsed = time.perf_counter()
     lower_case = not is_cased(pieces)
     features = squad_examples.Features(read, pieces, lower_case=lower_case, **SETTINGS, seed=1)

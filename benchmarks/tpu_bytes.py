@@ -22,7 +22,7 @@ import tensorflow as tf
 
 import tf_lamb
 from benchmarks import shapes
-from inputs.storage.files import write_json
+from inputs.storage.files import check_file_writable, write_json
 from preflight.compiler.topology import parse_topology
 from preflight.compiler.traffic import count_traffic
 from preflight.estimate import counts_main_memory
@@ -179,6 +179,8 @@ def main():
     )
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
+    if flags.json:
+        check_file_writable(flags.json, f"--json={flags.json}")
     topology = parse_topology(flags.topology, "--topology")
     device = tpu(topology.name)
     rows = []

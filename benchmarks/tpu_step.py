@@ -21,8 +21,8 @@ import tf_keras
 from official.modeling.optimization import lamb, lars
 
 import recipes
-from inputs.errors import InputError
-from inputs.storage.files import write_json
+from inputs.errors import InputError, refuse_below
+from inputs.storage.files import check_file_writable, write_json
 from models import bert
 from preflight.compiler.program import Replica
 from preflight.compiler.topology import parse_topology
@@ -125,10 +125,15 @@ def main():
     parser.add_argument("--set", action="append", default=[], help="field=value of the recipe")
     parser.add_argument("--json", help="write the rows to this file")
     flags = parser.parse_args()
+    refuse_below(1, batch=flags.batch)
+    if flags.json:
+        check_file_writable(flags.json, f"--json={flags.json}")
     try:
         recipe = recipes.override(
             recipes.find_recipe(flags.recipe), ["compute_dtype=bfloat16", *flags.set]
         )
+        recipe.check()
+        optimizers.make_optimizer(recipe, optimizers.make_schedule(recipe))  # checks its arguments
     except ValueError as error:
         raise InputError(f"--recipe or --set: {error}") from None
     if not 1 <= flags.phase <= len(recipe.phases):

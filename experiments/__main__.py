@@ -19,7 +19,7 @@ from experiments import ROOT
 from experiments.grid import chip_hours, find_cell
 from experiments.runner import Places, run_cell, run_table, state
 from experiments.tables import TABLES
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_below
 
 RESULTS = os.path.join(ROOT, "docs", "results")
 SUMMARY = "summary"
@@ -98,8 +98,7 @@ def _table(options):
     jobs = options.jobs
     if jobs is None:
         jobs = os.cpu_count() if table.one_core else 1
-    if jobs < 1:
-        raise InputError(f"--jobs={jobs}: give at least 1.")
+    refuse_below(1, jobs=jobs)
     if options.train_flag and table.program != "train":
         raise InputError(f"--train_flag: the table {table.name} does not run train.py.")
     if options.list:

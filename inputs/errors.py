@@ -1,5 +1,6 @@
 """The exception for bad input, shown to the user as one sentence without a stack trace."""
 
+import math
 import re
 
 
@@ -22,6 +23,35 @@ def refuse_empty(**flags: object) -> None:
                 f"--{name} is empty, perhaps because a shell variable is not set. Give a value, or "
                 f"leave out --{name}."
             )
+
+
+def refuse_below(least: int, **flags: int | None) -> None:
+    """Checks that no flag has too small a number.
+
+    Args:
+        least: the smallest number that is accepted.
+        **flags: flag name without dashes -> value; None is not checked.
+
+    Raises:
+        InputError: a number is below `least`.
+    """
+    for name, value in flags.items():
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}. Received: --{name}={value}.")
+
+
+def refuse_not_positive(**flags: float | None) -> None:
+    """Checks that each flag has a positive and finite number.
+
+    Args:
+        **flags: flag name without dashes -> value; None is not checked.
+
+    Raises:
+        InputError: a number is 0, negative, infinite or not a number.
+    """
+    for name, value in flags.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be positive and finite. Received: --{name}={value:g}.")
 
 
 def refuse_misspelled(path: str, flag: str) -> None:

@@ -19,7 +19,7 @@ import sys
 from inputs import process  # isort: split
 
 import recipes
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_below
 from inputs.storage.files import check_file_writable
 from preflight import curve as curves
 from preflight import run as preflight
@@ -406,10 +406,7 @@ def main(arguments) -> int:
         if len(topologies) > 1:
             raise InputError(f"--topology={flags.topology}: give exactly one topology.")
         (topology,) = topologies
-        for name in ("batch", "examples"):
-            value = getattr(flags, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} must be at least 1. Received: --{name}={value}.")
+        refuse_below(1, batch=flags.batch, examples=flags.examples)
         if flags.picture:
             check_file_writable(flags.picture, f"--picture={flags.picture}")
         plan = make_plan(

@@ -20,7 +20,7 @@ import sys
 from inputs import process  # isort: split
 
 import recipes
-from inputs.errors import InputError
+from inputs.errors import InputError, refuse_not_positive
 from inputs.storage.files import absolute, is_remote, read_file, read_json, write_json
 from recipes.overrides import NOT_SETTABLE
 from training.checkpoint.compatibility import RUN_CONFIG
@@ -354,8 +354,7 @@ def check_numbers(flags, batches: list[int]) -> None:
             f"branches would see different numbers of examples. Give a multiple of {common}, such "
             f"as --examples={near}."
         )
-    if flags.rate is not None and not 0 < flags.rate < math.inf:
-        raise InputError(f"--rate must be positive and finite. Received: --rate={flags.rate:g}.")
+    refuse_not_positive(rate=flags.rate)
     if not 0 <= flags.tolerance < math.inf:
         raise InputError(
             f"--tolerance must be finite and at least 0. Received: --tolerance={flags.tolerance:g}."

@@ -128,7 +128,7 @@ class Features:
         if not totals.all():
             empty = squad.questions[int(np.argmin(totals))]
             raise InputError(
-                f"--data_dir: {squad.path}, the context of question {empty.id!r} has no word, "
+                f"{squad.flag}: {squad.path}, the context of question {empty.id!r} has no word, "
                 "only spaces or control characters. Remove it from the file."
             )
         self._windows = windows.cut_windows(

@@ -12,6 +12,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.storage.files import is_folder, list_names, read_bytes
 
+DATA_DIR = "--data_dir"
 SHOWN_CHARACTERS = 60  # of an answer, in a message
 
 
@@ -47,12 +48,14 @@ class Squad:
         questions: in the order of the file.
         fingerprint: a hash of the file's content.
         path: path of the file.
+        flag: the flag or argument that named it, for error messages.
     """
 
     contexts: list[str]
     questions: list[Question]
     fingerprint: str
     path: str = ""
+    flag: str = DATA_DIR
 
     def evaluated_as(self) -> list[dict]:
         """The questions and their answers, in the layout that the official metric reads."""
@@ -91,7 +94,7 @@ def find_files(data_dir: str) -> tuple[str, str]:
     return tuple(os.path.join(given[0], names[0]) for names in found)
 
 
-def read_squad(path: str, records: BadRecords | None = None) -> Squad:
+def read_squad(path: str, records: BadRecords | None = None, *, flag: str = DATA_DIR) -> Squad:
     """Reads a SQuAD v1.1 file, gzipped or not.
 
     Args:
@@ -99,20 +102,21 @@ def read_squad(path: str, records: BadRecords | None = None) -> Squad:
         records: for a training file, counts the answers. An answer that differs from the context at
             its position is damaged, and a question with damaged answers only is left out. None
             for a dev file, whose answers are compared as text and need no position.
+        flag: the flag or argument that named the file, for error messages.
 
     Raises:
         InputError: the file cannot be read, a field is missing or of another type, or too many
             answers are damaged.
     """
-    raw = _content(path)
+    raw = _content(path, flag)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"--data_dir: {path} is not JSON in UTF-8 ({error}).") from None
+        raise InputError(f"{flag}: {path} is not JSON in UTF-8 ({error}).") from None
     contexts, questions = [], []
     locations: dict[str, str] = {}
     with records.of_file() if records else contextlib.nullcontext():
-        for paragraph, where in _paragraphs(_Reader(path), content):
+        for paragraph, where in _paragraphs(_Reader(path, flag), content):
             contexts.append(_context(paragraph, where))
             for index, entry in enumerate(where.get(paragraph, "qas", list)):
                 at = where.at(f"qas[{index}]")
@@ -125,16 +129,16 @@ def read_squad(path: str, records: BadRecords | None = None) -> Squad:
     if records:
         records.end()
     if not questions:
-        raise InputError(f"--data_dir: {path} has no question. Give a SQuAD v1.1 file.")
-    return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16], path)
+        raise InputError(f"{flag}: {path} has no question. Give a SQuAD v1.1 file.")
+    return Squad(contexts, questions, hashlib.sha256(raw).hexdigest()[:16], path, flag)
 
 
-def _content(path: str) -> bytes:
-    raw = read_bytes(path, flag="--data_dir")
+def _content(path: str, flag: str) -> bytes:
+    raw = read_bytes(path, flag=flag)
     try:
         return gzip.decompress(raw) if path.endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"--data_dir: {path} cannot be read ({error}).") from None
+        raise InputError(f"{flag}: {path} cannot be read ({error}).") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +146,15 @@ class _Reader:
     """Takes fields out of parsed JSON; its errors name the file and the location in it."""
 
     path: str
+    flag: str
     location: str = ""
 
     def at(self, name: str) -> "_Reader":
-        return _Reader(self.path, f"{self.location}.{name}" if self.location else name)
+        location = f"{self.location}.{name}" if self.location else name
+        return dataclasses.replace(self, location=location)
 
     def fail(self, problem: str):
-        raise InputError(f"--data_dir: {self.path}, {self.location}: {problem}.")
+        raise InputError(f"{self.flag}: {self.path}, {self.location}: {problem}.")
 
     def get(self, holder, field: str, kind: type):
         names = {str: "a string", int: "a whole number", list: "a list"}
@@ -157,7 +163,7 @@ class _Reader:
             found = "is missing" if value is None else f"is {str(value)[:40]!r}"
             where = f"{self.location}.{field}" if self.location else field
             raise InputError(
-                f"--data_dir: {self.path}: {where} {found}, but must be {names[kind]}. "
+                f"{self.flag}: {self.path}: {where} {found}, but must be {names[kind]}. "
                 "SQuAD v1.1 has data[].paragraphs[].{context, qas[].{id, question, "
                 "answers[].{answer_start, text}}}."
             )

@@ -18,7 +18,7 @@ from inputs import process  # isort: split
 import numpy as np
 
 from inputs.bad_records import BadRecords
-from inputs.errors import InputError, refuse_empty
+from inputs.errors import InputError, refuse_below, refuse_empty
 from inputs.progress import Progress, log
 from inputs.shards import MANIFEST, is_prepared
 from inputs.storage.files import (
@@ -544,9 +544,7 @@ def main(arguments=None) -> int:
     try:
         refuse_empty(**{name: flags[name] for name in ("input", "vocab", "output")})
         flags["sequence_lengths"] = _lengths(flags["sequence_lengths"])
-        for name in ("workers", "shard_tokens"):
-            if flags[name] < 1:
-                raise InputError(f"--{name} must be at least 1. Received: --{name}={flags[name]}.")
+        refuse_below(1, workers=flags["workers"], shard_tokens=flags["shard_tokens"])
         manifest = prepare(flags.pop("input"), log=log, show_progress=True, **flags)
     except InputError as error:
         log(f"{NAME}: {error}")

@@ -181,7 +181,7 @@ def test_a_model_dir_with_other_settings_is_refused_and_unchanged(
         (["--set", "compute_dtype=int8"], "compute_dtype must be one of float32, bfloat16"),
         (["--set", "predictions=99"], "predictions must lie in [1, sequence_length)"),
         (["--steps=0"], "--steps must be at least 1"),
-        (["--steps=99999999999999999999"], "--steps must be at least 1 and below 2**31"),
+        (["--steps=99999999999999999999"], "--steps must be below 2**31. Received: --steps=9"),
         (["--set", "steps=99999999999999999999"], "--set: steps must be below 2**31"),
         (["--set", "target=nan"], "--set: target must be finite. Received: target=nan."),
         (["--set", "target=-1"], "--set: target must be at least 0"),

@@ -16,11 +16,15 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]",
 LEARNED_WORDS = 10_000
 
 
-def load_vocabulary(path: str) -> list[str]:
+def load_vocabulary(path: str, flag: str = "--vocab") -> list[str]:
     """Reads a `vocab.txt` with one word piece per line; ids are line numbers from 0.
 
     *Differs from* Google's and Hugging Face's programs: they accept blank lines, as pieces that
     never occur, and repeated pieces, which get the id of their last line.
+
+    Args:
+        path: path of the file.
+        flag: the flag or argument that named it, for error messages.
 
     Raises:
         InputError: the file cannot be read, lacks a special token, or has a blank line or a
@@ -28,33 +32,33 @@ def load_vocabulary(path: str) -> list[str]:
     """
     try:
         content = read_file(path)
-        check_beginning(path, content, flag="--vocab")
+        check_beginning(path, content, flag=flag)
         # Ids are line numbers, so only line ends may separate lines.
         lines = content.decode("utf-8-sig").replace("\r\n", "\n")
         pieces = lines.rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--vocab: {path} cannot be read as UTF-8 text ({error}). "
+            f"{flag}: {path} cannot be read as UTF-8 text ({error}). "
             "Give a vocab.txt with one word piece per line."
         ) from None
     missing = [token for token in SPECIAL_TOKENS if token not in pieces]
     if missing:
         raise InputError(
-            f"--vocab: {path} lacks {', '.join(missing)}. A BERT vocabulary has each of "
+            f"{flag}: {path} lacks {', '.join(missing)}. A BERT vocabulary has each of "
             f"{', '.join(SPECIAL_TOKENS)} on its own line."
         )
     if len(pieces) == len(SPECIAL_TOKENS):
-        raise InputError(f"--vocab: {path} has no word pieces besides the special tokens.")
+        raise InputError(f"{flag}: {path} has no word pieces besides the special tokens.")
     seen: dict[str, int] = {}
     for line, piece in enumerate(pieces, start=1):
         if not piece:
             raise InputError(
-                f"--vocab: {path}, line {line} is blank, and no text has an empty word piece. "
+                f"{flag}: {path}, line {line} is blank, and no text has an empty word piece. "
                 f"{_replace(line, pieces)}"
             )
         if piece in seen:
             raise InputError(
-                f"--vocab: {path} has {piece!r} in line {seen[piece]} and in line {line}, but text "
+                f"{flag}: {path} has {piece!r} in line {seen[piece]} and in line {line}, but text "
                 "gets only one id for it: with Google's and Hugging Face's programs that of the "
                 f"last line. {_replace(seen[piece], pieces)}"
             )
