@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 from unittest import mock
@@ -43,10 +44,71 @@ def mnist(tmp_path_factory):
         images = generator.integers(0, 50, (IMAGES, 28, 28), dtype=np.uint8)
         for image, label in zip(images, labels, strict=True):
             image[2 * label : 2 * label + 3] = 255
-        for kind, header, content in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+        for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
             with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as file:
-                file.write(bytes(header) + content.tobytes())
+                file.write(_idx(content))
     return str(folder)
+
+
+def _idx(content):
+    magic = 0x800 + content.ndim
+    return struct.pack(f">{1 + content.ndim}I", magic, *content.shape) + content.tobytes()
+
+
+def _damage(folder, name):
+    """Replaces one file of MNIST, or two, by damaged ones; returns what is said of it."""
+    images, labels = (folder / f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    pixels = _idx(np.zeros((4, 28, 28), np.uint8))
+    numbers = _idx(np.arange(4, dtype=np.uint8))
+    images.write_bytes(pixels)
+    labels.write_bytes(numbers)
+    if name == "truncated images":
+        images.write_bytes(pixels[:-100])
+        return f"{images} has 3,052 bytes, and by its header it should have 3,152"
+    if name == "truncated labels":
+        labels.write_bytes(numbers[:-1])
+        return f"{labels} has 11 bytes, and by its header it should have 12"
+    if name == "swapped":
+        images.write_bytes(numbers)
+        return f"{images} is no IDX file of images of 28x28 pixels"
+    if name == "no header":
+        labels.write_bytes(b"")
+        return f"{labels} is no IDX file of labels"
+    if name == "labels of another set":
+        labels.write_bytes(_idx(np.arange(3, dtype=np.uint8)))
+        return f"{images} has 4 images, and {labels} has 3 labels"
+    if name == "label":
+        labels.write_bytes(_idx(np.array([1, 2, 3, 10], np.uint8)))
+        return f"{labels} has the label 10, which is outside the labels 0 to 9"
+    labels.unlink()
+    packed = bytearray(gzip.compress(numbers * 100))
+    packed[14] ^= 255
+    labels.with_suffix(".gz").write_bytes(packed)
+    return f"{labels}.gz cannot be read"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("truncated images", "truncated labels", "swapped", "no header"),
+        *("labels of another set", "label", "damaged gzip"),
+    ],
+)
+def test_a_damaged_file_of_mnist_is_named(name, tmp_path):
+    said = _damage(tmp_path, name)
+    with pytest.raises(InputError) as error:
+        datasets.load("mnist", str(tmp_path), "train")
+    assert str(error.value).startswith(f"--data_dir: {said}")
+
+
+def test_too_few_images_for_the_warm_up_are_refused(mnist, tmp_path):
+    with pytest.raises(InputError, match=f"--data_dir: {mnist} has 96 images for training"):
+        keras_run.run(_cell(warmup_steps=24), mnist, str(tmp_path))
+
+
+def test_a_missing_file_of_cifar_10_is_one_of_data_dir(tmp_path):
+    with pytest.raises(InputError, match=f"--data_dir: {tmp_path} lacks the file"):
+        datasets.load("cifar10", str(tmp_path), "train")
 
 
 def test_cifar_10_is_read_in_order_with_mean_0_and_deviation_1(tmp_path):
