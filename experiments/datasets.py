@@ -1,7 +1,9 @@
 """MNIST and CIFAR-10 as arrays, and shuffled, cropped batches of them."""
 
 import gzip
+import math
 import os
+import zlib
 
 import keras
 import numpy as np
@@ -15,6 +17,7 @@ MNIST_FILES = {"train": "train", "validation": "t10k"}
 CIFAR_MEAN = (125.30691805, 122.95039414, 113.86538318)
 CIFAR_STDDEV = (62.99321928, 62.08870764, 66.70489964)
 CROP_PADDING = 4
+FOUR_FILES = "Give the folder with MNIST's four files, as they were published."
 
 
 def load(name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -32,27 +35,49 @@ def load(name: str, data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if name == "mnist":
         stem = os.path.join(data_dir, MNIST_FILES[split])
-        images = _read_idx(f"{stem}-images-idx3-ubyte", 16).reshape(-1, 28, 28, 1)
-        labels = _read_idx(f"{stem}-labels-idx1-ubyte", 8)
-        return images.astype(np.float32) / 255, labels.astype(np.int32)
-    items = [item for part in cifar_source(data_dir, split).parts for item in part.read()]
-    images = np.stack([np.frombuffer(item.data, np.uint8) for item in items])
+        images = _read_idx(f"{stem}-images-idx3-ubyte", (28, 28))
+        labels = _read_idx(f"{stem}-labels-idx1-ubyte", ())
+        if len(images) != len(labels):
+            raise InputError(
+                f"--data_dir: {stem}-images-idx3-ubyte has {len(images)} images, and "
+                f"{stem}-labels-idx1-ubyte has {len(labels)} labels. {FOUR_FILES}"
+            )
+        if len(labels) and labels.max() > 9:
+            raise InputError(
+                f"--data_dir: {stem}-labels-idx1-ubyte has the label {labels.max()}, which is "
+                f"outside the labels 0 to 9. {FOUR_FILES}"
+            )
+        return images[..., None].astype(np.float32) / 255, labels.astype(np.int32)
+    parts = cifar_source(data_dir, split, "--data_dir").parts
+    items = [item for part in parts for item in part.read()]
+    images = np.frombuffer(b"".join(item.data for item in items), np.uint8)
     images = images.reshape(-1, 32, 32, 3).astype(np.float32)
     images = (images - np.float32(CIFAR_MEAN)) / np.float32(CIFAR_STDDEV)
     return images, np.array([item.label for item in items], np.int32)
 
 
-def _read_idx(path, header):
+def _read_idx(path, shape):
+    """Reads a file of unsigned bytes in the format IDX: (count, *shape)."""
+    path = path if os.path.exists(path) else f"{path}.gz"
     try:
-        if os.path.exists(path):
-            return np.fromfile(path, np.uint8)[header:]
-        with gzip.open(f"{path}.gz") as file:
-            return np.frombuffer(file.read(), np.uint8)[header:]
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--data_dir: {path} cannot be read ({reason}). {FOUR_FILES}") from None
+    # Big-endian: 2,048 for unsigned bytes, plus the number of dimensions; then the dimensions.
+    size = 4 * (2 + len(shape))
+    header = content[:size].ljust(size, b"\0")
+    magic, *found = np.frombuffer(header, ">u4").tolist()
+    if magic != 2_049 + len(shape) or tuple(found[1:]) != shape:
+        kind = "images of 28x28 pixels" if shape else "labels"
+        raise InputError(f"--data_dir: {path} is no IDX file of {kind}. {FOUR_FILES}")
+    if len(content) != size + math.prod(found):
         raise InputError(
-            f"--data_dir: {path}.gz cannot be read ({error}). Give the folder with MNIST's four "
-            "files."
-        ) from None
+            f"--data_dir: {path} has {len(content):,} bytes, and by its header it should have "
+            f"{size + math.prod(found):,}. {FOUR_FILES}"
+        )
+    return np.frombuffer(content, np.uint8, offset=size).reshape(found)
 
 
 class Batches(keras.utils.PyDataset):

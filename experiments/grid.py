@@ -139,10 +139,10 @@ def progress(table: Table, group: Group, metrics: Mapping[str, float]) -> Progre
     """
     if group.rate_from:
         source = table.group(group.rate_from[0])
-        tuned = progress(table, source, metrics).best
-        if tuned is None:
-            return Progress([], len(group.seeds), None)
-        best = _rounded(tuned * group.rate_from[1])
+        tuned = progress(table, source, metrics)
+        if tuned.best is None:  # its rates are still to be tried, or none of them learns
+            return Progress([], len(group.seeds) if tuned.todo or tuned.later else 0, None)
+        best = _rounded(tuned.best * group.rate_from[1])
         at_edge = False
     else:
         rates = list(group.rates)

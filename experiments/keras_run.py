@@ -11,6 +11,7 @@ import keras
 import tf_lamb
 from experiments import datasets, networks
 from experiments.grid import Cell
+from inputs.errors import InputError
 
 EVALUATION_BATCH = 2_000
 MOMENTUM = 0.9
@@ -74,6 +75,9 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     Returns:
         A dictionary with `curve`: name -> list of values, one per epoch; and `result`: `accuracy`
         and `loss` on the test set after the last epoch, and `diverged`.
+
+    Raises:
+        InputError: the data cannot be read, or are too few for the warm-up.
     """
     settings = dict(cell.group.settings)
     keras.utils.set_random_seed(cell.seed)
@@ -83,6 +87,12 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     batch = settings["batch"]
     epochs = settings["epochs"]
     ends = [round(epoch * len(train[0]) / batch) for epoch in range(epochs + 1)]
+    if ends[-1] <= settings["warmup_steps"] or not len(test[0]):
+        raise InputError(
+            f"--data_dir: {data_dir} has {len(train[0]):,} images for training and "
+            f"{len(test[0]):,} for the test, too few for the {settings['warmup_steps']} steps of "
+            f"warm-up at batch {batch:,}. Give the whole set as it was published."
+        )
     schedule = tf_lamb.WarmupPolynomialDecay(
         cell.rate, settings["warmup_steps"], ends[-1], power=settings["power"]
     )

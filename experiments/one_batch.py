@@ -8,11 +8,10 @@ source; then the SavedModel classifies each image file.
 import csv
 import json
 import os
-import subprocess
 import sys
 import tarfile
 
-from experiments import ROOT
+from experiments import ROOT, children
 from experiments.grid import Cell
 from inputs.errors import InputError
 
@@ -51,9 +50,9 @@ def run(cell: Cell, data_dir: str, folder: str, say=print) -> dict:
     # Training and evaluation use the same images.
     for command in (prepare, [*prepare, "--split=validation"], train):
         say(" ".join(command))
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-        if status:
-            raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+        child = children.run([sys.executable, *command], cwd=str(ROOT))
+        if child.process.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {child.describe_failure()}")
     with open(os.path.join(model_dir, "history.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     best = max(rows, key=lambda row: (row["image_top1"], -row["image_loss"]))

@@ -15,7 +15,7 @@ from scipy import stats
 
 import tf_lamb
 from experiments.grid import Cell, Group, Table, chip_hours, find_cell, progress
-from experiments.runner import Places, State, metrics
+from experiments.runner import Places, State, curves, metrics
 from inputs.storage.files import atomic_write
 
 SWEEP = "sweep.png"
@@ -42,21 +42,21 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     left = len(now.todo) + now.later
     parts = [f"# {table.title}", table.text, _rule(table)]
     if left:
-        parts.append(f"**{_runs(len(now.runs))} done; at least {left} still to be run.**")
+        parts.append(f"**{format_runs(len(now.runs))} done; at least {left} still to be run.**")
     parts += [_command(table), _about(now)]
     parts.append(_rows(table, groups, seeds, values))
     parts.append(_lines(table, values))
     if table.pairs:
         parts.append(_tests(table, now))
     os.makedirs(places.output, exist_ok=True)
+    folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
     pictures = [
-        f"![{caption}]({os.path.basename(places.output)}/{name})"
+        f"![{caption}]({folder}/{name})"
         for name, caption in _pictures(table, groups, seeds, now, places)
     ]
     if pictures and SWEEP in pictures[0]:  # it goes first
         parts.insert(parts.index(table.text) + 1, pictures.pop(0))
     parts += pictures
-    folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
     if now.runs:
         parts.append(
             f"Each run is a file in `{folder}/`: settings, seed, versions, curve and result."
@@ -165,10 +165,10 @@ def _about(now):
     lines = ["| | |", "|---|---|", f"| date | {span('date')} |", f"| commit | {commits} |"]
     machines = collections.Counter(run["machine"] for run in runs)
     for machine, count in machines.items():
-        lines.append(f"| machine | {machine} ({_runs(count)}) |")
+        lines.append(f"| machine | {machine} ({format_runs(count)}) |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
-    lines.append(f"| processor time | {hours:.1f} h for {_runs(len(runs))} |")
+    lines.append(f"| processor time | {hours:.1f} h for {format_runs(len(runs))} |")
     return "\n".join(lines)
 
 
@@ -218,7 +218,8 @@ def _lines(table, values):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _runs(count: int) -> str:
+def format_runs(count: int) -> str:
+    """Returns a number of runs as text."""
     return f"{count} run" if count == 1 else f"{count} runs"
 
 
@@ -352,16 +353,6 @@ def _draw_sweep(table, done, seeds, path):
     pyplot.close(figure)
 
 
-def _curves(run, metric):
-    """Returns (steps, loss, metric) of a run: held out if it was evaluated on the way."""
-    if run.get("evaluations", {}).get("step"):
-        found = run["evaluations"]
-        loss = run["settings"]["evaluations"][0]
-        return found["step"], found[loss], found[metric]
-    curve = run["curve"]
-    return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))
-
-
 class _Plain(ticker.LogFormatter):
     """Labels the ticks of a logarithmic axis as 0.1, not as 1e-01."""
 
@@ -393,7 +384,7 @@ def _draw_curves(table, done, groups, seeds, now, path):
             if run is None or (table.x and group.settings[table.x] != value):
                 continue
             held_out = held_out or "evaluations" in run
-            steps, loss, metric = _curves(run, table.metric)
+            steps, loss, metric = curves(run, table.metric)
             metric = [math.nan if point is None else point for point in metric]
             style = {"label": _line_label(table, group), "color": _color(table, group)}
             style |= {"linestyle": "--"} if "untuned" in group.name else {}

@@ -14,11 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
-from experiments import ROOT
+from experiments import ROOT, children
 from experiments.grid import Cell, Table, find_cell, progress
 from inputs.errors import InputError
-from inputs.storage.files import locked, read_json, write_json
+from inputs.storage.files import absolute, locked, read_json, write_json
 
 PROGRAMS = {
     "keras": "experiments.keras_run",
@@ -36,6 +37,26 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
 }
 PACKAGES = ("keras", "tensorflow", "tf_keras", "jax", "numpy")
+IN_USE = 75  # exit status of --cell if another process runs the cell: EX_TEMPFAIL of sysexits.h
+# A cell's process waits `children.STOP_SECONDS` for train.py, and then kills it.
+STOP_SECONDS = children.STOP_SECONDS + 30
+# The fields of a run file, except for those whose values are compared with those of its cell.
+FIELDS = {
+    "settings": dict,
+    "date": str,
+    "commit": str,
+    "machine": str,
+    "versions": dict,
+    "processor_seconds": float,
+    "curve": dict,
+    "result": dict,
+}
+KINDS = {dict: "an object", str: "a text", float: "a number"}
+REPEAT = "Delete the file to repeat the run, or give another --output."
+
+
+class InUse(InputError):
+    """Another process is running the cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +89,80 @@ def load_runs(table: Table, output: str) -> dict[str, dict]:
     """Returns the contents of a table's run files, by the name of their cell.
 
     Raises:
-        InputError: a file cannot be read, or its settings differ from those of the table.
+        InputError: as in `read_run`.
     """
-    runs = {}
-    for path in sorted(pathlib.Path(output).glob("*.json")):
-        run = read_json(str(path), flag="--output", fix="Delete the file to repeat the run.")
-        try:
-            cell = find_cell(table, path.stem)
-        except ValueError as error:
-            raise InputError(f"--output: {path}: {error}") from None
-        settings = json.loads(json.dumps(dict(cell.group.settings)))
-        if run["settings"] != settings:
-            raise InputError(
-                f"--output: {path} is a run with other settings than the table has now "
-                f"({_difference(run['settings'], settings)}). Delete the file to repeat the run, "
-                "or give another --output."
-            )
-        runs[path.stem] = run
-    return runs
+    paths = sorted(pathlib.Path(output).glob("*.json"))
+    return {path.stem: read_run(table, str(path)) for path in paths}
+
+
+def read_run(table: Table, path: str) -> dict:
+    """Returns the content of a run file.
+
+    Raises:
+        InputError: the file cannot be read; it is not the complete run of the cell that its name
+            says; or its settings differ from those of the table.
+    """
+    try:
+        cell = find_cell(table, pathlib.Path(path).stem)
+    except ValueError as error:
+        raise InputError(
+            f"--output: {path}: {error} Remove the file, or give another --output."
+        ) from None
+    run = read_json(path, flag="--output", fix=REPEAT)
+    if problem := _problem(table, cell, pathlib.Path(path).stem, run):
+        raise InputError(f"--output: {path} {problem}. {REPEAT}")
+    settings = json.loads(json.dumps(dict(cell.group.settings)))
+    if run["settings"] != settings:
+        raise InputError(
+            f"--output: {path} is a run with other settings than the table has now "
+            f"({_difference(run['settings'], settings)}). {REPEAT}"
+        )
+    return run
+
+
+def _problem(table, cell, stem, run):
+    """Says why the content of a run file is not the run of the cell that it is named after."""
+    if not isinstance(run, dict):
+        return "does not hold a run"
+    identity = {"table": table.name, "cell": stem, "rate": cell.rate, "seed": cell.seed}
+    for name, value in identity.items():
+        if run.get(name) != value:
+            return f"holds another run than its name says: {name} is {run.get(name)!r}"
+    if cell.name != stem:
+        return f"is named otherwise than the run that it holds, {cell.name}"
+    for name, kind in FIELDS.items():
+        if not (_is_number(run.get(name)) if kind is float else isinstance(run.get(name), kind)):
+            return f"holds no complete run: {name} is not {KINDS[kind]}"
+    try:
+        find_cell(table, run.get("same_as", stem))
+    except (ValueError, AttributeError):
+        return f"says that it is the same as {run['same_as']!r}, which is no cell of the table"
+    result = run["result"]
+    if not isinstance(result.get("diverged"), bool):
+        return "holds no complete run: diverged is neither true nor false"
+    if result["diverged"]:
+        return ""
+    if not _is_number(result.get(table.metric)):
+        return f"holds no complete run: {table.metric} is {result.get(table.metric)!r}"
+    try:
+        lengths = set(map(len, curves(run, table.metric)))
+    except (LookupError, TypeError, AttributeError):
+        lengths = set()
+    return "" if len(lengths) == 1 else "holds no complete run: its curve is damaged"
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def curves(run: dict, metric: str) -> tuple[list, list, list]:
+    """Returns (steps, loss, metric) of a run: held out if it was evaluated on the way."""
+    if run.get("evaluations", {}).get("step"):
+        found = run["evaluations"]
+        loss = run["settings"]["evaluations"][0]
+        return found["step"], found[loss], found[metric]
+    curve = run["curve"]
+    return curve["step"], curve["loss"], curve.get(f"test_{metric}", curve.get(metric))
 
 
 def _difference(old, new):
@@ -108,14 +185,19 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
     under the name of this cell, with `same_as` and no processor time.
 
     Raises:
-        InputError: the data cannot be read, or another process is running the cell.
+        InputError: the data cannot be read, or as in `read_run`.
+        InUse: another process is running the cell.
         RuntimeError: the run failed.
     """
     path = places.run_file(cell)
     folder = places.folder(table, cell)
     os.makedirs(folder, exist_ok=True)
     os.makedirs(places.output, exist_ok=True)
-    with locked(folder, "--runs"):
+
+    def refuse(holder):
+        raise InUse(f"--runs: {folder} is in use by {holder}.")
+
+    with locked(folder, "--runs", wait=True, waiting=refuse):
         if not os.path.exists(path) and (twin := _finished_twin(table, cell, places)):
             run = {**twin, "cell": cell.name, "same_as": twin["cell"], "processor_seconds": 0.0}
             write_json(path, run, indent=None)
@@ -147,7 +229,7 @@ def run_cell(table: Table, cell: Cell, places: Places) -> dict:
                 "processor_seconds": round(_processor_seconds() - processor, 1),
             }
             write_json(path, {**about, **outcome}, indent=None)
-    return read_json(path)
+    return read_run(table, path)
 
 
 def _device(one_core, places):
@@ -171,7 +253,7 @@ def _finished_twin(table, cell, places):
         twin = Cell(group, cell.rate, cell.seed)
         path = places.run_file(twin)
         if group != cell.group and _same_run(cell, twin) and os.path.exists(path):
-            return read_json(path)
+            return read_run(table, path)
     return None
 
 
@@ -250,13 +332,15 @@ def state(table: Table, output: str, names=()) -> State:
 def run_table(table: Table, places: Places, jobs: int, limit: int, names=(), say=print) -> State:
     """Runs the cells that the tuning rule asks for, each in its own process.
 
+    A cell that another process is running is passed over.
+
     Args:
         table: the table.
         places: the folders to read and write.
         jobs: number of runs at the same time.
         limit: maximum number of runs; negative for all.
         names: as in `state`.
-        say: receives a line when a run begins and when it ends.
+        say: receives a line when a run begins, when it ends and when it is passed over.
 
     Returns:
         The state after the last run.
@@ -265,41 +349,59 @@ def run_table(table: Table, places: Places, jobs: int, limit: int, names=(), say
         InputError: as in `load_runs`.
         RuntimeError: a run failed. Runs that had already begun are finished first.
     """
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    running: dict[str, tuple[children.Child, float]] = {}
+    passed_over: list[str] = []
     failed: list[str] = []
     now = state(table, places.output, names)
-    while True:
-        waiting = [cell for cell in now.todo if not _is_running(table, cell, running)]
-        while waiting and len(running) < jobs and limit and not failed:
-            cell = waiting.pop(0)
-            running[cell.name] = (_start(table, cell, places), time.monotonic())
-            limit -= 1
-            say(f"{time.strftime('%H:%M:%S')} {cell.name} begins")
-        if not running:
-            break
-        time.sleep(0.5)
-        for name, (process, start) in list(running.items()):
-            if process.poll() is None:
+
+    def report(text):
+        say(f"{time.strftime('%H:%M:%S')} {text}")
+
+    try:
+        while True:
+            taken = [find_cell(table, name) for name in [*running, *passed_over]]
+            waiting = [cell for cell in now.todo if not _is_taken(cell, taken)]
+            if waiting and len(running) < jobs and limit and not failed:
+                cell = waiting[0]
+                running[cell.name] = (_start(table, cell, places), time.monotonic())
+                limit -= 1
+                report(f"{cell.name} begins")
                 continue
-            del running[name]
-            if process.returncode:
-                failed.append(f"{name} (status {process.returncode})")
-                continue
-            now = state(table, places.output, names)
-            result = now.runs[name]["result"]
-            value = "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
-            seconds = time.monotonic() - start
-            say(f"{time.strftime('%H:%M:%S')} {name}: {table.metric} {value}, {seconds:.0f} s")
+            if not running:
+                break
+            time.sleep(0.5)
+            for name, (child, start) in list(running.items()):
+                status = child.process.poll()
+                if status is None:
+                    continue
+                del running[name]
+                if status == IN_USE:
+                    passed_over.append(name)
+                    limit += 1
+                    report(f"{name} is passed over: another process is running it")
+                    continue
+                if status:
+                    failed.append(f"{name}: {child.describe_failure()}")
+                    continue
+                now = state(table, places.output, names)
+                value = format_result(table, now.runs[name])
+                report(f"{name}: {table.metric} {value}, {time.monotonic() - start:.0f} s")
+    finally:
+        children.end((child for child, _ in running.values()), STOP_SECONDS)
     if failed:
-        logs = os.path.join(places.runs, table.name, "CELL", "log.txt")
-        raise RuntimeError(f"failed: {', '.join(failed)}; see {logs}")
+        raise RuntimeError(f"failed: {'; '.join(failed)}")
     return now
 
 
-def _is_running(table, cell, running):
-    """Whether a cell is running, or one of another group that is the same run."""
-    cells = [find_cell(table, name) for name in running]
-    return any(_same_run(cell, other) for other in cells)
+def format_result(table: Table, run: dict) -> str:
+    """Returns the metric of a run as text."""
+    result = run["result"]
+    return "diverged" if result["diverged"] else f"{result[table.metric]:.4f}"
+
+
+def _is_taken(cell: Cell, taken: Iterable[Cell]) -> bool:
+    """Whether a cell is among others, or is the same run as one of them."""
+    return any(_same_run(cell, other) for other in taken)
 
 
 def _same_run(one, other):
@@ -311,9 +413,8 @@ def _start(table, cell, places):
     folder = places.folder(table, cell)
     os.makedirs(folder, exist_ok=True)
     command = [sys.executable, "-m", "experiments", table.name, f"--cell={cell.name}"]
-    command += [f"--data_dir={os.path.abspath(places.data_dir)}"]
+    command += [f"--data_dir={absolute(places.data_dir)}"]
     command += [f"--runs={os.path.abspath(places.runs)}"]
     command += [f"--output={os.path.abspath(places.output)}"]
     command += [f"--train_flag={flag}" for flag in places.train_flags]
-    with open(os.path.join(folder, "log.txt"), "a", encoding="utf-8") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    return children.Child(command, os.path.join(folder, "log.txt"), cwd=str(ROOT))

@@ -160,6 +160,5 @@ def _not_run(table, now: State, pages) -> str:
         return (
             f"- {pages[table.name]}: no run yet; at least {count} are to be run (`{table.name}`)."
         )
-    return (
-        f"- {pages[table.name]}: at least {count} more runs, of {', '.join(left)} (`{table.name}`)."
-    )
+    more = "1 more run" if count == 1 else f"{count} more runs"
+    return f"- {pages[table.name]}: at least {more}, of {', '.join(left)} (`{table.name}`)."

@@ -4,10 +4,9 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 
-from experiments import ROOT
+from experiments import ROOT, children
 from experiments.grid import Cell
 
 DIVERGED = 3  # exit status of train.py for a run that diverged
@@ -64,12 +63,12 @@ def run(cell: Cell, data_dir: str, folder: str, say=print, flags=()) -> dict:
     os.makedirs(folder, exist_ok=True)
     log = os.path.join(folder, "train.log")
     folder = os.path.join(folder, "run")
-    with open(log, "a", encoding="utf-8") as file:
-        arguments = command(cell, data_dir, folder, flags)
-        say(" ".join(arguments))
-        status = subprocess.run(arguments, stdout=file, stderr=file, check=False).returncode
+    arguments = command(cell, data_dir, folder, flags)
+    say(" ".join(arguments))
+    child = children.run(arguments, log)
+    status = child.process.returncode
     if status not in (0, DIVERGED):
-        raise RuntimeError(f"train.py ended with status {status}; see {log}")
+        raise RuntimeError(f"train.py failed: {child.describe_failure()}")
     result = {}
     if status == 0:
         result = json.loads(pathlib.Path(folder, "results.json").read_text(encoding="utf-8"))

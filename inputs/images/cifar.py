@@ -48,7 +48,7 @@ def is_cifar(path: str) -> bool:
     return any(is_file(os.path.join(path, name)) for name in names)
 
 
-def cifar_source(path: str, split: str) -> Source:
+def cifar_source(path: str, split: str, flag: str = "--source") -> Source:
     """One split of CIFAR-10, with one part per file.
 
     Args:
@@ -56,20 +56,21 @@ def cifar_source(path: str, split: str) -> Source:
             a folder of PNG strips: train-0.png to train-4.png and test.png (each with 10,000 images
             of 32x32 pixels in one column), and labels.npz with `y_train` and `y_test`.
         split: "train" or "validation".
+        flag: the flag that named the path, for error messages.
 
     Raises:
         InputError: a file is missing, has other content than its name says, or has a label above 9.
             All but the first are raised when a part is read.
     """
     formats = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
-    members = _members(path)
+    members = _members(path, flag)
     # The format with the most files present.
     names, read = max(formats, key=lambda form: len(members.keys() & set(form[0][split])))
     files = names[split]
     needed = [*files, LABELS] if read is _read_strip else files
     missing = [name for name in needed if name not in members]
     if missing:
-        raise InputError(f"--source: {path} lacks the file {missing[0]} of CIFAR-10.")
+        raise InputError(f"{flag}: {path} lacks the file {missing[0]} of CIFAR-10.")
 
     def items(name, index):
         where = f"{path}:{name}" if is_file(path) else os.path.join(path, name)
@@ -78,16 +79,14 @@ def cifar_source(path: str, split: str) -> Source:
             images = np.asarray(pixels, np.uint8).reshape(-1, *SHAPE)
         except (*DAMAGE, *NOT_CIFAR) as error:
             raise InputError(
-                f"--source: {where} is not CIFAR-10, although its name says so ({error})."
+                f"{flag}: {where} is not CIFAR-10, although its name says so ({error})."
             ) from None
         if len(labels) != len(images):
-            raise InputError(
-                f"--source: {where} has {len(images)} images and {len(labels)} labels."
-            )
+            raise InputError(f"{flag}: {where} has {len(images)} images and {len(labels)} labels.")
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             if not 0 <= label < len(CLASSES):
                 raise InputError(
-                    f"--source: {where}, label of image {i}: {label} is outside the labels 0 to 9."
+                    f"{flag}: {where}, label of image {i}: {label} is outside the labels 0 to 9."
                 )
             yield Item(f"{where}[{i}]", image.tobytes(), int(label))
 
@@ -104,7 +103,7 @@ def cifar_source(path: str, split: str) -> Source:
     return Source(split, parts, CLASSES, SHAPE)
 
 
-def _members(path) -> dict[str, str]:
+def _members(path, flag) -> dict[str, str]:
     """Base name -> name in the archive or folder."""
     if is_folder(path):
         return {name: name for name in list_names(path)}
@@ -112,7 +111,7 @@ def _members(path) -> dict[str, str]:
         with open_bytes(path) as file, tarfile.open(fileobj=file) as archive:
             return {os.path.basename(name): name for name in archive.getnames()}
     except DAMAGE as error:
-        raise InputError(f"--source: {path} cannot be read as a tar ({error}).") from None
+        raise InputError(f"{flag}: {path} cannot be read as a tar ({error}).") from None
 
 
 def _content(path, name) -> bytes:

@@ -94,6 +94,17 @@ def test_an_untuned_group_waits_for_the_best_rate_that_it_follows():
     ]
 
 
+def test_an_untuned_group_is_finished_if_the_group_that_it_follows_never_learns():
+    untuned = Group("untuned", {"batch": 32}, rate_from=("lamb", 2.0), seeds=(1, 2))
+    table = _table(GROUP, untuned)
+    metrics = {}
+    while todo := progress(table, GROUP, metrics).todo:
+        assert progress(table, untuned, metrics).later == 2
+        metrics |= {cell.name: -math.inf for cell in todo}
+    found = progress(table, untuned, metrics)
+    assert (found.todo, found.later, found.best) == ([], 0, None)
+
+
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
 def test_every_cell_of_a_table_is_found_by_its_name(table):
     names = [group.name for group in table.groups]

@@ -133,7 +133,18 @@ def test_the_chip_hours_are_those_of_the_pre_flight_s_page(capsys):
     [
         (["imagenet", "--groups=table-99"], "--groups: the table imagenet has no group 'table-99'"),
         (["mnist", "--train_flag=--tpu=x"], "--train_flag: the table mnist does not run train.py"),
-        (["summary", "--list"], "--list: the summary reads docs/results and runs nothing"),
+        (["summary", "--list"], "--list has no effect with summary"),
+        (["summary", "--groups=lamb"], "--groups has no effect with summary"),
+        (["summary", "--limit=0"], "--limit has no effect with summary"),
+        (["summary", "--jobs=0"], "--jobs has no effect with summary"),
+        (["summary", "--data_dir=d"], "--data_dir has no effect with summary"),
+        (["summary", "--runs=r"], "--runs has no effect with summary"),
+        (["summary", "--train_flag=--x"], "--train_flag has no effect with summary"),
+        (["mnist", "--cell=lamb-rate0.01-seed1", "--groups=lamb"], "--groups has no effect with"),
+        (["mnist", "--cell=lamb-rate0.01-seed1", "--limit=0"], "--limit has no effect with --cell"),
+        (["mnist", "--cell=lamb-rate0.01-seed1", "--page=p"], "--page has no effect with --cell"),
+        (["mnist", "--list", "--cell=lamb-rate0.01-seed1"], "--cell has no effect with --list"),
+        (["mnist", "--limit=0", "--groups=,"], "--groups=, names no group"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flags, said, capsys):
@@ -147,10 +158,12 @@ def test_a_run_of_train_py_keeps_curves_and_its_page_shows_both_scales(
 ):
     """One command of a table of train.py: run file, curves, the page with the published line."""
 
-    def run_here(arguments, **_):
-        return types.SimpleNamespace(returncode=in_process(arguments[2:]))
+    def run_here(arguments, log):
+        del log
+        ended = types.SimpleNamespace(returncode=in_process(arguments[2:]))
+        return types.SimpleNamespace(process=ended)
 
-    monkeypatch.setattr(train_run, "subprocess", types.SimpleNamespace(run=run_here))
+    monkeypatch.setattr(train_run.children, "run", run_here)
     small = {"vocabulary_size": 100, "predictions": 4, "sequence_length": 16, "warmup_steps": 1}
     settings = {
         "recipe": "bert-mini-demo",

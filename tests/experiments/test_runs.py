@@ -5,8 +5,13 @@ import gzip
 import json
 import math
 import os
+import pathlib
+import shlex
+import signal
+import struct
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import keras
@@ -14,14 +19,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import ROOT, datasets, keras_run, networks, page, runner
+from experiments import ROOT, children, datasets, keras_run, networks, page, runner
 from experiments.__main__ import main
 from experiments.grid import Cell, Group, Table
 from experiments.page import compare, write_page
-from experiments.runner import Places, load_runs, metrics, run_cell, state
+from experiments.runner import Places, load_runs, metrics, run_cell, run_table, state
 from experiments.summary import write_summary
 from experiments.tables import TABLES
 from inputs.errors import InputError
+from inputs.storage.files import locked
 
 IMAGES = 96
 
@@ -43,10 +49,71 @@ def mnist(tmp_path_factory):
         images = generator.integers(0, 50, (IMAGES, 28, 28), dtype=np.uint8)
         for image, label in zip(images, labels, strict=True):
             image[2 * label : 2 * label + 3] = 255
-        for kind, header, content in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+        for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
             with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as file:
-                file.write(bytes(header) + content.tobytes())
+                file.write(_idx(content))
     return str(folder)
+
+
+def _idx(content):
+    magic = 0x800 + content.ndim
+    return struct.pack(f">{1 + content.ndim}I", magic, *content.shape) + content.tobytes()
+
+
+def _damage(folder, name):
+    """Replaces one file of MNIST, or two, by damaged ones; returns what is said of it."""
+    images, labels = (folder / f"train-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    pixels = _idx(np.zeros((4, 28, 28), np.uint8))
+    numbers = _idx(np.arange(4, dtype=np.uint8))
+    images.write_bytes(pixels)
+    labels.write_bytes(numbers)
+    if name == "truncated images":
+        images.write_bytes(pixels[:-100])
+        return f"{images} has 3,052 bytes, and by its header it should have 3,152"
+    if name == "truncated labels":
+        labels.write_bytes(numbers[:-1])
+        return f"{labels} has 11 bytes, and by its header it should have 12"
+    if name == "swapped":
+        images.write_bytes(numbers)
+        return f"{images} is no IDX file of images of 28x28 pixels"
+    if name == "no header":
+        labels.write_bytes(b"")
+        return f"{labels} is no IDX file of labels"
+    if name == "labels of another set":
+        labels.write_bytes(_idx(np.arange(3, dtype=np.uint8)))
+        return f"{images} has 4 images, and {labels} has 3 labels"
+    if name == "label":
+        labels.write_bytes(_idx(np.array([1, 2, 3, 10], np.uint8)))
+        return f"{labels} has the label 10, which is outside the labels 0 to 9"
+    labels.unlink()
+    packed = bytearray(gzip.compress(numbers * 100))
+    packed[14] ^= 255
+    labels.with_suffix(".gz").write_bytes(packed)
+    return f"{labels}.gz cannot be read"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("truncated images", "truncated labels", "swapped", "no header"),
+        *("labels of another set", "label", "damaged gzip"),
+    ],
+)
+def test_a_damaged_file_of_mnist_is_named(name, tmp_path):
+    said = _damage(tmp_path, name)
+    with pytest.raises(InputError) as error:
+        datasets.load("mnist", str(tmp_path), "train")
+    assert str(error.value).startswith(f"--data_dir: {said}")
+
+
+def test_too_few_images_for_the_warm_up_are_refused(mnist, tmp_path):
+    with pytest.raises(InputError, match=f"--data_dir: {mnist} has 96 images for training"):
+        keras_run.run(_cell(warmup_steps=24), mnist, str(tmp_path))
+
+
+def test_a_missing_file_of_cifar_10_is_one_of_data_dir(tmp_path):
+    with pytest.raises(InputError, match=f"--data_dir: {tmp_path} lacks the file"):
+        datasets.load("cifar10", str(tmp_path), "train")
 
 
 def test_cifar_10_is_read_in_order_with_mean_0_and_deviation_1(tmp_path):
@@ -162,7 +229,7 @@ table = Table("toy", "Toy", "keras", "accuracy", (group,), heat_maps=("lamb-1024
 command.TABLES["toy"] = table
 for rate in group.rates:
     command.main(["toy", "--data_dir={mnist}", "--runs={tmp_path}/runs",
-        "--output={tmp_path}/out", "--page={tmp_path}/page.md",
+        "--output={tmp_path}/out",
         f"--cell=lamb-1024-rate{{rate:g}}-seed1"])
 sys.exit(command.main(["toy", "--runs={tmp_path}/runs", "--output={tmp_path}/out",
     "--page={tmp_path}/page.md", "--limit=0"]))
@@ -241,7 +308,7 @@ def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, 
     flags = [f"--data_dir={mnist}", f"--runs={tmp_path}/runs", f"--output={tmp_path}/toy"]
     flags += [f"--page={tmp_path}/toy.md"]
     cell = Cell(table.groups[0], 0.01, 1)
-    assert main(["toy", *flags, f"--cell={cell.name}"]) == 0  # as a child of the runner
+    assert main(["toy", *flags[:3], f"--cell={cell.name}"]) == 0  # as a child of the runner
     for group, rate, seed in ((0, 0.02, 1), (0, 0.005, 1), (0, 0.01, 2), (1, 0.014, 1)):
         cell = Cell(table.groups[group], rate, seed)
         run = _run_file(table, cell, accuracy=0.001 * seed)
@@ -255,7 +322,7 @@ def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, 
     assert "# Toy table" in page and "| lamb 32 |" in page and "0.9900" in page
     assert (tmp_path / "toy" / "curves.png").exists() and (tmp_path / "toy" / "sweep.png").exists()
     capsys.readouterr()
-    assert main(["toy", *flags, "--list"]) == 0
+    assert main(["toy", flags[2], "--list"]) == 0
     assert f"{len(runs)} done" in capsys.readouterr().out
 
 
@@ -265,9 +332,9 @@ def test_a_child_runs_one_cell_and_a_failure_is_named(tmp_path):
     command += [f"--runs={tmp_path}/runs", f"--output={tmp_path}/out", "--limit=1", "--jobs=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "failed: lamb-rate0.0001-seed1 (status 1); see" in done.stderr
+    assert "failed: lamb-rate0.0001-seed1: exit status 1: experiments: --data_dir: " in done.stderr
     log = tmp_path / "runs" / "mnist" / "lamb-rate0.0001-seed1" / "log.txt"
-    assert "--data_dir: " in log.read_text() and "cannot be read" in log.read_text()
+    assert f"(see {log})" in done.stderr and "cannot be read" in log.read_text()
 
 
 def _run_file(table, cell, **result):
@@ -317,6 +384,66 @@ def test_a_run_file_of_other_settings_is_refused(tmp_path):
     (tmp_path / f"{cell.name}.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match="epochs: 3, now 30"):
         load_runs(table, str(tmp_path))
+
+
+WRONG_RUNS = {
+    "no object": (lambda run: [], "does not hold a run"),
+    "null": (lambda run: None, "does not hold a run"),
+    "empty": (lambda run: {}, "holds another run than its name says: table is None"),
+    "table": (lambda run: {**run, "table": "mnist-author"}, "table is 'mnist-author'"),
+    "cell": (lambda run: {**run, "cell": "lamb-rate0.01-seed2"}, "cell is 'lamb-rate0.01-seed2'"),
+    "rate": (lambda run: {**run, "rate": 0.001}, "rate is 0.001"),
+    "seed": (lambda run: {**run, "seed": 2}, "seed is 2"),
+    "settings": (lambda run: {**run, "settings": []}, "settings is not an object"),
+    "time": (lambda run: {**run, "processor_seconds": None}, "processor_seconds is not a number"),
+    "result": (lambda run: {**run, "result": 0.5}, "result is not an object"),
+    "diverged": (lambda run: {**run, "result": {"accuracy": 0.5}}, "diverged is neither true nor"),
+    "no metric": (lambda run: {**run, "result": {"diverged": False}}, "accuracy is None"),
+    "text": (
+        lambda run: {**run, "result": {"diverged": False, "accuracy": "x"}},
+        "accuracy is 'x'",
+    ),
+    "nan": (
+        lambda run: {**run, "result": {"diverged": False, "accuracy": math.nan}},
+        "accuracy is nan",
+    ),
+    "twin": (lambda run: {**run, "same_as": "lamb"}, "the same as 'lamb', which is no cell"),
+    "curve": (lambda run: {**run, "curve": {"step": [1, 2]}}, "its curve is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RUNS)
+def test_a_run_file_that_is_not_the_complete_run_of_its_name_is_refused(name, tmp_path):
+    change, said = WRONG_RUNS[name]
+    table = TABLES["mnist"]
+    cell = Cell(table.groups[0], 0.01, 1)
+    path = tmp_path / f"{cell.name}.json"
+    path.write_text(json.dumps(change(_run_file(table, cell, accuracy=0.5))))
+    with pytest.raises(InputError) as error:
+        load_runs(table, str(tmp_path))
+    assert str(error.value).startswith(f"--output: {path} ") and said in str(error.value)
+    assert "Delete the file to repeat the run" in str(error.value)
+    places = Places("", str(tmp_path / "runs"), str(tmp_path))
+    with pytest.raises(InputError, match="Delete the file"):
+        run_cell(table, cell, places)
+
+
+def test_a_run_file_with_another_spelling_of_its_rate_is_refused(tmp_path):
+    table = TABLES["mnist"]
+    run = _run_file(table, Cell(table.groups[0], 0.01, 1), accuracy=0.5)
+    path = tmp_path / "lamb-rate0.0100-seed1.json"
+    path.write_text(json.dumps({**run, "cell": path.stem}))
+    with pytest.raises(InputError, match="is named otherwise than the run that it holds"):
+        load_runs(table, str(tmp_path))
+
+
+def test_a_damaged_run_file_of_a_twin_is_not_copied(tmp_path):
+    table = TABLES["mnist-batches"]
+    twin = Cell(table.group("lamb-untuned-16384"), 0.04, 1)
+    (tmp_path / f"{twin.name}.json").write_text("{}")
+    places = Places("", str(tmp_path / "runs"), str(tmp_path))
+    with pytest.raises(InputError, match=f"{twin.name}.json holds another run"):
+        run_cell(table, Cell(table.group("lamb-16384"), 0.04, 1), places)
 
 
 def test_a_run_of_another_group_with_the_same_settings_is_copied(tmp_path, monkeypatch):
@@ -398,10 +525,10 @@ def test_differences_are_corrected_and_a_group_is_not_compared_with_itself(tmp_p
 def test_a_run_that_another_group_is_running_is_not_begun():
     table = TABLES["mnist-batches"]
     group, untuned = table.group("lamb-16384"), table.group("lamb-untuned-16384")
-    running = {Cell(group, 0.04, 2).name: None}
-    assert runner._is_running(table, Cell(untuned, 0.04, 2), running)
-    assert not runner._is_running(table, Cell(untuned, 0.04, 3), running)
-    assert not runner._is_running(table, Cell(untuned, 0.05, 2), running)
+    running = [Cell(group, 0.04, 2)]
+    assert runner._is_taken(Cell(untuned, 0.04, 2), running)
+    assert not runner._is_taken(Cell(untuned, 0.04, 3), running)
+    assert not runner._is_taken(Cell(untuned, 0.05, 2), running)
 
 
 def test_the_summary_says_who_wins_who_ties_and_what_was_not_run(tmp_path):
@@ -464,3 +591,188 @@ def test_a_sweep_names_the_runs_that_diverged(tmp_path, monkeypatch):
     labels = axes.get_legend_handles_labels()[1]
     assert "lamb at 1,024: 1 of 3 seeds diverged" in labels
     assert "lars at 1,024: 3 of 3 seeds diverged" in labels and "lars" not in labels
+
+
+def test_a_page_of_runs_elsewhere_is_written_beside_them(tmp_path, capsys, monkeypatch):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "mnist.md").write_text("the published page")
+    monkeypatch.setattr("experiments.__main__.RESULTS", str(results))
+    table = TABLES["mnist"]
+    cell = Cell(table.groups[0], 0.01, 1)
+    output = tmp_path / "elsewhere"
+    output.mkdir()
+    (output / f"{cell.name}.json").write_text(json.dumps(_run_file(table, cell, accuracy=0.5)))
+    assert main(["mnist", "--limit=0", f"--output={output}/", f"--runs={tmp_path}/runs"]) == 0
+    assert (results / "mnist.md").read_text() == "the published page"
+    assert f"{output}.md: 1 run done" in capsys.readouterr().out
+    assert "0.01: 0.5000" in (tmp_path / "elsewhere.md").read_text()
+
+
+def test_the_page_of_a_table_without_runs_is_what_the_command_writes(tmp_path):
+    """After a change of the table: `python -m experiments TABLE --limit=0`."""
+    results = ROOT / "docs/results"
+    compared = []
+    for name, table in TABLES.items():
+        published = results / f"{name}.md"
+        now = state(table, str(results / name))
+        if published.exists() and not now.runs:
+            places = Places("", str(tmp_path / "runs"), str(tmp_path / "output"))
+            write_page(table, now, str(tmp_path / "page.md"), places)
+            assert (tmp_path / "page.md").read_text() == published.read_text(), name
+            compared.append(name)
+    assert compared
+
+
+def test_pictures_are_linked_from_a_page_in_another_folder(tmp_path):
+    table = dataclasses.replace(TABLES["mnist"], groups=TABLES["mnist"].groups[:1], pairs=())
+    output = tmp_path / "far" / "output"
+    output.mkdir(parents=True)
+    for rate, accuracy in zip(table.groups[0].rates, (0.5, 0.6, 0.9, 0.7), strict=True):
+        cell = Cell(table.groups[0], rate, 1)
+        run = _run_file(table, cell, accuracy=accuracy)
+        (output / f"{cell.name}.json").write_text(json.dumps(run))
+    for seed in (2, 3, 4, 5):
+        cell = Cell(table.groups[0], 0.01, seed)
+        run = _run_file(table, cell, accuracy=0.9)
+        (output / f"{cell.name}.json").write_text(json.dumps(run))
+    places = Places("", str(tmp_path / "runs"), str(output))
+    write_page(table, state(table, str(output)), str(tmp_path / "page.md"), places)
+    assert "](far/output/curves.png)" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--output={0}/file", "--output: {0}/file is not a folder"),
+        ("--output=/proc/x", "--output: /proc/x cannot be written"),
+        ("--output=gs://bucket/x", "--output: gs://bucket/x is not on the disk"),
+        ("--runs={0}/file", "--runs: {0}/file is not a folder"),
+        ("--page={0}/none/p.md", "--page: there is no folder {0}/none"),
+        ("--page={0}", "--page: {0} is a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_refused_before_the_first_run(
+    flag, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(runner, "_start", lambda *_: pytest.fail("a run begins"))
+    (tmp_path / "file").write_text("")
+    given = flag.format(tmp_path)
+    flags = [f"--runs={tmp_path}/runs", f"--output={tmp_path}/output", given, "--data_dir=d"]
+    assert main(["mnist", *flags]) == 1
+    assert f"experiments: {said.format(tmp_path)}" in capsys.readouterr().err
+
+
+def test_a_list_and_a_summary_check_their_places(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["mnist", "--list", f"--output={tmp_path}/file"]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+    assert main(["summary", f"--page={tmp_path}/none/x.md"]) == 1
+    assert f"--page: there is no folder {tmp_path}/none" in capsys.readouterr().err
+
+
+def _children(monkeypatch, tmp_path, commands):
+    """Lets the runner start shell commands instead of runs: rate -> command."""
+
+    def start(table, cell, places):
+        folder = pathlib.Path(places.folder(table, cell))
+        folder.mkdir(parents=True, exist_ok=True)
+        return children.Child(["sh", "-c", commands[cell.rate]], str(folder / "log.txt"))
+
+    monkeypatch.setattr(runner, "_start", start)
+    output = tmp_path / "output"
+    output.mkdir()
+    return Places("data", str(tmp_path / "runs"), str(output))
+
+
+def _copy_command(table, cell, places, tmp_path):
+    run = tmp_path / f"{cell.name}.json"
+    run.write_text(json.dumps(_run_file(table, cell, accuracy=0.5)))
+    return shlex.join(["cp", str(run), places.output])
+
+
+def test_a_run_of_another_command_is_passed_over(tmp_path, monkeypatch):
+    table = TABLES["mnist"]
+    group = table.group("lamb")
+    commands = {0.0001: f"exit {runner.IN_USE}"}
+    places = _children(monkeypatch, tmp_path, commands)
+    for rate in group.rates[1:]:
+        commands[rate] = _copy_command(table, Cell(group, rate, 1), places, tmp_path)
+    said = []
+    now = run_table(table, places, 1, 3, ("lamb",), said.append)
+    assert [cell.name for cell in now.todo] == ["lamb-rate0.0001-seed1"] and len(now.runs) == 3
+    assert [line for line in said if "rate0.0001-seed1 is passed over: another process" in line]
+
+
+def test_a_run_in_use_ends_with_its_own_status(tmp_path, capsys):
+    folder = tmp_path / "runs" / "mnist" / "lamb-rate0.01-seed1"
+    folder.mkdir(parents=True)
+    flags = [f"--runs={tmp_path}/runs", f"--output={tmp_path}/output", "--data_dir=d"]
+    with locked(str(folder), "--runs"):
+        status = main(["mnist", "--cell=lamb-rate0.01-seed1", *flags])
+    assert status == runner.IN_USE
+    assert f"{folder} is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_named_with_its_last_line_and_its_log(tmp_path, monkeypatch):
+    table = TABLES["mnist-backends"]
+    commands = {0.01: "echo first; echo the reason >&2; exit 4"}
+    places = _children(monkeypatch, tmp_path, commands)
+    log = pathlib.Path(places.runs, table.name, "tensorflow-rate0.01-seed1", "log.txt")
+    log.parent.mkdir(parents=True)
+    log.write_text("of an earlier start\n")
+    with pytest.raises(RuntimeError) as error:
+        run_table(table, places, 1, 1, ("tensorflow",), lambda line: None)
+    name = "tensorflow-rate0.01-seed1"
+    assert str(error.value) == f"failed: {name}: exit status 4: the reason (see {log})"
+    commands[0.01] = "kill -9 $$"
+    with pytest.raises(RuntimeError, match=rf"{name}: killed by SIGKILL \(see {log}\)"):
+        run_table(table, places, 1, 1, ("tensorflow",), lambda line: None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_with_the_command(number, tmp_path):
+    program = f"""
+import sys
+from experiments import __main__ as command, children, runner
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+def start(*_):
+    child = children.Child(sleep)
+    print(child.process.pid, flush=True)
+    return child
+runner._start = start
+sys.exit(command.main(["mnist", "--data_dir=d", "--jobs=1", "--runs={tmp_path}/runs",
+    "--output={tmp_path}/output"]))
+"""
+    done = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    child = int(done.stdout.readline())
+    done.stdout.readline()  # the child begins
+    done.send_signal(number)
+    _, said = done.communicate(timeout=30)
+    assert said == "experiments: stopped. The same command resumes.\n"
+    assert done.returncode == 130
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def test_a_child_that_does_not_end_is_killed():
+    child = children.Child(
+        ["sh", "-c", "trap '' TERM; echo ready; while true; do sleep 0.1; done"], os.devnull
+    )
+    time.sleep(0.2)  # the trap is set
+    children.end([child], seconds=0.3)
+    assert child.process.returncode == -signal.SIGKILL
+
+
+def test_data_on_object_storage_keep_their_path(tmp_path, monkeypatch):
+    table = TABLES["imagenet"]
+    started = []
+    monkeypatch.setattr(children, "Child", lambda command, *_, **__: started.append(command))
+    places = Places("gs://bucket/imagenet", str(tmp_path / "runs"), str(tmp_path / "output"))
+    runner._start(table, Cell(table.groups[0], table.groups[0].rates[0], 1), places)
+    assert "--data_dir=gs://bucket/imagenet" in started[0]
