@@ -35,7 +35,8 @@ SUMMARY = "summary"
 # What a command that is not the whole run of a table uses, of the flags.
 USED = {
     SUMMARY: {"page"},
-    "--list": {"list", "output", "groups", "jobs"},
+    # Added to a command, it shows what that would run.
+    "--list": {"list", *("data_dir", "runs", "output", "page", "jobs", "limit", "groups")},
     "--cell": {"cell", "data_dir", "runs", "output", "train_flag"},
 }
 
