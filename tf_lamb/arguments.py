@@ -150,8 +150,10 @@ def check_interval(
         if number != int(number):
             raise ValueError(f"`{name}` must be an integer. Received: {name}={value!r}.")
         number = int(number)
-    above = number is not None and (low < number if open_low else low <= number)
-    if not above or not (number < high if open_high else number <= high):
+    if number is None or not (
+        (low < number if open_low else low <= number)
+        and (number < high if open_high else number <= high)
+    ):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}.")
     return number
