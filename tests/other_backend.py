@@ -140,21 +140,28 @@ def check_fit(rule, rate):
         assert np.array_equal(*(keras.ops.convert_to_numpy(v.value) for v in (a, b)))
 
 
-def check_failed_fit(rule):
-    """The error of a step that fails is not hidden by another one. Only JAX fails here."""
+def check_failed_fit(rule, **arguments):
+    """The error of a step that fails is not hidden by another one. Only JAX fails here.
+
+    A second `fit` trains, also with moving averages, which the first one assigns to the weights.
+    """
     x = np.ones((32, 4), "float32")
     model = keras.Sequential(
         [keras.layers.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)]
     )
-    optimizer = rule(0.01)
+    optimizer = rule(0.01, **arguments)
     model.compile(optimizer, loss="mse")
-    model.fit(x, x[:, :1], verbose=0)
+    first, second = (model.fit(x, x[:, :1], verbose=0).history["loss"][0] for _ in range(2))
+    assert second < first
     model.layers[0].trainable = False
+    frozen = numpy(model.layers[0].weights)
     model.compile(optimizer, loss="mse")
     try:
         model.fit(x, x[:, :1], verbose=0)
     except ValueError as error:
         assert keras.backend.backend() == "jax" and "optimizer_variables" in str(error), error
+    else:
+        assert all(map(np.array_equal, frozen, numpy(model.layers[0].weights)))
 
 
 def check_bfloat16(rule):
@@ -181,6 +188,7 @@ def main():
     check_fit(tf_lamb.LAMB, 0.05)
     check_fit(tf_lamb.LARS, 5.0)
     check_failed_fit(tf_lamb.LAMB)
+    check_failed_fit(tf_lamb.LAMB, use_ema=True)
     check_bfloat16(tf_lamb.LAMB)
     print("agrees on", keras.backend.backend())
 

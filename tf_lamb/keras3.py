@@ -242,10 +242,23 @@ class Adapter(keras.optimizers.Optimizer):
         """
         # Keras also calls this after a step that failed, where JAX has deleted the variables: an
         # error of reading them would hide the one of the step.
-        if not self.use_ema or self._plan is None:
+        if not self.use_ema or self._plan is None or _is_gone(self._iterations):
             return
-        if int(ops.convert_to_numpy(self.iterations)) > 0:
+        if int(ops.convert_to_numpy(self.iterations)) == 0:
+            return
+        averages = self._model_variables_moving_average
+        if len(var_list) == len(averages):
             super().finalize_variable_values(var_list)
+        else:  # Some layers are frozen. Keras would assign the averages of others.
+            for variable in var_list:
+                average = averages[self._get_variable_index(variable)]
+                if average is not None:
+                    variable.assign(average)
+        # On JAX, an average and its variable may now be one array, and a step of another `fit`
+        # would fail, because it donates both.
+        for average in averages:
+            if average is not None:
+                average.assign(ops.copy(average.value))
 
     def get_config(self):
         """Returns the configuration of Keras's base class.
@@ -255,6 +268,12 @@ class Adapter(keras.optimizers.Optimizer):
         """
         rates.check_savable(self._learning_rate)
         return super().get_config()
+
+
+def _is_gone(variable):
+    """Returns whether a step of `fit` on JAX has taken the value of a variable, and then failed."""
+    value = variable._value
+    return value is None or bool(getattr(value, "is_deleted", bool)())
 
 
 def _true():

@@ -94,7 +94,9 @@ def migrate(
     """Copies the moments and the step count from another library's optimizer.
 
     Weights, learning rate and other settings are not copied. Set them yourself, for example with
-    `LAMB.variant("tf-models", ...)`. Everything is checked before anything is assigned.
+    `LAMB.variant("tf-models", ...)`. Load the weights first: the moving averages of `use_ema` start
+    at them. Gradients that the optimizer has accumulated are dropped. Everything is checked before
+    anything is assigned.
 
     Args:
         source: One of:
@@ -124,8 +126,9 @@ def migrate(
 
     Raises:
         ValueError: If names or shapes do not match (the message lists both sides), if the source
-            has other slots than our optimizer, another kind of momentum or no step count, if the
-            source is of another type, or if our optimizer is not built. Nothing is changed.
+            has other slots than our optimizer, another kind of momentum, no step count, or
+            gradients that it has accumulated and not applied, if the source is of another type, or
+            if our optimizer is not built. Nothing is changed.
     """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, Layerwise):
@@ -162,6 +165,16 @@ def _assign_state(optimizer, state: _SourceState, places, step: int) -> Migratio
     # Keras 3 counts calls. With gradient accumulation, an update takes several of them.
     calls_per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
     optimizer._iterations.assign(step * calls_per_update)
+    for gradient in getattr(optimizer, "_accumulated_gradients", None) or ():
+        if gradient is not None:
+            gradient.assign(ops.zeros_like(gradient))
+    if optimizer.use_ema:
+        # In Keras 3 they are 0 until update 0, which an optimizer with a step count does not make.
+        # In tf_keras they start at the weights, and it has no `_trainable_variables`.
+        weights = getattr(optimizer, "_trainable_variables", ())
+        for weight, average in zip(weights, optimizer._model_variables_moving_average):  # noqa: B905
+            if average is not None:
+                average.assign(ops.cast(weight, average.dtype))
     moved = tuple(
         MovedLayer(
             layer.name,
@@ -306,10 +319,21 @@ def _check_slots(found, slot_names):
 def _read_keras(source, slot_names) -> _SourceState:
     """Reads `keras.optimizers.Lamb`, whose slots are private attributes."""
     _check_slots(("m", "v") if source.built else (), slot_names)
+    micro_batches = source.gradient_accumulation_steps or 1
+    _check_accumulated(int(_to_numpy(source._iterations)) % micro_batches)
     names = tuple(variable.path for variable in source._trainable_variables)
     moments = {"m": source._momentums, "v": source._velocities}
     slots = {slot: [_to_numpy(x) for x in variables] for slot, variables in moments.items()}
     return _SourceState(names, slots, int(_to_numpy(source.iterations)))
+
+
+def _check_accumulated(micro_batches: int) -> None:
+    """Raises `ValueError` if a source has accumulated gradients, of so many micro-batches."""
+    if micro_batches:
+        raise ValueError(
+            f"The source has accumulated the gradients of {micro_batches} micro-batches and not "
+            "applied them. Nothing was changed. Make its update first."
+        )
 
 
 def _read_legacy(source, slot_names) -> _SourceState:
@@ -396,6 +420,8 @@ def _read_object_graph(reader, path, slot_names) -> _SourceState:
 def _read_optax(source, slot_names) -> _SourceState:
     """Reads an optax state. Compares the names of types, so that optax need not be installed."""
     found = list(_optax_states(source))
+    for state, _ in found:
+        _check_accumulated(int(_to_numpy(getattr(state, "mini_step", 0))))  # of `MultiSteps`
     expected = {("m", "v"): "ScaleByAdamState", ("momentum",): "TraceState"}[tuple(slot_names)]
     chosen = [(state, last) for state, last in found if type(state).__name__ == expected]
     if len(chosen) != 1:

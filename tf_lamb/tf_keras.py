@@ -6,7 +6,8 @@ the model is loaded:
 
 >>> tf_keras.models.load_model("model.h5", custom_objects={"LAMB": tf_lamb.tf_keras.LAMB})
 
-The state of a `LossScaleOptimizer` is not restored from HDF5, whatever the inner optimizer is.
+The state of a `LossScaleOptimizer` is not restored from HDF5, whatever the inner optimizer is. From
+`.keras`, that of the inner optimizer is; a dynamic loss scale begins again at its initial value.
 """
 
 import dataclasses

@@ -405,3 +405,49 @@ def test_training_resumes_from_optax(rule, flavour):
         error, moved = largest(variable.numpy() - end), largest(end - start)
         assert error <= 1e-5 * moved + 2**-21 * max(largest(start), largest(end))
     assert int(optimizer.iterations) == 10
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_averages_start_at_the_weights_and_accumulated_gradients_are_dropped(keras3, accumulation):
+    """Averages of 0 took the place of the weights at the end of `fit`."""
+    keras, g = keras3.keras, keras3.keras.ops.ones(2)
+    source, old = keras.optimizers.Lamb(0.01), keras.Variable([3.0, 4.0])
+    source.build([old])
+    for _ in range(5):
+        source.apply([g], [old])
+    averages, weights = [], []
+    for leftover in (False, True):
+        new = keras.Variable(keras.ops.copy(old.value))
+        arguments = {"use_ema": True, "gradient_accumulation_steps": accumulation}
+        optimizer = keras3.lamb.LAMB(0.01, **arguments)
+        optimizer.build([new])
+        if leftover and accumulation:
+            optimizer.apply([100 * g], [new])
+        migrate(source, optimizer, by_order=True)
+        for _ in range(accumulation or 1):
+            optimizer.apply([g], [new])
+        weights.append(keras.ops.convert_to_numpy(new.value))
+        optimizer.finalize_variable_values([new])
+        averages.append(keras.ops.convert_to_numpy(new.value))
+    np.testing.assert_allclose(averages[0], 0.99 * old.numpy() + 0.01 * weights[0], rtol=1e-6)
+    np.testing.assert_array_equal(weights[0], weights[1])
+    np.testing.assert_array_equal(averages[0], averages[1])
+
+
+def test_a_source_in_the_middle_of_an_accumulation_is_refused(keras3):
+    keras = keras3.keras
+    source, variable = keras.optimizers.Lamb(gradient_accumulation_steps=2), keras.Variable([3.0])
+    source.build([variable])
+    for _ in range(3):
+        source.apply([keras.ops.ones(1)], [variable])
+    optimizer = keras3.lamb.LAMB()
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match="the gradients of 1 micro-batches and not applied them"):
+        migrate(source, optimizer, by_order=True)
+    MultiSteps = collections.namedtuple("MultiStepsState", "mini_step inner_opt_state acc_grads")
+    Adam = collections.namedtuple("ScaleByAdamState", "count mu nu")
+    state = Adam(np.int32(1), [np.ones(1)], [np.ones(1)])
+    with pytest.raises(ValueError, match="the gradients of 3 micro-batches"):
+        migrate(MultiSteps(np.int32(3), state, [np.ones(1)]), optimizer, by_order=True)
+    migrate(MultiSteps(np.int32(0), state, [np.ones(1)]), optimizer, by_order=True)
+    assert int(optimizer.iterations) == 1
