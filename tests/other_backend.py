@@ -164,6 +164,20 @@ def check_failed_fit(rule, **arguments):
         assert all(map(np.array_equal, frozen, numpy(model.layers[0].weights)))
 
 
+def check_migration():
+    """`fit` goes on after `migrate` with moving averages; on JAX it donated an array twice."""
+    x = np.ones((32, 4), "float32")
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(1)])
+    source, optimizer = keras.optimizers.Lamb(0.01), tf_lamb.LAMB(0.01, use_ema=True)
+    model.compile(source, loss="mse")
+    losses = model.fit(x, x[:, :1], verbose=0).history["loss"]
+    optimizer.build(model.trainable_variables)
+    tf_lamb.migrate(source, optimizer)
+    model.compile(optimizer, loss="mse")
+    losses += model.fit(x, x[:, :1], verbose=0).history["loss"]
+    assert losses[1] < losses[0]
+
+
 def check_bfloat16(rule):
     """Accumulation trains where all floats are bfloat16."""
     keras.config.set_floatx("bfloat16")
@@ -189,6 +203,7 @@ def main():
     check_fit(tf_lamb.LARS, 5.0)
     check_failed_fit(tf_lamb.LAMB)
     check_failed_fit(tf_lamb.LAMB, use_ema=True)
+    check_migration()
     check_bfloat16(tf_lamb.LAMB)
     print("agrees on", keras.backend.backend())
 

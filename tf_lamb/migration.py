@@ -170,11 +170,12 @@ def _assign_state(optimizer, state: _SourceState, places, step: int) -> Migratio
             gradient.assign(ops.zeros_like(gradient))
     if optimizer.use_ema:
         # In Keras 3 they are 0 until update 0, which an optimizer with a step count does not make.
-        # In tf_keras they start at the weights, and it has no `_trainable_variables`.
+        # In tf_keras they start at the weights, and it has no `_trainable_variables`. A copy,
+        # because a step on JAX donates the arrays of the weights and of the averages.
         weights = getattr(optimizer, "_trainable_variables", ())
         for weight, average in zip(weights, optimizer._model_variables_moving_average):  # noqa: B905
             if average is not None:
-                average.assign(ops.cast(weight, average.dtype))
+                average.assign(ops.copy(ops.cast(weight, average.dtype)))
     moved = tuple(
         MovedLayer(
             layer.name,
