@@ -4,7 +4,8 @@
 
 Each phase is compiled for the smallest slice, of one host or more, on which a replica's share of
 the batch fits in memory. If it fits on no slice, the largest slice is used, with micro-batches. The
-slice is found with the compiler's quick mode; what fits is then compiled as a run would compile it.
+slice is found with the compiler's quick mode; of what fits, the bytes that a step moves are then
+counted in the program that a run would have.
 Without names, all recipes are compiled. This takes hours, so each result is kept in
 docs/results/generations.json, and a second call compiles only what is missing there, or was
 compiled with another version of the compiler.
@@ -52,11 +53,11 @@ slice, of one host or more, on which a replica's share of the batch fits in memo
 slice, the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds them in
 one), the memory of a replica (the sum of arguments, temporaries and program, which can be more than
 HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of
-a replica moves: in HBM, and in all memories by the compiler's own count, which includes on-chip
-ones. (The two counts are made separately, and the second can be smaller by up to 3 %.) An empty
-cell has not been compiled yet. A cell without bytes has been compiled in the compiler's quick mode
-alone. Such a program needs about as much memory as that of a run, but keeps little on the chip, and
-so it can move several times as many bytes in HBM. Recipes that differ only in batch size, steps and
+a replica moves: in HBM, and in all memories, on-chip ones included. The compiler's own count,
+"bytes accessed", is of the second kind. Memory is that of the compiler's quick mode, whose programs
+need about as much as those of a run. The bytes are counted in the program of a run
+(`preflight/compiler/traffic.py`). An empty cell has not been compiled yet, and one without bytes
+only in quick mode. Recipes that differ only in batch size, steps and
 the values of rates and coefficients run the same program; the one with the largest batch stands for
 them (listed below).
 """
@@ -84,10 +85,8 @@ class Cell:
         accumulation: micro-batches per step.
         state_bytes: memory of weights and slots.
         hbm_bytes: memory of a replica.
-        main_bytes, bytes_accessed: traffic of a step of a replica, in HBM and in all memories; see
-            `preflight.compiler.compile.figures`.
-        quick: whether the program was compiled in quick mode alone, whose traffic is not that of a
-            run; see `preflight.compiler.compile.compile_program`.
+        main_bytes, all_bytes: traffic of a step of a replica, in HBM and in all memories; see
+            `preflight.compiler.compile.count_file`. 0 if it has not been counted.
         error: why it does not compile, or None.
     """
 
@@ -101,8 +100,7 @@ class Cell:
     state_bytes: int = 0
     hbm_bytes: int = 0
     main_bytes: float = 0
-    bytes_accessed: float = 0
-    quick: bool = True
+    all_bytes: float = 0
     error: str | None = None
 
     @property
@@ -118,9 +116,9 @@ class Cell:
         parts = f" in {self.accumulation}" if self.accumulation > 1 else ""
         sides = self.topology.partition(":")[2]
         text = f"{sides}, {self.replica_batch_size:,}{parts}, {self.hbm_bytes / GIB:.2f} GiB"
-        if self.quick:
+        if not self.main_bytes:
             return text
-        moved = " / ".join(f"{x / 1e9:.3g}" for x in (self.main_bytes, self.bytes_accessed))
+        moved = " / ".join(f"{x / 1e9:.3g}" for x in (self.main_bytes, self.all_bytes))
         return f"{text}, {moved} GB"
 
 
@@ -219,7 +217,7 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
             fitting = [key for key, one in tried.items() if not one.error]
             if fitting:
                 best = min(fitting, key=lambda key: (key[0].chips, key[1]))
-                tried[best] = compile_cell(tried[best], recipe, children, quick=False)
+                tried[best] = count_cell(tried[best], recipe, children)
                 # Without a size it does not compile, and more memory would not help.
                 if not tried[best].error or not tried[best].hbm_bytes:
                     return tried[best]
@@ -232,43 +230,53 @@ def examine(recipe, phase_index: int, chip: TpuChip, children, compiled: list[Ce
         cell = dataclasses.replace(
             cell, topology=topology.name, replica_batch_size=share, accumulation=accumulation
         )
-        cell = compile_cell(cell, recipe, children, quick=True)
+        cell = compile_cell(cell, recipe, children)
         if not cell.hbm_bytes:  # it does not compile, and more memory would not help
             return cell
         tried[topology, accumulation] = cell
         compiled.append(cell)
 
 
-def compile_cell(cell: Cell, recipe, children, *, quick: bool) -> Cell:
-    """Returns a cell with the figures of its program, or with the error.
+def compile_cell(cell: Cell, recipe, children) -> Cell:
+    """Returns a cell with the memory of its program, or with the error.
 
     Args:
         cell: names the phase, the slice, the batch and the micro-batches.
         recipe, children: as for `examine`.
-        quick: as in `Cell`.
     """
-    phase_index = cell.phase - 1
     share, accumulation = cell.replica_batch_size, cell.accumulation
-    cell = dataclasses.replace(cell, hbm_bytes=0, main_bytes=0, bytes_accessed=0, quick=quick)
     try:
-        children.lower(recipe, phase_index, [(share, accumulation)])
-        result = children.compile(phase_index, share, accumulation, cell.topology, quick=quick)
+        children.lower(recipe, cell.phase - 1, [(share, accumulation)])
+        result = children.compile(cell.phase - 1, share, accumulation, cell.topology, quick=True)
     except ChildFailed as error:
-        return dataclasses.replace(cell, error=str(error))
+        return dataclasses.replace(cell, hbm_bytes=0, error=str(error))
     return dataclasses.replace(
         cell,
         state_bytes=children.facts["weight_bytes"] + children.facts["slot_bytes"],
         hbm_bytes=result.get("hbm_bytes", 0),
-        main_bytes=result.get("main_bytes", 0),
-        bytes_accessed=result.get("bytes_accessed", 0),
         error=result.get("error"),
     )
+
+
+def count_cell(cell: Cell, recipe, children) -> Cell:
+    """Returns a cell from `compile_cell` with the traffic of its program, or with the error."""
+    share, accumulation = cell.replica_batch_size, cell.accumulation
+    try:
+        children.lower(recipe, cell.phase - 1, [(share, accumulation)])
+        result = children.count_traffic(cell.phase - 1, share, accumulation, cell.topology)
+    except ChildFailed as error:
+        return dataclasses.replace(cell, hbm_bytes=0, error=str(error))
+    if "error" in result:
+        return dataclasses.replace(
+            cell, hbm_bytes=result.get("hbm_bytes", 0), error=result["error"]
+        )
+    return dataclasses.replace(cell, main_bytes=result["main_bytes"], all_bytes=result["all_bytes"])
 
 
 def read_results() -> dict[tuple, Cell]:
     """Returns the cells of `RESULTS` that this version of the compiler made, by their keys.
 
-    Cells of recipes that no longer stand for a program, and those without traffic, are left out.
+    Cells of recipes that no longer stand for a program are left out.
     """
     if not RESULTS.exists():
         return {}
@@ -278,9 +286,7 @@ def read_results() -> dict[tuple, Cell]:
     return {
         (cell.recipe, cell.phase, cell.chip): cell
         for cell in cells
-        if cell.compiler == version
-        and cell.recipe in known
-        and (cell.error or not cell.hbm_bytes or cell.main_bytes)
+        if cell.compiler == version and cell.recipe in known
     }
 
 
@@ -390,9 +396,9 @@ def _examine_recipe(recipe, cells, children, progress):
         compiled = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
         for name, chip in TPU_CHIPS.items():
             cell = cells.get(row[name])
-            if cell is None or (cell.quick and not cell.error):
+            if cell is None or not (cell.main_bytes or cell.error):
                 progress.title(f"{recipe.name}, phase {phase_index + 1}, on {name}")
-                found = cell and compile_cell(cell, recipe, children, quick=False)
+                found = cell and count_cell(cell, recipe, children)
                 if found is None or found.error:
                     found = examine(recipe, phase_index, chip, children, compiled)
                 cells[row[name]] = found

@@ -118,6 +118,15 @@ def count_traffic(text: str) -> Traffic:
     return Traffic(main, copied, entries)
 
 
+def count_all_bytes(text: str) -> int:
+    """Returns the bytes that a program moves in all memories, on-chip ones included.
+
+    Args:
+        text: as for `count_traffic`, whose rules hold.
+    """
+    return count_traffic(re.sub(r"S\(\d+\)", "", text)).main_bytes
+
+
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     """Returns the instructions of each computation, by name, and the name of the entry."""
     computations: dict[str, dict[str, _Instruction]] = {}
