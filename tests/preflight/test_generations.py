@@ -17,21 +17,25 @@ class Compiler:
 
     def __init__(self, progress, folder):
         self.facts = None
-        self.compiled = []
+        self.compiled, self.counted = [], []
 
     def lower(self, recipe, phase_index, programs):
         self.facts = {"weight_bytes": STATE, "slot_bytes": 0}
 
     def compile(self, phase_index, batch, accumulation, topology, quick):
-        self.compiled.append((topology, batch, accumulation, quick))
+        assert quick
+        self.compiled.append((topology, batch, accumulation))
         chip = TPU_CHIPS[topology.partition(":")[0]]
         if chip.name == "v4":
             return {"error": "no kernel for Foo"}
         needed = STATE + batch // accumulation * EXAMPLE
         if needed > chip.hbm_bytes:
             return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
-        traffic = 2e10 if quick else 2.5e9
-        return {"hbm_bytes": needed, "main_bytes": traffic, "bytes_accessed": 1.5e10}
+        return {"hbm_bytes": needed, "main_bytes": 2e10, "bytes_accessed": 3e10}
+
+    def count_traffic(self, phase_index, batch, accumulation, topology):
+        self.counted.append((topology, batch, accumulation))
+        return {"main_bytes": 2.5e9, "all_bytes": 1.5e10}
 
 
 @pytest.fixture
@@ -70,7 +74,6 @@ def test_each_phase_is_compiled_for_the_smallest_slice_that_fits(files):
     page = generations.PAGE.read_text()
     row, _ = [line for line in page.splitlines() if line.startswith("| bert-large-64k-32k and 7 ")]
     assert "- bert-large-64k-32k: bert-large-512, " in page
-    assert not cells[1, "v2"]["quick"]
     assert "| 32x32, 32 in 2, 12.00 GiB, 2.5 / 15 GB |" in row and ": no kernel for Foo |" in row
 
 
@@ -112,28 +115,28 @@ def test_what_was_compiled_is_not_compiled_again(files):
     assert files[0].compiled
     entries = json.loads(generations.RESULTS.read_text())
     generations.main(["bert-mini"])
-    assert files[1].compiled == []
+    assert files[1].compiled == files[1].counted == []
     # Of another version of the compiler, or missing.
     entries[0]["compiler"] = "0.0.1"
-    del entries[1]["main_bytes"]  # of a version that did not count it
-    chips = {entry["chip"] for entry in (entries[0], entries[1], entries[-1])}
+    chips = {entry["chip"] for entry in (entries[0], entries[-1])}
     generations.RESULTS.write_text(json.dumps(entries[:-1]))
     generations.main(["bert-mini"])
     assert {name.partition(":")[0] for name, *_ in files[2].compiled} == chips
 
 
-def test_what_was_compiled_in_quick_mode_alone_is_completed(files):
+def test_what_was_compiled_and_not_counted_is_counted(files):
     generations.main(["bert-mini"])
     entries = json.loads(generations.RESULTS.read_text())
     first = entries[0]
-    first.update(quick=True, main_bytes=2e10)
+    first.update(main_bytes=0, all_bytes=0)
     generations.RESULTS.write_text(json.dumps(entries))
     page = generations.format_page(generations.read_results())
     (row,) = [line for line in page.splitlines() if line.startswith("| bert-mini | 1 ")]
-    assert row.count(" GiB | ") == 1 and " 20 / 15 GB" not in row
+    assert row.count(" GiB | ") == 1
     generations.main(["bert-mini"])
     batch, accumulation = first["replica_batch_size"], first["accumulation"]
-    assert files[1].compiled == [(first["topology"], batch, accumulation, False)]
+    assert files[1].compiled == []
+    assert files[1].counted == [(first["topology"], batch, accumulation)]
     assert json.loads(generations.RESULTS.read_text())[0]["main_bytes"] == 2.5e9
 
 
@@ -141,20 +144,18 @@ def test_more_micro_batches_are_tried_where_only_quick_mode_fits(files, monkeypa
     class Larger(Compiler):
         """As a run would compile it, the program takes 1 GiB more."""
 
-        def compile(self, phase_index, batch, accumulation, topology, quick):
-            result = super().compile(phase_index, batch, accumulation, topology, quick)
-            if not quick and "hbm_bytes" in result:
-                result["hbm_bytes"] += 2**30
-                if result["hbm_bytes"] > TPU_CHIPS[topology.partition(":")[0]].hbm_bytes:
-                    return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": result["hbm_bytes"]}
-            return result
+        def count_traffic(self, phase_index, batch, accumulation, topology):
+            needed = STATE + batch // accumulation * EXAMPLE + 2**30
+            if needed > TPU_CHIPS[topology.partition(":")[0]].hbm_bytes:
+                return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
+            return super().count_traffic(phase_index, batch, accumulation, topology)
 
     monkeypatch.setattr(generations, "Children", Larger)
     generations.main(["bert-large-32k"])
     cells = {(c["phase"], c["chip"]): c for c in json.loads(generations.RESULTS.read_text())}
     cell = cells[1, "v2"]  # 7.48 GiB: 6 examples fit, and 4 with the GiB
     assert (cell["replica_batch_size"], cell["accumulation"]) == (128, 32)
-    assert cell["error"] is None and not cell["quick"]
+    assert cell["error"] is None and cell["main_bytes"]
 
 
 def test_a_batch_that_divides_by_no_slice_is_said(files):

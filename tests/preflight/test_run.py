@@ -491,7 +491,9 @@ def write(value, file, **options):
     file.write("{")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 json.dump = write
-assert tpu._compile_cached(b"program", "v3:2x2", sys.argv[1], False) == {"flops": 1}
+tpu._read_program = lambda path: b"program"
+tpu.count_products = lambda program: {}
+assert tpu.compile_file("", "v3:2x2", sys.argv[1]) == {"flops": 1}
 assert os.listdir(sys.argv[1]) == [".lock"], os.listdir(sys.argv[1])  # of the cache itself
 """
 
@@ -502,6 +504,71 @@ def test_a_full_cache_disk_leaves_no_files(tmp_path):
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+DUMPED = """
+import pathlib, sys, threading
+from preflight.compiler import compile as tpu
+folder = pathlib.Path(sys.argv[1])
+def compile_program(program, devices):
+    # The file is there before its last line is.
+    (folder / "1-TLP-hlo.txt").write_text("HloModule half")
+    halves.wait(10)
+    (folder / "1-TLP-hlo.txt").write_text("HloModule whole")
+    (folder / "1-TLP-00-deduplication-map.txt").write_text("")
+    threading.Event().wait()  # generates code
+halves = threading.Event()
+threading.Timer(3 * tpu.LOOK_EVERY_SECONDS, halves.set).start()
+tpu.compile_program = compile_program
+tpu.open_topology = lambda name: []
+assert tpu._optimize(b"program", "v3:2x2", folder) == "HloModule whole"
+"""
+
+
+@installed
+def test_the_program_is_taken_as_soon_as_the_compiler_has_written_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", DUMPED, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory):
+    """`Children` with the update of a small BERT, and steps of 4 and of 2**17 examples."""
+    folder = tmp_path_factory.mktemp("lowered")
+    programs = [(None, 1), (4, 1), (2**17, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight_children, "CACHE", folder / "cache")
+        children = preflight_children.Children(
+            preflight_children.ProgressLines(lambda line: None), str(folder)
+        )
+        children.lower(recipes.find_recipe("bert-mini-demo"), 0, programs)
+        yield children
+
+
+@pytest.mark.slow
+@installed
+@pytest.mark.parametrize(("batch", "topology"), [(None, "v5e:2x2"), (4, "v3:2x2"), (4, "v4:2x2x1")])
+def test_traffic_without_code_is_that_of_the_compiled_program(lowered, batch, topology):
+    counted = lowered.count_traffic(0, batch, 1, topology)
+    compiled = lowered.compile(0, batch, 1, topology)
+    assert counted["main_bytes"] == compiled["main_bytes"]
+    on_chip = counted["all_bytes"] - counted["main_bytes"]
+    assert (on_chip > counted["main_bytes"]) == (topology != "v3:2x2")
+    # It is cached under its own name.
+    assert lowered.count_traffic(0, batch, 1, topology) == counted
+
+
+@pytest.mark.slow
+@installed
+def test_a_program_that_does_not_fit_is_not_counted(lowered):
+    too_large = lowered.count_traffic(0, 2**17, 1, "v2:2x2")
+    assert "RESOURCE_EXHAUSTED" in too_large["error"] and too_large["hbm_bytes"] > 2**33
 
 
 def test_training_does_not_import_the_preflight():

@@ -62,6 +62,17 @@ def test_only_main_memory_counts():
     assert counted.main_bytes == counted.copied_bytes + 2 * activations + results + updated
 
 
+def test_all_memories_count_if_they_are_asked_for():
+    weights, slice_bytes = 2 * 1024**2, 4 * 64 * 256
+    activations, results = 2 * 128 * 1024, 4 * 128 * 1024
+    # Copies are read and written; each product reads the copy and writes its result. The padded
+    # index and two scalars count, too.
+    copied = 2 * (weights + slice_bytes)
+    products = 2 * (weights + activations + results)
+    updated = 3 * 4 * 8 * 256 + 2 * 4 * 128
+    assert traffic.count_all_bytes(PROGRAM) == copied + products + updated
+
+
 LOOP = """\
 HloModule loop, is_scheduled=true
 
