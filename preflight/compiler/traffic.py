@@ -42,6 +42,7 @@ VIEWS = ("bitcast", "reshape")
 SLICES = ("dynamic-slice", "gather", "slice")  # read a part of their first operand
 UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # in place: the operand that is the update
 CONTROL = ("call", "while")
+JOINED = 'custom_call_target="ConcatBitcast"'  # a view of slices that were copied side by side
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
@@ -186,7 +187,7 @@ def _padded_elements(shape: str, order: str, layout: str) -> int:
 def _moved_bytes(instruction, computation, computations) -> int:
     """Returns the bytes that an instruction reads from HBM and writes to it."""
     opcode = instruction.opcode
-    if opcode in FREE:
+    if opcode in FREE or JOINED in instruction.attributes:
         return 0
     if opcode.endswith("-done"):  # its type is that of the result alone
         return main_memory_bytes(instruction.type)

@@ -38,6 +38,7 @@ ENTRY %main (a: bf16[128,1024], w: bf16[1024,1024], t: f32[30522,256], i: s32[],
   %copy-done = bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
   %slice-start = ((f32[30522,256]{1,0:T(8,128)}), f32[64,256]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%t), slice={[0:64], [0:256]}
   %slice-done = f32[64,256]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %joined = f32[64,256]{1,0:T(8,128)S(1)} custom-call(%slice-done), custom_call_target="ConcatBitcast"
   %product = f32[128,1024]{1,0:T(8,128)S(1)} fusion(%a, %copy-done), kind=kOutput, calls=%fused_product
   %again = f32[128,1024]{1,0:T(8,128)} fusion(%a, %copy-done), kind=kOutput, calls=%fused_product
   %updated = (f32[]{:T(128)}, f32[30522,256]{1,0:T(8,128)}) fusion(%t, %i, %r), kind=kLoop, calls=%fused_rows
