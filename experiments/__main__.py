@@ -74,7 +74,7 @@ def main(arguments=None) -> int:
     """Runs the command line; returns the exit status."""
     options = parser().parse_args(arguments)
     try:
-        with process.sigterm_as_interrupt():
+        with process.signals_as_interrupt():
             if options.table == SUMMARY:
                 return _summary(options)
             return _table(options)

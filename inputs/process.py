@@ -77,16 +77,23 @@ def call(main: Callable[..., int | None], *arguments) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_interrupt():
-    """Inside, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does, so that cleanup code runs."""
+def signals_as_interrupt():
+    """Inside, SIGTERM and SIGHUP raise `KeyboardInterrupt`, as Ctrl-C does: cleanup code runs.
+
+    SIGHUP, by which a closed terminal ends its commands, stays ignored under `nohup`.
+    """
     if threading.current_thread() is not threading.main_thread():  # where Python runs no handlers
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    caught = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    previous = {signum: signal.signal(signum, signal.default_int_handler) for signum in caught}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def prepare_output() -> None:

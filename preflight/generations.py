@@ -12,6 +12,7 @@ compiled with another version of the compiler.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -379,7 +380,7 @@ def main(arguments: list[str]) -> int:
         total = sum(len(recipe.phases) for recipe in chosen) * len(TPU_CHIPS)
         with show_progress(_print_line, total=total) as progress:
             for recipe in chosen:
-                with process.sigterm_as_interrupt(), temporary_folder("generations-") as folder:
+                with process.signals_as_interrupt(), temporary_folder("generations-") as folder:
                     _examine_recipe(recipe, cells, Children(progress, folder), progress)
     except ValueError as error:
         _print_line(f"preflight.generations: {error}")
@@ -393,7 +394,13 @@ def _examine_recipe(recipe, cells, children, progress):
     """Adds the missing cells of a recipe to `cells`, and writes the page after each."""
     for phase_index in range(len(recipe.phases)):
         row = {chip: (recipe.name, phase_index + 1, chip) for chip in TPU_CHIPS}
-        compiled = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
+        known = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
+        compiled = list(known)
+        uncounted = [cell for cell in known if not (cell.main_bytes or cell.error)]
+        with contextlib.suppress(ChildFailed):  # then each one says why
+            # In one process, which builds the model once.
+            shares = [(cell.replica_batch_size, cell.accumulation) for cell in uncounted]
+            children.lower(recipe, phase_index, shares)
         for name, chip in TPU_CHIPS.items():
             cell = cells.get(row[name])
             if cell is None or not (cell.main_bytes or cell.error):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from inputs.errors import InputError
-from inputs.process import INTERRUPTED, sigterm_as_interrupt
+from inputs.process import INTERRUPTED, signals_as_interrupt
 from inputs.storage.files import (
     atomic_write,
     check_file_writable,
@@ -409,7 +409,7 @@ def _check_data(make_task, recipe, topologies, log) -> list[DataResult]:
     with contextlib.suppress(RuntimeError):  # TensorFlow has been used before
         tf.config.set_visible_devices([], "GPU")  # another program may be training on it
     several = any(t.replicas > t.replicas_per_host for t in topologies)
-    with sigterm_as_interrupt(), temporary_folder("preflight-data-") as folder:
+    with signals_as_interrupt(), temporary_folder("preflight-data-") as folder:
         if not make_task:
             return examine_example(recipe, topologies, folder)
         shared_dir = folder if several else ""
@@ -434,7 +434,7 @@ def examine(recipe, topologies, *, progress, search, strict=False) -> list[Phase
     Returns:
         A list of `PhaseResult`: for each phase, one for each topology.
     """
-    with sigterm_as_interrupt(), temporary_folder("preflight-") as folder:
+    with signals_as_interrupt(), temporary_folder("preflight-") as folder:
         children = Children(progress, folder)
         examiner = PhaseExaminer(recipe, topologies, children, search)
         results = []

@@ -27,7 +27,7 @@ import tf_keras
 
 from inputs.errors import InputError
 from inputs.order import with_one_graph
-from inputs.process import sigterm_as_interrupt
+from inputs.process import signals_as_interrupt
 from inputs.storage.files import atomic_write, check_file_writable, temporary_folder
 from training import input_graph
 from training.host import JOB
@@ -580,7 +580,7 @@ def run(make_task: Callable, recipe, count: int, *, seed: int, json_path: str, l
         check_file_writable(json_path, f"--rehearse_json={json_path}")
     replicas = replicas_per_host(recipe, count)
     log(f"Starting {count} hosts as processes of this machine")
-    with sigterm_as_interrupt(), temporary_folder("rehearsal-") as folder, Hosts(count) as hosts:
+    with signals_as_interrupt(), temporary_folder("rehearsal-") as folder, Hosts(count) as hosts:
         try:
             task = make_task(folder)
             reports = []

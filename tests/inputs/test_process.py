@@ -272,10 +272,11 @@ def test_bad_input_is_one_line(capsys):
     assert end.value.code == 1 and capsys.readouterr().err.endswith(": --flag=1 is too small.\n")
 
 
-def test_sigterm_removes_temporary_files(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_temporary_files(signum):
     source = """import sys, time
 def main(folder):
-    with process.sigterm_as_interrupt():
+    with process.signals_as_interrupt():
         try:
             print("begun", flush=True)
             time.sleep(60)
@@ -284,7 +285,7 @@ def main(folder):
 process.run(main, "")"""
     child = run_command(source, stdout=subprocess.PIPE)
     assert child.stdout.readline() == "begun\n"
-    child.terminate()
+    child.send_signal(signum)
     assert child.communicate() == ("cleaned up\n", "-c: stopped.\n") and child.returncode == 130
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one saves a checkpoint and stops the run, the second kills it."""
+"""Signals: the first one saves a checkpoint and stops the run, the second kills it."""
 
 import contextlib
 import os
@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from training.strategy import is_multi_worker
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, the end of a job, and a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
 
@@ -34,6 +35,7 @@ class StopRequest:
     def __init__(self):
         self.signum: int | None = None
         self._deferred = False
+        self._terminals = {os.fstat(fd).st_rdev for fd in (1, 2) if os.isatty(fd)}
 
     def __call__(self, output=None):
         """Raises `Interrupted` if a signal has arrived."""
@@ -44,9 +46,24 @@ class StopRequest:
     def handler(self, signum, frame):
         """The signal handler, which Python calls in its main thread between two instructions."""
         del frame
+        self.leave_terminal(signum)
         self.signum = self.signum or signum
         if not self._deferred:
             self()
+
+    def leave_terminal(self, signum: int) -> None:
+        """After SIGHUP, makes all descriptors of the closed terminal lead nowhere.
+
+        Writing to it would raise, before the checkpoint is saved. Progress bars hold copies.
+        """
+        if signum != signal.SIGHUP:
+            return
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # that of the listing has been closed
+                if os.fstat(fd).st_rdev in self._terminals:
+                    os.dup2(null, fd, inheritable=fd <= 2)
+        os.close(null)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -61,11 +78,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
-    """Handles SIGINT and SIGTERM inside, and yields their `StopRequest`. Main thread only.
+    """Handles `SIGNALS` inside, and yields their `StopRequest`. Main thread only.
 
     Python runs signal handlers only between bytecode instructions, and a loop of steps on the
     device is a single call. Therefore a thread also reads the signals: it logs the first one
-    immediately and ends the process at the second one.
+    immediately and ends the process at the second one. SIGHUP stays ignored under `nohup`.
 
     Args:
         log: takes the line that acknowledges the first signal.
@@ -74,8 +91,9 @@ def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    previous = {signum: signal.signal(signum, request.handler) for signum in SIGNALS}
-    listener = threading.Thread(target=_listen, args=(read_end, log), daemon=True)
+    handled = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, request.handler) for signum in handled}
+    listener = threading.Thread(target=_listen, args=(read_end, request, log), daemon=True)
     listener.start()
     try:
         yield request
@@ -88,13 +106,14 @@ def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
         os.close(read_end)
 
 
-def _listen(read_end: int, log):
+def _listen(read_end: int, request: StopRequest, log):
     """Logs the first signal and exits at the second; reads signal numbers, one byte each."""
     first = True
     while received := os.read(read_end, 1):
         signum = received[0]
         if signum not in SIGNALS:
             continue
+        request.leave_terminal(signum)
         if not first:
             # This thread may not wait for a lock that the main thread holds, so it does not log.
             # While a bar is shown, `training.monitor.terminal` shows the cursor and this line.

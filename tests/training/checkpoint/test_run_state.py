@@ -17,6 +17,7 @@ from inputs.errors import InputError
 from inputs.storage.files import locked
 from tasks.task import Metric
 from training.checkpoint import manager
+from training.checkpoint.interruption import handle_signals
 from training.checkpoint.manager import (
     BestCheckpoint,
     CheckpointManager,
@@ -290,7 +291,7 @@ except Interrupted as signal:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_logged_immediately_and_raised_after_the_call(signum):
     with python(WAITING, "3000000") as process:
         assert process.stdout.readline() == "ready\n"
@@ -316,3 +317,41 @@ def test_a_second_signal_ends_the_process_immediately_and_shows_the_cursor():
     with open(terminal, "rb", buffering=0) as file:
         said = file.read(10**6)
     assert b"\x1b[?25h" in said and b"SIGTERM again: stopped at once, without a checkpoint" in said
+
+
+CLOSED = """
+import os, signal, sys, time
+from training.checkpoint.interruption import Interrupted, handle_signals
+said = open(sys.argv[1], "w")
+try:
+    with handle_signals(lambda line: print(line, file=sys.stderr, flush=True)):
+        print("ready", flush=True)
+        copy = os.fdopen(os.dup(2), "w")
+        time.sleep(60)
+except Interrupted as interrupted:
+    print("saved")
+    sys.stdout.flush()
+    print("the bar", file=copy, flush=True)
+    print(interrupted, file=said, flush=True)
+"""
+
+
+def test_a_closed_terminal_stops_a_run_and_breaks_no_output(tmp_path):
+    terminal, output = pty.openpty()
+    command = [sys.executable, "-c", CLOSED, str(tmp_path / "said")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        os.close(output)
+        assert os.read(terminal, 100).startswith(b"ready")
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0 and (tmp_path / "said").read_text() == "SIGHUP\n"
+
+
+def test_a_run_under_nohup_ignores_a_closed_terminal():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handle_signals(pytest.fail) as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert request.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
