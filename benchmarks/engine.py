@@ -173,15 +173,17 @@ def first_step(model_dir, batch):
         *("--steps_per_loop=1", f"--model_dir={model_dir}", f"--global_batch_size={batch}"),
     ]
     begun = time.perf_counter()
+    said = ""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
+            said = line.strip() or said
             if line.startswith("step "):
                 used = psutil.Process(process.pid).cpu_times()
                 seconds = np.array([time.perf_counter() - begun, used.user + used.system])
                 process.send_signal(signal.SIGTERM)
                 break
         else:
-            raise RuntimeError("train.py ended before its first step")
+            raise InputError(f"train.py ended before its first step: {said}")
         process.stderr.read()
     return seconds
 

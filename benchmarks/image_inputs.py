@@ -1,6 +1,6 @@
-"""Times image pipelines, ours and tf-models': python -m benchmarks.image_inputs DATA_DIR
+"""Times image pipelines, ours and tf-models': python -m benchmarks.image_inputs --data_dir=DIR
 
-DATA_DIR/train contains shards of JPEGs from `inputs.images.prepare`; tf-models reads the same
+DIR/train contains shards of JPEGs from `inputs.images.prepare`; tf-models reads the same
 images from TFRecords. Training batches are 224 pixels wide. The pipelines take turns in one run.
 Images per second of CPU time are the rate of one core, independent of other load on the machine.
 Rates are medians over the rounds, ratios medians of the ratio in each round.
@@ -110,7 +110,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "data_dir", metavar="DATA_DIR", help="folder that `inputs.images.prepare` wrote"
+        "--data_dir", required=True, help="folder that `inputs.images.prepare` wrote"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch")
     parser.add_argument(

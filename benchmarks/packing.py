@@ -36,6 +36,8 @@ from preflight.compiler.children import show_progress
 from preflight.compiler.topology import parse_topology
 
 WORDS = 1_000
+CPU_ONLY = ("size", "length", "sequences", "rounds")
+COMPILED_ONLY = ("recipe", "per_row", "length_buckets")
 
 
 def made_up_batch(sequences: int, length: int, predictions: int) -> dict:
@@ -145,6 +147,10 @@ def main() -> None:
         help="lengths of a group's places; --topology",
     )
     flags = parser.parse_args()
+    for name in CPU_ONLY if flags.topology else COMPILED_ONLY:
+        if getattr(flags, name) != parser.get_default(name):
+            other = "with" if flags.topology else "without"
+            raise InputError(f"--{name} has no effect {other} --topology. Leave it out.")
     refuse_below(2, length=flags.length)  # a word to predict, and another
     refuse_below(1, sequences=flags.sequences, rounds=flags.rounds, per_row=flags.per_row)
     if flags.topology:

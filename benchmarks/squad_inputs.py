@@ -56,11 +56,15 @@ def main():
     parser.add_argument("squad", metavar="SQUAD", help="a SQuAD v1.1 file, gzipped or not")
     parser.add_argument("vocab", metavar="VOCAB", help="a BERT vocab.txt")
     parser.add_argument("--batches", type=int, default=500, help="batches of 64 windows to time")
+    parser.add_argument(
+        "--max_bad_record_share", type=float, default=0.01, help="of questions that are skipped"
+    )
     arguments = parser.parse_args()
     refuse_below(1, batches=arguments.batches)
+    share = arguments.max_bad_record_share
+    records = BadRecords(share, skip=True, log=print, limit_flag="--max_bad_record_share")
     pieces = vocabulary.load_vocabulary(arguments.vocab, "VOCAB")
     begin = time.perf_counter()
-    records = BadRecords(0.01, skip=True, log=print)
     read = squad.read_squad(arguments.squad, records, flag="SQUAD")
     parsed = time.perf_counter()
     lower_case = not is_cased(pieces)

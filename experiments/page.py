@@ -43,7 +43,7 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     parts = [f"# {table.title}", table.text, _rule(table)]
     if left:
         parts.append(f"**{format_runs(len(now.runs))} done; at least {left} still to be run.**")
-    parts += [_command(table), _about(now)]
+    parts += [_command(table), _about(table, now)]
     parts.append(_rows(table, groups, seeds, values))
     parts.append(_lines(table, values))
     if table.pairs:
@@ -150,7 +150,7 @@ def _command(table):
     return f"```bash\npython -m experiments {table.name} --data_dir=DATA\n```"
 
 
-def _about(now):
+def _about(table, now):
     if not now.runs:
         return ""
     runs = list(now.runs.values())
@@ -168,7 +168,8 @@ def _about(now):
         lines.append(f"| machine | {machine} ({format_runs(count)}) |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
-    lines.append(f"| processor time | {hours:.1f} h for {format_runs(len(runs))} |")
+    since = "" if table.program == "keras" else ", each since its last start"  # they are resumed
+    lines.append(f"| processor time | {hours:.1f} h for {format_runs(len(runs))}{since} |")
     return "\n".join(lines)
 
 

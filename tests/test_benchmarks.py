@@ -20,7 +20,7 @@ SOURCES = {
     if 'if __name__ == "__main__":' in path.read_text()
 }
 REQUIRED = {
-    "image_inputs": ["nowhere"],
+    "image_inputs": ["--data_dir=nowhere"],
     "inputs": ["--text=nowhere.txt", "--vocab=nowhere.txt"],
     "serving": ["nowhere.json", "nowhere.txt"],
     "squad_inputs": ["nowhere.json", "nowhere.txt"],
@@ -71,6 +71,7 @@ def test_a_result_that_cannot_be_written_is_refused(name, tmp_path):
         ("engine", ["--steps_per_loop=300"], "--steps_per_loop=300: give a divisor of 500"),
         ("engine", ["--steps_per_loop=500"], "at most 250"),
         ("host_memory", ["--folder=nowhere"], "--folder=nowhere is not a folder of this machine"),
+        ("image_inputs", [], "--data_dir: nowhere/train"),
         ("image_inputs", ["--rounds=0"], "--rounds must be at least 1. Received: --rounds=0."),
         ("image_inputs", ["--seconds=0"], "--seconds must be positive and finite. Received"),
         ("image_inputs", ["--seconds=nan"], "--seconds=nan"),
@@ -85,6 +86,8 @@ def test_a_result_that_cannot_be_written_is_refused(name, tmp_path):
         ("packing", ["--rounds=0"], "--rounds must be at least 1"),
         ("packing", ["--length=1"], "--length must be at least 2"),
         ("packing", ["--sequences=0"], "--sequences must be at least 1"),
+        ("packing", ["--per_row=3"], "--per_row has no effect without --topology"),
+        ("packing", ["--rounds=3", *COMPILED], "--rounds has no effect with --topology"),
         ("packing", ["--per_row=0", *COMPILED], "--per_row must be at least 1"),
         ("packing", ["--length_buckets=x", *COMPILED], "or --length_buckets: .*length_buckets"),
         ("packing", ["--length_buckets=-1", *COMPILED], "or --length_buckets: .* at least 5 tok"),
@@ -99,6 +102,7 @@ def test_a_result_that_cannot_be_written_is_refused(name, tmp_path):
         ("shuffling", ["--window=0"], "--window must be at least 1"),
         ("squad_inputs", [], "VOCAB: nowhere.txt"),
         ("squad_inputs", ["--batches=0"], "--batches must be at least 1"),
+        ("squad_inputs", ["--max_bad_record_share=2"], "--max_bad_record_share=2: give a share"),
         ("tpu_step", ["--set=beta_2=2"], "--recipe or --set: `beta_2` must"),
         ("tpu_step", ["--set=length_buckets=1"], "--recipe or --set: .* at least 5 tokens"),
     ],
