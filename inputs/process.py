@@ -80,15 +80,22 @@ def call(main: Callable[..., int | None], *arguments) -> None:
 def signals_as_interrupt():
     """Inside, SIGTERM and SIGHUP raise `KeyboardInterrupt`, as Ctrl-C does: cleanup code runs.
 
-    SIGHUP, by which a closed terminal ends its commands, stays ignored under `nohup`.
+    SIGHUP, by which a closed terminal ends its commands, stays ignored under `nohup`. A second one
+    is ignored, too, because its shell and the system send one each.
     """
+
+    def interrupt(signum, frame):
+        if signum == signal.SIGHUP:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.default_int_handler(signum, frame)
+
     if threading.current_thread() is not threading.main_thread():  # where Python runs no handlers
         yield
         return
     caught = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         caught.append(signal.SIGHUP)
-    previous = {signum: signal.signal(signum, signal.default_int_handler) for signum in caught}
+    previous = {signum: signal.signal(signum, interrupt) for signum in caught}
     try:
         yield
     finally:

@@ -281,11 +281,16 @@ def main(folder):
             print("begun", flush=True)
             time.sleep(60)
         finally:
+            print("cleaning", flush=True)
+            time.sleep(0.5)
             print("cleaned up")
 process.run(main, "")"""
     child = run_command(source, stdout=subprocess.PIPE)
     assert child.stdout.readline() == "begun\n"
     child.send_signal(signum)
+    assert child.stdout.readline() == "cleaning\n"
+    if signum == signal.SIGHUP:  # a closed terminal sends two
+        child.send_signal(signum)
     assert child.communicate() == ("cleaned up\n", "-c: stopped.\n") and child.returncode == 130
 
 

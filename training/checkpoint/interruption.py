@@ -82,7 +82,8 @@ def handle_signals(log: Callable[[str], object]) -> Iterator[StopRequest]:
 
     Python runs signal handlers only between bytecode instructions, and a loop of steps on the
     device is a single call. Therefore a thread also reads the signals: it logs the first one
-    immediately and ends the process at the second one. SIGHUP stays ignored under `nohup`.
+    immediately and ends the process at the second one, unless that is SIGHUP, which also stays
+    ignored under `nohup`.
 
     Args:
         log: takes the line that acknowledges the first signal.
@@ -114,6 +115,8 @@ def _listen(read_end: int, request: StopRequest, log):
         if signum not in SIGNALS:
             continue
         request.leave_terminal(signum)
+        if signum == signal.SIGHUP and not first:
+            continue  # the shell of a closed terminal and the system send one each
         if not first:
             # This thread may not wait for a lock that the main thread holds, so it does not log.
             # While a bar is shown, `training.monitor.terminal` shows the cursor and this line.
