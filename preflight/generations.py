@@ -50,17 +50,22 @@ HEAD = """# Every recipe on every generation
 
 Written by `python -m preflight.generations`, which `make preflight` runs, without a TPU: the
 training step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest
-slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has the
-slice, the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds them in
-one), the memory of a replica (the sum of arguments, temporaries and program, which can be more than
-HBM where the compiler reuses the memory of arguments for temporaries), and the bytes that a step of
-a replica moves: in HBM, and in all memories, on-chip ones included. The compiler's own count,
-"bytes accessed", is of the second kind. Memory is that of the compiler's quick mode, whose programs
-need about as much as those of a run. The bytes are counted in the program of a run
-(`preflight/compiler/traffic.py`). An empty cell has not been compiled yet, and one without bytes
-only in quick mode. Recipes that differ only in batch size, steps and
-the values of rates and coefficients run the same program; the one with the largest batch stands for
-them (listed below).
+slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has
+
+- the slice, and the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds
+  them in one);
+- the memory of a replica: the sum of arguments, temporaries and program, which can be more than HBM
+  where the compiler reuses the memory of arguments for temporaries. It is that of the compiler's
+  quick mode, whose programs need about as much memory as those of a run;
+- the bytes that a step of a replica moves in HBM, and in all memories, on-chip ones included. They
+  are counted in the program of a run (`preflight/compiler/traffic.py`). If there are micro-batches,
+  these are the bytes of one of them and of the update: the body of a loop counts once, as in the
+  compiler's own count, "bytes accessed". That one is of the second kind, and has some copies more
+  than once.
+
+An empty cell has not been compiled yet, and one without bytes only in quick mode. Recipes that
+differ only in batch size, steps and the values of rates and coefficients run the same program; the
+one with the largest batch stands for them (listed below).
 """
 CHIPS = """
 ## The chips
@@ -86,8 +91,8 @@ class Cell:
         accumulation: micro-batches per step.
         state_bytes: memory of weights and slots.
         hbm_bytes: memory of a replica.
-        main_bytes, all_bytes: traffic of a step of a replica, in HBM and in all memories; see
-            `preflight.compiler.compile.count_file`. 0 if it has not been counted.
+        main_bytes, all_bytes: traffic of a step of a replica with one of its micro-batches, in HBM
+            and in all memories; see `preflight.compiler.compile.count_file`. 0 if not counted.
         error: why it does not compile, or None.
     """
 
