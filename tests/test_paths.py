@@ -38,6 +38,7 @@ ALLOWED = {
     "tasks/resnet.py": "a temporary folder",
     "train.py": "the temporary folder of a dry run; local paths without a link or ..",
     "training/branch.py": "the log of a process, on a disk; its own program",
+    "training/checkpoint/interruption.py": "/dev/null and /dev/fd",
     "training/checkpoint/stores.py": "`DiskStore`",
     "training/cluster.py": "/dev/null",
     "training/input_graph.py": "whether a text is a path of this machine",
