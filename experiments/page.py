@@ -395,6 +395,13 @@ def _draw_curves(table, done, groups, seeds, now, path):
         top.set_xlabel("" if table.x else "step")
         top.set_title(f"{table.x} {value:,}" if table.x else "")
         bottom.set(xlabel="step")
+        if table.x == "batch":
+            # By default, the functions would have the batch of the last panel.
+            scale = (lambda x, batch=value: x * batch, lambda x, batch=value: x / batch)
+            samples = top.secondary_xaxis("top", functions=scale)
+            samples.set_xlabel("samples")
+            samples.xaxis.set_major_locator(ticker.MaxNLocator(4))
+            samples.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{'held-out' if held_out else 'training'} loss, nats")
