@@ -274,7 +274,8 @@ def test_bad_input_is_one_line(capsys):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_removes_temporary_files(signum):
-    source = """import sys, time
+    source = """import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 def main(folder):
     with process.signals_as_interrupt():
         try:

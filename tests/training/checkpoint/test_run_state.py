@@ -279,15 +279,16 @@ def test_a_second_run_is_refused_while_the_first_is_running(tmp_path):
 # One long call into C, during which Python handles no signals, like a loop of steps on a device.
 LONG_CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', int(sys.argv[1]))"
 WAITING = f"""
-import hashlib, sys
+import hashlib, signal, sys
 from training.checkpoint.interruption import Interrupted, handle_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 try:
     with handle_signals(lambda line: print(line, flush=True)) as stop, stop.deferred():
         print('ready', flush=True)
         {LONG_CALL}
         print('done', flush=True)
-except Interrupted as signal:
-    sys.exit(signal.exit_status)
+except Interrupted as interrupted:
+    sys.exit(interrupted.exit_status)
 """
 
 
@@ -321,8 +322,9 @@ def test_a_second_signal_ends_the_process_immediately_and_shows_the_cursor():
 
 
 CLOSED = """
-import os, sys, time
+import os, signal, sys, time
 from training.checkpoint.interruption import Interrupted, handle_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 said = open(sys.argv[1], "w")
 def log(line):
     print(line, file=sys.stderr, flush=True)
