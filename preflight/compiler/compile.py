@@ -251,7 +251,7 @@ def count_file(path: str, topology: str, cache: str, dump: str) -> dict:
     """Counts what a file of HLO moves, with the optimizations of a run, but without its code.
 
     The process must end after this: the compiler goes on to generate code, which takes it most of
-    its time (8 of 9 minutes for a step of BERT-Large, v5e).
+    its time: a step of `squad-mini` with 16 examples for v5e took 57 s, and 7 s up to here.
 
     Args:
         path, topology, cache: as for `compile_file`.
