@@ -64,7 +64,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("model_dir", "", "Folder of checkpoints and logs. Default: runs/RECIPE.")
 flags.DEFINE_string("export_dir", "", "Folder of the SavedModel. Default: MODEL_DIR/export.")
-flags.DEFINE_string("tpu", "", "A TPU's name, or 'local'. Default: the GPUs or the CPU.")
+flags.DEFINE_string("tpu", "", "A TPU's name or address, or 'local'. Default: the GPUs or the CPU.")
 flags.DEFINE_float(
     "connect_seconds", 600, "How long to wait for the workers of TF_CONFIG, or for a TPU's address."
 )

@@ -8,6 +8,7 @@ are done, and so is the summary of all tables in docs/results, unless --output o
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -123,7 +124,7 @@ def _table(options):
         raise InputError(f"--train_flag: the table {table.name} does not run train.py.")
     if options.list:
         _check_folder(output, "--output")
-        _list(state(table, output, names), table, jobs)
+        _list(state(table, output, names), table, jobs, limit)
         return 0
     if not options.data_dir and limit:
         raise InputError(f"--data_dir: the table {table.name} needs its data; see its page.")
@@ -178,9 +179,14 @@ def _check_page(page):
     if is_remote(page):
         raise InputError(f"--page: {page} is not on the disk. Give a file that is.")
     check_file_writable(page, "--page")
+    if not page.endswith(".md"):  # it could be a run file, which the page would replace
+        raise InputError(f"--page: {page} is no Markdown file. Give a path that ends in .md.")
 
 
-def _list(now, table, jobs):
+def _list(now, table, jobs, limit):
+    if limit >= 0:
+        later = min(now.later, max(0, limit - len(now.todo)))
+        now = dataclasses.replace(now, todo=now.todo[:limit], later=later)
     for name, run in now.runs.items():
         seconds = f"{run['processor_seconds']:.0f} s"
         print(f"done  {name}  {table.metric} {format_result(table, run)}  {seconds}")

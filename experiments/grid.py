@@ -175,17 +175,22 @@ def find_cell(table: Table, name: str) -> Cell:
     """Returns the cell with a name, even if the rule does not ask for it.
 
     Raises:
-        ValueError: The table has no such group, or the name is not GROUP-rateRATE-seedSEED.
+        ValueError: The table has no such group; the name is not GROUP-rateRATE-seedSEED; or the
+            rate is not positive and finite, or the seed not from 0 to 2³² - 1.
     """
     stem, _, seed = name.rpartition("-seed")
     group, _, rate = stem.rpartition("-rate")
     try:
-        return Cell(table.group(group), float(rate), int(seed))
+        cell = Cell(table.group(group), float(rate), int(seed))
     except (StopIteration, ValueError):
+        cell = None
+    if cell is None or not (0 < cell.rate < math.inf and 0 <= cell.seed < 2**32):
         raise ValueError(
             f"{name!r} is no cell of the table {table.name}: a name is GROUP-rateRATE-seedSEED, "
-            f"with one of the groups {', '.join(group.name for group in table.groups)}."
-        ) from None
+            f"with one of the groups {', '.join(group.name for group in table.groups)}, a positive "
+            "rate and a seed from 0 to 4294967295."
+        )
+    return cell
 
 
 @functools.cache

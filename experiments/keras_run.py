@@ -73,8 +73,9 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
         say: receives a line for each epoch.
 
     Returns:
-        A dictionary with `curve`: name -> list of values, one per epoch; and `result`: `accuracy`
-        and `loss` on the test set after the last epoch, and `diverged`.
+        A dictionary with `images`: the numbers of images for training and for the test; `curve`:
+        name -> list of values, one per epoch; and `result`: `accuracy` and `loss` on the test set
+        after the last epoch, and `diverged`.
 
     Raises:
         InputError: the data cannot be read, or are too few for the warm-up.
@@ -84,6 +85,7 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
     keras.config.set_dtype_policy(settings.get("dtype", "float32"))
     train = datasets.load(settings["data"], data_dir, "train")
     test = datasets.load(settings["data"], data_dir, "validation")
+    images = [len(train[0]), len(test[0])]
     batch = settings["batch"]
     epochs = settings["epochs"]
     ends = [round(epoch * len(train[0]) / batch) for epoch in range(epochs + 1)]
@@ -131,4 +133,4 @@ def run(cell: Cell, data_dir: str, records: str, say=print) -> dict:
             break
     diverged = not all(map(math.isfinite, (*curve["loss"], *curve["test_loss"])))
     result = {"accuracy": curve["test_accuracy"][-1], "loss": curve["test_loss"][-1]}
-    return {"curve": curve, "result": {**result, "diverged": diverged}}
+    return {"images": images, "curve": curve, "result": {**result, "diverged": diverged}}

@@ -15,7 +15,7 @@ from scipy import stats
 
 import tf_lamb
 from experiments.grid import Cell, Group, Table, chip_hours, find_cell, progress
-from experiments.runner import Places, State, curves, metrics
+from experiments.runner import COMPLETE, Places, State, curves, images, metrics
 from inputs.storage.files import atomic_write
 
 SWEEP = "sweep.png"
@@ -51,7 +51,7 @@ def write_page(table: Table, now: State, path: str, places: Places) -> None:
     os.makedirs(places.output, exist_ok=True)
     folder = os.path.relpath(places.output, os.path.dirname(os.path.abspath(path)))
     pictures = [
-        f"![{caption}]({folder}/{name})"
+        f"![{caption}]({folder}/{name})\n\n*{caption[0].upper()}{caption[1:]}.*"
         for name, caption in _pictures(table, groups, seeds, now, places)
     ]
     if pictures and SWEEP in pictures[0]:  # it goes first
@@ -87,16 +87,19 @@ def differences(table: Table, now: State) -> list[Difference]:
     """Returns the differences of `table.pairs` that can be tested.
 
     A pair is left out if a group has fewer than two seeds of its best rate, if one of them
-    diverged, or if both groups have the same settings and best rate, and so the same runs.
+    diverged, or if groups with the same settings and best rate, and so the same runs, make it a
+    comparison of runs with themselves or one that an earlier pair has made.
     """
     values = metrics(table, now.runs)
     seeds = best_values(table, now)
     found = []
+    made: list[tuple] = []
     for names in table.pairs:
         groups = [table.group(name) for name in names]
-        one, other = ((group.settings, progress(table, group, values).best) for group in groups)
+        runs = tuple((group.settings, progress(table, group, values).best) for group in groups)
         result = compare(*(seeds[name] for name in names))
-        if result is not None and one != other:
+        if result is not None and runs[0] != runs[1] and runs not in made:
+            made.append(runs)
             found.append((*names, *result))
     order = sorted(range(len(found)), key=lambda i: found[i][3])
     corrected = [0.0] * len(found)
@@ -166,6 +169,10 @@ def _about(table, now):
     machines = collections.Counter(run["machine"] for run in runs)
     for machine, count in machines.items():
         lines.append(f"| machine | {machine} ({format_runs(count)}) |")
+    for counts in {images(run) for run in runs} - {(), *COMPLETE.values()}:
+        train, test = (f"{count:,}" for count in counts)
+        said = f"{train} for training, {test} for the test: not the published set"
+        lines.append(f"| images | {said} |")
     for version in versions:
         lines.append(f"| versions | {', '.join(f'{name} {value}' for name, value in version)} |")
     since = "" if table.program == "keras" else ", each since its last start"  # they are resumed
@@ -261,10 +268,13 @@ def _pictures(table, groups, seeds, now, places):
     if not done:
         return
     if table.x and len({group.settings[table.x] for group in done}) > 1:
-        _draw_sweep(table, done, seeds, os.path.join(places.output, SWEEP))
-        yield SWEEP, f"{table.metric} over {table.x}, mean and range of the seeds"
+        shown = f"{_kind(table, now)} {_metric_label(table)}"
+        shown = f"1 − {shown}" if _is_error_shown(seeds) else shown
+        _draw_sweep(table, done, seeds, os.path.join(places.output, SWEEP), shown)
+        yield SWEEP, f"{shown} over {table.x}: mean and range (lowest to highest) of the seeds"
     _draw_curves(table, done, groups, seeds, now, os.path.join(places.output, "curves.png"))
-    yield "curves.png", "loss and metric of the best rate, first seed"
+    one = "" if len({group.seeds for group in done}) > 1 else f" ({done[0].seeds[0]})"
+    yield "curves.png", f"loss and {_metric_label(table)} of the best rate, first seed{one} only"
     for name in table.heat_maps:
         best = groups[name].best
         if best is None:
@@ -278,12 +288,14 @@ def _pictures(table, groups, seeds, now, places):
         if os.path.exists(records):
             tf_lamb.draw_heat_map(records, picture)
         if os.path.exists(picture):
-            yield os.path.basename(picture), f"trust ratios of {group_label(group)}, layers × steps"
+            caption = f"trust ratios of {group_label(group)}, layers × steps; colors have each "
+            yield os.path.basename(picture), f"{caption}picture's own range"
 
 
 def _line_label(table, group):
     """The name of a group without its batch size."""
-    return group.name.removesuffix(f"-{group.settings.get(table.x)}").replace("-", ", ")
+    label = group_label(group).removesuffix(f" {group.settings.get(table.x)}")
+    return label.replace(" untuned", ", untuned")
 
 
 def _color(table, group):
@@ -298,7 +310,19 @@ def _is_error_shown(seeds):
     return 0.8 < max(found) < 1
 
 
-def _draw_sweep(table, done, seeds, path):
+def _metric_label(table):
+    return table.metric.replace("_", " ")
+
+
+def _kind(table, now):
+    """Of which examples the metric is: "held-out", "test" or "training"."""
+    runs = now.runs.values()
+    if any("evaluations" in run for run in runs):
+        return "held-out"
+    return "test" if any(f"test_{table.metric}" in run["curve"] for run in runs) else "training"
+
+
+def _draw_sweep(table, done, seeds, path, shown):
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lines: dict[str, list] = {}
     lost = []
@@ -334,20 +358,23 @@ def _draw_sweep(table, done, seeds, path):
             color=points[0][2],
             **style,
         )
+        for (x, found, color), mean in zip(points, means, strict=True):
+            if len(found) == 1:
+                note = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": "x-small"}
+                axes.annotate("1 seed", (x * shift, mean), ha="center", color=color, **note)
     for x, label, diverged, count in lost:  # at the edge; a mean is that of the other seeds
         said = f"{label} at {x:,}: {diverged} of {count} seeds diverged"
         worst = 0.98 if error else 0.02
         axes.plot(x, worst, "kx", transform=axes.get_xaxis_transform(), label=said)
     if error:
-        axes.set(yscale="log", ylabel=f"1 − test {table.metric}")
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter("{x:g}")
-    else:
-        axes.set(ylabel=f"test {table.metric}")
-    axes.set(xscale="log", xlabel=table.x)
+    axes.set(xscale="log", xlabel=table.x, ylabel=shown)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.minorticks_off()
+    axes.margins(y=0.08)  # room for a note above the highest point
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -377,14 +404,12 @@ def _draw_curves(table, done, groups, seeds, now, path):
         panel.set_yscale("log")
         for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
             set_formatter(_Plain(minor_thresholds=(1, 0.4)))
-    held_out = False
     ends = []
     for value, (top, bottom) in zip(values, axes.T, strict=True):
         for group in done:
             run = now.runs.get(Cell(group, groups[group.name].best, group.seeds[0]).name)
             if run is None or (table.x and group.settings[table.x] != value):
                 continue
-            held_out = held_out or "evaluations" in run
             steps, loss, metric = curves(run, table.metric)
             metric = [math.nan if point is None else point for point in metric]
             style = {"label": _line_label(table, group), "color": _color(table, group)}
@@ -404,8 +429,10 @@ def _draw_curves(table, done, groups, seeds, now, path):
             samples.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         for panel in (top, bottom):
             panel.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"{'held-out' if held_out else 'training'} loss, nats")
-    axes[1][0].set_ylabel(f"1 − {table.metric}" if error else table.metric)
+    kind = _kind(table, now)
+    axes[0][0].set_ylabel(f"{'held-out' if kind == 'held-out' else 'training'} loss, nats")
+    name = f"{kind} {_metric_label(table)}"
+    axes[1][0].set_ylabel(f"1 − {name}" if error else name)
     for panel in axes[1]:
         if ends and not error:  # not those of runs that diverged
             panel.set_ylim(bottom=min(ends) / 2)

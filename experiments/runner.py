@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "TF_NUM_INTEROP_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "-1",
+    "JAX_PLATFORMS": "cpu",
 }
 PACKAGES = ("keras", "tensorflow", "tf_keras", "jax", "numpy")
 IN_USE = 75  # exit status of --cell if another process runs the cell: EX_TEMPFAIL of sysexits.h
@@ -51,7 +52,9 @@ FIELDS = {
     "curve": dict,
     "result": dict,
 }
-KINDS = {dict: "an object", str: "a text", float: "a number"}
+KINDS = {dict: "an object", str: "a text", float: "a number, 0 or above"}
+# The numbers of images for training and for the test, as published.
+COMPLETE = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}
 REPEAT = "Delete the file to repeat the run, or give another --output."
 
 
@@ -89,10 +92,34 @@ def load_runs(table: Table, output: str) -> dict[str, dict]:
     """Returns the contents of a table's run files, by the name of their cell.
 
     Raises:
-        InputError: as in `read_run`.
+        InputError: as in `read_run`; or two files are runs on different numbers of images.
     """
     paths = sorted(pathlib.Path(output).glob("*.json"))
-    return {path.stem: read_run(table, str(path)) for path in paths}
+    runs = {path.stem: read_run(table, str(path)) for path in paths}
+    first: dict[tuple, str] = {}
+    for name, run in runs.items():
+        first.setdefault(images(run), name)
+    if len(first) > 1:
+        (one, name), (other, second) = [*first.items()][:2]
+        raise InputError(
+            f"--output: {output} has runs on different data: {name} on {_counts(one)}, {second} on "
+            f"{_counts(other)}. Give another --output for a part of the data, and move the runs "
+            "that do not belong here."
+        )
+    return runs
+
+
+def images(run: dict) -> tuple[int, ...]:
+    """Returns the numbers of images that a run of a Keras model was trained and tested on.
+
+    Files from before 2026-11-27 do not have them; their data were complete. () for other runs.
+    """
+    complete = COMPLETE.get(run["settings"].get("data"), ())
+    return tuple(run.get("images", complete))
+
+
+def _counts(images):
+    return f"{images[0]:,} images, tested on {images[1]:,}"
 
 
 def read_run(table: Table, path: str) -> dict:
@@ -126,15 +153,22 @@ def _problem(table, cell, stem, run):
         return "does not hold a run"
     identity = {"table": table.name, "cell": stem, "rate": cell.rate, "seed": cell.seed}
     for name, value in identity.items():
-        if run.get(name) != value:
+        if run.get(name) != value or isinstance(run[name], bool):
             return f"holds another run than its name says: {name} is {run.get(name)!r}"
     if cell.name != stem:
         return f"is named otherwise than the run that it holds, {cell.name}"
     for name, kind in FIELDS.items():
-        if not (_is_number(run.get(name)) if kind is float else isinstance(run.get(name), kind)):
+        value = run.get(name)
+        if not (_is_number(value, 0) if kind is float else isinstance(value, kind)):
             return f"holds no complete run: {name} is not {KINDS[kind]}"
+    if not all(isinstance(version, str) for version in run["versions"].values()):
+        return "holds no complete run: a version is not a text"
+    counts = run.get("images", [1, 1])
+    if not (isinstance(counts, list) and [*map(type, counts)] == [int, int] and min(counts) > 0):
+        return f"holds no complete run: images is {counts!r}, not two numbers"
     try:
-        find_cell(table, run.get("same_as", stem))
+        if not _same_run(cell, find_cell(table, run.get("same_as", stem))):
+            return f"says that it is the same as {run['same_as']!r}, which has other settings"
     except (ValueError, AttributeError):
         return f"says that it is the same as {run['same_as']!r}, which is no cell of the table"
     result = run["result"]
@@ -142,17 +176,25 @@ def _problem(table, cell, stem, run):
         return "holds no complete run: diverged is neither true nor false"
     if result["diverged"]:
         return ""
-    if not _is_number(result.get(table.metric)):
+    if not _is_number(result.get(table.metric), 0, 1):
         return f"holds no complete run: {table.metric} is {result.get(table.metric)!r}"
     try:
-        lengths = set(map(len, curves(run, table.metric)))
-    except (LookupError, TypeError, AttributeError):
-        lengths = set()
-    return "" if len(lengths) == 1 else "holds no complete run: its curve is damaged"
+        points = [*zip(*curves(run, table.metric), strict=True)]
+        # An evaluation may lack the metric; the program writes NaN as null.
+        complete = bool(points) and all(
+            _is_number(step, 0) and all(value is None or _is_number(value) for value in values)
+            for step, *values in points
+        )
+    except (LookupError, TypeError, AttributeError, ValueError):
+        complete = False
+    return "" if complete else "holds no complete run: its curve is damaged"
 
 
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value, least=-math.inf, most=math.inf):
+    """Whether a value is a finite number within limits."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and least <= value <= most
 
 
 def curves(run: dict, metric: str) -> tuple[list, list, list]:

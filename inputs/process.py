@@ -61,7 +61,7 @@ def call(main: Callable[..., int | None], *arguments) -> None:
     Bad input that `main` does not report itself, Ctrl-C, and standard output that cannot be written
     end the command in one line, without a traceback.
     """
-    sys.unraisablehook = _UNRAISABLE_HOOK
+    sys.unraisablehook = _repeat_interrupt
     prepare_output()
     try:
         status = main(*arguments)
@@ -238,5 +238,21 @@ def _exit_on_memory(next_hook):
 
 
 _UNRAISABLE_HOOK = sys.unraisablehook
+
+
+def _repeat_interrupt(unraisable):
+    """Hook of `sys` that repeats an interrupt which Python ignores because a callback cannot raise.
+
+    JAX, for one, has a callback of Python's garbage collector.
+    """
+    caught = [s for s in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(s))]
+    if not (_is_interrupt(unraisable.exc_value) and caught):
+        _UNRAISABLE_HOOK(unraisable)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), caught[0]))  # after the callback has ended
+    again.daemon = True
+    again.start()
+
+
 sys.excepthook = _exit_on_interrupt(_exit_on_memory(sys.excepthook))
 sys.unraisablehook = _exit_on_interrupt(sys.unraisablehook)

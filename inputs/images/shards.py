@@ -122,8 +122,8 @@ def check_plan(folder: str, begun: dict, plan: dict) -> None:
     differing = [key for key in plan if begun.get(key) != plan[key]]
     if differing:
         raise InputError(
-            f"--output: {folder} was made with different {' and '.join(differing)}. Give the same "
-            "as then, give another folder, or delete this one."
+            f"--output: {folder} was made with other values of: {', '.join(differing)}. Give the "
+            "same values as then, give another folder, or delete this one."
         )
 
 

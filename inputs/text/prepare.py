@@ -557,9 +557,9 @@ def main(arguments=None) -> int:
         return process.INTERRUPTED
     print(
         f"{flags['output']}: {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, "
-        f"{manifest['held_out_documents']:,} of them held out, in {len(manifest['shards'])} "
-        f"shards; dropped {manifest['repeated_documents']:,} repeated documents and "
-        f"{manifest['damaged_records']:,} damaged lines"
+        f"{manifest['held_out_documents']:,} of them held out; shards: {len(manifest['shards'])}; "
+        f"dropped repeated documents: {manifest['repeated_documents']:,}, damaged lines: "
+        f"{manifest['damaged_records']:,}"
     )
     return 0
 

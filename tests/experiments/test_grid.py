@@ -120,6 +120,14 @@ def test_every_cell_of_a_table_is_found_by_its_name(table):
 def test_a_name_of_no_cell_is_refused():
     with pytest.raises(ValueError, match="'sgd-rate1-seed1' is no cell of the table mnist"):
         find_cell(TABLES["mnist"], "sgd-rate1-seed1")
+    for name in (
+        "lamb-ratenan-seed1",
+        "lamb-rate-1-seed1",
+        "lamb-rate1-seed-1",
+        "lamb-rateinf-seed1",
+    ):
+        with pytest.raises(ValueError, match="a positive rate and a seed from 0 to"):
+            find_cell(TABLES["mnist"], name)
 
 
 def test_the_paper_s_table_8_is_as_published():

@@ -311,7 +311,7 @@ def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, 
     assert main(["toy", *flags[:3], f"--cell={cell.name}"]) == 0  # as a child of the runner
     for group, rate, seed in ((0, 0.02, 1), (0, 0.005, 1), (0, 0.01, 2), (1, 0.014, 1)):
         cell = Cell(table.groups[group], rate, seed)
-        run = _run_file(table, cell, accuracy=0.001 * seed)
+        run = {**_run_file(table, cell, accuracy=0.001 * seed), "images": [IMAGES, IMAGES]}
         (tmp_path / "toy" / f"{cell.name}.json").write_text(json.dumps(run))
     runs = load_runs(table, str(tmp_path / "toy"))
     assert {"settings", "seed", "versions", "curve", "result", "commit"} <= set(
@@ -320,10 +320,16 @@ def test_a_table_runs_resumes_and_writes_its_page(mnist, tmp_path, monkeypatch, 
     assert main(["toy", *flags, "--limit=0"]) == 0
     page = (tmp_path / "toy.md").read_text()
     assert "# Toy table" in page and "| lamb 32 |" in page and "0.9900" in page
+    assert f"| images | {IMAGES} for training, {IMAGES} for the test: not the published" in page
+    assert "\n\n*Test accuracy over batch: mean and range (lowest to highest)" in page
     assert (tmp_path / "toy" / "curves.png").exists() and (tmp_path / "toy" / "sweep.png").exists()
     capsys.readouterr()
     assert main(["toy", flags[2], "--list"]) == 0
     assert f"{len(runs)} done" in capsys.readouterr().out
+    for limit in (0, 1, 2):
+        assert main(["mnist", f"--output={tmp_path}/none", "--list", f"--limit={limit}"]) == 0
+        listed = capsys.readouterr().out
+        assert listed.count("to do ") == limit and f" {limit} to do, at least 0 more" in listed
 
 
 @pytest.mark.slow
@@ -407,8 +413,37 @@ WRONG_RUNS = {
         lambda run: {**run, "result": {"diverged": False, "accuracy": math.nan}},
         "accuracy is nan",
     ),
+    "above 1": (
+        lambda run: {**run, "result": {"diverged": False, "accuracy": 5.0}},
+        "accuracy is 5.0",
+    ),
+    "true": (lambda run: {**run, "seed": True}, "seed is True"),
+    "no time": (lambda run: {**run, "processor_seconds": -5}, "not a number, 0 or above"),
+    "version": (lambda run: {**run, "versions": {"keras": {}}}, "a version is not a text"),
+    "images": (lambda run: {**run, "images": [60_000]}, "images is [60000], not two numbers"),
     "twin": (lambda run: {**run, "same_as": "lamb"}, "the same as 'lamb', which is no cell"),
+    "no twin": (
+        lambda run: {**run, "same_as": "momentum-rate0.01-seed1"},
+        "the same as 'momentum-rate0.01-seed1', which has other settings",
+    ),
     "curve": (lambda run: {**run, "curve": {"step": [1, 2]}}, "its curve is damaged"),
+    **{
+        f"curve of {name} {values}": (
+            lambda run, name=name, values=values: {**run, "curve": {**run["curve"], name: values}},
+            "its curve is damaged",
+        )
+        for name, values in (
+            ("step", ["1", "2"]),
+            ("step", [1, None]),
+            ("loss", [2.0, "1"]),
+            ("test_accuracy", "ab"),
+            ("test_accuracy", [0.5]),
+        )
+    },
+    "no curve": (
+        lambda run: {**run, "curve": {name: [] for name in run["curve"]}},
+        "its curve is damaged",
+    ),
 }
 
 
@@ -426,6 +461,20 @@ def test_a_run_file_that_is_not_the_complete_run_of_its_name_is_refused(name, tm
     places = Places("", str(tmp_path / "runs"), str(tmp_path))
     with pytest.raises(InputError, match="Delete the file"):
         run_cell(table, cell, places)
+
+
+def test_runs_on_different_numbers_of_images_are_refused(tmp_path):
+    """Files without the numbers are from before 2026-11-27, of the complete data."""
+    table = TABLES["mnist"]
+    for rate, images in ((0.001, None), (0.01, [60_000, 10_000]), (0.1, [12_500, 300])):
+        assert rate < 0.1 or len(load_runs(table, str(tmp_path))) == 2
+        cell = Cell(table.groups[0], rate, 1)
+        run = _run_file(table, cell, accuracy=0.5) | ({"images": images} if images else {})
+        (tmp_path / f"{cell.name}.json").write_text(json.dumps(run))
+    with pytest.raises(InputError) as error:
+        load_runs(table, str(tmp_path))
+    said = "lamb-rate0.1-seed1 on 12,500 images, tested on 300"
+    assert said in str(error.value) and "on 60,000 images, tested on 10,000" in str(error.value)
 
 
 def test_a_run_file_with_another_spelling_of_its_rate_is_refused(tmp_path):
@@ -512,6 +561,7 @@ def test_differences_are_corrected_and_a_group_is_not_compared_with_itself(tmp_p
         _finished(table.group(name), best, values, tmp_path)
     found = page.differences(table, state(table, str(tmp_path)))
     names = [(one.first, one.second) for one in found]
+    assert len(names) == len({*names})  # a pair that is listed twice is tested once
     assert ("lamb-untuned-4096", "lamb-1024") in names
     assert ("lamb-untuned-4096", "lamb-4096") not in names  # the same settings and rate
     smallest, *_, largest = sorted(found, key=lambda one: one.p)
@@ -586,11 +636,23 @@ def test_a_sweep_names_the_runs_that_diverged(tmp_path, monkeypatch):
     seeds = {"lamb-1024": [0.99, -math.inf, 0.98], "lars-1024": [-math.inf] * 3}
     drawn = []
     monkeypatch.setattr(page.pyplot, "close", drawn.append)
-    page._draw_sweep(table, done, seeds, str(tmp_path / "sweep.png"))
+    page._draw_sweep(table, done, seeds, str(tmp_path / "sweep.png"), "1 − test accuracy")
     (axes,) = drawn[0].axes
     labels = axes.get_legend_handles_labels()[1]
+    assert [text.get_text() for text in axes.texts] == []
     assert "lamb at 1,024: 1 of 3 seeds diverged" in labels
     assert "lars at 1,024: 3 of 3 seeds diverged" in labels and "lars" not in labels
+
+
+def test_a_sweep_marks_a_single_seed(tmp_path, monkeypatch):
+    table = TABLES["mnist-batches"]
+    done = [group for group in table.groups if group.name in ("lamb-1024", "lamb-4096")]
+    drawn = []
+    monkeypatch.setattr(page.pyplot, "close", drawn.append)
+    seeds = {"lamb-1024": [0.99, 0.98, 0.98], "lamb-4096": [0.97]}
+    page._draw_sweep(table, done, seeds, str(tmp_path / "sweep.png"), "1 − test accuracy")
+    (text,) = drawn[0].axes[0].texts
+    assert text.get_text() == "1 seed" and text.xy == pytest.approx((4_096, 0.03), rel=0.05)
 
 
 def test_a_page_of_runs_elsewhere_is_written_beside_them(tmp_path, capsys, monkeypatch):
@@ -650,6 +712,7 @@ def test_pictures_are_linked_from_a_page_in_another_folder(tmp_path):
         ("--runs={0}/file", "--runs: {0}/file is not a folder"),
         ("--page={0}/none/p.md", "--page: there is no folder {0}/none"),
         ("--page={0}", "--page: {0} is a folder"),
+        ("--page={0}/file", "--page: {0}/file is no Markdown file"),
     ],
 )
 def test_a_place_that_cannot_be_used_is_refused_before_the_first_run(

@@ -295,6 +295,31 @@ process.run(main, "")"""
     assert child.communicate() == ("cleaned up\n", "-c: stopped.\n") and child.returncode == 130
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_a_callback_ignores_is_repeated(signum):
+    """As in a callback of the garbage collector, of which JAX has one."""
+    source = f"""import gc, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+def main():
+    with process.signals_as_interrupt():
+        begun = []
+        def callback(phase, info):
+            if not begun:
+                begun.append(True)
+                signal.raise_signal({int(signum)})
+                time.sleep(0)
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            time.sleep(60)
+        finally:
+            print("cleaned up", begun)
+process.run(main)"""
+    child = run_command(source, stdout=subprocess.PIPE)
+    assert child.communicate() == ("cleaned up [True]\n", "-c: stopped.\n")
+    assert child.returncode == 130
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["train.py", "--preflight=v3-8"], ["-m", "export.client", "folder", "text"]]

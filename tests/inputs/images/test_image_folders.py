@@ -190,7 +190,7 @@ def test_a_replaced_picture_is_noticed(stopped, capsys):
     path.write_bytes(bytes(len(old)))
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     assert prepare("--source", stopped, "--output", "out") == 1
-    assert "out/train was made with different files" in capsys.readouterr().err
+    assert "out/train was made with other values of: files" in capsys.readouterr().err
     assert not pathlib.Path("out/train/manifest.json").exists()
 
 

@@ -201,10 +201,10 @@ def test_a_finished_folder_accepts_only_its_own_source(tmp_path, capsys):
     assert prepare("--source", source, "--output", tmp_path / "out") == 0
     assert "is finished already" in capsys.readouterr().err
     assert prepare("--source", other, "--output", tmp_path / "out") == 1
-    assert "out/train was made with different source and files" in capsys.readouterr().err
+    assert "out/train was made with other values of: source, files" in capsys.readouterr().err
     (source / "cat/0.jpg").unlink()
     assert prepare("--source", source, "--output", tmp_path / "out") == 1
-    assert "out/train was made with different files" in capsys.readouterr().err
+    assert "out/train was made with other values of: files" in capsys.readouterr().err
     assert manifest(tmp_path / "out/train") == before
 
 
