@@ -162,7 +162,8 @@ def choose_recipe() -> Recipe:
     else:
         with blame("--scaling"):
             recipe = recipes.scale_recipe(recipe, FLAGS.global_batch_size, FLAGS.scaling)
-    recipe = recipes.resized(recipe, steps=FLAGS.steps)
+    with blame("--steps"):
+        recipe = recipes.resized(recipe, steps=FLAGS.steps)
     assignments = FLAGS.set
     if FLAGS.grow_batch:
         # The schedule of the phases is made from the fields of the only phase of the recipe.
@@ -344,10 +345,10 @@ def train(where, recipe, model_dir, export_dir, stop, log_line, check_lock, mllo
     if not chief:
         # Reading batch normalization's averages, which each replica has, takes all processes.
         with temporary_folder("export-") as folder:
-            task.export(run.model, folder, results)
+            task.export(run.model, folder, results, run.steps_done)
     else:
         check_lock()
-        task.export(run.model, export_dir, results)
+        task.export(run.model, export_dir, results, run.steps_done)
         if FLAGS.dry_run:
             print(describe_dry_run(recipe, model_dir, export_dir), flush=True)
         else:
@@ -405,8 +406,7 @@ def report(run: Run, results: dict, model_dir: str, export_dir: str) -> None:
     print(
         f"""
 Trained    {recipe.name}: {recipe.task} {recipe.model}, {parameters:,} parameters, \
-{run.steps_done:,} steps of {recipe.phases[-1].global_batch_size} {task.example_unit}, \
-on {task.data}
+{recipe.describe_steps(run.steps_done, task.example_unit)}, on {task.data}
 Held out   {task.describe(results)}
 Speed      on {replicas} replica{"s" * (replicas > 1)}: {run.progress.describe_speed()}
 SavedModel {export_dir}

@@ -6,6 +6,7 @@ import tensorflow as tf
 import tf_keras
 
 from export.saved_model import Export
+from inputs.squad.offsets import sanitized
 from inputs.squad.windows import single_rows
 from inputs.text.tokenization.vocabulary import CLS, MASK, PAD, SEP
 from inputs.text.tokenization.word_pieces import WordPieces
@@ -101,6 +102,7 @@ class PretrainedBert(tf.Module):
 
     def _rows(self, text):
         """Returns the encoder's inputs for [N] strings."""
+        text = sanitized(text)
         # The tokenizer does not know "[MASK]", so split the strings there.
         parts = tf.strings.split(text, MASK)  # [N, (parts)]
         ids = self.tokenizer.tokenize(parts.flat_values)

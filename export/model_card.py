@@ -1,14 +1,19 @@
 """The model card of an export: model, data, results on held-out data, and versions."""
 
+import contextlib
 import platform
 from importlib import metadata
 
+import tensorflow as tf
+
 from inputs.text.tokenization import casing
 
-PACKAGES = ("tensorflow", "tensorflow-text", "tf_keras", "tf-models-official", "numpy")
+PACKAGES = ("tensorflow-text", "tf_keras", "tf-models-official", "numpy")
 
 
-def make_card(task, parameters: int, results: dict[str, float], usage: str) -> str:
+def make_card(
+    task, parameters: int, results: dict[str, float], usage: str, steps: int | None = None
+) -> str:
     """Returns the model card in Markdown.
 
     Args:
@@ -16,10 +21,14 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
         parameters: number of parameters of the model.
         results: metric name -> value, from the task's `results`.
         usage: Python code that calls the SavedModel, which is in the variable `model`.
+        steps: number of steps of the run; None for all of the recipe's.
     """
     recipe = task.recipe
-    versions = [("Python", platform.python_version())]
-    versions += [(name, metadata.version(name)) for name in PACKAGES]
+    # TensorFlow's own version: its package has another name on a TPU VM, tensorflow-tpu.
+    versions = [("Python", platform.python_version()), ("tensorflow", tf.__version__)]
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append((name, metadata.version(name)))
     lower_case = getattr(recipe, "lower_case", None)  # text only
     text = [] if lower_case is None else [f"- Text: {casing.describe(lower_case)}"]
     figures = [f"- {name}: {value:.4g}" for name, value in results.items()]
@@ -27,8 +36,8 @@ def make_card(task, parameters: int, results: dict[str, float], usage: str) -> s
         [
             f"# {recipe.name}",
             "",
-            f"{recipe.task} {recipe.model}, {parameters:,} parameters, {recipe.steps:,} steps of "
-            f"{recipe.phases[-1].global_batch_size} {task.example_unit}.",
+            f"{recipe.task} {recipe.model}, {parameters:,} parameters, "
+            f"{recipe.describe_steps(steps, task.example_unit)}.",
             "",
             f"- Recipe: {recipe.name}, from {recipe.reference}. `recipe.json` in the run's folder "
             "has all its fields.",

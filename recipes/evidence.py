@@ -290,6 +290,6 @@ def scale_by_evidence(recipe: Recipe, batch: int) -> Recipe:
         )
     found = evidence.predict(batch).recipe
     names = ("evaluate_every_examples", *SETTINGS[found.optimizer])
-    changed = {name: getattr(found, name) for name in names}
+    changed = {name: getattr(found, name) for name in names} | {"evaluate_every_steps": None}
     save = max(1, round(recipe.save_every_steps * recipe.phases[0].global_batch_size / batch))
     return dataclasses.replace(recipe, phases=found.phases, save_every_steps=save, **changed)

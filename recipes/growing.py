@@ -14,7 +14,8 @@ def grow_batch(recipe: Recipe, batches: Sequence[int]) -> Recipe:
     before. As a function of the number of examples, the learning rate of a phase is that of the
     recipe times √k, where k is the batch size relative to the recipe's (You et al.,
     arXiv:1904.00962, and, for batch warm-up with Adam, Merrill et al., arXiv:2505.23971). Slots are
-    kept from one phase to the next. The warm-up of the rate must end in the first phase.
+    kept from one phase to the next. The warm-up of the rate must end in the first phase. The run is
+    evaluated after as many examples as before; checkpoints stay a number of steps apart.
 
     Change fields of the phase, such as its learning rate, before this: `override` would give all
     phases the same value. `train.py --grow_batch` does so with `--set`, except for fields such as
@@ -90,4 +91,9 @@ def grow_batch(recipe: Recipe, batches: Sequence[int]) -> Recipe:
         if index:
             phases[-1] = dataclasses.replace(phases[-1], decay_from=None)
         seen = end
+    every = recipe.evaluate_every_steps
+    if every:  # after as many examples as before, whatever the batch size
+        recipe = dataclasses.replace(
+            recipe, evaluate_every_steps=None, evaluate_every_examples=every * size
+        )
     return dataclasses.replace(recipe, phases=tuple(phases))

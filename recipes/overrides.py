@@ -110,7 +110,15 @@ def resized(recipe: Recipe, *, steps: int | None = None, global_batch_size: int 
         recipe: A `Recipe`.
         steps: Integer or `None`. The new number of steps of all phases.
         global_batch_size: Integer or `None`. The new batch size of all phases.
+
+    Raises:
+        ValueError: If there are fewer `steps` than phases.
     """
+    if steps is not None and 1 <= steps < len(recipe.phases):
+        raise ValueError(
+            f"{recipe.name} has {len(recipe.phases)} phases, which need at least a step each. "
+            f"Received: steps={steps}."
+        )
     phases = []
     old_end = 0  # Last step of the phase in the old recipe, and in the new one.
     new_end = 0
@@ -118,7 +126,9 @@ def resized(recipe: Recipe, *, steps: int | None = None, global_batch_size: int 
         if steps is not None:
             factor = steps / recipe.steps
             old_end += phase.steps
-            phase = phase.stretched(max(1, round(old_end * factor) - new_end), factor)
+            later = len(recipe.phases) - len(phases) - 1  # phases that need a step each
+            end = min(max(new_end + 1, round(old_end * factor)), steps - later)
+            phase = phase.stretched(end - new_end, factor)
             new_end += phase.steps
         if global_batch_size is not None:
             phase = dataclasses.replace(phase, global_batch_size=global_batch_size, examples=None)

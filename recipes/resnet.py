@@ -109,7 +109,8 @@ def _paper_column(label, batch, k, top_1, top_5) -> ImageRecipe:
     """Returns the recipe of a column of the paper's table.
 
     The learning rate is 4/(2^k · 100), with 782 steps of warm-up and the decay η₀(1 - t/T). The
-    text gives λ = 0.01 and does not mention label smoothing.
+    text gives λ = 0.01. It does not mention label smoothing, which is 0.1 here, as in the author's
+    program.
     """
     return _imagenet_recipe(
         f"lamb-{label}",
@@ -270,7 +271,7 @@ def _cifar_recipe(optimizer, batch, rate, **fields) -> ImageRecipe:
     return ImageRecipe(
         name=f"cifar10-{optimizer}-{batch}",
         reference="this project: a small ResNet for two CPU cores",
-        expected="no published figure; see the README",
+        expected="no published figure; see docs/results/cifar10-recipes.md",
         phases=(
             Phase(
                 steps=steps,

@@ -43,15 +43,24 @@ class SquadRecipe(Recipe):
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={self.dropout}.")
 
 
-# Lengths, stride, n-best size, two epochs and their first tenth as warm-up are from run_squad.py
-# and the README of google-research/bert. For LAMB, a comment in Google's program gives learning
-# rates of 3e-4, 4e-4 and 5e-4 for batch size 64, and says that the moments of pre-training are not
-# used. An epoch of SQuAD v1.1 has 88,641 windows at these lengths.
+# Lengths, stride, n-best size, two epochs, their first tenth as warm-up and the linear decay from
+# step 0 are from run_squad.py, optimization.py and the README of google-research/bert. For LAMB, a
+# comment in Google's program gives learning rates of 3e-4, 4e-4 and 5e-4 for batch size 64, and
+# says that the moments of pre-training are not used. An epoch of SQuAD v1.1 has 88,641 windows at
+# these lengths.
 SQUAD_LARGE = SquadRecipe(
     name="squad-large",
     reference="arXiv:1904.00962v3, Table 1; google-research/bert, run_squad.py",
     expected="F1 91.475 from the paper's 32K checkpoint, 90.584 from 64K/32K",
-    phases=(Phase(steps=2_770, global_batch_size=64, peak_learning_rate=4e-4, warmup_steps=277),),
+    phases=(
+        Phase(
+            steps=2_770,
+            global_batch_size=64,
+            peak_learning_rate=4e-4,
+            warmup_steps=277,
+            decay_from=0,
+        ),
+    ),
     model="large",
     compute_dtype="bfloat16",
 )
@@ -68,7 +77,7 @@ SQUAD_MINI = dataclasses.replace(
     SQUAD_LARGE,
     name="squad-mini",
     reference="this project: for two CPU cores, from what bert-mini trained",
-    expected="BERT-tiny: exact match 4.8, F1 11.1; see the README",
+    expected="with model=tiny: exact match 4.8, F1 11.1; see docs/results/squad.md",
     phases=(Phase(steps=2_000, global_batch_size=32, peak_learning_rate=2e-3, warmup_steps=200),),
     model="mini",
     compute_dtype="float32",

@@ -147,6 +147,15 @@ class Phase:
         """
         check_numbers(self)
         check_minimums(self, steps=1, global_batch_size=1)
+        in_order = [-1, *self.decay_steps, self.steps]
+        late = not self.decay_steps or self.decay_steps[0] >= self.warmup_steps
+        if self.decay_steps and not (late and in_order == sorted({*in_order})):
+            raise ValueError(
+                f"the {len(self.decay_steps)} drops of the learning rate must come in different "
+                f"steps, after the warm-up and before the end. Received: {self.steps} steps, "
+                f"warmup_steps={self.warmup_steps}, decay_steps={list(self.decay_steps)}. Give "
+                "more steps, or set decay_steps."
+            )
         polynomial = ("end_learning_rate", "power", "decay_from", "warmup_from")
         unused = [name for name in polynomial if getattr(self, name) != getattr(Phase, name)]
         if self.decay_steps and unused:
@@ -219,6 +228,21 @@ class Recipe:
     def steps(self) -> int:
         """Total number of optimizer steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+    def describe_steps(self, steps: int | None, unit: str) -> str:
+        """Returns the first `steps` steps (None: all) and their batch sizes as text.
+
+        Such as "1,800 steps of 64 and 400 of 32 sequences", with `unit` "sequences".
+        """
+        left = self.steps if steps is None else steps
+        parts = []
+        for phase in self.phases:
+            done = min(left, phase.steps)
+            left -= done
+            if done or not parts:
+                word = "" if parts else f" step{'' if done == 1 else 's'}"
+                parts.append(f"{done:,}{word} of {phase.global_batch_size:,}")
+        return f"{' and '.join(parts)} {unit}"
 
     def examples_at(self, step: int) -> int:
         """Returns the number of examples of the first `step` steps of the run."""

@@ -212,9 +212,9 @@ class BertPretraining(Task):
             return line
         return f"{line}; next-sentence accuracy {results['sentence_accuracy']:.3f}"
 
-    def export(self, model, export_dir, results):
+    def export(self, model, export_dir, results, steps=None):
         """Writes a SavedModel that predicts masked tokens and encodes sentences."""
-        card = make_card(self, model.count_params(), results, USAGE)
+        card = make_card(self, model.count_params(), results, USAGE, steps)
         export = pretrained_export(
             model,
             self.vocabulary,

@@ -136,9 +136,9 @@ class ImageClassification(Task):
             f"loss {results['image_loss']:.4f}"
         )
 
-    def export(self, model, export_dir, results):
+    def export(self, model, export_dir, results, steps=None):
         """Writes a SavedModel that classifies image files."""
-        card = make_card(self, model.count_params(), results, USAGE)
+        card = make_card(self, model.count_params(), results, USAGE, steps)
         export = classifier_export(
             model, self._source.classes, self.recipe.image_size, self._source.padding
         )

@@ -165,9 +165,9 @@ class SquadFineTuning(Task):
             f"{len(self._source.dev.squad.questions):,} dev questions"
         )
 
-    def export(self, model, export_dir, results):
+    def export(self, model, export_dir, results, steps=None):
         """Writes a SavedModel that answers questions."""
-        card = make_card(self, model.count_params(), results, USAGE)
+        card = make_card(self, model.count_params(), results, USAGE, steps)
         export = answering_export(
             model, self.vocabulary, self.recipe, lower_case=self.recipe.lower_case
         )

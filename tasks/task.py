@@ -204,8 +204,17 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def export(self, model, export_dir: str, results: dict[str, float]) -> None:
-        """Writes the SavedModel and its model card to `export_dir`."""
+    def export(
+        self, model, export_dir: str, results: dict[str, float], steps: int | None = None
+    ) -> None:
+        """Writes the SavedModel and its model card to `export_dir`.
+
+        Args:
+            model: the trained model.
+            export_dir: a folder.
+            results: metric name -> value, on held-out data.
+            steps: number of steps that were trained; None for all of the recipe's.
+        """
 
     @abc.abstractmethod
     def demonstrate(self, export_dir: str) -> None:

@@ -44,9 +44,11 @@ def make_optimizer(recipe: Recipe, learning_rate):
     """Returns the recipe's optimizer, not built yet: call `build` next.
 
     LAMB and LARS are those of `tf_lamb`. "momentum" is LARS without layer adaptation, which is
-    momentum SGD with the learning rate and the decay λx inside the momentum (arXiv:1706.02677,
-    section 2); Keras's SGD applies decay outside of the momentum. AdamW and Adagrad are those of
-    tf_keras, which subtract ηλx.
+    momentum SGD with the decay λx inside the momentum and the learning rate outside: m ← μm + g +
+    λx, x ← x - ηm (arXiv:1706.02677, equation 9). With the rate inside, as in Keras's SGD and in
+    LARS, steps after a drop of the rate would be too large unless m is corrected (section 3 there,
+    remark 2); and Keras's SGD applies decay outside of the momentum. AdamW and Adagrad are those
+    of tf_keras, which subtract ηλx.
 
     Args:
         recipe: a checked recipe.
@@ -68,8 +70,8 @@ def make_optimizer(recipe: Recipe, learning_rate):
         "telemetry": True,  # names the layers whose gradient is not finite
     }
     if recipe.optimizer == "momentum":
-        everything = {"exclude_from_layer_adaptation": [".*"]}
-        return ours.LARS(learning_rate, momentum=recipe.momentum, **settings | everything)
+        settings |= {"form": "tf-models-scaled", "exclude_from_layer_adaptation": [".*"]}
+        return ours.LARS(learning_rate, momentum=recipe.momentum, **settings)
     for name in ("trust_coefficient", "exclude_from_layer_adaptation"):
         if getattr(recipe, name) is not None:
             settings[name] = getattr(recipe, name)

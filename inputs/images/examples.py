@@ -368,7 +368,9 @@ class Images:
         images = tf.cond(
             tf.reduce_all(readable), lambda: images, lambda: tf.gather(images, substitute)
         )
-        return self._with_mixup(training, batch | {"image": images})
+        # With the image comes its label, which mixup gives to another example.
+        labels = tf.gather(batch["label"], substitute)
+        return self._with_mixup(training, batch | {"image": images, "label": labels})
 
     def _with_mixup(self, training, batch):
         ids = batch.pop("id")

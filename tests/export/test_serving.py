@@ -288,6 +288,19 @@ def test_an_empty_batch_gives_an_empty_answer(models):
     assert {key: value.shape.as_list() for key, value in files.items()} == shapes["classify"]
 
 
+def test_malformed_text_is_decoded_as_python_decodes_it(models, tmp_path):
+    """A learned vocabulary may have the piece U+FFFD, which malformed bytes become."""
+    vocabulary = [*VOCABULARY[:-2], "\ufffd", "##\ufffd"]
+    module = pretrained_export.PretrainedBert(models[0], vocabulary, POSITIONS, lower_case=True)
+    for text in (b"abc\xc3", b"\xff the", b"a\xe6\x9d [MASK]"):
+        broken, decoded = (
+            module._rows(tf.constant([data]))["input_word_ids"].numpy()
+            for data in (text, text.decode(errors="replace").encode())
+        )
+        np.testing.assert_array_equal(broken, decoded)
+        assert vocabulary.index("\ufffd") in broken or vocabulary.index("##\ufffd") in broken
+
+
 def test_questions_that_share_one_context(models):
     made = question_answerer.answering_export(models[1], VOCABULARY, RECIPE, lower_case=True)
     answer = made.signatures["serving_default"]

@@ -117,3 +117,12 @@ def test_fields_of_one_of_the_phases_are_set_afterwards(choose):
 def test_fields_that_the_growing_batch_cannot_have(choose, assignment, message):
     with pytest.raises(ValueError, match=message):
         choose(assignment)
+
+
+def test_a_grown_run_is_evaluated_after_as_many_examples_as_before():
+    recipe = recipes.override(DEMO, ["evaluate_every_steps=100"])
+    grown = recipes.grow_batch(recipe, [32, 64])
+    grown.check()
+    steps = grown.evaluation_steps(0, grown.steps)
+    assert steps == [*range(200, 2_001, 200), *range(2_100, 3_001, 100)]
+    assert [grown.examples_at(step) for step in steps] == [6_400 * i for i in range(1, 21)]

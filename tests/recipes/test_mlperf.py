@@ -194,3 +194,15 @@ def test_what_the_evidence_does_not_know():
         recipes.scale_recipe(recipes.find_recipe("bert-large-32k"), 512, "evidence")
     assert evidence.find_evidence(recipes.find_recipe("resnet50-lars-32k")) is evidence.RESNET
     assert evidence.find_evidence(recipes.find_recipe("mlperf-v0.7")) is None  # another target
+
+
+@pytest.mark.parametrize(
+    "name", [r.name for r in recipes.RECIPES.values() if evidence.find_evidence(r)]
+)
+def test_every_recipe_with_evidence_can_be_scaled_by_it(name):
+    recipe = recipes.find_recipe(name)
+    known = evidence.find_evidence(recipe).references
+    for batch in (known[0].batch, 8_192, known[-1].batch):
+        scaled = recipes.scale_recipe(recipe, batch, "evidence")
+        scaled.check()
+        assert scaled.phases[-1].global_batch_size == batch

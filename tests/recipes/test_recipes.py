@@ -261,6 +261,10 @@ def test_a_shorter_run_keeps_its_shape():
     assert {phase.examples for phase in short.phases} == {None}  # not the paper's any more
     assert recipes.resized(DEMO, steps=1).phases[0].warmup_steps == 0
     assert recipes.resized(PAPER, steps=1_003).steps == 1_003
+    for steps in (2, 3, 4):
+        assert recipes.resized(PAPER, steps=steps).steps == steps
+    with pytest.raises(ValueError, match="has 2 phases, which need at least a step each"):
+        recipes.resized(PAPER, steps=1)
     mlperf = recipes.resized(recipes.find_recipe("mlperf-v0.7"), steps=56).phases[0]
     assert (mlperf.warmup_steps, mlperf.warmup_from) == (29, -8)
 

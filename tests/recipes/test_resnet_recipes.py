@@ -129,3 +129,11 @@ def test_step_decay_and_polynomial_decay_exclude_one_another():
 def test_every_recipe_is_sound():
     for recipe in recipes.RECIPES.values():
         recipe.check()
+
+
+def test_a_run_too_short_for_its_drops_says_so():
+    recipe = recipes.find_recipe("resnet50-momentum-8k")
+    recipes.resized(recipe, steps=9).check()
+    for steps in (1, 2, 3, 4):
+        with pytest.raises(ValueError, match="3 drops of the learning rate must come in different"):
+            recipes.resized(recipe, steps=steps).check()

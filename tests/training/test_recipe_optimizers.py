@@ -111,3 +111,22 @@ def test_all_take_the_recipes_schedule(name):
         optimizer.apply_gradients([(tf.ones_like(v), v) for v in network.trainable_variables])
         rates.append(float(optimizer.learning_rate))
     np.testing.assert_allclose(rates, [0, 5e-3 * 100 / 3125, 5e-3 * 31 / 312], rtol=1e-6)
+
+
+def test_a_drop_of_the_rate_takes_effect_at_once_with_momentum():
+    """x ← x - η m: arXiv:1706.02677, equation 9; with η inside, the steps would shrink slowly."""
+    recipe = recipes.override(PAPER, ["optimizer=momentum", "weight_decay=0"])
+    rate = tf.Variable(RATE)
+    optimizer = optimizers.make_optimizer(recipe, rate)
+    network = model()
+    variables = network.trainable_variables
+    optimizers.build(optimizer, recipe, variables)
+    momentum = 0.0
+    for step in range(6):
+        if step == 4:
+            rate.assign(RATE / 10)
+        before = variables[0].numpy()
+        optimizer.apply_gradients([(tf.fill(v.shape, 0.5), v) for v in variables])
+        momentum = 0.9 * momentum + 0.5
+        moved = variables[0].numpy() - before
+        np.testing.assert_allclose(moved, -rate.numpy() * momentum, rtol=1e-4)

@@ -22,9 +22,10 @@ from training.checkpoint.manager import saved_steps
 RUN_CONFIG = "recipe.json"
 # Of recipe.json. Increase it when a field gets another name or meaning. A new field does not need
 # that: runs without it had the field's default (see `recipes.types.Recipe`). 1 was not written.
-FORMAT = 4
+FORMAT = 5
 ORDER_OF_LANES = 3  # from this format on, examples have the order of `inputs.order`
 LANES_OF_HOSTS = 4  # from this format on, `lanes=None` is `inputs.order.number_of_lanes`
+MOMENTUM_WITHOUT_RATE = 5  # from this format on, the slot of "momentum" is not times the rate
 
 # Fields that may differ when a run is resumed, such as its length, its logging, its evaluation and
 # its handling of errors. With any other field changed, the saved weights and slots belong to a
@@ -96,6 +97,12 @@ def check_compatible(model_dir: str, recipe, **facts) -> None:
             "steps asked for. Give more --steps, or choose another folder."
         )
     old = _read_settings(model_dir, recipe)
+    if old["optimizer"] == "momentum" and old.get("format", 1) < MOMENTUM_WITHOUT_RATE:
+        raise InputError(
+            f"--model_dir: {model_dir} was begun by a version whose momentum contains the learning "
+            "rate; in this one it does not. Finish the run with that version, or give another "
+            "--model_dir."
+        )
     _check_same_settings(model_dir, old, json.loads(run_config(recipe, facts)), facts)
     then = [phase["steps"] for phase in old["phases"]]
     now = [phase.steps for phase in recipe.phases]

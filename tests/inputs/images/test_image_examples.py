@@ -239,6 +239,23 @@ def test_mixing_weights_are_those_of_a_beta_distribution(pixels):
     assert (held_out == 1).all()
 
 
+def test_the_label_that_mixup_gives_to_another_image_belongs_to_the_image(folder, tmp_path):
+    """A damaged image is replaced by another one of the batch, with its label."""
+    data = make(folder, mixup_alpha=0.2, augmentation="none")
+    whole = next(iter(data.training_batches(COUNT)))
+    batch = {
+        "id": tf.range(4, dtype=tf.int64),
+        "image": whole["image"][:4],
+        "label": tf.constant([5, 0, 7, 8]),
+        "example_weights": tf.constant([1.0, 0.0, 1.0, 1.0]),
+        "readable": tf.constant([True, False, True, True]),
+    }
+    finished = data._finished(True, batch)
+    assert finished["label"].numpy().tolist() == [5, 5, 7, 8]
+    np.testing.assert_array_equal(finished["image"][1], finished["image"][0])
+    assert finished["example_weights"].numpy().tolist() == [1, 0, 1, 1]
+
+
 def test_raw_pixels_of_another_size_are_refused(pixels):
     with pytest.raises(InputError, match=r"image_size=64: .* holds images of 32x32x3 raw pixels"):
         examples.Images(str(pixels / "train"), 64, seed=1)

@@ -169,7 +169,7 @@ def test_only_what_changes_the_training_is_compared(first_version):
     assert json.loads((folder / "recipe.json").read_text())["format"] == compatibility.FORMAT
     check()
     change(folder, format=compatibility.FORMAT + 1)
-    with pytest.raises(InputError, match="a later version of this program wrote .* has format 5"):
+    with pytest.raises(InputError, match="a later version of this program wrote .* has format 6"):
         check()
 
 
@@ -207,6 +207,18 @@ def test_a_run_keeps_the_number_of_lanes_that_was_found_earlier(first_version, b
     start(kept)
     with pytest.raises(InputError, match=rf"lanes {earlier} \(now None\)"):
         start(recipe)
+
+
+@pytest.mark.parametrize(("optimizer", "is_refused"), [("momentum", True), ("lars", False)])
+def test_a_run_whose_momentum_contains_the_rate_is_not_resumed(tmp_path, optimizer, is_refused):
+    """Up to format 4; the slot would be used as if it were larger by 1 / rate."""
+    recipe = recipes.find_recipe("cifar10-momentum-128")
+    recipe = recipes.resized(recipes.override(recipe, [f"optimizer={optimizer}"]), steps=4)
+    (tmp_path / "recipe.json").write_text(json.dumps({"format": 4} | dataclasses.asdict(recipe)))
+    (tmp_path / "ckpt-2.index").touch()
+    refused = pytest.raises(InputError, match="a version whose momentum contains the learning rate")
+    with refused if is_refused else contextlib.nullcontext():
+        compatibility.check_compatible(str(tmp_path), recipe)
 
 
 @pytest.mark.parametrize(("step", "is_refused"), [(3, True), (4, False), (5, False)])
