@@ -108,8 +108,13 @@ NOT_LOST = "Checkpoints that were saved are complete; the same command goes on f
 
 
 def log(line: str) -> None:
-    """Prints a line of progress to standard error; standard output is for the report."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line of progress to standard error; standard output is for the report.
+
+    If that cannot be written, because Ctrl-C ended `tee` too or a disk is full, the run goes on: it
+    may have to save a checkpoint.
+    """
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -526,13 +531,13 @@ def main(arguments) -> int:
             if FLAGS.dry_run:
                 log_line(f"{signal}: the dry run was stopped; it keeps no files")
                 return signal.exit_status
-            log_line(
-                f"{signal}: saved step {manager.saved_step(model_dir)} of {recipe.steps} in "
-                f"{model_dir}. The same command goes on from there."
-            )
+            step = manager.saved_step(model_dir)
+            saved = f"saved step {step} of {recipe.steps} in" if step else "no step is saved in"
+            log_line(f"{signal}: {saved} {model_dir}. The same command goes on from there.")
             return signal.exit_status
         except Diverged as error:
-            kept = f"the newest checkpoint is from step {manager.saved_step(model_dir)}"
+            step = manager.saved_step(model_dir)
+            kept = f"the newest checkpoint is from step {step}" if step else "no step is saved"
             log_line(
                 f"train.py: {error}; {'a dry run keeps none' if FLAGS.dry_run else kept}. Lower "
                 "--set peak_learning_rate or lengthen the warm-up, in another --model_dir; --set "
@@ -574,11 +579,12 @@ def describe_error(error: Exception) -> str:
             f"({first_line(error)}). The checkpoints are complete. Free some space or "
             "repair the disk; the same command resumes."
         )
-    written = tuple(path for path in (FLAGS.model_dir, FLAGS.export_dir) if path)
+    written = [path for path in (FLAGS.model_dir or "runs", FLAGS.export_dir) if path]
     remote = tuple(path for path in written if files.is_remote(path))
     if isinstance(error, OSError) and error.filename:
         said = f"{error.filename}: {error.strerror}."
-        if str(error.filename).startswith(written):
+        path = f"{files.absolute(os.fsdecode(error.filename))}/"
+        if path.startswith(tuple(f"{files.absolute(folder)}/" for folder in written)):
             return f"{said} {NOT_LOST}"
         if files.is_remote(error.filename):
             return said

@@ -63,6 +63,11 @@ def check_export_dir(export_dir: str, model_dir: str) -> None:
             f"--export_dir: {export_dir} contains --model_dir, and an export replaces the folder. "
             "Choose a separate folder."
         )
+    if not files.is_remote(export_dir) and os.path.ismount(outer):
+        raise InputError(
+            f"--export_dir: {export_dir} is a mount point, which an export cannot replace. Choose "
+            "a folder in it."
+        )
     check_writable(files.parent(export_dir), "--export_dir")
     # An export whose move was interrupted has no SAVED_MODEL until it is recovered.
     if not files.can_recover(export_dir):

@@ -233,6 +233,26 @@ def last_line(path: str, start: int) -> str:
     return (own or lines or [""])[-1].removeprefix("train.py: ")
 
 
+def run_to_its_end(command: list[str], path: str) -> int:
+    """Runs train.py, with its output added to a file; returns its exit status.
+
+    When this process is interrupted, train.py saves a checkpoint and ends; a second interrupt does
+    not wait for that.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        # In a session of its own, it gets a Ctrl-C from here only: a second one would kill it.
+        child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        if child.poll() is None:
+            child.kill()
+
+
 def run_branch(trunk, batch, examples, data_dir, folder, log=print) -> dict:
     """Runs one branch, or reads its result if it is finished; returns a row of the report.
 
@@ -248,14 +268,18 @@ def run_branch(trunk, batch, examples, data_dir, folder, log=print) -> dict:
         path = os.path.join(folder, "train.log")
         log(f"batch {batch:,}: {examples:,} examples in {examples // batch:,} steps; {path}")
         start = os.path.getsize(path) if os.path.exists(path) else 0
-        with open(path, "a", encoding="utf-8") as file:
-            command = branch_command(trunk, batch, examples, data_dir, folder)
-            status = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
+        status = run_to_its_end(branch_command(trunk, batch, examples, data_dir, folder), path)
         if status:
             raise InputError(
                 f"batch {batch}: train.py ended with status {status}; see {path}. Its last line: "
                 f"{last_line(path, start)}"
             )
+    own = read_json(os.path.join(folder, RUN_CONFIG), flag="--output", fix="Delete the folder.")
+    if own.get("data") != trunk.settings.get("data"):
+        raise InputError(
+            f"--data_dir: the branch in {folder} was trained on other data than the run in "
+            f"{trunk.model_dir}. Give the data of that run, and delete {folder}."
+        )
     row = {
         "batch": batch,
         "steps": examples // batch,
@@ -410,9 +434,11 @@ def main(arguments) -> int:
             print(line, file=sys.stderr, flush=True)
 
         rows = []
-        for batch in batches:
-            folder = os.path.join(output, f"step-{trunk.step}-{flags.examples}", f"batch-{batch}")
-            rows.append(run_branch(trunk, batch, flags.examples, flags.data_dir, folder, log))
+        name = f"step-{trunk.step}-{flags.examples}"
+        with process.signals_as_interrupt():
+            for batch in batches:
+                folder = os.path.join(output, name, f"batch-{batch}")
+                rows.append(run_branch(trunk, batch, flags.examples, flags.data_dir, folder, log))
         print(report(trunk, rows, flags.examples, flags.tolerance))
         found = critical_batch(rows, flags.tolerance)
         write_json(

@@ -8,6 +8,8 @@ from tf_lamb import tf_keras as ours
 from tf_lamb.arguments import check_interval
 from tf_lamb.layers import Patterns, plan_variables
 
+KERAS_OPTIMIZERS = ("adamw", "adagrad")  # of tf_keras: they skip no update
+
 
 def make_schedule(recipe: Recipe) -> ours.Phases:
     """Returns the learning-rate schedule over the steps of all phases."""
@@ -62,7 +64,7 @@ def make_optimizer(recipe: Recipe, learning_rate):
         settings["global_clipnorm"] = None
     elif recipe.global_clipnorm is not None:
         settings["global_clipnorm"] = recipe.global_clipnorm
-    if recipe.optimizer in ("adamw", "adagrad"):
+    if recipe.optimizer in KERAS_OPTIMIZERS:
         return _keras_optimizer(recipe, learning_rate, settings)
     settings |= {
         "exclude_from_weight_decay": recipe.exclude_from_weight_decay,
@@ -104,7 +106,7 @@ def build(optimizer, recipe: Recipe, variables) -> None:
 
     Warns (`UserWarning`) of an exclusion pattern that matches no variable.
     """
-    if recipe.optimizer in ("adamw", "adagrad"):
+    if recipe.optimizer in KERAS_OPTIMIZERS:
         # tf_keras matches against names that end in ":0", so "bias$" would match nothing.
         kept = decayed(recipe.exclude_from_weight_decay, variables)
         excluded = [v for v, added in zip(variables, kept, strict=True) if not added]

@@ -18,7 +18,7 @@ from training.monitor import noise_scale
 from training.monitor.divergence import Diverged, DivergenceMonitor
 from training.monitor.progress import EVALUATIONS, read_rows
 from training.monitor.run_monitor import RunMonitor
-from training.step import ReplicaStep, step_settings
+from training.step import NONFINITE, ReplicaStep, step_settings
 
 DRY_RUN_STEPS = 2  # of each phase: the first one includes compilation
 
@@ -264,16 +264,23 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         better = value >= self.recipe.target
         return bool(better if metric.higher_is_better else value <= self.recipe.target)
 
+    def _reached_before(self) -> bool:
+        """Whether the run had reached its target at this step when it was started again."""
+        rows = [row for row in self._evaluations() if row["step"] == self._step]
+        return self._max_over_workers(any(map(self._reaches_target, rows)))
+
     def _train_phases(self, missed: bool) -> dict[str, float]:
         """Runs a missed evaluation, if any, and trains the remaining phases."""
         start = 0
         resumed = self._step
+        reached = self._reached_before()
         for index, phase in enumerate(self.recipe.phases):
             end = start + phase.steps
-            if resumed < end or end == self.recipe.steps or (missed and resumed == end):
+            again = resumed == end and (missed or reached)  # an evaluation at the phase's end
+            if resumed < end or end == self.recipe.steps or again:
                 results = self._train_phase(index, start, end, missed and resumed > start)
                 missed = False
-                if self._reaches_target(results):
+                if again and reached or self._reaches_target(results):
                     break
             start = end
         return {name: float(value) for name, value in results.items()}
@@ -288,14 +295,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         if self.recipe.phases[index].reset_slots and self._step == start:
             with self.strategy.scope():
                 optimizers.reset_slots(self.optimizer)
-        # The run may have reached its target before it was started again.
-        reached = self._max_over_workers(
-            any(
-                self._reaches_target(row)
-                for row in self._evaluations()
-                if row["step"] == self._step
-            )
-        )
+        reached = self._reached_before()
         self._start_data(index, self._step - start)
         self._monitor.begin_phase(index)
         self._controller.step_timer = None
@@ -430,8 +430,9 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         """Runs one step on all replicas.
 
         Returns:
-            (sums, counts); (step, loss, updated, telemetry) for `DivergenceMonitor.update`; and the
-            times, in seconds, at which the batch had arrived and the update was done.
+            (sums, counts); (step, loss, updated, telemetry, nonfinite) for
+            `DivergenceMonitor.update`; and the times, in seconds, at which the batch had arrived
+            and the update was done.
         """
         batch = next(self._train_iterator)
         with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
@@ -440,6 +441,7 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         with tf.control_dependencies([arrived]):
             sums, counts, updated, rows = self.strategy.run(self._run_replica_step, args=(batch,))
         totals = self._sum_over_replicas((sums, counts))
+        nonfinite = totals[0].pop(NONFINITE, tf.constant(0.0)) > 0
         metrics = self.task.metrics
         loss = tf.add_n(loss_terms(metrics, means(metrics, *totals)))
         # The same on all replicas.
@@ -450,7 +452,8 @@ class Run(orbit.AbstractTrainer, orbit.AbstractEvaluator):
         finite = tf.nest.map_structure(
             lambda value: tf.where(tf.math.is_finite(loss), value, tf.zeros_like(value)), totals
         )
-        return finite, (self.state.step.read_value(), loss, updated, rows), arrived, ended
+        news = self.state.step.read_value(), loss, updated, rows, nonfinite
+        return finite, news, arrived, ended
 
     def _run_replica_step(self, batch):
         """Runs a replica's step; returns (sums, counts, updated, telemetry)."""

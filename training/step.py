@@ -5,7 +5,10 @@ import tensorflow as tf
 from tasks.task import loss_terms, means
 from training.dropout import StepSeed, replica_seed
 from training.monitor.noise_scale import PARTS, noise_sums, squared_norm
-from training.optimizers import decayed
+from training.optimizers import KERAS_OPTIMIZERS, decayed
+
+# Of the sums of a training step: the number of replicas whose gradient was not finite.
+NONFINITE = "nonfinite"
 
 
 def step_settings(recipe) -> dict:
@@ -16,6 +19,7 @@ def step_settings(recipe) -> dict:
         "clipnorm": recipe.global_clipnorm if recipe.clip_each_replica else None,
         "l2": recipe.l2_regularization,
         "l2_exclusions": recipe.exclude_from_weight_decay,
+        "count_nonfinite": recipe.optimizer in KERAS_OPTIMIZERS or not recipe.skip_nonfinite,
     }
 
 
@@ -42,6 +46,8 @@ class ReplicaStep:
         l2: the coefficient of the L2 term ½‖x‖² of the loss. Its gradient is added after `clipnorm`
             and the noise scale; `sums` do not include the term.
         l2_exclusions: patterns of the variables that are not in the L2 term.
+        count_nonfinite: whether the sums of a training step include `NONFINITE`, for an optimizer
+            that does not skip an update whose gradient is not finite.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class ReplicaStep:
         clipnorm=None,
         l2=0.0,
         l2_exclusions=(),
+        count_nonfinite=False,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -68,6 +75,7 @@ class ReplicaStep:
         self._measure_noise = measure_noise
         self._sum_dtype = tf.as_dtype(sum_dtype)
         self._clipnorm = clipnorm
+        self._count_nonfinite = count_nonfinite
         self._l2 = l2
         self._in_l2 = decayed(l2_exclusions, model.trainable_variables) if l2 else ()
         self._step_seed = StepSeed(model)
@@ -118,6 +126,9 @@ class ReplicaStep:
                 self._accumulation,
             )
             sums, counts = sums | noise[0], counts | noise[1]
+        if self._count_nonfinite:
+            bad = ~tf.math.is_finite(squared_norm(gradients))
+            sums = sums | {NONFINITE: tf.cast(bad, tf.float32)}
         if self._l2:
             gradients = self._add_l2(gradients, 1 if own_sum else context.num_replicas_in_sync)
         self.optimizer.apply_gradients(

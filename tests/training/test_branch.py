@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import re
-import types
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,10 +78,7 @@ def test_the_report(trunk):
 def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, tmp_path):
     """Branches run in this process; each starts with the weights and moments of step 5."""
 
-    def run(command, **unused):
-        return type("Done", (), {"returncode": in_process(command[2:])})
-
-    monkeypatch.setattr(branch.subprocess, "run", run)
+    monkeypatch.setattr(branch, "run_to_its_end", lambda command, path: in_process(command[2:]))
     arguments = [f"--model_dir={trunk}", "--step=5", "--batches=8,16", "--examples=64"]
     arguments += [f"--data_dir={text}", f"--output={tmp_path}/out"]
     assert branch.main(arguments) == 0
@@ -94,7 +92,7 @@ def test_a_small_run_is_branched(trunk, text, in_process, monkeypatch, capsys, t
     assert tf.train.load_variable(str(folder / f"ckpt-{step}"), key) == 5 + 4
     rates = [row["learning_rate"] for row in read_rows(folder / "history.jsonl")]
     assert np.ptp(rates) == 0
-    monkeypatch.setattr(branch.subprocess, "run", None)  # finished branches are not run again
+    monkeypatch.setattr(branch, "run_to_its_end", None)  # finished branches are not run again
     assert branch.main(arguments) == 0
     # ... and not taken for those of another command.
     capsys.readouterr()
@@ -160,12 +158,10 @@ def invented_trunk(folder, recipe):
 
 
 def test_a_branch_that_fails_shows_why(tmp_path, monkeypatch):
-    def run(command, stdout, **unused):
-        stdout.write("train.py: --set lanes: wrong.\nException ignored\n")
-        return types.SimpleNamespace(returncode=1)
-
+    said = "train.py: --set lanes: wrong.\nException ignored\n"
+    script = f"import sys; sys.stderr.write({said!r}); sys.exit(1)"
+    monkeypatch.setattr(branch, "branch_command", lambda *_: [sys.executable, "-c", script])
     trunk = invented_trunk(tmp_path, "bert-mini-demo")
-    monkeypatch.setattr(branch.subprocess, "run", run)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.log").write_text("train.py: an earlier error\n")
     message = "^batch 64: train.py ended with status 1; see .*train.log. .* --set lanes: wrong.$"
@@ -175,6 +171,51 @@ def test_a_branch_that_fails_shows_why(tmp_path, monkeypatch):
     trunk = dataclasses.replace(trunk, rate=0.2)
     with pytest.raises(InputError, match="ended with status 1"):
         branch.run_branch(trunk, 64, 640, "", str(tmp_path / "out"))
+
+
+def test_an_interrupted_branch_saves_before_the_command_ends(tmp_path):
+    """The child, like train.py, needs a moment for that, and dies of a second signal."""
+    script = f"""
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open("{tmp_path}/begun", "w").close()
+time.sleep(60)
+"""
+    program = f"""
+import os, signal, sys, threading, time
+from inputs import process
+from training import branch
+def interrupt():
+    while not os.path.exists("{tmp_path}/begun"):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=interrupt).start()
+def main():
+    with process.signals_as_interrupt():
+        branch.run_to_its_end([sys.executable, "-c", {script!r}], "{tmp_path}/train.log")
+process.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=branch.os.path.dirname(branch.TRAIN), check=False
+    )
+    assert done.returncode == 130
+    assert (tmp_path / "train.log").read_text() == "saved\n"
+
+
+def test_a_branch_of_other_data_is_refused(tmp_path):
+    trunk = invented_trunk(tmp_path, "bert-mini-demo")
+    trunk.settings["data"] = "that of the run"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / branch.RESULTS).write_text('{"loss": 5.0}')
+    (folder / branch.ORIGIN).write_text(json.dumps(branch.origin(trunk, "")))
+    (folder / branch.RUN_CONFIG).write_text('{"data": "Python docstrings"}')
+    with pytest.raises(InputError, match="was trained on other data than the run in"):
+        branch.run_branch(trunk, trunk.batch, 512, "", str(folder), lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +233,7 @@ def test_a_run_without_a_noise_scale_is_told_why(recipe, message, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / branch.RESULTS).write_text('{"loss": 5.0}')
+    (folder / branch.RUN_CONFIG).write_text("{}")
     (folder / branch.ORIGIN).write_text(json.dumps(branch.origin(trunk, "")))
     said = []
     row = branch.run_branch(trunk, trunk.batch, 512, "", str(folder), said.append)

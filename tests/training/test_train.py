@@ -81,6 +81,32 @@ def tensors(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_is_saved_by_ctrl_c(text, tmp_path):
+    """`train.py 2>&1 | tee log`: Ctrl-C ends tee, too."""
+    arguments = (f"--data_dir={text}", f"--model_dir={tmp_path}/run", *SMALL)
+    asked = command(*arguments, "--set", "save_every_steps=1000", "--steps=6000")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(asked, text=True, **pipe) as child:
+        for line in child.stdout:
+            if line.startswith("step 10/"):
+                break
+        child.stdout.close()
+        child.send_signal(signal.SIGINT)
+        assert child.wait() == 130
+    assert saved_step(tmp_path / "run") >= 10
+
+
+def test_an_export_into_a_mount_point_is_refused(in_process, capfd, monkeypatch, tmp_path):
+    """The export replaces its folder, which a mount point does not allow."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == f"{tmp_path}/mounted")
+    (tmp_path / "mounted").mkdir()
+    place = [f"--model_dir={tmp_path}/run", f"--export_dir={tmp_path}/mounted"]
+    assert in_process(["--synthetic", *place, *SMALL]) == 1
+    assert f"--export_dir: {tmp_path}/mounted is a mount point" in capfd.readouterr().err
+    assert not list(tmp_path.glob("run/ckpt*"))
+
+
 def test_an_interrupted_killed_and_damaged_run_matches_a_whole_run(whole_run, text, tmp_path):
     """After SIGINT, kill -9 and a truncated checkpoint, all results are bit-identical."""
     folder, log = tmp_path / "run", tmp_path / "said"
@@ -316,6 +342,16 @@ def test_too_little_memory_or_a_folder_in_the_way_is_one_sentence(
         monkeypatch.setattr(strategy, "connect", fail)
         assert in_process(["--synthetic", f"--model_dir={tmp_path}"]) == 1
         assert capfd.readouterr().err.startswith(f"train.py: {said}")
+    # In the default folder, also as an absolute path.
+    for path in ("runs/bert-mini-demo/history.jsonl", os.path.abspath("runs/x/export/old")):
+
+        def refuse(tpu, path=path):
+            raise PermissionError(13, "Permission denied", path)
+
+        monkeypatch.setattr(strategy, "connect", refuse)
+        assert in_process(["--synthetic"]) == 1
+        said = f"train.py: {path}: Permission denied. Checkpoints that were saved are complete"
+        assert capfd.readouterr().err.startswith(said)
 
 
 def test_other_text_in_the_same_model_dir_is_refused(whole_run, text, tmp_path, in_process, capfd):

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "warmup_steps",
     "warmup_from",
     "decay_from",
+    "decay_steps",
     "examples",
     "save_every_steps",
     "evaluate_every_steps",

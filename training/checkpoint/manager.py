@@ -297,7 +297,10 @@ class BestCheckpoint:
         best = -math.inf
         with contextlib.suppress(InputError, ValueError, KeyError, TypeError):
             if self._store.steps():  # a kill may have left none
-                best = self._score(files.read_json(self._metrics))
+                values = files.read_json(self._metrics)
+                # A later step is of an earlier run, whose other checkpoints were deleted.
+                if values["step"] <= (manager.saved or 0):
+                    best = self._score(values)
         self._best = agree(best)
 
     def _score(self, values) -> float:

@@ -14,6 +14,7 @@ only propose steps; that object decides.
 
 import abc
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -269,6 +270,10 @@ def _sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems of the network cannot do this to a folder.
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)
 

@@ -13,7 +13,9 @@ class Diverged(Exception):
 
 
 class DivergenceMonitor:
-    """Detects too many skipped updates in a row, and a loss that is too high or not finite.
+    """Detects too many skipped updates in a row, updates that should have been skipped, bad losses.
+
+    A loss is bad if it is too high or not finite.
 
     Args:
         optimizer: a built optimizer. If it is one of `tf_lamb` with `telemetry=True`, messages name
@@ -45,7 +47,7 @@ class DivergenceMonitor:
         """Returns the last update's telemetry, [layers, 3] float32. Call it in replica context."""
         return tf.convert_to_tensor(self._telemetry)
 
-    def update(self, record, step, loss, updated, rows):
+    def update(self, record, step, loss, updated, rows, nonfinite):
         """Returns the record after one more step, computed on the device.
 
         Args:
@@ -54,11 +56,13 @@ class DivergenceMonitor:
             loss: float32 scalar, the mean over the global batch.
             updated: boolean scalar; False if the update was skipped.
             rows: [layers, 3] float32, from `telemetry_rows`.
+            nonfinite: boolean scalar; True if a gradient was not finite and the update was done
+                nevertheless: the loss shows it one step later only, when it may have been saved.
         """
         in_row = tf.where(updated, tf.constant(0, tf.int64), record["skipped_in_row"] + 1)
         # A non-finite loss is accepted if the update was skipped: it can be the reason for that.
         bad_loss = tf.where(tf.math.is_finite(loss), loss > self._max_loss, updated)
-        first = (bad_loss | (in_row > self._max_skipped)) & (record["step"] < 0)
+        first = (bad_loss | nonfinite | (in_row > self._max_skipped)) & (record["step"] < 0)
         now = {"step": step, "in_row": in_row, "loss": loss, "rows": rows}
         chosen = {name: tf.where(first, value, record[name]) for name, value in now.items()}
         return chosen | {"skipped_in_row": in_row}
@@ -79,6 +83,8 @@ class DivergenceMonitor:
             reason = f"the gradients were not finite in {in_row} steps in a row, up to step {step}"
         elif loss > self._max_loss:
             reason = f"the loss is {loss:.4g} at step {step}, above max_loss={self._max_loss:g}"
+        elif np.isfinite(loss):
+            reason = f"a gradient was not finite at step {step}, and the optimizer skips no update"
         else:
             reason = f"the loss is {loss} at step {step}"
         raise Diverged(reason + self._describe_layers(record["rows"].numpy()))

@@ -209,6 +209,16 @@ def test_a_run_keeps_the_number_of_lanes_that_was_found_earlier(first_version, b
         start(recipe)
 
 
+def test_a_run_whose_rate_drops_may_be_made_longer(tmp_path):
+    recipe = recipes.find_recipe("resnet50-momentum-8k")
+    path = tmp_path / "recipe.json"
+    path.write_text(compatibility.run_config(recipe, {}))
+    (tmp_path / "ckpt-2.index").touch()
+    longer = recipes.resized(recipe, steps=2 * recipe.steps)
+    assert longer.phases[0].decay_steps != recipe.phases[0].decay_steps
+    compatibility.check_compatible(str(tmp_path), longer)
+
+
 @pytest.mark.parametrize(("optimizer", "is_refused"), [("momentum", True), ("lars", False)])
 def test_a_run_whose_momentum_contains_the_rate_is_not_resumed(tmp_path, optimizer, is_refused):
     """Up to format 4; the slot would be used as if it were larger by 1 / rate."""

@@ -209,6 +209,22 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     assert saved_steps(str(tmp_path / "best")) == [50]
 
 
+def test_the_best_checkpoint_of_an_earlier_run_is_not_that_of_a_new_one(tmp_path):
+    """After a user deleted the other checkpoints to start again."""
+    BestCheckpoint(Small(tmp_path).save_at(90).manager, ACCURACY)({"accuracy": 0.9})
+    for path in tmp_path.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert saved_steps(str(tmp_path / "best")) == [90]
+    for step, accuracy in ((10, 0.2), (20, 0.3)):
+        small = Small(tmp_path)
+        small.manager.restore_or_initialize()
+        best = BestCheckpoint(small.manager, ACCURACY)
+        small.save_at(step)
+        best({"accuracy": accuracy})
+        assert saved_steps(str(tmp_path / "best")) == [step]
+
+
 @pytest.mark.parametrize("old_step", [10, 20])
 def test_a_kill_leaves_a_best_checkpoint_that_can_be_read(old_step, tmp_path, monkeypatch):
     """At any file operation; `old_step` 20: the files have the names of those they replace."""

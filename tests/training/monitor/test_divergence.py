@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from small_runs import SmallTask, small_recipe, small_run
 
+from recipes.types import Phase
 from tf_lamb import tf_keras as optimizers
+from training.checkpoint.manager import saved_steps
 from training.monitor.divergence import Diverged, DivergenceMonitor
 
 GOOD, NAN, INF = 1.0, float("nan"), float("inf")
@@ -46,7 +49,7 @@ class Small:
             updated = self.optimizer.iterations > before
             step = done + tf.cast(i, tf.int64) + 1
             rows = self.monitor.telemetry_rows()
-            record = self.monitor.update(record, step, losses[i], updated, rows)
+            record = self.monitor.update(record, step, losses[i], updated, rows, tf.constant(False))
         return record
 
 
@@ -116,6 +119,39 @@ def test_an_optimizer_that_skips_nothing_stops_at_the_first_nan():
         tf.constant(NAN),
         tf.constant(True),
         monitor.telemetry_rows(),
+        tf.constant(False),
     )
     with pytest.raises(Diverged, match="^the loss is nan at step 1$"):
         monitor.check(record)
+
+
+class Poisoned(SmallTask):
+    """A weight whose gradient is infinite in step 3, where the loss is finite."""
+
+    def __init__(self, recipe):
+        batches = tf.data.Dataset.from_tensor_slices({"x": np.float32([4, 4, 0, 4])[:, None, None]})
+        super().__init__(recipe, self.model, self.roots, batches.repeat())
+
+    @staticmethod
+    def model():
+        inputs = tf_keras.Input([1])
+        layer = tf_keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
+        return tf_keras.Model(inputs, layer(inputs))
+
+    @staticmethod
+    def roots(model, batch, training):
+        return tf.reduce_sum(tf.sqrt(model(batch["x"])))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "adamw"}, {"optimizer": "adagrad"}, {"skip_nonfinite": False}]
+)
+def test_an_update_that_is_not_skipped_is_not_saved(changes, tmp_path):
+    """With a checkpoint due at the step of the bad gradient, whose loss is finite."""
+    phase = Phase(steps=8, global_batch_size=1, peak_learning_rate=0.01, warmup_steps=1)
+    recipe = small_recipe(phase, save_every_steps=3, weight_decay=0.0, **changes)
+    one = tf.distribute.OneDeviceStrategy("/cpu:0")
+    with pytest.raises(Diverged, match="a gradient was not finite at step 3, and the optimizer"):
+        small_run(Poisoned(recipe), one, tmp_path).fit()
+    for step in saved_steps(str(tmp_path)):
+        assert step < 3

@@ -104,6 +104,24 @@ def test_a_run_stops_at_its_target_and_stays_there(tmp_path):
     assert further.fit()["small_loss"] == pytest.approx(4.0**-10) and further.steps_done == 10
 
 
+def test_a_run_that_reached_its_target_at_the_end_of_a_phase_stays_there(tmp_path):
+    """Also at the third start: the second one evaluated with the data of the next phase."""
+    phase = Phase(
+        steps=8,
+        global_batch_size=2,
+        peak_learning_rate=0.25,
+        warmup_steps=0,
+        end_learning_rate=0.25,
+    )
+    fields = {"optimizer": "momentum", "momentum": 0.0, "weight_decay": 0.0, "target": 1e-4}
+    one = tf.distribute.OneDeviceStrategy("/cpu:0")
+    for _ in range(3):
+        run = small_run(Halving(small_recipe(phase, phase, phase, **fields)), one, tmp_path)
+        assert run.fit()["small_loss"] == pytest.approx(4.0**-8) and run.steps_done == 8
+        (row,) = read_rows(tmp_path / EVALUATIONS)
+        assert (row["step"], row["phase"]) == (8, 1)
+
+
 def test_without_its_target_a_run_goes_to_its_end(tmp_path):
     run = halving(tmp_path, target=-1.0)
     run.fit()
