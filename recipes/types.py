@@ -147,9 +147,8 @@ class Phase:
         """
         check_numbers(self)
         check_minimums(self, steps=1, global_batch_size=1)
-        in_order = [-1, *self.decay_steps, self.steps]
-        late = not self.decay_steps or self.decay_steps[0] >= self.warmup_steps
-        if self.decay_steps and not (late and in_order == sorted({*in_order})):
+        edges = [self.warmup_steps - 1, *self.decay_steps, self.steps]
+        if self.decay_steps and any(a >= b for a, b in itertools.pairwise(edges)):
             raise ValueError(
                 f"the {len(self.decay_steps)} drops of the learning rate must come in different "
                 f"steps, after the warm-up and before the end. Received: {self.steps} steps, "
