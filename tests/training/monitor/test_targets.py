@@ -1,5 +1,7 @@
 """Evaluation every so many examples, the stop at a target, and the sum over replicas."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -54,6 +56,15 @@ def test_settings_that_do_not_fit_together(fields, message):
         small_recipe(**fields).check()
 
 
+HALVED = Phase(
+    steps=40,
+    global_batch_size=2,
+    peak_learning_rate=0.25,
+    warmup_steps=0,
+    end_learning_rate=0.25,
+)
+
+
 class Halving(SmallTask):
     """One weight, which each step of gradient descent halves; the metric is its square."""
 
@@ -73,14 +84,7 @@ class Halving(SmallTask):
 
 
 def halving(folder, log=None, **fields):
-    phase = Phase(
-        steps=40,
-        global_batch_size=2,
-        peak_learning_rate=0.25,
-        warmup_steps=0,
-        end_learning_rate=0.25,
-    )
-    recipe = small_recipe(phase, optimizer="momentum", momentum=0.0, weight_decay=0.0, **fields)
+    recipe = small_recipe(HALVED, optimizer="momentum", momentum=0.0, weight_decay=0.0, **fields)
     lines = [] if log is None else log
     one = tf.distribute.OneDeviceStrategy("/cpu:0")
     return small_run(Halving(recipe), one, folder, log=lines.append)
@@ -106,13 +110,7 @@ def test_a_run_stops_at_its_target_and_stays_there(tmp_path):
 
 def test_a_run_that_reached_its_target_at_the_end_of_a_phase_stays_there(tmp_path):
     """Also at the third start: the second one evaluated with the data of the next phase."""
-    phase = Phase(
-        steps=8,
-        global_batch_size=2,
-        peak_learning_rate=0.25,
-        warmup_steps=0,
-        end_learning_rate=0.25,
-    )
+    phase = dataclasses.replace(HALVED, steps=8)
     fields = {"optimizer": "momentum", "momentum": 0.0, "weight_decay": 0.0, "target": 1e-4}
     one = tf.distribute.OneDeviceStrategy("/cpu:0")
     for _ in range(3):
