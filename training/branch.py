@@ -275,7 +275,7 @@ def run_branch(trunk, batch, examples, data_dir, folder, log=print) -> dict:
                 f"{last_line(path, start)}"
             )
     own = read_json(os.path.join(folder, RUN_CONFIG), flag="--output", fix="Delete the folder.")
-    if own.get("data") != trunk.settings.get("data"):
+    if not isinstance(own, dict) or own.get("data") != trunk.settings.get("data"):
         raise InputError(
             f"--data_dir: the branch in {folder} was trained on other data than the run in "
             f"{trunk.model_dir}. Give the data of that run, and delete {folder}."
