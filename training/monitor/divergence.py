@@ -13,9 +13,10 @@ class Diverged(Exception):
 
 
 class DivergenceMonitor:
-    """Detects too many skipped updates in a row, updates that should have been skipped, bad losses.
+    """Detects divergence: skipped updates, a bad loss, or a gradient that is not finite.
 
-    A loss is bad if it is too high or not finite.
+    Skipped updates count if there are too many in a row, a loss if it is too high or not finite,
+    and a gradient that is not finite if the optimizer does not skip its update.
 
     Args:
         optimizer: a built optimizer. If it is one of `tf_lamb` with `telemetry=True`, messages name

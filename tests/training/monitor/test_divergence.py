@@ -153,5 +153,4 @@ def test_an_update_that_is_not_skipped_is_not_saved(changes, tmp_path):
     one = tf.distribute.OneDeviceStrategy("/cpu:0")
     with pytest.raises(Diverged, match="a gradient was not finite at step 3, and the optimizer"):
         small_run(Poisoned(recipe), one, tmp_path).fit()
-    for step in saved_steps(str(tmp_path)):
-        assert step < 3
+    assert saved_steps(str(tmp_path)) == []
