@@ -24,7 +24,7 @@ def make_card(
         steps: number of steps of the run; None for all of the recipe's.
     """
     recipe = task.recipe
-    # TensorFlow's own version: its package has another name on a TPU VM, tensorflow-tpu.
+    # A package may have another name: tensorflow-tpu on a TPU VM, or that of a nightly build.
     versions = [("Python", platform.python_version()), ("tensorflow", tf.__version__)]
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
