@@ -188,9 +188,12 @@ def write_run_config(model_dir: str, recipe, **facts) -> None:
         **facts: all settings besides the recipe that the checkpoints depend on, as JSON values.
 
     Raises:
-        InputError: see `check_compatible`.
+        InputError: see `check_compatible`; or the run in `model_dir` has settings that this version
+            does not know.
     """
     check_compatible(model_dir, recipe, **facts)
+    if saved_steps(model_dir):
+        _check_known(model_dir, _read_settings(model_dir, recipe), run_config(recipe, facts))
     path = os.path.join(model_dir, RUN_CONFIG)
     with atomic_write(path) as file:
         file.write(run_config(recipe, facts))
@@ -256,6 +259,17 @@ def _check_same_settings(model_dir: str, old: dict, new: dict, facts) -> None:
         raise InputError(
             f"--model_dir: {model_dir} holds a run with other settings: {pairs}. "
             "Give that run's settings, or another --model_dir."
+        )
+
+
+def _check_known(model_dir: str, old: dict, new: str) -> None:
+    """Raises `InputError` if recipe.json has a setting of a later version, which would be lost."""
+    known = _flatten(json.loads(new)).keys() | FOUND_OUT.keys()
+    unknown = sorted(_flatten(old).keys() - known)
+    if unknown:
+        raise InputError(
+            f"--model_dir: recipe.json in {model_dir} has settings that this version does not "
+            f"know: {', '.join(unknown)}. Use the version that wrote it, or choose another folder."
         )
 
 

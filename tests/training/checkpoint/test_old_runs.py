@@ -164,8 +164,15 @@ def test_only_what_changes_the_training_is_compared(first_version):
         compatibility.check_compatible(str(folder), recipe, seed=2)
     with pytest.raises(InputError, match=r"the number of phases 1 \(now 2\)"):
         check(dataclasses.replace(recipe, phases=2 * recipe.phases))
-    # The next start writes the current format.
-    compatibility.write_run_config(str(folder), recipe, seed=1)
+    # The next start writes the current format, and does not lose a setting of a later version.
+    old = json.loads((folder / "recipe.json").read_text())
+    facts = {name: old[name] for name in ("vocabulary", "data")}
+    change(folder, phases=[old["phases"][0] | {"cooldown": 3}], sharpness=0.5)
+    with pytest.raises(InputError, match="does not know: phase1.cooldown, sharpness. Use the vers"):
+        compatibility.write_run_config(str(folder), recipe, seed=1, **facts)
+    assert json.loads((folder / "recipe.json").read_text())["sharpness"] == 0.5
+    change(folder, phases=old["phases"], sharpness=None)
+    compatibility.write_run_config(str(folder), recipe, seed=1, **facts)
     assert json.loads((folder / "recipe.json").read_text())["format"] == compatibility.FORMAT
     check()
     change(folder, format=compatibility.FORMAT + 1)
