@@ -194,12 +194,20 @@ def check_flag(name: str, value) -> bool:
     raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}.")
 
 
-def check_choice(name: str, value, choices) -> None:
-    """Raises `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
-        )
+def check_choice(name: str, value, choices):
+    """Returns the element of `choices` that equals `value`, which may be of another type.
+
+    `np.dtype("float32")` equals `"float32"`, and cannot be saved.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise ValueError(
+        f"`{name}` must be one of {', '.join(map(repr, choices))}. Received: {name}={value!r}."
+    )
 
 
 def check_patterns(name: str, patterns) -> tuple[str, ...]:

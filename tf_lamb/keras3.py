@@ -128,6 +128,16 @@ class Adapter(keras.optimizers.Optimizer):
             plan = dataclasses.replace(plan, update=update)
         self._plan = plan
 
+    def add_variable_from_reference(self, reference_variable, name=None, **arguments):
+        """Creates Keras's variables; in float32, whatever the variable's dtype, the accumulator.
+
+        A sum of gradients in float16 overflows, and one in bfloat16 stops growing at 256 times the
+        first gradient.
+        """
+        if name == "gradient_accumulator":
+            return self._add_slot(reference_variable, name, "float32")
+        return super().add_variable_from_reference(reference_variable, name=name, **arguments)
+
     def _add_slot(self, variable, name, dtype):
         """Creates a slot of zeros with the variable's shape, on its device."""
         device_scope: Any = contextlib.nullcontext()

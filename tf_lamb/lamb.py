@@ -85,8 +85,8 @@ class LAMBRule(Layerwise):
             applies to it, too.
         exclude_from_weight_decay: List of regular expressions. A variable whose full path contains
             a match is not decayed. Anchor a pattern to the end of the path (`"bias$"`), not to its
-            start: a path begins with the model's name, which Keras 3 drops when it loads a
-            Sequential model.
+            start: the paths of a Sequential or subclassed model begin with the model's name, which
+            Keras 3 drops when it loads a Sequential model.
         exclude_from_layer_adaptation: List of regular expressions, or `None`. A variable whose full
             path contains a match has a trust ratio of 1. `None` means the same list as
             `exclude_from_weight_decay`; an empty list means that every layer is adapted.
@@ -217,7 +217,7 @@ class LAMBRule(Layerwise):
             check_choice("bias_correction", bias_correction, (True, False, "rate"))
         else:
             arguments["bias_correction"] = check_flag("bias_correction", bias_correction)
-        check_choice("nesterov", nesterov, NESTEROV)
+        arguments["nesterov"] = check_choice("nesterov", nesterov, NESTEROV)
         super().__init__(arguments, base_arguments)
 
     def moments(self, g, x, slots, plan, rate):

@@ -102,8 +102,8 @@ class LARSRule(Layerwise):
         nesterov: Boolean. Whether to use Nesterov momentum: x ← x - (μm + η r (g + λx)).
         exclude_from_weight_decay: List of regular expressions. A variable whose full path contains
             a match is not decayed. Anchor a pattern to the end of the path (`"bias$"`), not to its
-            start: a path begins with the model's name, which Keras 3 drops when it loads a
-            Sequential model.
+            start: the paths of a Sequential or subclassed model begin with the model's name, which
+            Keras 3 drops when it loads a Sequential model.
         exclude_from_layer_adaptation: List of regular expressions, or `None`. A variable whose full
             path contains a match has a trust ratio of 1. `None` means the same list as
             `exclude_from_weight_decay`; an empty list means that every layer is adapted.
@@ -224,7 +224,7 @@ class LARSRule(Layerwise):
         )
         arguments["epsilon"] = check_interval("epsilon", epsilon, 0)
         arguments["nesterov"] = check_flag("nesterov", nesterov)
-        check_choice("form", form, FORMS)
+        arguments["form"] = check_choice("form", form, FORMS)
         super().__init__(arguments, base_arguments)
 
     @property

@@ -157,9 +157,12 @@ class Layerwise:
                 "trust_ratio_bounds", arguments["trust_ratio_bounds"]
             ),
         }
-        check_choice("norm", given["norm"], norms.NORMS)
-        check_choice("moment_dtype", given["moment_dtype"], MOMENT_DTYPES)
-        check_choice("based_on", given["based_on"], (None, *self.variants))
+        for name, choices in (
+            ("norm", norms.NORMS),
+            ("moment_dtype", MOMENT_DTYPES),
+            ("based_on", (None, *self.variants)),
+        ):
+            given[name] = check_choice(name, given[name], choices)
         for flag in ("skip_nonfinite", "telemetry", "adapt_undecayed", "jit_compile", "use_ema"):
             given[flag] = check_flag(flag, given[flag])
         clips = [clip for clip in CLIPS if given[clip] is not None]
@@ -192,6 +195,10 @@ class Layerwise:
                     f"`{name}` exists in Keras 3 only. Received: {name}={given[name]!r}."
                 )
         # Keras accepts NaN for some of these, and others fail in the first step.
+        if given["ema_overwrite_frequency"] is not None:
+            given["ema_overwrite_frequency"] = check_interval(
+                "ema_overwrite_frequency", given["ema_overwrite_frequency"], 1, whole=True
+            )
         if given["use_ema"]:
             given["ema_momentum"] = check_interval(
                 "ema_momentum", given["ema_momentum"], 0, 1, open_high=False
@@ -693,11 +700,12 @@ class Layerwise:
         """
         variables = self._state_variables()
         count = len(variables)
-        saved_count = len(store.keys())
+        saved = [np.asarray(store[str(i)]) for i in range(len(store.keys()))]
+        saved_count = len(saved)
         plans = () if self._plan is None else self._plan.variables
-        ignored_shapes = [(), (len(plans), 3)][: max(saved_count - count, 0)]
-        rest = [tuple(store[str(i)].shape) for i in range(count, saved_count)]
-        if saved_count < count or rest != ignored_shapes:
+        rest = [(value.dtype.kind, value.shape) for value in saved[count:]]
+        ignored = [("i", ()), ("f", (len(plans), 3))]
+        if saved_count < count or rest != ignored[: len(rest)]:
             hint = " This is likely because the optimizer has not been called/built yet."
             warnings.warn(
                 f"Skipping variable loading for optimizer {self.name!r}, because it has {count} "
@@ -706,8 +714,7 @@ class Layerwise:
                 stacklevel=2,
             )
             return
-        for i, variable in enumerate(variables):
-            value = np.asarray(store[str(i)])
+        for variable, value in zip(variables, saved, strict=False):
             # tf_keras stores a bfloat16 array in HDF5 as raw bytes, without its dtype.
             variable.assign(value.view("bfloat16") if value.dtype.kind == "V" else value)
 

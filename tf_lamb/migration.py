@@ -365,6 +365,11 @@ def _read_checkpoint(path, slot_names) -> _SourceState:
     """
     import tensorflow as tf
 
+    if path.endswith((".keras", ".h5")):
+        raise ValueError(
+            "A file of Keras is not read from its path. Load the model, and give `model.optimizer` "
+            f"as `source`. Received: {path!r}."
+        )
     try:
         reader = tf.train.load_checkpoint(path)
     except (tf.errors.OpError, RuntimeError, ValueError) as error:
@@ -398,6 +403,12 @@ def _read_object_graph(reader, path, slot_names) -> _SourceState:
     nodes = graph.nodes
     optimizers = [n for n in nodes if set(slot_names) <= {s.slot_name for s in n.slot_variables}]
     if len(optimizers) != 1:
+        if any(child.local_name == "_momentums" for n in nodes for child in n.children):
+            raise ValueError(
+                "In a checkpoint, an optimizer of Keras 3 does not say which variable a moment "
+                "belongs to. Restore it into the model, and give `model.optimizer` as `source`. "
+                f"Received: {path!r}."
+            )
         _check_slots(
             dict.fromkeys(s.slot_name for n in nodes for s in n.slot_variables), slot_names
         )

@@ -42,6 +42,9 @@ NOT_IN_PROGRAMS = (
 # second optimizer with the same arguments compiles nothing.
 PROGRAMS: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 MAX_PROGRAMS = 512
+# An eager caller's update is traced for this many different sets of variables with a gradient. A
+# trace takes longer than tens of updates, and is kept as long as the optimizer.
+MAX_TRACED_SETS = 4
 # On a CPU, a program that contains all layers updates them in waves of about this many elements.
 WAVE_ELEMENTS = 2**21
 
@@ -172,6 +175,7 @@ class Update:
         self._averages_start_at_first_update = averages_start_at_first_update
         self._accumulators = accumulators
         self._accumulation_steps = accumulation_steps
+        self._traced_sets: set[tuple[int, ...]] = set()
         # Traced once for each device, whose name is part of the key of a `tf.function`.
         self._staged = {
             is_one_program: tf.function(
@@ -194,7 +198,7 @@ class Update:
 
         def on_replica(_, grads, learning_rate, squares):
             on_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
-            is_inlined = on_tpu or _is_inside_xla()
+            is_inlined = on_tpu or _is_inside_xla() or not self._is_traced(index)
             update = self._update if is_inlined else self._staged[self._is_one_program()]
             update(
                 index,
@@ -211,6 +215,12 @@ class Update:
             args=(grads, learning_rate, squares),
             group=False,
         )
+
+    def _is_traced(self, index) -> bool:
+        """Returns whether to trace the update of these variables, or to run it eagerly."""
+        if tf.executing_eagerly() and len(self._traced_sets) < MAX_TRACED_SETS:
+            self._traced_sets.add(index)
+        return not tf.executing_eagerly() or index in self._traced_sets
 
     def _is_one_program(self) -> bool:
         """Returns whether the whole update is compiled as one program."""

@@ -124,6 +124,8 @@ def test_a_bad_argument_is_refused(flavour, rule, arguments, message):
         ({"gradient_accumulation_steps": 2.5}, "must be an integer"),
         ({"gradient_accumulation_steps": "2"}, r"must be a number in \[2, inf\)"),
         ({"gradient_accumulation_steps": 1}, r"must be a number in \[2, inf\)"),
+        ({"ema_overwrite_frequency": 0}, r"must be a number in \[1, inf\)"),
+        ({"ema_overwrite_frequency": 2.5}, "must be an integer"),
         ({"loss_scale_factor": 0}, r"must be a number in \(0, inf\)"),
         ({"loss_scale_factor": float("nan")}, r"must be a number in \(0, inf\)"),
     ],

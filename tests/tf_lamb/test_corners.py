@@ -187,6 +187,38 @@ def test_complex_and_integer_variables_are_refused(flavour, rule, dtype):
         optimizer.build([variable])
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("rule", RULES)
+def test_any_variables_may_lack_a_gradient(flavour, monkeypatch, rule):
+    """Eagerly, only the first few sets of variables are traced; the results are the same."""
+    subsets = [(0, 1, 2), (0, 1), (0, 2), (1, 2), (0,), (1,), (0, 1), (1,)]
+
+    def train(limit):
+        monkeypatch.setattr(xla, "MAX_TRACED_SETS", limit)
+        variables = make_variables(flavour, [1.0, 2.0], [3.0], [[4.0, 5.0]])
+        optimizer = getattr(flavour.lamb, rule)(0.1, telemetry=True, use_ema=True)
+        optimizer.build(variables)
+        for i, subset in enumerate(subsets):
+            grads = [
+                np.full(v.shape, 1.0 + i) if j in subset else None for j, v in enumerate(variables)
+            ]
+            apply(optimizer, variables, *grads)
+        return optimizer, [v.numpy() for v in (*variables, *optimizer.variables)]
+
+    optimizer, all_traced = train(100)
+    assert (
+        sum(f.experimental_get_tracing_count() for f in optimizer._plan.update._staged.values())
+        == 6
+    )
+    optimizer, two_traced = train(2)
+    assert (
+        sum(f.experimental_get_tracing_count() for f in optimizer._plan.update._staged.values())
+        == 2
+    )
+    for traced, eager in zip(all_traced, two_traced, strict=True):
+        np.testing.assert_allclose(eager, traced, rtol=1e-6)
+
+
 def test_telemetry_does_not_depend_on_the_order_of_the_gradients(flavour):
     variables = make_variables(flavour, [1.0, 1.0], [100.0, 100.0, 100.0])
     optimizer = flavour.lamb.LAMB(0.01, telemetry=True)
@@ -361,6 +393,9 @@ def test_a_model_saved_before_freezing_loads(flavour, tmp_path):
         {"global_clipnorm": np.float32(0.5)},
         {"weight_norm_bounds": np.array([0.5, 2.0])},
         {"learning_rate": np.int64(1)},
+        {"moment_dtype": np.dtype("float32")},
+        {"moment_dtype": tf.bfloat16},
+        {"use_ema": True, "ema_overwrite_frequency": np.int64(2)},
     ],
     ids=str,
 )
@@ -743,6 +778,24 @@ def test_an_accumulated_gradient_is_applied(keras3):
     apply(optimizer, variables, [0.0], [0.0])
     apply(optimizer, variables, [0.0], [0.0])
     np.testing.assert_allclose(values(variables), [[0.0], [0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "size", "steps"), [("float16", 3e4, 4), ("bfloat16", 1.0, 300)])
+def test_accumulated_gradients_are_summed_in_float32(keras3, dtype, size, steps):
+    """The sums 1.2e5 and 300 are beyond float16, and bfloat16, in which 256 + 1 is 256."""
+    variable = keras3.Variable(np.ones(3), dtype=dtype)
+    optimizer = keras3.lamb.LARS(
+        0.25 / size,
+        gradient_accumulation_steps=steps,
+        momentum=0.0,
+        weight_decay=0.0,
+        exclude_from_layer_adaptation=[""],
+    )
+    optimizer.build([variable])
+    for _ in range(steps):
+        optimizer.apply([tf.constant([size] * 3, dtype)], [variable])
+    assert optimizer.skipped_steps == 0
+    np.testing.assert_array_equal(np.float32(variable.numpy()), 0.75)
 
 
 def test_float64_as_the_default_dtype(keras3):

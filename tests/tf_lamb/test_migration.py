@@ -294,6 +294,8 @@ def test_a_path_that_is_no_checkpoint_is_a_value_error(keras3, tmp_path):
             migrate(tmp_path / name, optimizer)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
+    with refused(optimizer, "A file of Keras", "give `model.optimizer`", "model.keras"):
+        migrate(tmp_path / "model.keras", optimizer)
     for source in (tmp_path / "empty", "foo://nowhere/ckpt-1", "ram://nowhere"):
         with refused(optimizer, "`source` must be the path of a checkpoint", repr(str(source))):
             migrate(source, optimizer)
@@ -304,6 +306,11 @@ def test_a_checkpoint_needs_exactly_one_optimizer(keras3, tmp_path):
     ours, _ = original.ours(keras3)
     path = tf.train.Checkpoint(v=list(original.variables)).save(str(tmp_path / "none"))
     with refused(ours, "the source has none"):
+        migrate(path, ours)
+    of_keras = keras.optimizers.Lamb()
+    of_keras.build([keras.Variable(np.float32([1, 2]), name="w")])
+    path = tf.train.Checkpoint(optimizer=of_keras).save(str(tmp_path / "of_keras"))
+    with refused(ours, "an optimizer of Keras 3 does not say", "give `model.optimizer`"):
         migrate(path, ours)
     other = Original("tf-models LAMB")
     both = tf.train.Checkpoint(v=[original.variables, other.variables])

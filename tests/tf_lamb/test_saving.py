@@ -191,3 +191,27 @@ def test_an_exported_model_serves_without_the_optimizer(flavour, tmp_path):
     names = [name for name, _ in tf.train.list_variables(path) if "VARIABLE_VALUE" in name]
     exported = {tf.train.load_variable(path, name).tobytes() for name in names}
     assert exported == {weight.numpy().tobytes() for weight in model.weights}
+
+
+@pytest.mark.parametrize("shapes", [[()], [(2,), ()]])
+def test_the_state_of_a_rate_is_not_loaded_into_a_schedule(keras3, shapes):
+    """The last moment, of a scalar, is not taken for the count of skipped steps of 0.1.0.
+
+    In tf_keras an optimizer with a schedule has a variable for the rate, too.
+    """
+
+    def make(rate):
+        optimizer = keras3.lamb.LAMB(rate)
+        optimizer.build([keras3.Variable(np.ones(shape, np.float32)) for shape in shapes])
+        return optimizer
+
+    saved, store = make(0.1), {}
+    saved.iterations.assign(7)
+    saved.save_own_variables(store)
+    scheduled = make(keras3.lamb.WarmupPolynomialDecay(0.1, 2, 10))
+    with pytest.warns(UserWarning, match=f"has {len(store) - 1} variables whereas the saved"):
+        scheduled.load_own_variables(store)
+    assert int(scheduled.iterations) == 0
+    other = make(0.2)
+    other.load_own_variables(store | {str(len(store)): np.int32(3)})
+    assert int(other.iterations) == 7
