@@ -27,8 +27,9 @@ from inputs import process  # isort: split
 
 import tensorflow as tf
 
-from inputs.errors import InputError, first_line, refuse_empty
-from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
+from inputs.errors import InputError, refuse_empty
+from inputs.images import cifar, imagenet, shards, sources, tars, tfrecords
+from inputs.images.conversion import check_image
 from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
 from inputs.shards import IMAGES, MANIFEST
@@ -203,29 +204,6 @@ def _flat_source(folder, classes):
     return sources.flat_source(folder, "validation", wnids, classes)
 
 
-def check_image(data: bytes) -> tuple[bytes, int, int, str, str]:
-    """Decodes an image file.
-
-    Returns:
-        (an image file that TensorFlow can decode, height, width, the original format if `data` was
-        converted or "", error message or "").
-    """
-    kind = ""
-    try:
-        image = _decode(data)
-    except tf.errors.OpError as error:
-        try:
-            data, kind = conversion.to_png(data)
-        except ValueError as other:
-            return data, 0, 0, "", str(other) or first_line(error)
-        image = _decode(data)
-    return data, image.shape[0], image.shape[1], kind, ""
-
-
-def _decode(data):
-    return tf.io.decode_image(data, channels=3, expand_animations=False)
-
-
 def encode(item: Item, height: int, width: int) -> bytes:
     """Serializes a record: a `tf.train.Example` with the features below."""
 
@@ -325,7 +303,7 @@ def _write(source, folder, output, plan, pool):
     converted = sum((Counter(shard.facts["converted"]) for shard in written), Counter())
     if converted:
         kinds = ", ".join(f"{count:,} × {kind}" for kind, count in converted.most_common())
-        log(f"{folder}: stored as PNG, because TensorFlow does not decode them: {kinds}")
+        log(f"{folder}: stored as PNG, because TensorFlow does not decode them correctly: {kinds}")
     return shards.finish(
         folder,
         written,
