@@ -14,7 +14,7 @@ from inputs.bad_records import BadRecords
 from inputs.damage import Damage
 from inputs.errors import InputError
 from inputs.images import decoding
-from inputs.images.shards import open_images
+from inputs.images.shards import OWN_LAYOUT, open_images
 from inputs.order import Order, by_block, number_of_lanes, row_batches
 from inputs.shards import records_from
 
@@ -26,9 +26,6 @@ GROUP = 16  # images that are read one after the other; groups are read in paral
 FIELDS = 7  # of a row: number, weight, file, and the two halves of the offset and of the id
 # Of image files, in evaluation: see `decode_centre`. tf-models' CENTER_CROP_FRACTION.
 CENTRE_SHARE = 0.875
-# The features of a record, and the label of the first class. Records that other programs wrote have
-# their layout in the manifest.
-OWN_LAYOUT = {"image": "image", "label": "label", "label_base": 0}
 AUGMENTATIONS = ("none", "crop", "randaugment")
 
 
