@@ -38,7 +38,7 @@ from inputs.storage.files import (
     exists,
     is_file,
     is_folder,
-    is_remote,
+    is_inside,
     list_folder,
     locked,
     read_json,
@@ -395,11 +395,7 @@ def _check_other_split(output, split, classes):
 
 def _check_apart(source, output):
     """Raises `InputError` if a later run would take what is written for a part of the source."""
-    source, output = (
-        path if is_remote(path) else os.path.realpath(path)
-        for path in map(absolute, (source, output))
-    )
-    if f"{output}/".startswith(f"{source}/"):
+    if is_inside(output, source):
         raise InputError(f"--output: {output} is inside of --source. Give a folder outside of it.")
 
 

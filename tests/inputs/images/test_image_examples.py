@@ -90,19 +90,19 @@ def test_batches_have_the_element_spec(folder, pixels):
             assert batches.element_spec == examples.element_spec(BATCH, SIZE)
 
 
-@pytest.mark.parametrize("lanes", [None, 4])
-def test_a_part_of_the_images_is_evenly_spaced(folder, lanes):
+def test_a_part_of_the_images_is_evenly_spaced(folder):
     """They lie in the order of their classes, so that the first ones would be of few classes."""
-    data = make(folder, "validation", lanes=lanes)
+    data = make(folder, "validation")
     whole = joined(data.evaluation_batches(4, 100))
-    for limit in (3, 7, 11):
-        found = joined(data.evaluation_batches(4, limit))
+    chosen = [i * COUNT // 7 for i in range(7)]
+    for lanes in (1, 4):  # which are interleaved
+        found = joined(make(folder, "validation", lanes=lanes).evaluation_batches(4, 7))
         counted = found["example_weights"] > 0
-        assert counted.sum() == limit
-        chosen = [i * COUNT // limit for i in range(limit)]
-        np.testing.assert_array_equal(found["image"][counted], whole["image"][chosen])
-        np.testing.assert_array_equal(found["label"][counted], whole["label"][chosen])
-    assert [label for _, label in data.files(7)] == [i * COUNT // 7 // 4 for i in range(7)]
+        images = found["image"][counted], whole["image"][chosen]
+        ours, exact = (sorted(map(bytes, some)) for some in images)
+        assert ours == exact
+        assert sorted(found["label"][counted]) == sorted(whole["label"][chosen])
+    assert [label for _, label in data.files(7)] == [i // 4 for i in chosen]
 
 
 @pytest.mark.slow

@@ -400,7 +400,7 @@ def test_labels_must_agree_with_the_class_list(tmp_path, capsys, make, flags, sa
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (PICTURES[0][:200], "Invalid JPEG data"),
+        (encoded(smooth(60, 80))[:1200], "jpeg::Uncompress failed"),
         (b"no image", "Unknown image file format"),
         (
             encoded(smooth(8, 8), "BMP", "P"),
