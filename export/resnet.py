@@ -9,7 +9,8 @@ from export.saved_model import Export
 from inputs.images.decoding import decode_centre
 
 TOP_K = 5
-# The model returns this text, and clients may compare with it: do not change it.
+# The model returns this text, and clients may compare with it: do not change it. WebP is decoded,
+# too, except animations; of BMP only 24 bits per pixel are decoded right.
 NO_IMAGE = "no JPEG, PNG, BMP or GIF that can be decoded"
 
 
@@ -20,13 +21,13 @@ class ImageClassifier(tf.Module):
         model: from `models.resnet.build_classifier`.
         classes: list of (wnid, name) of each class, in the order of the labels.
         image_size: S, the height and width of an image in pixels.
-        padding: as for `inputs.images.decoding.decode_centre`.
+        share: as for `inputs.images.decoding.decode_centre`.
     """
 
-    def __init__(self, model: tf_keras.Model, classes, image_size: int, padding: int):
+    def __init__(self, model: tf_keras.Model, classes, image_size: int, share: float):
         super().__init__()
         self._size = image_size
-        self._padding = padding
+        self._share = share
         # Track only the weights: a tracked model would also save the functions of all its layers.
         self.weights = model.variables
         self._logits = functools.partial(model, training=False)
@@ -47,7 +48,8 @@ class ImageClassifier(tf.Module):
         """Returns the most likely classes of each image file.
 
         Args:
-            image: [N] strings, the bytes of JPEG, PNG, BMP or GIF files.
+            image: [N] strings, the bytes of JPEG, PNG, GIF, WebP (not animated) or BMP files (24
+                bits per pixel, not compressed).
 
         Returns:
             `names`, `wnids`: [N, K] strings, the K most likely classes in descending order.
@@ -107,14 +109,14 @@ class ImageClassifier(tf.Module):
         return tf.gather(pixels, tf.maximum(place, 0)), place[:-1] >= 0
 
     def _decode(self, index, file):
-        return index, decode_centre(file, self._size, self._padding)
+        return index, decode_centre(file, self._size, self._share)
 
 
-def classifier_export(model, classes, image_size: int, padding: int) -> Export:
+def classifier_export(model, classes, image_size: int, share: float) -> Export:
     """Returns the `Export` of a trained classifier. Arguments as for `ImageClassifier`.
 
     Its signatures are `serving_default`, which takes image files, and `pixels`.
     """
-    module = ImageClassifier(model, classes, image_size, padding)
+    module = ImageClassifier(model, classes, image_size, share)
     signatures = {"serving_default": module.classify_files, "pixels": module.classify_pixels}
     return Export(module, signatures)

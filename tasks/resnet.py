@@ -110,7 +110,7 @@ class ImageClassification(Task):
         )
 
     def evaluation_batches(self, phase_index):
-        """Center crops of the held-out images."""
+        """Center crops of held-out images, see `Images.evaluation_batches`."""
         batch_size = self.recipe.phases[phase_index].global_batch_size
         return lambda context: self._source.held_out.evaluation_batches(
             batch_size, self.recipe.evaluation_examples, context
@@ -140,7 +140,7 @@ class ImageClassification(Task):
         """Writes a SavedModel that classifies image files."""
         card = make_card(self, model.count_params(), results, USAGE, steps)
         export = classifier_export(
-            model, self._source.classes, self.recipe.image_size, self._source.padding
+            model, self._source.classes, self.recipe.image_size, self._source.centre_share
         )
         write_export(export, card, export_dir)
 
@@ -194,7 +194,7 @@ class _Images:
             os.path.join(data_dir, "train"),
             os.path.join(data_dir, "validation"),
         )
-        self.padding = self.held_out.padding
+        self.centre_share = self.held_out.centre_share
         hashes = self.training.manifest["hash"] + self.held_out.manifest["hash"]
         self.fingerprint = hashlib.sha256(hashes.encode()).hexdigest()[:16]
         self.training_examples = self.training.num_examples
@@ -214,7 +214,7 @@ class _SyntheticImages:
     """Random pixels."""
 
     description = fingerprint = amount = synthetic_data.DESCRIPTION
-    padding = 0
+    centre_share = 1.0
     training_examples = 1_281_167  # those of ImageNet
     damage = ()
 

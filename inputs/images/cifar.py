@@ -41,11 +41,20 @@ NOT_CIFAR = (
 
 
 def is_cifar(path: str) -> bool:
-    """Whether a path is an archive of CIFAR-10, an unpacked one, or a folder of PNG strips."""
+    """Whether a path is an archive of CIFAR-10, an unpacked one, or a folder of PNG strips.
+
+    A folder may lack some of the files. PNG strips are recognized by the file of their labels,
+    because test.png may be any picture.
+    """
     if os.path.basename(path) in ARCHIVES:
         return True
-    names = [names["validation"][0] for names in (PYTHON, BINARY, STRIPS)]
-    return any(is_file(os.path.join(path, name)) for name in names)
+    names = set(list_names(path)) if is_folder(path) else set()
+    are_strips = LABELS in names and names & _names_of(STRIPS)
+    return bool(are_strips or names & (_names_of(PYTHON) | _names_of(BINARY)))
+
+
+def _names_of(form) -> set[str]:
+    return {name for names in form.values() for name in names}
 
 
 def cifar_source(path: str, split: str, flag: str = "--source") -> Source:
@@ -64,8 +73,8 @@ def cifar_source(path: str, split: str, flag: str = "--source") -> Source:
     """
     formats = ((PYTHON, _read_python), (BINARY, _read_binary), (STRIPS, _read_strip))
     members = _members(path, flag)
-    # The format with the most files present.
-    names, read = max(formats, key=lambda form: len(members.keys() & set(form[0][split])))
+    # The format with the most files present, in both splits.
+    names, read = max(formats, key=lambda form: len(members.keys() & _names_of(form[0])))
     files = names[split]
     needed = [*files, LABELS] if read is _read_strip else files
     missing = [name for name in needed if name not in members]

@@ -103,8 +103,8 @@ def decode_crop(data, window, image_size: int):
     """Decodes a window of an image: [h, w, 3] uint8.
 
     A JPEG is decoded only in the window, and at a lower resolution if both sides are still at least
-    S. Other formats (PNG, BMP, GIF, WebP) are decoded completely, then cropped. The format is
-    detected from the content. Gray and CMYK images become RGB.
+    S. Other formats (PNG, GIF, WebP, and BMP of 24 bits per pixel) are decoded completely, then
+    cropped. The format is detected from the content. Gray and CMYK images become RGB.
 
     Args:
         data: scalar string, an image file.
@@ -119,28 +119,28 @@ def decode_crop(data, window, image_size: int):
     return tf.switch_case(kind, [*branches, lambda: _slice(_decode_any(data), window)])
 
 
-def decode_centre(data, image_size: int, padding: int):
+def decode_centre(data, image_size: int, share: float):
     """Decodes the center of an image and scales it bilinearly: [S, S, 3] uint8.
 
-    The crop is the central square with S / (S + padding) of the shorter side. With S = 224 and
-    padding = 32 this equals scaling that side to 256 and cropping the central 224 pixels.
+    The crop is the central square with a share of the shorter side. With S = 224 and a share of
+    0.875 this equals scaling that side to 256 and cropping the central 224 pixels.
 
     Args:
         data: scalar string, an image file.
         image_size: S.
-        padding: 32 for photographs; 0 for the largest central square.
+        share: of the shorter side; 1 for the largest central square.
 
     Raises:
         tf.errors.InvalidArgumentError: `data` is not an image.
     """
     image = _decode_any(data)
-    return scale(_slice(image, central_window(tf.shape(image), image_size, padding)), image_size)
+    return scale(_slice(image, central_window(tf.shape(image), share)), image_size)
 
 
-def central_window(shape, image_size: int, padding: int):
+def central_window(shape, share: float):
     """The window of `decode_centre` in an image of `shape` [height, width, ...]: [4] int32."""
     side = tf.cast(tf.minimum(shape[0], shape[1]), tf.float32)
-    side = tf.cast(tf.round(side * (image_size / (image_size + padding))), tf.int32)
+    side = tf.cast(tf.round(side * share), tf.int32)
     side = tf.maximum(side, 1)
     return tf.stack([(shape[0] - side) // 2, (shape[1] - side) // 2, side, side])
 

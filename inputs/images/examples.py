@@ -14,7 +14,7 @@ from inputs.bad_records import BadRecords
 from inputs.damage import Damage
 from inputs.errors import InputError
 from inputs.images import decoding
-from inputs.images.shards import open_images
+from inputs.images.shards import OWN_LAYOUT, open_images
 from inputs.order import Order, by_block, number_of_lanes, row_batches
 from inputs.shards import records_from
 
@@ -24,10 +24,8 @@ BLOCK = 16
 WINDOW_BLOCKS = 64  # whose images are mixed
 GROUP = 16  # images that are read one after the other; groups are read in parallel
 FIELDS = 7  # of a row: number, weight, file, and the two halves of the offset and of the id
-CENTRE_PADDING = 32  # of image files, in evaluation; see `decode_centre`
-# The features of a record, and the label of the first class. Records that other programs wrote have
-# their layout in the manifest.
-OWN_LAYOUT = {"image": "image", "label": "label", "label_base": 0}
+# Of image files, in evaluation: see `decode_centre`. tf-models' CENTER_CROP_FRACTION.
+CENTRE_SHARE = 0.875
 AUGMENTATIONS = ("none", "crop", "randaugment")
 
 
@@ -69,7 +67,7 @@ class Images:
         damage: the `Damage` found so far.
         manifest: the manifest of the folder.
         num_examples: number of images.
-        padding: see `decoding.decode_centre`.
+        centre_share: the `share` of `decoding.decode_centre`; 1 for raw pixels.
 
     Raises:
         InputError: the folder is not prepared, or its images are raw pixels of another size.
@@ -109,8 +107,8 @@ class Images:
                 f"--set image_size={image_size}: {folder} holds images of "
                 f"{'x'.join(map(str, pixels))} raw pixels. Use --set image_size={pixels[0]}."
             )
-        self.padding = centre_padding(self.manifest)
         self._is_pixels = bool(pixels)
+        self.centre_share = 1.0 if pixels else CENTRE_SHARE
 
     def order(self, global_batch_size) -> Order:
         """The order of the training examples."""
@@ -129,9 +127,10 @@ class Images:
         return self._batches(order, context, first_step, training)
 
     def evaluation_batches(self, global_batch_size, limit, context=None) -> tf.data.Dataset:
-        """The center of each of the first `limit` images, once.
+        """The center of each of at most `limit` evenly spaced images, once.
 
-        The last batch is filled up with examples of weight 0.
+        Images usually lie in the order of their classes, so that the first ones would be of few
+        classes. The last batch is filled up with examples of weight 0.
 
         Args:
             global_batch_size: examples per step over all replicas.
@@ -164,7 +163,8 @@ class Images:
 
         An image whose record is damaged, or has no label of the class list, is left out.
         """
-        chosen = range(0, self.num_examples, max(1, self.num_examples // count))[:count]
+        count = min(count, self.num_examples)
+        chosen = (self._spaced(i, count) for i in range(count))
         places = [
             (self._paths[file], offset)
             for ((file, offset),) in self._index.slices([(i, i + 1) for i in chosen])
@@ -185,6 +185,10 @@ class Images:
         for data, label in found.map(image_file).ignore_errors().as_numpy_iterator():
             if self._is_class(label):
                 yield data, int(label)
+
+    def _spaced(self, number, count):
+        """Which image is number `number` of `count` evenly spaced ones; all, if `count` is all."""
+        return number * self.num_examples // count
 
     @property
     def _features(self):
@@ -220,7 +224,8 @@ class Images:
                 axis=1,
             )
 
-        rows = by_block(BLOCK, tf.minimum(examples, last), ids, block_rows, FIELDS)
+        chosen = self._spaced(tf.minimum(examples, last), order.examples)
+        rows = by_block(BLOCK, chosen, ids, block_rows, FIELDS)
         counts = tf.cast(examples <= last, tf.int32)[:, tf.newaxis]
         return tf.concat([rows[:, :1], rows[:, 1:2] * counts, rows[:, 2:]], 1)
 
@@ -310,7 +315,7 @@ class Images:
             if self._augmentation == "randaugment":
                 image = self._augmented((image, inputs["id"]))
         else:
-            image = decoding.decode_centre(data, self._size, self.padding)
+            image = decoding.decode_centre(data, self._size, self.centre_share)
         return {"place": inputs["place"], "image": image, "label": inputs["label"]}
 
     def _place_of(self, row):
@@ -383,8 +388,3 @@ class Images:
             gammas = tf.random.stateless_gamma([2, *ids.shape], seed, alpha)
             weights = (gammas[0] + 1e-6) / (gammas[0] + gammas[1] + 2e-6)
         return batch | {"mixup": weights}
-
-
-def centre_padding(manifest) -> int:
-    """The `padding` of `decode_centre` for a data set: 0 for raw pixels."""
-    return 0 if manifest["pixels"] else CENTRE_PADDING

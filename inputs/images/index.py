@@ -1,16 +1,16 @@
 """Makes TFRecords of ImageNet usable in place: python -m inputs.images.index --source=DIR ...
 
 Writes, for each split, a manifest and where each record begins, into a small folder that train.py
-takes as --data_dir. The command reads the lengths of all records, and the labels of about 2,000 in
-each split, which must agree with the class list. The records are those of the TPU demos
-(train-00000-of-01024) or of TensorFlow Datasets, and not compressed. They stay where they are, and
-must not be changed. A record whose length is damaged is named and left out, up to the next
-record that can be found. A file without a further record is refused: it was probably truncated.
+takes as --data_dir. The command reads the lengths of all records, and about 2,000 whole records of
+each split: their labels must agree with the class list, and their images are decoded. The records
+are those of the TPU demos (train-00000-of-01024) or of TensorFlow Datasets, and not compressed.
+They stay where they are, and must not be changed. A record whose length is damaged is named and
+left out, up to the next record that can be found. A file without a further record is refused: it
+was probably truncated.
 """
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -58,15 +58,15 @@ def index(
             Datasets in `source`.
         label_base: label of the first class; None for the layout's own, or that of the records.
         max_bad_record_share: the share of a split's records that may be left out because a length
-            is damaged, in [0, 1].
+            is damaged, and of the images that are checked that cannot be decoded, in [0, 1].
         log: receives lines.
 
     Returns:
         The manifest of each split.
 
     Raises:
-        InputError: the records, the class list or the folder cannot be used, or the labels
-            contradict the class list.
+        InputError: the records, the class list or the folder cannot be used, the labels contradict
+            the class list, or more images cannot be decoded than `max_bad_record_share`.
     """
     source = tfrecords.version_folder(source)
     _check_output(output, source)
@@ -96,9 +96,7 @@ def index(
                 [file for files in splits.values() for file in files], len(classes), log
             )
         base = layout.base if label_base is None else label_base
-        check = functools.partial(
-            tfrecords.check_record, layout=layout, label_base=base, classes=classes
-        )
+        check = _Check(max_bad_record_share, log, layout, base, classes)
         records = BadRecords(
             max_bad_record_share, skip=True, log=log, limit_flag="--max_bad_record_share"
         )
@@ -112,7 +110,7 @@ def index(
                 fix=FIX,
                 bad_records=records,
                 check=check,
-                at_end=records.end,
+                at_end=lambda ends=(records.end, check.end): [end() for end in ends],
             )
             names = [os.path.basename(file) for file in files]
             facts = [names, sizes, counts, base, dataclasses.asdict(layout), classes]
@@ -131,6 +129,40 @@ def index(
             }
             write_json(os.path.join(folder, MANIFEST), manifests[split])
     return manifests
+
+
+class _Check:
+    """Checks records of a split, in several threads.
+
+    Args:
+        max_share: the share of the images that may be impossible to decode.
+        log: receives a line about these.
+        layout, label_base, classes: see `tfrecords.check_record`.
+    """
+
+    def __init__(self, max_share, log, layout, label_base, classes):
+        self._max_share = max_share
+        self._log = log
+        self._expected = layout, label_base, classes
+        self._found: list[str] = []  # of each image: "", or what is wrong
+
+    def __call__(self, path: str, offset: int) -> None:
+        """Checks the record that begins at a place of a file."""
+        self._found.append(tfrecords.check_record(path, offset, *self._expected))
+
+    def end(self) -> None:
+        """Reports images that cannot be decoded; raises `InputError` if there are too many."""
+        wrong = sorted(filter(None, self._found))
+        if not wrong:
+            return
+        count = f"{len(wrong):,} of {len(self._found):,} images that were checked cannot be decoded"
+        if len(wrong) > self._max_share * len(self._found):
+            raise InputError(
+                f"{wrong[0]} Including it, {count}, more than the share of {self._max_share:g} "
+                "that is accepted. Convert the records with `python -m inputs.images.prepare`, "
+                "which leaves out what is damaged, or raise the limit with --max_bad_record_share."
+            )
+        self._log(f"{count}: {wrong[0]}")
 
 
 def _check_output(output, source):
@@ -172,8 +204,8 @@ def main(arguments=None) -> int:
         "--max_bad_record_share",
         type=float,
         default=0.001,
-        help="the share of a split's records that may be left out because a length is damaged "
-        "(default: %(default)s)",
+        help="the share of a split's records that may be left out because a length is damaged, and "
+        "of the images that are checked that cannot be decoded (default: %(default)s)",
     )
     flags = parser.parse_args(arguments)
     try:

@@ -27,16 +27,18 @@ from inputs import process  # isort: split
 
 import tensorflow as tf
 
-from inputs.errors import InputError, first_line, refuse_empty
-from inputs.images import cifar, conversion, imagenet, shards, sources, tars, tfrecords
+from inputs.errors import InputError, refuse_empty
+from inputs.images import cifar, imagenet, shards, sources, tars, tfrecords
+from inputs.images.conversion import check_image
 from inputs.images.sources import Class, Item, Source, read_classes
 from inputs.progress import Progress, log
-from inputs.shards import IMAGES, MANIFEST
+from inputs.shards import IMAGES, MANIFEST, SUFFIX
 from inputs.storage.files import (
     absolute,
     exists,
     is_file,
     is_folder,
+    is_inside,
     list_folder,
     locked,
     read_json,
@@ -48,13 +50,14 @@ CHECKED_AT_ONCE = 64  # images decoded in parallel
 
 
 def find_sources(
-    path: str, split: str, classes_csv: str, label_base: int | None, log=log
+    path: str, split: str | None, classes_csv: str, label_base: int | None, log=log
 ) -> list[Source]:
     """Recognizes the layout of a file or folder.
 
     Args:
         path: file or folder.
-        split: the split of a source that does not name it.
+        split: the split of a source that does not name it; None for the one that the file or folder
+            is named after, or else "train".
         classes_csv: a class list, or "".
         label_base: label of the first class in TFRecords; None to infer it from the records.
         log: receives lines about what was inferred, and about folders that are passed over.
@@ -71,7 +74,8 @@ def find_sources(
         return [cifar.cifar_source(path, name) for name in ("train", "validation")]
     if is_file(path):
         if path.lower().endswith(".tar"):
-            split = OFFICIAL.get(os.path.basename(path), split)
+            name = os.path.basename(path)
+            split = OFFICIAL.get(name) or split or _split_of_name(path, name[: -len(".tar")], log)
             return [tars.tar_source(path, split, classes_csv)]
         raise InputError(
             f"--source: {path} is neither a .tar nor an archive of CIFAR-10. If it is a compressed "
@@ -131,6 +135,7 @@ def _folder_sources(path, split, classes_csv, log) -> list[Source]:
         return [_flat_source(path, classes)]
     splits, others = _splits(path, folders)
     if not splits:
+        split = split or _split_of_name(path, os.path.basename(absolute(path)), log)
         return [sources.folder_source(path, split, classes)]
     for folder in others:
         name = sources.split_of(os.path.basename(folder))
@@ -150,6 +155,14 @@ def _folder_sources(path, split, classes_csv, log) -> list[Source]:
         else:
             found.append(_flat_source(folder, classes or (found[0].classes if found else None)))
     return found
+
+
+def _split_of_name(path, name, log):
+    """The split that a source is named after, else "train"; a line says if it is another one."""
+    split = {"test": "validation"}.get(found := sources.split_of(name), found) or "train"
+    if split != "train":
+        log(f"{path} is taken as the {split} split, because of its name; --split overrides this")
+    return split
 
 
 def _splits(path, folders):
@@ -201,29 +214,6 @@ def _flat_source(folder, classes):
         )
     classes = classes or imagenet.sorted_classes(wnids.values())
     return sources.flat_source(folder, "validation", wnids, classes)
-
-
-def check_image(data: bytes) -> tuple[bytes, int, int, str, str]:
-    """Decodes an image file.
-
-    Returns:
-        (an image file that TensorFlow can decode, height, width, the original format if `data` was
-        converted or "", error message or "").
-    """
-    kind = ""
-    try:
-        image = _decode(data)
-    except tf.errors.OpError as error:
-        try:
-            data, kind = conversion.to_png(data)
-        except ValueError as other:
-            return data, 0, 0, "", str(other) or first_line(error)
-        image = _decode(data)
-    return data, image.shape[0], image.shape[1], kind, ""
-
-
-def _decode(data):
-    return tf.io.decode_image(data, channels=3, expand_animations=False)
 
 
 def encode(item: Item, height: int, width: int) -> bytes:
@@ -279,8 +269,9 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
         The manifest.
 
     Raises:
-        InputError: the source cannot be read, no image can be decoded, the classes differ from
-            those of the other split, or another process is preparing the same folder.
+        InputError: the source cannot be read, no image can be decoded, the classes that the records
+            name differ from those of the other split, or another process is preparing the same
+            folder.
     """
     folder = os.path.join(output, source.split)
     plan = request | {
@@ -296,8 +287,22 @@ def prepare(source: Source, output: str, request: dict, pool) -> dict:
             if not exists(os.path.join(folder, MANIFEST)):
                 return _write(source, folder, output, plan, pool)
         shards.check_content(folder, plan)
-    log(f"{folder} is finished already")
-    return read_json(os.path.join(folder, MANIFEST))
+    manifest = read_json(os.path.join(folder, MANIFEST))
+    if shards.damaged_shards(folder, manifest) or not shards.has_index(folder, manifest):
+        with locked(folder, "--output"):
+            _repair(source, folder, manifest, pool)
+    else:
+        log(f"{folder} is finished already")
+    return manifest
+
+
+def _repair(source, folder, manifest, pool):
+    """Writes the shards of a finished folder that are damaged or missing again, and its index."""
+    parts = {f"{part.name}{SUFFIX}": part for part in source.parts}
+    for shard in shards.damaged_shards(folder, manifest):
+        shards.repair_shard(folder, shard, records(source, parts[shard["file"]], {}, pool))
+    shards.index_shards(folder, manifest["shards"])
+    log(f"{folder} was finished already, and is repaired")
 
 
 def _write(source, folder, output, plan, pool):
@@ -316,8 +321,10 @@ def _write(source, folder, output, plan, pool):
             progress.milestone(f"{folder}/{shard.file}: {shard.count:,} images")
     if not any(shard.count for shard in written):
         raise InputError(f"--source: no image for {folder} could be decoded.")
-    classes = source.classes or _classes_of_records(written, folder)
-    _check_other_split(output, source.split, classes)
+    classes = source.classes
+    if classes is None:
+        classes = _classes_of_records(written, folder)
+        _check_other_split(output, source.split, classes)
     counts = [0] * len(classes)
     for shard in written:
         for label, count in shard.facts["class_counts"].items():
@@ -325,7 +332,7 @@ def _write(source, folder, output, plan, pool):
     converted = sum((Counter(shard.facts["converted"]) for shard in written), Counter())
     if converted:
         kinds = ", ".join(f"{count:,} × {kind}" for kind, count in converted.most_common())
-        log(f"{folder}: stored as PNG, because TensorFlow does not decode them: {kinds}")
+        log(f"{folder}: stored as PNG, because TensorFlow does not decode them correctly: {kinds}")
     return shards.finish(
         folder,
         written,
@@ -368,11 +375,28 @@ def _classes_of_records(written, folder) -> list[Class]:
     return [seen[label] for label in range(len(seen))]
 
 
+def _check_classes(found, output):
+    """Compares the class lists that are known before an image is read."""
+    known = [source for source in found if source.classes]
+    for source in known:
+        sources.check_names(source.classes, "--source")
+        _check_other_split(output, source.split, source.classes)
+    for one, other in itertools.pairwise(known):
+        names = f"--source: the {one.split} split", f"the {other.split} split"
+        sources.check_same_classes(one.classes, other.classes, *names)
+
+
 def _check_other_split(output, split, classes):
     other = {"train": "validation", "validation": "train"}[split]
     path = os.path.join(output, other, MANIFEST)
     if exists(path):
         sources.check_same_classes(read_json(path)["classes"], classes, path, f"{output}/{split}")
+
+
+def _check_apart(source, output):
+    """Raises `InputError` if a later run would take what is written for a part of the source."""
+    if is_inside(output, source):
+        raise InputError(f"--output: {output} is inside of --source. Give a folder outside of it.")
 
 
 def main(arguments=None) -> int:
@@ -389,9 +413,9 @@ def main(arguments=None) -> int:
     )
     parser.add_argument(
         "--split",
-        default="train",
         choices=("train", "validation"),
-        help="the split of a source that does not name it (default: %(default)s)",
+        help="the split of a source that does not name it (default: the one that the file or "
+        "folder is named after, such as photos/val, or else train)",
     )
     parser.add_argument(
         "--label_base",
@@ -404,8 +428,10 @@ def main(arguments=None) -> int:
     request = {"source": absolute(flags.source), "label_base": flags.label_base}
     try:
         refuse_empty(source=flags.source, output=flags.output)
+        _check_apart(flags.source, flags.output)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             found = find_sources(flags.source, flags.split, flags.classes, flags.label_base)
+            _check_classes(found, flags.output)
             for source in found:
                 manifest = prepare(source, flags.output, request, pool)
                 print(

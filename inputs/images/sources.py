@@ -168,6 +168,19 @@ def check_same_classes(one, other, one_name: str, other_name: str) -> None:
     )
 
 
+def check_names(classes: list[Class], where: str) -> None:
+    """Raises `InputError` if a class has a name that is not UTF-8, as a class folder may have."""
+    for one in classes:
+        for name in one:
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{where}: the name of the class {name!r} is not UTF-8, so a model could not "
+                    "return it. Rename its folder or tar."
+                ) from None
+
+
 def split_of(folder_name: str) -> str:
     """The split that a folder such as Train or val_set is named after, from `SPLITS`; else ""."""
     name = re.sub(r"[-_ ]?(set|images|data)$", "", folder_name.lower())
@@ -248,6 +261,11 @@ def labels_of(classes: list[Class]) -> dict[str, int]:
     return {one.wnid: label for label, one in enumerate(classes)}
 
 
+def stem(file: str) -> str:
+    """The name of a file, without its folder and suffix."""
+    return os.path.splitext(os.path.basename(file))[0]
+
+
 def label_of(file: str, wnids: dict[str, str], labels: dict[str, int]) -> int:
     """The label of a file.
 
@@ -259,7 +277,7 @@ def label_of(file: str, wnids: dict[str, str], labels: dict[str, int]) -> int:
     Raises:
         InputError: the file has no class, or one that is not in `labels`.
     """
-    wnid = wnids.get(os.path.splitext(os.path.basename(file))[0])
+    wnid = wnids.get(stem(file))
     if wnid not in labels:
         problem = f"its class {wnid} is not in the class list" if wnid else "its label is not known"
         raise InputError(f"--source: {file}: {problem}.")

@@ -3,6 +3,7 @@
 import os
 import posixpath
 import tarfile
+from collections.abc import Callable, Iterable
 from typing import IO, NamedTuple
 
 from inputs.errors import InputError
@@ -18,8 +19,16 @@ from inputs.images.sources import (
     parse_label,
     read_classes,
     read_csv,
+    stem,
 )
-from inputs.storage.files import PassedOver, exists, file_state, open_bytes, parent
+from inputs.storage.files import (
+    PassedOver,
+    exists,
+    file_state,
+    is_left_over,
+    open_bytes,
+    parent,
+)
 
 MAX_LINKS = 40  # longest chain of links that is followed, as in Linux
 
@@ -50,17 +59,23 @@ def tar_source(
         InputError: a file, column or member is missing, or a label is outside the classes.
     """
     members = _read_members(path)
+    passed_over = PassedOver()
     table = f"{os.path.splitext(path)[0]}.csv"
     folder = parent(path)
     if exists(table):
         listed = read_classes(classes_csv or os.path.join(folder, "classes.csv"))
-        return _source(path, split, _listed(path, table, listed, members), listed, PassedOver())
+        rows = _listed(path, table, listed, members)
+        _visible(members.keys() - {name for name, *_ in rows}, passed_over, lambda name: False)
+        return _source(path, split, rows, listed, passed_over)
     classes = read_classes(classes_csv) if classes_csv else imagenet.find_classes(folder)
     classes = classes or other_classes
-    if members and all(name.endswith(".tar") for name in members):
-        return _tar_of_tars(path, split, classes, members)
+    is_nested = any(map(_is_tar, members))
+    names = _visible(members, passed_over, _is_tar if is_nested else is_picture)
+    if is_nested:
+        return _tar_of_tars(path, split, classes, members, names, passed_over)
     wnids = imagenet.find_labels(folder)
-    if wnids is None:
+    # In a tar of class folders, none of the pictures is listed.
+    if wnids is None or (names and not any(stem(name) in wnids for name in names)):
         raise InputError(
             f"--source: the labels of {path} are not known. Write {table} (columns file, index), "
             f"or put {' or '.join(imagenet.LABELS)} beside the tar. If the tar has class folders, "
@@ -68,19 +83,33 @@ def tar_source(
         )
     classes = classes or imagenet.sorted_classes(wnids.values())
     labels = labels_of(classes)
-    passed_over = PassedOver()
-    rows = []
-    for name in sorted(members):
-        if is_picture(name):
-            rows.append((name, label_of(name, wnids, labels), members[name]))
+    rows = [(name, label_of(name, wnids, labels), members[name]) for name in names]
+    return _source(path, split, rows, classes, passed_over)
+
+
+def _is_tar(name):
+    return name.endswith(".tar")
+
+
+def _visible(
+    names: Iterable[str], passed_over: PassedOver, wanted: Callable[[str], bool]
+) -> list[str]:
+    """The names of members that are wanted and no left-overs, sorted; counts the others."""
+    found = []
+    for name in sorted(names):
+        if any(map(is_left_over, name.split("/"))):
+            passed_over["hidden"] += 1
+        elif wanted(name):
+            found.append(name)
         else:
             passed_over.add(name)
-    return _source(path, split, rows, classes, passed_over)
+    return found
 
 
 def _listed(path, table, classes, members):
     """Returns (member, label, place) of each line of the CSV."""
     rows = []
+    known: dict[str, int] = {}
     for line, row in read_csv(table, ("file", "index")):
         label = parse_label(row["index"], classes, f"{table}, line {line}, index")
         name = posixpath.normpath(row["file"])
@@ -91,30 +120,31 @@ def _listed(path, table, classes, members):
                 f"{table}, line {line}, wnid: {row['wnid']!r}, but class {label} of the class "
                 f"list is {classes[label].wnid!r}. The two count their labels differently."
             )
+        if known.setdefault(name, label) != label:
+            raise InputError(
+                f"{table}, line {line}, file: {row['file']!r} has the label {label} here, but "
+                f"{known[name]} in an earlier line. Remove one of the lines."
+            )
         rows.append((name, label, members[name]))
     return rows
 
 
-def _tar_of_tars(path, split, classes, members) -> Source:
-    names = sorted(members)
+def _tar_of_tars(path, split, classes, members, names, passed_over) -> Source:
     wnids = [posixpath.basename(name).removesuffix(".tar") for name in names]
     classes = classes or [Class(wnid, wnid) for wnid in wnids]
     labels = labels_of(classes)
-    passed_over = PassedOver()
     rows = []
     with open_bytes(path) as file:
         for name, wnid in zip(names, wnids, strict=True):
             if wnid not in labels:
                 raise InputError(f"--source: {path}:{name} is not a class of the class list.")
             found = _members_of(_Slice(file, members[name]), f"{path}:{name}")
-            if not any(map(is_picture, found)):
+            pictures = _visible(found, passed_over, is_picture)
+            if not pictures:
                 raise InputError(f"--source: {path}:{name} has no image.")
-            for inner in sorted(found):
-                if is_picture(inner):
-                    place = Member(members[name].offset + found[inner].offset, found[inner].size)
-                    rows.append((f"{name}:{inner}", labels[wnid], place))
-                else:
-                    passed_over.add(inner)
+            for inner in pictures:
+                place = Member(members[name].offset + found[inner].offset, found[inner].size)
+                rows.append((f"{name}:{inner}", labels[wnid], place))
     return _source(path, split, rows, classes, passed_over)
 
 
@@ -143,7 +173,7 @@ def _members_of(file: IO[bytes], where: str) -> dict[str, Member]:
     """The files in a tar by name; a link has the place of its target.
 
     Raises:
-        InputError: the tar is damaged, or a link leads to nothing.
+        InputError: the tar is damaged or cut, or a link leads to nothing.
     """
     members: dict[str, Member] = {}
     links: dict[str, str] = {}
@@ -161,6 +191,11 @@ def _members_of(file: IO[bytes], where: str) -> dict[str, Member]:
                     raise InputError(f"--source: {where}:{name} is a sparse file. Unpack the tar.")
                 elif member.isfile():
                     members[name] = Member(member.offset_data, member.size)
+            end = archive.offset
+        # `tarfile` also stops, without an error, at the end of the file and at a damaged header.
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"it is cut or damaged at byte {end:,}: its end is missing")
     except tarfile.TarError as error:
         raise InputError(
             f"--source: {where} cannot be read as a tar ({error}). Decompress it if it is "

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from inputs import shards
 from inputs.errors import InputError, first_line
+from inputs.images.conversion import check_image
 from inputs.images.sources import SPLITS, Class, Item, Part, Source, read_classes, split_of
 from inputs.storage.files import (
     PassedOver,
@@ -179,14 +180,17 @@ def listed_classes(path: str, classes_csv: str) -> list[Class] | None:
     """The classes of a CSV, or else of label.labels.txt in a folder; None if there is neither.
 
     Raises:
-        InputError: the CSV cannot be read.
+        InputError: the CSV cannot be read, or label.labels.txt is not UTF-8.
     """
     if classes_csv:
         return read_classes(classes_csv)
     listed = os.path.join(path, LABELS)
     if not exists(listed):
         return None
-    names = read_bytes(listed, flag="--source").decode(errors="replace").splitlines()
+    try:
+        names = read_bytes(listed, flag="--source").decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--source: {listed} is not UTF-8 ({error}). Convert it.") from None
     return [Class(name, name) for name in names if name]
 
 
@@ -318,8 +322,8 @@ def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
         classes: the class list; None if not known.
 
     Raises:
-        InputError: a feature is missing, a label is out of range, or the file is damaged such that
-            the records after that place are lost.
+        InputError: a feature is missing or has several values, a label is out of range, or the file
+            is damaged such that the records after that place are lost.
     """
     layout = None
     for where, record in _records(path):
@@ -331,8 +335,8 @@ def read_records(path, label_base=None, classes=None) -> Iterator[Item]:
         yield _item(features, where, layout, label_base, classes)
 
 
-def check_record(path, offset, layout, label_base, classes) -> None:
-    """Checks the features and the label of a record, unless it is damaged.
+def check_record(path, offset, layout, label_base, classes) -> str:
+    """Checks the features, the label and the image of a record, unless it is damaged.
 
     Args:
         path: the file, which is not compressed.
@@ -341,14 +345,23 @@ def check_record(path, offset, layout, label_base, classes) -> None:
         label_base: label of the first class.
         classes: the class list.
 
+    Returns:
+        "", or a sentence about an image that TensorFlow does not decode as it is.
+
     Raises:
-        InputError: a feature is missing, or the label contradicts the class list.
+        InputError: a feature is missing or has several values, or the label contradicts the class
+            list.
         OSError: the file cannot be read.
     """
     record = shards.read_record(path, offset)
-    if record is not None:
-        where = f"{path}, byte {offset}"
-        _item(_features(record, where), where, layout, label_base, classes)
+    if record is None:
+        return ""
+    where = f"{path}, byte {offset}"
+    item = _item(_features(record, where), where, layout, label_base, classes)
+    *_, kind, error = check_image(item.data)
+    if kind:
+        error = f"a {kind} that `python -m inputs.images.prepare` converts"
+    return error and f"{where}: the image cannot be decoded ({error})."
 
 
 def _item(features, where, layout, label_base, classes) -> Item:
@@ -356,7 +369,8 @@ def _item(features, where, layout, label_base, classes) -> Item:
         if key not in features:
             raise InputError(f"{where}: no {key!r}; {_found(features)}.")
     base = layout.base if label_base is None else label_base
-    value = (features[layout.label].int64_list.value or [base - 1])[0]
+    image = _only_value(features, layout.image, "bytes_list", where)
+    value = _only_value(features, layout.label, "int64_list", where)
     _check_label(value, base, len(classes) if classes else None, f"{where}, {layout.label}")
     wnid = _text(features, "image/class/synset")
     if classes and wnid and classes[value - base].wnid != wnid:
@@ -367,11 +381,26 @@ def _item(features, where, layout, label_base, classes) -> Item:
         )
     return Item(
         f"{where} ({_text(features, layout.name)})",
-        (features[layout.image].bytes_list.value or [b""])[0],
+        image,
         value - base,
         wnid,
         _text(features, "image/class/text"),
     )
+
+
+def _only_value(features, key, kind, where):
+    """The value of a feature that must have exactly one, of the given kind."""
+    found = features[key].WhichOneof("kind") or kind
+    if found != kind:
+        raise InputError(
+            f"{where}: {key} is of the type {found}, not {kind}. Write the records again."
+        )
+    values = getattr(features[key], kind).value
+    if len(values) != 1:
+        raise InputError(
+            f"{where}: {key} has {len(values):,} values; one is needed. Write the records again."
+        )
+    return values[0]
 
 
 def _features(record, where):
@@ -403,8 +432,15 @@ def _text(features, key) -> str:
 def _check_label(value, base, num_classes, where):
     last = "" if num_classes is None else f" to {base + num_classes - 1}"
     if value < base or (num_classes is not None and value >= base + num_classes):
+        other = 1 - base
+        fix = f"The records mix label bases{last and ', or the class list lacks classes'}."
+        if value >= other and (num_classes is None or value < other + num_classes):
+            fix = (
+                f"If all labels count from {other}, give --label_base={other}; otherwise "
+                f"{fix[0].lower()}{fix[1:]}"
+            )
+        elif value < 0:
+            fix = "A label below 0 often means that there is none. Leave such records out."
         raise InputError(
-            f"{where}: {value} is outside the labels {base}{last} of this layout. If all labels "
-            f"count from {1 - base}, give --label_base={1 - base}; otherwise the records mix label "
-            f"bases{last and ', or the class list lacks classes'}."
+            f"{where}: {value} is outside the labels {base}{last} of this layout. {fix}"
         )

@@ -242,6 +242,14 @@ def parent(path: str) -> str:
     return f"{scheme}://{os.path.dirname(name)}"
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder or of something below it; links are followed."""
+    path, folder = (
+        one if is_remote(one) else os.path.realpath(one) for one in map(absolute, (path, folder))
+    )
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+
+
 def file_size(path: str) -> int:
     """The size of a file in bytes.
 

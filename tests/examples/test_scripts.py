@@ -198,7 +198,7 @@ def test_savedmodel_client_classifies_images(example, tmp_path, capsys):
         batch_norm_momentum=0.9,
     )
     classes = [("n1", "cat"), ("n2", "dog")]
-    write_export(classifier_export(model, classes, 32, 0), "A card.\n", str(tmp_path / "m"))
+    write_export(classifier_export(model, classes, 32, 1.0), "A card.\n", str(tmp_path / "m"))
     pixels = tf.cast(tf.reshape(tf.range(32 * 32 * 3) % 256, [32, 32, 3]), tf.uint8)
     tf.io.write_file("image.png", tf.io.encode_png(pixels))
     tf.io.write_file("notes.txt", "no image")

@@ -271,7 +271,7 @@ def test_an_empty_batch_gives_an_empty_answer(models):
         resnet.SIZES["cifar-resnet-10"], 32, 2, normalization="cifar10", batch_norm_momentum=0.9
     )
     classes = [("n1", "cat"), ("n2", "dog")]
-    images = image_classifier.classifier_export(classifier, classes, 32, 0)
+    images = image_classifier.classifier_export(classifier, classes, 32, 1.0)
     outputs = {
         "fill": pretrained.signatures["serving_default"](none),
         "encode": pretrained.signatures["encode"](none),

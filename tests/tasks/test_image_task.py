@@ -74,7 +74,7 @@ def test_serving_agrees_with_evaluation_on_the_imagenet_samples(tmp_path):
     data = examples.Images(str(tmp_path / "data/train"), 224, seed=1)
     model = classifier(224, 1000)
     classes = data.manifest["classes"]
-    made = classifier_export(model, classes, 224, data.padding)
+    made = classifier_export(model, classes, 224, data.centre_share)
     write_export(made, "card", str(tmp_path / "export"))
     evaluated, shown = [], []
     for batch in data.evaluation_batches(55, 1000):
@@ -95,7 +95,7 @@ def test_serving_agrees_with_evaluation_on_the_imagenet_samples(tmp_path):
 
 
 def test_a_damaged_image_gets_an_error_and_affects_no_other_image():
-    module = ImageClassifier(classifier(64, 7), CLASSES, 64, 32)
+    module = ImageClassifier(classifier(64, 7), CLASSES, 64, 0.875)
     good = [encoded(smooth(80, 90, seed=i)) for i in range(2)]
     files = [good[0], b"", good[1][:200], good[1], b"no image", encoded(smooth(70, 70), "PNG")]
     answer = {

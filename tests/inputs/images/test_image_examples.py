@@ -1,13 +1,14 @@
 """Image batches: order, crops, formats, and determinism of each example."""
 
 import io
+import json
 import pathlib
 
 import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from pictures import damage, encoded, example, prepare, prepared, smooth, stored
+from pictures import damage, encoded, example, manifest, prepare, prepared, smooth, stored
 from read_only import read_only
 
 from inputs.bad_records import BadRecords
@@ -89,6 +90,21 @@ def test_batches_have_the_element_spec(folder, pixels):
             assert batches.element_spec == examples.element_spec(BATCH, SIZE)
 
 
+def test_a_part_of_the_images_is_evenly_spaced(folder):
+    """They lie in the order of their classes, so that the first ones would be of few classes."""
+    data = make(folder, "validation")
+    whole = joined(data.evaluation_batches(4, 100))
+    chosen = [i * COUNT // 7 for i in range(7)]
+    for lanes in (1, 4):  # which are interleaved
+        found = joined(make(folder, "validation", lanes=lanes).evaluation_batches(4, 7))
+        counted = found["example_weights"] > 0
+        images = found["image"][counted], whole["image"][chosen]
+        ours, exact = (sorted(map(bytes, some)) for some in images)
+        assert ours == exact
+        assert sorted(found["label"][counted]) == sorted(whole["label"][chosen])
+    assert [label for _, label in data.files(7)] == [i // 4 for i in chosen]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "pixels"])
 @pytest.mark.parametrize(("batch", "limit"), [(5, 100), (4, 100), (6, 7)])
@@ -165,18 +181,21 @@ def test_every_format_decodes_to_its_colours(kind, mode):
     exact = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     whole = tf.constant([0, 0, 96, 96])
     crop = decoding.decode_window(data, whole, 96).numpy()
-    centre = decoding.decode_centre(data, 96, 0).numpy()
+    centre = decoding.decode_centre(data, 96, 1.0).numpy()
     for found in (crop, centre):
         assert np.abs(found - exact).mean() < 2, (kind, mode)
 
 
-def test_the_centre_equals_scaling_to_256_and_cropping_224():
+@pytest.mark.parametrize("size", [224, 112])
+def test_the_centre_equals_scaling_to_256_and_cropping_224(size):
+    """At every size, the same part of the image."""
     picture = smooth(300, 500, seed=2)
-    found = decoding.decode_centre(encoded(picture, "PNG"), 224, 32).numpy()
+    share = examples.CENTRE_SHARE
+    found = decoding.decode_centre(encoded(picture, "PNG"), size, share).numpy()
     scaled = PIL.Image.fromarray(picture).resize((round(500 * 256 / 300), 256))
     left = (scaled.width - 224) // 2
-    exact = np.asarray(scaled.crop((left, 16, left + 224, 240))).astype(int)
-    assert np.abs(found - exact).mean() < 1
+    exact = scaled.crop((left, 16, left + 224, 240)).resize((size, size))
+    assert np.abs(found - np.asarray(exact).astype(int)).mean() < 1
 
 
 def test_flips_and_shifts_of_small_images(pixels):
@@ -271,6 +290,33 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path, content):
         examples.Images(str(tmp_path), 32, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("shards", (None, [1], [{"file": "a", "count": 1, "bytes": "1"}])),
+        ("classes", (None, [], [["a"]], 5, [["a", 1]])),
+        ("pixels", (5, [32, 32])),
+        ("hash", (7,)),
+        ("layout", (3, {"image": "image"}, {"image": 1, "label": "label", "label_base": 0})),
+        ("classes", ([["\udce9", "\udce9"]],)),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(folder, tmp_path, field, values):
+    whole = manifest(folder / "train")
+    without = {key: value for key, value in whole.items() if key != field}
+    for changed in (*({**whole, field: value} for value in values), without):
+        if field == "layout" and changed is without:
+            continue
+        (tmp_path / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(InputError, match="^--data_dir: .*manifest.json") as caught:
+            examples.Images(str(tmp_path), SIZE, seed=1)
+        assert (
+            field in str(caught.value)
+            or "is not a manifest" in str(caught.value)
+            or ("is not UTF-8" in str(caught.value))
+        )
+
+
 @pytest.mark.slow
 def test_a_damaged_record_is_named_once_and_has_weight_0(tmp_path):
     out, said = prepared(tmp_path) / "train", []
@@ -321,7 +367,8 @@ def test_every_kind_of_damage_costs_its_image_only(tmp_path):
         source.mkdir()
         write(source, [(image, 1) for image, _ in rows])  # labels that the index accepts
         out = str(tmp_path / f"{name}-index")
-        index.index(str(source), out, str(tmp_path / "classes.csv"), 1, log=lambda line: None)
+        share = 0.1  # of the images
+        index.index(str(source), out, str(tmp_path / "classes.csv"), 1, share, lambda line: None)
         write(source, rows)
         records = BadRecords(0.9, skip=True, log=lambda line: None)
         data = examples.Images(f"{out}/train", SIZE, seed=1, bad_records=records)

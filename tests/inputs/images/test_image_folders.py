@@ -1,16 +1,21 @@
 """Folders of pictures as people have them: left-overs, links, formats, splits, replaced files."""
 
 import io
+import json
 import os
 import pathlib
 import re
+import shutil
+import struct
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import tensorflow as tf
 from pictures import NAMES, class_folders, encoded, manifest, prepare, smooth, stored
 
+from inputs.errors import InputError
 from inputs.images import conversion, shards, sources
 from inputs.storage.files import locked
 
@@ -75,7 +80,10 @@ def test_formats_that_tensorflow_lacks_become_png(tmp_path, capsys):
     for data, _ in stored(pathlib.Path("out/train")):
         np.testing.assert_array_equal(tf.io.decode_image(data, 3, expand_animations=False), pixels)
     said = capsys.readouterr().err
-    assert "stored as PNG, because TensorFlow does not decode them: 2 × TIFF, 1 × PPM" in said
+    assert (
+        "stored as PNG, because TensorFlow does not decode them correctly: 2 × TIFF, 1 × PPM"
+        in said
+    )
 
 
 def test_deep_pixels_keep_their_upper_bits_and_floats_are_refused():
@@ -89,6 +97,83 @@ def test_deep_pixels_keep_their_upper_bits_and_floats_are_refused():
     PIL.Image.fromarray(grey.astype(np.float32)).save(file, "TIFF")
     with pytest.raises(ValueError, match="32-bit pixels"):
         conversion.to_png(file.getvalue())
+
+
+def tiff(pixels, bits, photometric):
+    """A TIFF of packed gray pixels, [H, W] uint16."""
+    rows = [
+        np.array([[value >> bit & 1 for bit in range(bits - 1, -1, -1)] for value in row], np.uint8)
+        for row in pixels
+    ]
+    data = np.packbits(rows).tobytes() if bits == 12 else pixels.astype("<u2").tobytes()
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + bytes([len(tags), 0]) + entries
+
+
+DEEP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "exact"),
+    [
+        (tiff(DEEP >> 4, 12, 1) + bytes(4), DEEP >> 8),
+        (tiff(DEEP, 16, 1) + bytes(4), DEEP >> 8),
+        (tiff(DEEP, 16, 0) + bytes(4), 255 - (DEEP >> 8)),  # 0 is white
+        (b"P5\n16 16\n65535\n" + DEEP.astype(">u2").tobytes(), DEEP >> 8),
+    ],
+)
+def test_gray_of_12_and_16_bits(data, exact):
+    stored, *_, error = conversion.check_image(data)
+    assert error == ""
+    np.testing.assert_array_equal(tf.io.decode_png(stored)[..., 0], exact)
+
+
+def bmp(picture, *, masks=()):
+    """A BMP, with 32 bits per pixel and bit fields if there are masks of red, green and blue."""
+    if not masks:
+        file = io.BytesIO()
+        picture.save(file, "BMP")
+        return file.getvalue()
+    colors = np.asarray(picture)[::-1, :, ::-1]
+    data = np.dstack([np.full(colors.shape[:2], 255, np.uint8), colors]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, *picture.size, 1, 32, 3, len(data), 0, 0, 0, 0)
+    header += struct.pack("<III", *masks)
+    return b"BM" + struct.pack("<IHHI", 66 + len(data), 0, 0, 66) + header + data
+
+
+@pytest.mark.parametrize("kind", ["24 bits", "palette", "gray", "1 bit", "bit fields"])
+def test_a_bmp_keeps_its_colors(kind):
+    """TensorFlow takes the indices of a palette for brightness, and ignores bit fields."""
+    picture = PIL.Image.fromarray(smooth(20, 31))
+    masks = (0xFF000000, 0xFF0000, 0xFF00) if kind == "bit fields" else ()
+    if kind in ("palette", "gray", "1 bit"):
+        picture = {
+            "palette": picture.quantize(64),
+            "gray": picture.convert("L"),
+            "1 bit": picture.convert("1"),
+        }[kind]
+    stored, height, width, converted, error = conversion.check_image(bmp(picture, masks=masks))
+    assert (height, width, error) == (20, 31, "")
+    assert converted == ("" if kind == "24 bits" else "BMP")
+    decoded = tf.io.decode_image(stored, channels=3)
+    np.testing.assert_array_equal(decoded, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "AVIF"])
+def test_no_format_is_turned(kind):
+    """TensorFlow ignores the orientation in a JPEG, so that of the others is ignored, too."""
+    pixels = smooth(20, 32)
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, kind, exif=exif)
+    stored, height, width, *_ = conversion.check_image(file.getvalue())
+    assert (height, width) == (20, 32)
+    decoded = tf.io.decode_image(stored, channels=3).numpy().astype(int)
+    assert np.abs(decoded - pixels).mean() < 9
 
 
 def test_every_listed_suffix_can_be_decoded():
@@ -118,6 +203,55 @@ def test_a_test_split_beside_validation_is_passed_over_with_a_line(tmp_path, cap
     said = capsys.readouterr().err
     assert f"{tmp_path}/source/test is passed over" in said
     assert f"{tmp_path}/source/annotations is passed over" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "split"),
+    [
+        ("val", (), "validation"),
+        ("Test", (), "validation"),
+        ("val", ("--split=train",), "train"),
+        ("train", (), "train"),
+        ("photos", (), "train"),
+    ],
+)
+def test_a_folder_named_after_a_split_is_that_split(tmp_path, capsys, name, flags, split):
+    source = put(tmp_path / name, "cat/1.jpg", "dog/1.jpg")
+    assert prepare("--source", f"{source}/", "--output", "out", *flags) == 0
+    assert [path.name for path in pathlib.Path("out").iterdir()] == [split]
+    assert ("taken as the validation split" in capsys.readouterr().err) == (split == "validation")
+
+
+def test_the_advice_to_give_one_split_works(tmp_path, capsys):
+    for split in ("train", "val"):
+        put(tmp_path / "source", f"{split}/cat/1.jpg", f"{split}/dog/1.jpg")
+    put(tmp_path / "source", "train/cover.jpg")
+    assert prepare("--source", tmp_path / "source", "--output", "out") == 1
+    advised = re.search(r"such as --source=(.*)\.$", capsys.readouterr().err.strip())
+    assert prepare("--source", advised[1], "--output", "out") == 0
+    assert manifest(pathlib.Path("out/validation"))["count"] == 2
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path, capsys):
+    """No model could return it."""
+    folder = os.path.join(os.fsencode(tmp_path / "source"), b"caf\xe9")
+    os.makedirs(folder)
+    with open(os.path.join(folder, b"1.jpg"), "wb") as file:
+        file.write(JPEG)
+    assert prepare("--source", tmp_path / "source", "--output", "out") == 1
+    assert r"the name of the class 'caf\udce9' is not UTF-8" in capsys.readouterr().err
+    assert not pathlib.Path("out").exists()
+
+
+def test_an_output_inside_of_the_source_is_refused(tmp_path, capsys):
+    """The second run would take it for a class."""
+    source = put(tmp_path / "source", "cat/1.jpg")
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, source / "out", tmp_path / "link/out"):
+        assert prepare("--source", source, "--output", output) == 1
+        assert "is inside of --source" in capsys.readouterr().err
+    assert [path.name for path in source.iterdir()] == ["cat"]
+    assert prepare("--source", source, "--output", tmp_path / "source-2") == 0
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path):
@@ -190,7 +324,8 @@ def test_a_replaced_picture_is_noticed(stopped, capsys):
     path.write_bytes(bytes(len(old)))
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     assert prepare("--source", stopped, "--output", "out") == 1
-    assert "out/train was made with other values of: files" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--source has other files than when out/train was begun: they were added" in said
     assert not pathlib.Path("out/train/manifest.json").exists()
 
 
@@ -198,6 +333,67 @@ def test_an_unchanged_source_continues(stopped, monkeypatch):
     monkeypatch.chdir(stopped.parent)
     assert prepare("--source", "source", "--output", "out") == 0  # by a relative path, this time
     assert manifest(pathlib.Path("out/train"))["count"] == 3
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (cut, "train-00000.tfrecord"),
+        (pathlib.Path.unlink, "train-00000.tfrecord"),
+        (empty, "train-00000.tfrecord.json"),
+        (lambda path: path.write_text('{"file": 1}'), "train-00000.tfrecord.json"),
+    ],
+)
+def test_a_finished_shard_that_is_damaged_is_written_again(stopped, capsys, change, name):
+    change(pathlib.Path("out/train", name))
+    assert run(stopped)["count"] == 3
+    said = capsys.readouterr().err
+    assert said.count("is damaged or missing, and is written again") == 1
+    assert len(stored(pathlib.Path("out/train"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (cut, "train-00001.tfrecord"),
+        (pathlib.Path.unlink, "train-00001.tfrecord"),
+        (shutil.rmtree, "index"),
+        (cut, "index/index"),
+        (empty, "index/arrays.json"),
+    ],
+)
+def test_a_finished_folder_is_repaired(stopped, capsys, change, name):
+    facts = run(stopped)
+    before = stored(pathlib.Path("out/train"))
+    change(pathlib.Path("out/train", name))
+    with pytest.raises(InputError, match="again"):
+        shards.open_images("out/train")
+    assert run(stopped) == facts
+    said = capsys.readouterr().err
+    assert ("00001.tfrecord is damaged or missing, and is" in said) == ("tfrecord" in name)
+    assert "out/train was finished already, and is repaired" in said
+    assert stored(pathlib.Path("out/train")) == before
+    assert run(stopped) == facts
+    assert "out/train is finished already" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_command_is_not_taken_for_finished(stopped, capsys):
+    facts = run(stopped)
+    del facts["plan"]
+    pathlib.Path("out/train/manifest.json").write_text(json.dumps(facts))
+    assert prepare("--source", stopped, "--output", "out") == 1
+    assert "out/train was not made by this command" in capsys.readouterr().err
+    empty(pathlib.Path("out/train/manifest.json"))
+    assert prepare("--source", stopped, "--output", "out") == 1
+    assert "Delete out/train and run the same command again" in capsys.readouterr().err
 
 
 def test_two_at_once_are_refused(stopped, capsys):

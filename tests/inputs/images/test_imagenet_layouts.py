@@ -134,6 +134,38 @@ def test_the_official_tars(official, names):
     assert manifest(OUT / "train")["classes"][0] == ["n01440764", name]
 
 
+def test_other_members_are_passed_over(official, capsys):
+    """A README, and what macOS adds."""
+    train = official / "ILSVRC2012_img_train.tar"
+    with tarfile.open(train) as archive:
+        inner = {member.name: archive.extractfile(member).read() for member in archive}
+    put(train, tar_of({"._n01440764.tar": b"\0", "README": b"x", **inner}))
+    run(train)
+    assert "2 passed over: 1 × hidden, 1 × without a suffix" in capsys.readouterr().err
+    assert manifest(OUT / "train")["class_counts"] == [2, 2, 2]
+
+
+def test_a_tar_of_class_folders_is_not_taken_for_validation(official, capsys):
+    files = {f"train/{wnid}/1.JPEG": PICTURES[0] for wnid in WNIDS}
+    put(official / "ILSVRC2012_img_train.tar", tar_of(files))
+    assert prepare("--source", official, "--output", "out") == 1
+    said = capsys.readouterr().err
+    assert "train.tar are not known" in said and "If the tar has class folders, unpack it" in said
+
+
+@pytest.mark.parametrize("place", ["outer", "inner"])
+def test_a_tar_that_is_cut_between_two_members_is_refused(official, capsys, place):
+    train = official / "ILSVRC2012_img_train.tar"
+    if place == "outer":
+        whole = train.read_bytes()
+        put(train, whole[: whole.index(b"n01440764.tar")])  # the last one
+    else:
+        inner = tar_of({f"{i}.JPEG": PICTURES[i] for i in range(2)})
+        put(train, tar_of({"n01440764.tar": inner[: inner.index(b"1.JPEG")]}))
+    assert prepare("--source", train, "--output", "out") == 1
+    assert "it is cut or damaged at byte" in capsys.readouterr().err
+
+
 def test_one_official_tar(official):
     run(official / "ILSVRC2012_img_val.tar")
     assert [label for _, label in stored(OUT / "validation")] == [2, 0, 1]
@@ -169,6 +201,17 @@ def test_members_with_a_dot_and_links(tmp_path, capsys):
     put(tmp_path / "a.tar", tar_of({"./1.jpg": PICTURES[0]}, **links))
     run(tmp_path / "a.tar")
     assert stored(OUT / "train") == [(PICTURES[0], label) for label in (0, 1, 1)]
+
+
+def test_members_that_the_table_does_not_list_are_passed_over(tmp_path, capsys):
+    put(tmp_path / "classes.csv", CLASSES)
+    put(tmp_path / "a.tar", tar_of({f"{name}.jpg": PICTURES[0] for name in ("1", "2", "._1")}))
+    put(tmp_path / "a.csv", "file,index\n1.jpg,0\n")
+    run(tmp_path / "a.tar")
+    assert "2 passed over: 1 × hidden, 1 × .jpg" in capsys.readouterr().err
+    put(tmp_path / "a.csv", "file,index\n1.jpg,0\n./1.jpg,1\n")
+    assert prepare("--source", tmp_path / "a.tar", "--output", "out") == 1
+    assert "line 3, file: './1.jpg' has the label 1 here, but 0 in" in capsys.readouterr().err
 
 
 def test_a_compressed_tar_is_refused(tmp_path, capsys):

@@ -339,13 +339,16 @@ def test_a_damaged_length_is_named_and_costs_one_image(demo, capsys, number):
     assert "{{" not in said.err
 
 
+DOT = encoded(smooth(1, 1), "PNG")
+
+
 def many(label):
     """Two large files; the labels of a few records in the middle of the second are out of range."""
 
     def make(source):
         for shard in range(2):
             rows = [label if shard and 2_000 <= i < 2_020 else 1 for i in range(4_000)]
-            records = [example(image__encoded=b"", image__class__label=row) for row in rows]
+            records = [example(image__encoded=DOT, image__class__label=row) for row in rows]
             write(source / f"train-{shard:05d}-of-00002", records)
 
     return make
@@ -370,8 +373,8 @@ def labelled(**features):
         (
             labelled(image=PICTURES, label=(5, 6, 7)),
             (),
-            "byte 0, label: 5 is outside the labels 0 to 2 of this layout. If all labels count "
-            "from 1, give --label_base=1; otherwise the records mix label bases, or the class list",
+            "byte 0, label: 5 is outside the labels 0 to 2 of this layout. The records mix label "
+            "bases, or the class list lacks classes.",  # which --label_base=1 would not mend
         ),
         (
             labelled(
@@ -392,6 +395,31 @@ def test_labels_must_agree_with_the_class_list(tmp_path, capsys, make, flags, sa
     assert run(tmp_path / "source", *flags) == bool(said)
     assert said in capsys.readouterr().err
     assert (tmp_path / "out/train/manifest.json").exists() != bool(said)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (encoded(smooth(60, 80))[:1200], "jpeg::Uncompress failed"),
+        (b"no image", "Unknown image file format"),
+        (
+            encoded(smooth(8, 8), "BMP", "P"),
+            "a BMP that `python -m inputs.images.prepare` converts",
+        ),
+    ],
+)
+def test_images_that_cannot_be_decoded_are_limited(demo, tmp_path, capsys, image, reason):
+    path = demo / "validation-00000-of-00001"
+    records = [demo_record(0), example(image__encoded=image, image__class__label=1)]
+    write(path, records)
+    assert run(demo) == 1
+    said = capsys.readouterr().err
+    place = int(record_offsets(str(path))[1])
+    assert f"{path}, byte {place}: the image cannot be decoded ({reason}" in said
+    assert "1 of 2 images that were checked cannot be decoded, more than the share of" in said
+    assert not (tmp_path / "out/validation/manifest.json").exists()
+    assert run(demo, "--max_bad_record_share=0.5") == 0
+    assert f"cannot be decoded: {path}, byte {place}" in capsys.readouterr().err
 
 
 def test_the_label_base_is_that_of_both_splits(tmp_path, capsys):
@@ -526,6 +554,9 @@ def test_without_a_list_of_classes_the_message_says_what_serves(demo, capsys):
     assert run(demo, classes=None) == 1
     assert "--classes is needed" in capsys.readouterr().err
     assert index.main(["--source=", "--output=out"]) == 1
+    (demo / "label.labels.txt").write_bytes(b"caf\xe9\n")
+    assert run(demo, classes=None) == 1
+    assert "label.labels.txt is not UTF-8" in capsys.readouterr().err
     assert index.main(["--source=nowhere", "--output=out"]) == 1
     assert "nowhere" in capsys.readouterr().err
 

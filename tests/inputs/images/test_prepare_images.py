@@ -130,9 +130,10 @@ def test_a_pickle_with_code_is_not_run(tmp_path, capsys):
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "run",)
 
+    (tmp_path / "source").mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        (tmp_path / name).write_bytes(pickle.dumps(Program()))
-    assert prepare("--source", tmp_path, "--output", tmp_path / "out") == 1
+        (tmp_path / "source" / name).write_bytes(pickle.dumps(Program()))
+    assert prepare("--source", tmp_path / "source", "--output", tmp_path / "out") == 1
     assert "data_batch_1 is not CIFAR-10" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -204,7 +205,10 @@ def test_a_finished_folder_accepts_only_its_own_source(tmp_path, capsys):
     assert "out/train was made with other values of: source, files" in capsys.readouterr().err
     (source / "cat/0.jpg").unlink()
     assert prepare("--source", source, "--output", tmp_path / "out") == 1
-    assert "out/train was made with other values of: files" in capsys.readouterr().err
+    assert "has other files than when" in capsys.readouterr().err
+    class_folders(source, names=("ant",))
+    assert prepare("--source", source, "--output", tmp_path / "out") == 1
+    assert "has other files and classes than when" in capsys.readouterr().err
     assert manifest(tmp_path / "out/train") == before
 
 
@@ -317,6 +321,19 @@ def _unreadable(folder):
     return folder
 
 
+def _values(**features):
+    """A record in which a feature has several values, or values of another type."""
+    kinds = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
+    example = tf.train.Example.FromString(demo_example(JPEG, 1))
+    for name, values in features.items():
+        feature = example.features.feature[f"image/{name.replace('__', '/')}"]
+        feature.Clear()
+        kind = kinds[type(values[0])] if values else "int64_list"
+        getattr(feature, kind).SetInParent()
+        getattr(feature, kind).value.extend(values)
+    return _one_record(example.SerializeToString())
+
+
 def _two_validations(folder):
     for name in ("train", "val", "validation"):
         class_folders(folder / name)
@@ -328,6 +345,19 @@ BAD = {
     "half of CIFAR-10": (
         _cifar_files(b"", ["test_batch"]),
         "lacks the file data_batch_1 of",
+    ),
+    "the other half": (
+        _cifar_files(b"", [f"data_batch_{i}.bin" for i in range(1, 6)]),
+        "lacks the file test_batch.bin of CIFAR-10",
+    ),
+    "two labels": (_values(class__label=[1, 2]), "0: image/class/label has 2 values; one is"),
+    "no label": (_values(class__label=[]), "0: image/class/label has 0 values; one is"),
+    "two images": (_values(encoded=[JPEG, JPEG]), "0: image/encoded has 2 values; one is"),
+    "a label of bytes": (_values(class__label=[b"1"]), "is of the type bytes_list, not int64_list"),
+    "a label of floats": (_values(class__label=[1.0]), "of the type float_list, not int64_list"),
+    "no label for the image": (
+        _one_record(demo_example(JPEG, -1)),
+        "-1 is outside the labels 1 of this layout. A label below 0 often means that there is none",
     ),
     "a label of -1": (_negative_label, r"data_batch_1, label of image 0: -1 is outside"),
     "a link to nothing": (_unreadable, r"cat/9.jpg cannot be read \(No such file"),
@@ -376,6 +406,24 @@ def test_both_splits_must_have_the_same_classes(tmp_path, capsys):
     class_folders(tmp_path / "source/val", names=("cat", "cow", "owl"))
     assert prepare("--source", tmp_path / "source", "--output", tmp_path / "out") == 1
     assert "label 1 is dog in the first and cow in the second" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # so that the advice, --classes, can be followed
+    wnids = ("cat", "cow", "dog", "owl")
+    lines = [f"{i},{wnid},{wnid}\n" for i, wnid in enumerate(wnids)]
+    (tmp_path / "classes.csv").write_text("index,wnid,name\n" + "".join(lines))
+    assert (
+        prepare(
+            *("--source", tmp_path / "source", "--output", tmp_path / "out"),
+            *("--classes", tmp_path / "classes.csv"),
+        )
+        == 0
+    )
+
+
+def test_a_stray_picture_does_not_make_a_folder_cifar(tmp_path):
+    source = class_folders(tmp_path / "source")
+    (source / "test.png").write_bytes(encoded(smooth(8, 8), "PNG"))
+    assert prepare("--source", source, "--output", tmp_path / "out") == 0
+    assert manifest(tmp_path / "out/train")["count"] == 12
 
 
 def test_an_output_with_other_content_is_not_changed(tmp_path, capsys):
