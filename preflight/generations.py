@@ -38,13 +38,14 @@ GIB = 2**30
 PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
 RESULTS = PAGE.with_suffix(".json")
 FIRST_TRY = 16  # examples per replica that are compiled first, to see how much memory one takes
-# Fields of recipes that do not change the operations of a step: what is read, evaluated and saved.
+# Fields of recipes that do not change the operations of a step on a TPU: what is read, evaluated and
+# saved, and the dtype, which is bfloat16 there (`_examine_recipe`).
 WITHOUT_EFFECT = set(
     """name reference expected phases evaluation_examples evaluate_every_examples
     evaluate_every_steps target save_every_steps keep_checkpoints profile init_from init_slots
     max_skipped_in_row max_loss on_divergence rollback_rate_factor max_rollbacks lanes
     max_bad_record_share on_bad_record lower_case whole_word packing augmentation
-    normalization""".split()
+    normalization compute_dtype""".split()
 )
 HEAD = """# Every recipe on every generation
 
@@ -397,6 +398,7 @@ def main(arguments: list[str]) -> int:
 
 def _examine_recipe(recipe, cells, children, progress):
     """Adds the missing cells of a recipe to `cells`, and writes the page after each."""
+    recipe = recipes.override(recipe, ["compute_dtype=bfloat16"])  # as `train.py` on a TPU
     for phase_index in range(len(recipe.phases)):
         row = {chip: (recipe.name, phase_index + 1, chip) for chip in TPU_CHIPS}
         known = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
