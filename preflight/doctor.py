@@ -461,7 +461,7 @@ def _check_xla(xla, devices, tpu_wheel) -> Finding:
 
 def _check_tpu(devices, tpu_wheel, fix) -> Finding:
     if devices.get("tpus"):
-        return Finding(OK, "TPU", f"{devices['tpus']} cores; train with --tpu=local")
+        return Finding(OK, "TPU", f"{devices['tpus']} devices; train with --tpu=local")
     if not has_tpu():
         message = "this machine has none, and tensorflow-tpu needs one"
         stock = _uninstall(["tensorflow-tpu"]) + "pip install -c constraints.txt -e .[train]"
