@@ -50,8 +50,9 @@ WITHOUT_EFFECT = set(
 HEAD = """# Every recipe on every generation
 
 Written by `python -m preflight.generations`, which `make preflight` runs, without a TPU: the
-training step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest
-slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has
+training step of each phase in bfloat16, compiled with the TPU compiler (libtpu {version}) for the
+smallest slice, of one host or more, on which a replica's share of the batch fits in memory. A cell
+has
 
 - the slice, and the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds
   them in one);
