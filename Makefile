@@ -54,8 +54,8 @@ tpu: $(TPU_VENV)/installed
 	$(TPU_VENV)/bin/python -m preflight.doctor
 
 preflight: $(VENV)/preflight
-	$(BIN)/python -m preflight.document $(ARGS)
-	$(BIN)/python -m preflight.generations $(ARGS)
+	$(BIN)/python -m preflight.document
+	$(BIN)/python -m preflight.generations
 
 # TensorFlow's own TPU kernels, for --preflight_strict; no TPU needed.
 preflight-tpu: $(TPU_VENV)/installed

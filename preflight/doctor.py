@@ -64,6 +64,7 @@ TENSORFLOW_WHEELS = (
     "tf-nightly-gpu",
     "tf-nightly-tpu",
 )
+CUDA_COMMAND = "pip install tensorflow[and-cuda]==2.20.*"
 # These must have the tested major and minor version, because they are compiled against each other
 # or use private APIs.
 SAME_MINOR = (*TENSORFLOW_WHEELS, "tensorflow-text", "tf-keras", "tf-models-official")
@@ -78,7 +79,10 @@ MORE_MEMORY = (
     "(ulimit -v unlimited, ulimit -d unlimited)"
 )
 PROBE_SECONDS = 180  # timeout; a TPU takes about 20 s to start
+# TPUs on the PCI bus, by jax/_src/hardware_utils.py: v2 and v3, v4, v5p, v5e, v6e, TPU7x. Google is
+# also the vendor of Compute Engine's network interface and disks.
 GOOGLE_PCI_VENDOR = "0x1ae0"
+TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 
 STYLES = {OK: "green", WARNING: "yellow", ERROR: "bold red"}
 
@@ -248,15 +252,21 @@ def check_python(version) -> Finding:
     return Finding(ERROR, "Python", message, f"create the environment with Python >={first},<{end}")
 
 
-def install_command(installed: dict[str, str]) -> str:
+def install_command(installed) -> str:
     """Returns the command that installs the tested versions.
 
     Args:
-        installed: name -> version.
+        installed: names of the installed packages.
     """
     if "tensorflow-tpu" in installed:
         return "pip install --no-deps --force-reinstall -r constraints-tpu.txt"
-    return "pip install -c constraints.txt -e .[train]; on a TPU VM: make tpu"
+    others = [name for name in TENSORFLOW_WHEELS[1:] if name in installed]
+    return f"{_uninstall(others)}pip install -c constraints.txt -e .[train]; on a TPU VM: make tpu"
+
+
+def _uninstall(wheels) -> str:
+    """Returns the start of a fix that installs another TensorFlow than these wheels."""
+    return f"pip uninstall -y {' '.join(wheels)}, then " if wheels else ""
 
 
 def check_wheels(installed: dict[str, str]) -> Finding:
@@ -272,7 +282,7 @@ def check_wheels(installed: dict[str, str]) -> Finding:
     if len(wheels) == 1:
         return Finding(OK, "TensorFlow", listed)
     message = f"several wheels overwrite each other's files: {listed}"
-    fix = f"pip uninstall -y {' '.join(wheels)}, then {install_command(installed)}"
+    fix = _uninstall(wheels) + install_command({"tensorflow-tpu"} & installed.keys())
     return Finding(ERROR, "TensorFlow", message, fix)
 
 
@@ -344,8 +354,11 @@ def check_backend() -> list[Finding]:
 
 def has_tpu() -> bool:
     """Returns whether a TPU is attached to this machine."""
-    vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
-    return any(pathlib.Path(path).read_text().strip() == GOOGLE_PCI_VENDOR for path in vendors)
+    for path in map(pathlib.Path, glob.glob("/sys/bus/pci/devices/*/vendor")):
+        if path.read_text().strip() == GOOGLE_PCI_VENDOR:
+            if path.with_name("device").read_text().strip() in TPU_PCI_DEVICES:
+                return True
+    return False
 
 
 def has_nvidia_gpu() -> bool:
@@ -383,13 +396,13 @@ def run_probe(root) -> tuple[list[dict], str]:
     return [json.loads(line) for line in lines], failure
 
 
-def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
+def check_probe(stages, failure, *, wheels: list[str], fix: str) -> list[Finding]:
     """Turns the results of `run_probe` into findings.
 
     Args:
         stages: list of dicts, as printed by `preflight.probe`.
         failure: how the probe failed, or "".
-        tpu_wheel: whether tensorflow-tpu is installed.
+        wheels: the installed ones of `TENSORFLOW_WHEELS`.
         fix: the fix for packages that cannot be imported.
     """
     found = {stage["stage"]: stage for stage in stages}
@@ -400,7 +413,7 @@ def check_probe(stages, failure, *, tpu_wheel: bool, fix: str) -> list[Finding]:
             message = f"cannot be imported: {found[name]['error']}"
             findings.append(Finding(ERROR, name, message, _fix(found[name]["error"], fix)))
     if "error" not in found.get("tensorflow", {"error": ""}):
-        findings += _check_devices(found, tpu_wheel)
+        findings += _check_devices(found, wheels, fix)
     if failure:
         stage = next((stage for stage in STAGES if stage not in found), STAGES[-1])
         message = f"{failure}, in stage {stage!r}"
@@ -419,13 +432,17 @@ def _fix(error: str, otherwise: str) -> str:
     return MORE_MEMORY if lacks_memory else otherwise
 
 
-def _check_devices(found, tpu_wheel) -> list[Finding]:
+def _check_devices(found, wheels, fix) -> list[Finding]:
     devices = found.get("devices")
     if devices is None:
         return []
-    findings = [_check_tpu(devices)] if tpu_wheel or has_tpu() else []
+    if tpu_vm.runtime_holds_chips():
+        message = "driven by the TPU runtime of each host; train with --tpu=$TPU_NAME"
+        return [Finding(OK, "TPU", message)]
+    tpu_wheel = "tensorflow-tpu" in wheels
+    findings = [_check_tpu(devices, tpu_wheel, fix)] if tpu_wheel or has_tpu() else []
     if not tpu_wheel:
-        findings.append(_check_gpu(devices))
+        findings.append(_check_gpu(devices, wheels))
     if "XLA" in found:
         findings.append(_check_xla(found["XLA"], devices, tpu_wheel))
     return findings
@@ -442,22 +459,24 @@ def _check_xla(xla, devices, tpu_wheel) -> Finding:
     return Finding(ERROR, "XLA", message, _fix(xla["error"], fix))
 
 
-def _check_tpu(devices) -> Finding:
+def _check_tpu(devices, tpu_wheel, fix) -> Finding:
     if devices.get("tpus"):
-        return Finding(OK, "TPU", f"{devices['tpus']} cores; train with --tpu=local")
+        return Finding(OK, "TPU", f"{devices['tpus']} devices; train with --tpu=local")
     if not has_tpu():
         message = "this machine has none, and tensorflow-tpu needs one"
-        fix = "use a TPU VM, or install the tensorflow of constraints.txt for GPU and CPU"
+        stock = _uninstall(["tensorflow-tpu"]) + "pip install -c constraints.txt -e .[train]"
+        fix = f"use a TPU VM; for GPU and CPU: {stock}"
         return Finding(ERROR, "TPU", message, fix)
     if "error" in devices:
         fix = "end the process that uses it (`sudo lsof /dev/accel* /dev/vfio/*`) and try again"
         message = f"cannot be initialized: {devices['error']}"
         return Finding(ERROR, "TPU", message, _fix(devices["error"], fix))
     message = "attached, but this TensorFlow does not support it"
-    return Finding(WARNING, "TPU", message, "make clean tpu")
+    fix = fix if tpu_wheel else "make tpu, and train with .venv-tpu/bin/python"
+    return Finding(WARNING, "TPU", message, fix)
 
 
-def _check_gpu(devices) -> Finding:
+def _check_gpu(devices, wheels) -> Finding:
     gpus = devices.get("gpus", [])
     if gpus:
         return Finding(OK, "GPU", ", ".join(gpus))
@@ -465,12 +484,13 @@ def _check_gpu(devices) -> Finding:
         return Finding(OK, "GPU", "none in this machine; training runs on the CPU")
     if not devices.get("cuda_build"):
         message = "present, but this TensorFlow is built without CUDA"
-        return Finding(WARNING, "GPU", message, "pip install tensorflow==2.20.*")
-    fix = "pip install tensorflow[and-cuda]==2.20.*, and check that nvidia-smi works"
+        return Finding(WARNING, "GPU", message, f"{_uninstall(wheels)}{CUDA_COMMAND}")
+    others = [name for name in wheels if name != "tensorflow"]
+    fix = f"{_uninstall(others)}{CUDA_COMMAND}, and check that nvidia-smi works"
     return Finding(WARNING, "GPU", "present, but TensorFlow does not find it", fix)
 
 
-def check_tpu_vm(model_dir: str) -> list[Finding]:
+def check_tpu_vm(model_dir: str | None) -> list[Finding]:
     """Checks the settings of a TPU VM; none on other machines."""
     return [Finding(level, "TPU VM", *rest) for level, *rest in tpu_vm.check(model_dir)]
 
@@ -537,21 +557,26 @@ def _check_amount(check, amount, limits, text, fix) -> Finding:
 # The command
 
 
-def check_all(model_dir: str) -> list[Finding]:
-    """Runs all checks and returns their findings."""
+def check_all(model_dir: str | None) -> list[Finding]:
+    """Runs all checks and returns their findings.
+
+    Args:
+        model_dir: the run's folder; None for the current folder, if it is not known yet.
+    """
     copies = find_packages()
     installed = {name: found[0][0] for name, found in copies.items()}
     findings = [check_python(sys.version_info), check_wheels(installed)]
     findings += check_copies(copies) + check_packages(installed) + check_backend()
     hidden = find_hidden(tested_versions(installed)) if Requirement else {}
     findings += check_hidden(hidden)
-    if set(TENSORFLOW_WHEELS) & set(installed):
+    wheels = [name for name in TENSORFLOW_WHEELS if name in installed]
+    if wheels:
         findings += check_probe(
             *run_probe(ROOT),
-            tpu_wheel="tensorflow-tpu" in installed,
+            wheels=wheels,
             fix=rename(sorted(hidden.values())) if hidden else install_command(installed),
         )
-    return findings + check_tpu_vm(model_dir) + check_machine(model_dir)
+    return findings + check_tpu_vm(model_dir) + check_machine(model_dir or os.curdir)
 
 
 def show(findings: list[Finding], stream) -> None:
@@ -601,7 +626,6 @@ def main(arguments: list[str]) -> int:
         "model_dir",
         metavar="MODEL_DIR",
         nargs="?",
-        default=os.curdir,
         help="the folder of the run, for the free disk space; by default the current folder",
     )
     findings = check_all(parser.parse_args(arguments).model_dir)

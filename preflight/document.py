@@ -1,9 +1,10 @@
 """Writes docs/results/preflight.md: estimates for the recipes, next to the published times.
 
-    python -m preflight.document [RECIPE...] [--output=FILE]
+    python -m preflight.document [RECIPE... --output=FILE]
 
-`make preflight` runs it for all recipes. With names it writes a page of those recipes only. What
-was compiled is kept in ~/.cache/tf_lamb/preflight: a command that was stopped resumes from there.
+`make preflight` runs it for all recipes. With names it writes a page of those recipes only, into
+another file. The page is written at the end, but what was compiled is kept in
+~/.cache/tf_lamb/preflight: a command that was stopped resumes from there.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from recipes import mlperf
 
 PATH = pathlib.Path(__file__).parents[1] / "docs/results/preflight.md"
 # The pod that each recipe was published on or is meant for. The paper's other batch sizes are not
-# listed: a core gets 16 examples with all of them, and so runs the program of bert-large-32k.
+# listed: a replica gets 16 examples with all of them, and so runs the program of bert-large-32k.
 PODS = {
     "bert-mini-demo": "v3:2x2",
     "bert-mini": "v3:2x2",
@@ -50,7 +51,7 @@ PODS |= {r.recipe.name: r.topology for r in mlperf.RESULTS if r.topology} | PODS
 SEARCHED = ("bert-mini-demo", "bert-mini", "bert-large-64k-32k")
 # Minutes on 1,024 v3 chips: arXiv:1904.00962v3, Table 1; MLPerf Training v0.6, Google, ResNet.
 PUBLISHED = {"bert-large-32k": 101.2, "bert-large-64k-32k": 76.19, "resnet50-lars-32k": 76.9 / 60}
-# Columns of the same table with 16 examples per core: global batch size, topology, minutes.
+# Columns of the same table with 16 examples per replica: global batch size, topology, minutes.
 COLUMNS = (
     (512, "v3:4x4", 82.8 * 60),
     (1_024, "v3-64", 43.2 * 60),
@@ -61,7 +62,7 @@ COLUMNS = (
     (32_768, "v3-2048", 101.2),
 )
 HEAD = (
-    "| recipe | phase | TPU | examples per core | largest that fits | GiB of HBM | TFLOP | "
+    "| recipe | phase | TPU | examples per replica | largest that fits | GiB of HBM | TFLOP | "
     "HBM, GB | all memories, GB | work, ms | by | compiler, ms | update, ms | floats per parameter "
     "| by the compiler | all-reduce, ms | step, ms | of peak | minutes |\n|" + "---|" * 19
 )
@@ -101,8 +102,11 @@ def format_row(name: str, result) -> str:
     time = result.time
     if result.accumulation > 1:
         start += f" / {result.accumulation}"
+    largest = result.largest or "-"
+    if result.search_error:
+        largest = f"at least {largest}" if result.largest else "the search failed"
     values = (
-        result.largest or "-",
+        largest,
         f"{program['hbm_bytes'] / 2**30:.2f}",
         f"{program['flops'] / 1e12:.3g}",
         f"{program['main_bytes'] / 1e9:.3g}",
@@ -177,15 +181,15 @@ def mlperf_table(results_of: dict) -> list[str]:
 
 
 def scaling_table(results) -> list[str]:
-    """Returns the lines of the table of the paper's columns, all with 16 examples per core.
+    """Returns the lines of the table of the paper's columns, all with 16 examples per replica.
 
     Args:
         results: list of `PhaseResult` of bert-large-32k, whose program all columns run; may be
             empty.
 
     Returns:
-        The lines; an empty list if there are no results, if a phase does not compile, or if a core
-        gets another number of examples.
+        The lines; an empty list if there are no results, if a phase does not compile, or if a
+        replica gets another number of examples.
     """
     if not results:
         return []
@@ -200,7 +204,9 @@ def scaling_table(results) -> list[str]:
         for result in results:
             if result.error or result.replica_batch_size != 16:
                 return []
-            time = estimate.step_time(topology, result.program, result.update, 1)
+            time = estimate.step_time(
+                topology, result.program, result.update, 1, result.gradient_bytes
+            )
             steps = result.steps * result.global_batch_size / batch
             minutes += steps * time.step / 60
         smallest = smallest or (minutes, published, topology.chips)
@@ -224,7 +230,9 @@ def format_page(results_of: dict, names=()) -> str:
         names: the recipes that were asked for; () if all were.
     """
     table = [format_row(name, result) for name, results in results_of.items() for result in results]
-    command = f"python -m preflight.document {' '.join(names)}" if names else "make preflight"
+    command = "make preflight"
+    if names:
+        command = f"python -m preflight.document {' '.join(names)} --output=FILE"
     written = (
         f"Written by `{command}` on {datetime.date.today()}, without a TPU (libtpu "
         f"{REQUIRED_VERSIONS['libtpu']})."
@@ -255,18 +263,24 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
     parser.add_argument(
-        "--output", default=str(PATH), help="the page (default: docs/results/preflight.md)"
+        "--output",
+        help="the page; with RECIPE, it must be given (default: docs/results/preflight.md)",
     )
     flags = parser.parse_args(arguments)
     names = flags.names
-    path = flags.output
+    path = flags.output or str(PATH)
     try:
-        check_file_writable(path, f"--output={path}")
-        check_installed()
         for name in names:
             if name not in PODS:
                 known = ", ".join(PODS)
                 raise InputError(f"{name}: no pod is listed for it. Known recipes: {known}.")
+        if names and not flags.output:
+            raise InputError(
+                f"give the page of {' '.join(names)} with --output=FILE; {path} is that of all "
+                "recipes."
+            )
+        check_file_writable(path, f"--output={path}")
+        check_installed()
         chosen = {name: recipes.find_recipe(name) for name in names or PODS}
         results_of = {}
         phases = sum(len(recipe.phases) for recipe in chosen.values())
@@ -279,9 +293,8 @@ def main(arguments: list[str]) -> int:
                     progress=progress,
                     search=name in SEARCHED,
                 )
-                # Write after each recipe: all of them together take an hour.
-                with atomic_write(path) as file:
-                    file.write(format_page(results_of, names))
+        with atomic_write(path) as file:
+            file.write(format_page(results_of, names))
     except (ValueError, OSError) as error:
         _print_line(f"preflight.document: {error}")
         return 1

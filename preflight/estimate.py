@@ -15,7 +15,9 @@ HOP_SECONDS = 1e-6
 BACKWARD_SHARE = 2 / 3
 TILE_ROWS = 8  # the search rounds batches down to a multiple of this
 MAX_EXCESS = 0.1  # of the compiler's count of bytes over that of HBM, where it is that of HBM
-MAX_TRIES = 2  # compilations per search after the first; one takes minutes for a large model
+# Compilations per search after the first, of which each takes minutes for a large model. If nothing
+# has fitted until then, there are up to two more.
+MAX_TRIES = 2
 MIN_GAIN = 1.125  # a batch that is larger by less than this factor is not worth another compilation
 
 
@@ -65,21 +67,32 @@ def largest_batch(
             tried only if it decides whether this one fits.
 
     Returns:
-        The largest number of examples that was tried and fits; 0 if none fits.
+        The largest number of examples that was tried and fits; 0 if not even one fits.
     """
     points = {0: fixed_bytes, start: memory_needed(start)}
     for _ in range(MAX_TRIES):
-        nearest = sorted(points.items(), key=lambda point: abs(point[1] - limit_bytes))[:2]
-        (low, low_bytes), (high, high_bytes) = sorted(nearest)
-        per_example = max((high_bytes - low_bytes) / (high - low), 1e-9)
-        batch = min(int(low + (limit_bytes - low_bytes) / per_example), max_examples)
-        batch = max(1, batch // TILE_ROWS * TILE_ROWS or batch)
+        batch = _extrapolate(points, limit_bytes, max_examples)
         largest = _largest_fitting(points, limit_bytes)
         decides = largest < wanted <= batch
         if batch in points or (largest < batch < MIN_GAIN * largest and not decides):
             break
         points[batch] = memory_needed(batch)
+    if not _largest_fitting(points, limit_bytes) and 1 not in points:
+        # Other memory that does not depend on the batch makes the estimates too high.
+        points[1] = memory_needed(1)
+        batch = _extrapolate(points, limit_bytes, max_examples)
+        if points[1] <= limit_bytes and batch not in points:
+            points[batch] = memory_needed(batch)
     return _largest_fitting(points, limit_bytes)
+
+
+def _extrapolate(points, limit_bytes, max_examples):
+    """Returns the batch that fills the memory by the two nearest of `points`, batch -> bytes."""
+    nearest = sorted(points.items(), key=lambda point: abs(point[1] - limit_bytes))[:2]
+    (low, low_bytes), (high, high_bytes) = sorted(nearest)
+    per_example = max((high_bytes - low_bytes) / (high - low), 1e-9)
+    batch = min(int(low + (limit_bytes - low_bytes) / per_example), max_examples)
+    return max(1, batch // TILE_ROWS * TILE_ROWS or batch)
 
 
 def _largest_fitting(points, limit_bytes):
@@ -176,7 +189,9 @@ class StepTime:
         return "compute" if self.compute > self.memory else "memory"
 
 
-def whole_step(topology: Topology, program: dict, update: dict, accumulation: int) -> dict:
+def whole_step(
+    topology: Topology, program: dict, update: dict, accumulation: int, gradient_bytes: int
+) -> dict:
     """Returns the costs of a step of one or more micro-batches.
 
     The compiler's figures cannot be used for such a step: they count only one iteration of the loop
@@ -187,11 +202,13 @@ def whole_step(topology: Topology, program: dict, update: dict, accumulation: in
         program: `preflight.compiler.compile.figures` of a step with one micro-batch.
         update: `preflight.compiler.compile.figures` of the update alone.
         accumulation: micro-batches per step.
+        gradient_bytes: bytes of the gradients of all weights, in the dtype in which they are
+            accumulated. They may be summed over the replicas in another one.
 
     Returns:
         A dict with `flops`, `bytes_accessed`, `main_bytes`, and the compiler's `seconds`.
     """
-    moved = _accumulation_bytes(program, accumulation)
+    moved = _accumulation_bytes(program, accumulation, gradient_bytes)
     added = {
         "flops": 0,
         "bytes_accessed": moved,
@@ -219,17 +236,17 @@ def _sum_over_micro_batches(
     return program + (accumulation - 1) * max(program - update, least)
 
 
-def _accumulation_bytes(program: dict, accumulation: int) -> int:
+def _accumulation_bytes(program: dict, accumulation: int, gradient_bytes: int) -> int:
     """Returns the HBM traffic that a step has in addition to that of its micro-batches.
 
     The all-reduce runs once per step, but each micro-batch's program counts it, with one read and
-    one write of the gradients. To accumulate, a micro-batch reads its gradients, and reads and
-    writes the accumulated ones.
+    one write of the gradients in the dtype of the sum. To accumulate, a micro-batch reads its
+    gradients, and reads and writes the accumulated ones.
     """
     if accumulation == 1:
         return 0
-    gradient_bytes = program["all_reduce_bytes"]
-    return (3 * accumulation - 2 * (accumulation - 1)) * gradient_bytes
+    counted_too_often = 2 * (accumulation - 1) * program["all_reduce_bytes"]
+    return 3 * accumulation * gradient_bytes - counted_too_often
 
 
 def _bandwidth(topology: Topology) -> float:
@@ -237,10 +254,12 @@ def _bandwidth(topology: Topology) -> float:
     return topology.chip.hbm_bandwidth / topology.chip.devices_per_chip
 
 
-def step_time(topology: Topology, program: dict, update: dict, accumulation: int) -> StepTime:
+def step_time(
+    topology: Topology, program: dict, update: dict, accumulation: int, gradient_bytes: int
+) -> StepTime:
     """Returns the estimated time of a step. Arguments as for `whole_step`."""
     chip = topology.chip
-    whole = whole_step(topology, program, update, accumulation)
+    whole = whole_step(topology, program, update, accumulation, gradient_bytes)
     if counts_main_memory(program) and counts_main_memory(update):
         source = "compiler"
         program_seconds = program["seconds"]
@@ -258,8 +277,9 @@ def step_time(topology: Topology, program: dict, update: dict, accumulation: int
     asynchronous_share = 0
     if program["all_reduces"]:
         asynchronous_share = program["asynchronous"] / program["all_reduces"]
+    accumulated = _accumulation_bytes(program, accumulation, gradient_bytes)
     return StepTime(
-        work=work + _accumulation_bytes(program, accumulation) / _bandwidth(topology),
+        work=work + accumulated / _bandwidth(topology),
         source=source,
         compiler=whole["seconds"],
         update=min(update_seconds, max(0.0, program_seconds - compute)),

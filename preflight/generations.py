@@ -7,8 +7,8 @@ the batch fits in memory. If it fits on no slice, the largest slice is used, wit
 slice is found with the compiler's quick mode; of what fits, the bytes that a step moves are then
 counted in the program that a run would have.
 Without names, all recipes are compiled. This takes hours, so each result is kept in
-docs/results/generations.json, and a second call compiles only what is missing there, or was
-compiled with another version of the compiler.
+docs/results/generations.json, and a second call compiles only what is missing there, was compiled
+with another version of the compiler, or failed for another reason than memory.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import sys
 from inputs import process  # isort: split
 
 import recipes
-from inputs.storage.files import atomic_write, temporary_folder
+from inputs.storage.files import atomic_write, check_file_writable, read_json, temporary_folder
 from preflight.compiler.children import (
     REQUIRED_VERSIONS,
     ChildFailed,
@@ -38,19 +38,21 @@ GIB = 2**30
 PAGE = pathlib.Path(__file__).parents[1] / "docs/results/generations.md"
 RESULTS = PAGE.with_suffix(".json")
 FIRST_TRY = 16  # examples per replica that are compiled first, to see how much memory one takes
-# Fields of recipes that do not change the operations of a step: what is read, evaluated and saved.
+# Fields of recipes that do not change the operations of a step on a TPU: what is read, evaluated
+# and saved, and the dtype, which is bfloat16 there (`_examine_recipe`).
 WITHOUT_EFFECT = set(
     """name reference expected phases evaluation_examples evaluate_every_examples
     evaluate_every_steps target save_every_steps keep_checkpoints profile init_from init_slots
     max_skipped_in_row max_loss on_divergence rollback_rate_factor max_rollbacks lanes
     max_bad_record_share on_bad_record lower_case whole_word packing augmentation
-    normalization""".split()
+    normalization compute_dtype""".split()
 )
 HEAD = """# Every recipe on every generation
 
 Written by `python -m preflight.generations`, which `make preflight` runs, without a TPU: the
-training step of each phase, compiled with the TPU compiler (libtpu {version}) for the smallest
-slice, of one host or more, on which a replica's share of the batch fits in memory. A cell has
+training step of each phase in bfloat16, compiled with the TPU compiler (libtpu {version}) for the
+smallest slice, of one host or more, on which a replica's share of the batch fits in memory. A cell
+has
 
 - the slice, and the examples per replica ("55 in 5" are 55 in 5 micro-batches, where no slice holds
   them in one);
@@ -108,6 +110,15 @@ class Cell:
     main_bytes: float = 0
     all_bytes: float = 0
     error: str | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether another compilation would give the same.
+
+        That is not known of an error without a size: its reason may be temporary, such as a process
+        that was killed.
+        """
+        return bool(self.main_bytes or (self.error and (self.hbm_bytes or not self.topology)))
 
     @property
     def micro_batch(self) -> int:
@@ -283,10 +294,13 @@ def read_results() -> dict[tuple, Cell]:
     """Returns the cells of `RESULTS` that this version of the compiler made, by their keys.
 
     Cells of recipes that no longer stand for a program are left out.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     if not RESULTS.exists():
         return {}
-    cells = [Cell(**entry) for entry in json.loads(RESULTS.read_text(encoding="utf-8"))]
+    cells = [Cell(**entry) for entry in read_json(str(RESULTS))]
     version = REQUIRED_VERSIONS["libtpu"]
     known = programs()
     return {
@@ -372,6 +386,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", metavar="RECIPE", nargs="*", help="a recipe; by default, all")
     names = parser.parse_args(arguments).names
     try:
+        for path in map(str, (PAGE, RESULTS)):
+            check_file_writable(path, path)
         check_installed()
         known = programs()
         asked = {recipes.find_recipe(name).name for name in names or known}
@@ -387,30 +403,31 @@ def main(arguments: list[str]) -> int:
             for recipe in chosen:
                 with process.signals_as_interrupt(), temporary_folder("generations-") as folder:
                     _examine_recipe(recipe, cells, Children(progress, folder), progress)
-    except ValueError as error:
+        write_results(cells)
+    except (ValueError, OSError) as error:
         _print_line(f"preflight.generations: {error}")
         return 1
-    write_results(cells)
     _print_line(f"Written: {PAGE}")
     return int(any(cells[key].error for key in cells if cells[key].topology))
 
 
 def _examine_recipe(recipe, cells, children, progress):
     """Adds the missing cells of a recipe to `cells`, and writes the page after each."""
+    recipe = recipes.override(recipe, ["compute_dtype=bfloat16"])  # as `train.py` on a TPU
     for phase_index in range(len(recipe.phases)):
         row = {chip: (recipe.name, phase_index + 1, chip) for chip in TPU_CHIPS}
         known = [cells[key] for key in row.values() if key in cells and cells[key].hbm_bytes]
         compiled = list(known)
-        uncounted = [cell for cell in known if not (cell.main_bytes or cell.error)]
+        uncounted = [cell for cell in known if not cell.final]
         with contextlib.suppress(ChildFailed):  # then each one says why
             # In one process, which builds the model once.
             shares = [(cell.replica_batch_size, cell.accumulation) for cell in uncounted]
             children.lower(recipe, phase_index, shares)
         for name, chip in TPU_CHIPS.items():
             cell = cells.get(row[name])
-            if cell is None or not (cell.main_bytes or cell.error):
+            if cell is None or not cell.final:
                 progress.title(f"{recipe.name}, phase {phase_index + 1}, on {name}")
-                found = cell and count_cell(cell, recipe, children)
+                found = count_cell(cell, recipe, children) if cell in uncounted else None
                 if found is None or found.error:
                     found = examine(recipe, phase_index, chip, children, compiled)
                 cells[row[name]] = found

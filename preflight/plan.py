@@ -309,6 +309,8 @@ def describe(plan: Plan, results, examples: int | None = None) -> str:
             f"{f' from step {phase.warmup_from}' if phase.warmup_from else ''}; "
             f"{format_minutes(result.minutes)} estimated"
         )
+        if result.search_error:
+            lines.append(f"The search for a larger batch ended early: {result.search_error}")
     minutes = [result.minutes for result in results]
     lines.append(f"Batch: {plan.batch_source}")
     lines.append(f"Rate, warm-up, steps: {plan.source}")

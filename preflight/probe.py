@@ -22,7 +22,7 @@ def find_devices(tf) -> dict:
 
     Returns:
         A dict with `cuda_build`, whether TensorFlow is built with CUDA; `gpus`, a list of names;
-        and `tpus`, the number of TPU cores.
+        and `tpus`, the number of TPU devices, each of which runs a replica.
     """
     build = tf.sysconfig.get_build_info()
     found = {"cuda_build": bool(build.get("is_cuda_build")), "gpus": [], "tpus": 0}

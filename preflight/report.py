@@ -185,6 +185,8 @@ def _describe_batch(result) -> str:
         text += f", in {result.accumulation} micro-batches"
     if result.largest is not None:
         text += f"; the largest tried that fits is {result.largest:,}"
+    if result.search_error:
+        text += f"; the search for a larger one ended early: {result.search_error}"
     return text
 
 

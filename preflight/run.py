@@ -51,7 +51,9 @@ class PhaseResult:
         error: why the step does not compile, or which TPU kernels are missing; None if neither.
         accumulation: micro-batches per step; None if not even a single example fits in memory.
         largest: examples of the largest micro-batch that was tried and fits in memory; None if
-            there was no search.
+            there was no search, or if it found none before it ended with `search_error`.
+        search_error: why the search for the largest batch ended early; None if it did not. The step
+            itself may still compile.
         parameters: number of trainable parameters.
         program: `preflight.compiler.compile.figures` of the step; FLOPs, bytes and seconds cover
             all its micro-batches. Contains `error` if the step does not compile, and the memory for
@@ -72,6 +74,7 @@ class PhaseResult:
     error: str | None = None
     accumulation: int | None = None
     largest: int | None = None
+    search_error: str | None = None
     parameters: int = 0
     program: dict = dataclasses.field(default_factory=dict)
     update: dict = dataclasses.field(default_factory=dict)
@@ -98,6 +101,11 @@ class PhaseResult:
         return self.time.compute / self.time.step
 
     @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of all weights, which are float32, as the weights are."""
+        return 4 * self.parameters
+
+    @property
     def floats_per_parameter(self) -> float:
         """Floats that the update moves per parameter, from and to HBM."""
         return self.update["main_bytes"] / 4 / self.parameters
@@ -119,11 +127,12 @@ class PhaseResult:
         return {
             "phase": self.phase,
             "topology": self.topology.name,
-            "cores": self.topology.replicas,
+            "replicas": self.topology.replicas,
             "compiles": self.error is None,
             "error": self.error,
             "replica_batch_size": self.replica_batch_size,
             "accumulation": self.accumulation,
+            "search_error": self.search_error,
             "hbm_bytes": self.program.get("hbm_bytes"),
             "hbm_limit_bytes": self.topology.chip.hbm_bytes,
             "flops": self.program.get("flops"),
@@ -179,8 +188,8 @@ def replica_batch_size(
     return size
 
 
-class _CompileError(Exception):
-    """A program does not compile, for a reason other than memory. The message says why."""
+class _SearchError(Exception):
+    """A batch that the search tries does not compile, for a reason other than memory."""
 
 
 class PhaseExaminer:
@@ -218,7 +227,7 @@ class PhaseExaminer:
         )
         try:
             return self._examine(phase_index, topology, result)
-        except (ChildFailed, _CompileError) as error:
+        except ChildFailed as error:
             return dataclasses.replace(result, error=str(error))
 
     def _examine(self, phase_index, topology, result):
@@ -228,25 +237,30 @@ class PhaseExaminer:
         self._children.lower(self._recipe, phase_index, self._first_programs(phase))
         update = self._figures(phase_index, topology, None, 1)
         facts = self._children.facts
-        largest = None
+        largest = search_error = None
         accumulation = recipe_accumulation
         micro_batch = batch // recipe_accumulation
         if self._search or micro_batch > MAX_START:
-            largest = self._largest_batch(phase_index, topology, micro_batch, update)
-            accumulation = estimate.needed_accumulation(batch, largest, recipe_accumulation)
+            largest, search_error = self._largest_batch(phase_index, topology, micro_batch, update)
+            if not search_error:  # else the recipe's own batch may fit, although no one tried it
+                accumulation = estimate.needed_accumulation(batch, largest, recipe_accumulation)
         while True:
             result = dataclasses.replace(
                 result,
                 accumulation=accumulation,
                 largest=largest,
+                search_error=search_error,
                 parameters=facts["parameters"],
                 update=update,
             )
             if accumulation is None:
                 error = "not even a single example fits in memory"
-                one = self._figures(phase_index, topology, 1, 1, quick=True)  # was tried last
+                if largest and batch > 1:  # the last step that was tried has one in a micro-batch
+                    error += " beside the accumulated gradients"
+                else:
+                    step = self._figures(phase_index, topology, 1, 1, quick=True)
                 return dataclasses.replace(
-                    result, program={"hbm_bytes": one.get("hbm_bytes")}, error=error
+                    result, program={"hbm_bytes": step.get("hbm_bytes")}, error=error
                 )
             program = self._figures(phase_index, topology, batch // accumulation, 1)
             step = program
@@ -258,14 +272,17 @@ class PhaseExaminer:
                 break
             accumulation = estimate.needed_accumulation(batch, largest, accumulation + 1)
         error = step.get("error") or program.get("error") or update.get("error")
-        result = dataclasses.replace(result, program=step, error=error)
+        if error == search_error:
+            search_error = None
+        result = dataclasses.replace(result, program=step, error=error, search_error=search_error)
         if error:
             return result
+        costs = (topology, program, update, accumulation, result.gradient_bytes)
         return dataclasses.replace(
             result,
-            program=step | estimate.whole_step(topology, program, update, accumulation),
+            program=step | estimate.whole_step(*costs),
             memory=_memory_by_purpose(facts, step, update),
-            time=estimate.step_time(topology, program, update, accumulation),
+            time=estimate.step_time(*costs),
         )
 
     def _first_programs(self, phase):
@@ -296,33 +313,47 @@ class PhaseExaminer:
         return self._compiled[key]
 
     def _largest_batch(self, phase_index, topology, micro_batch, update):
-        """Returns the largest batch that fits on these chips. It is searched for once.
+        """Returns the largest batch that fits on these chips, and why the search ended early.
 
-        The search starts with the recipe's batch, if that is small.
+        It is searched for once. The search starts with the recipe's batch, if that is small.
+
+        Returns:
+            A tuple (`largest`, `search_error`), as in `PhaseResult`.
         """
         key = (phase_index, topology.chip.name)
         if key not in self._largest:
             limit = topology.chip.hbm_bytes
+            fitting = []
 
             def memory_needed(batch):
                 # Only the memory counts here. The step that is estimated is compiled in full.
                 quick = batch != micro_batch
-                program = self._figures(phase_index, topology, batch, 1, quick=quick)
+                try:
+                    program = self._figures(phase_index, topology, batch, 1, quick=quick)
+                except ChildFailed as error:
+                    raise _SearchError(error) from None
                 if "error" in program and "hbm_bytes" not in program:
-                    raise _CompileError(program["error"])
+                    raise _SearchError(program["error"])
                 size = program["hbm_bytes"]
                 # The compiler decides what fits, because it may recompute activations to save
                 # memory.
-                return max(size, limit + 1) if "error" in program else min(size, limit)
+                if "error" in program:
+                    return max(size, limit + 1)
+                fitting.append(batch)
+                return min(size, limit)
 
-            self._largest[key] = estimate.largest_batch(
-                memory_needed,
-                min(micro_batch, MAX_START),
-                fixed_bytes=update.get("argument_bytes", 0),
-                limit_bytes=limit,
-                max_examples=self._recipe.phases[phase_index].global_batch_size,
-                wanted=micro_batch,
-            )
+            try:
+                largest = estimate.largest_batch(
+                    memory_needed,
+                    min(micro_batch, MAX_START),
+                    fixed_bytes=update.get("argument_bytes", 0),
+                    limit_bytes=limit,
+                    max_examples=self._recipe.phases[phase_index].global_batch_size,
+                    wanted=micro_batch,
+                )
+                self._largest[key] = largest, None
+            except _SearchError as error:
+                self._largest[key] = max(fitting, default=None), str(error)
         return self._largest[key]
 
 

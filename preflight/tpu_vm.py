@@ -61,11 +61,27 @@ def bucket_location(bucket: str, token: str) -> str:
         return json.load(answer)["location"]
 
 
-def check(model_dir: str) -> list[tuple[str, str, str]]:
+def find_hosts() -> list[str]:
+    """Returns the addresses of the hosts of this TPU VM's slice; [] on other machines."""
+    # "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
+    endpoints = read_metadata("attributes/worker-network-endpoints")
+    return [endpoint.split(":")[-1] for endpoint in endpoints.split(",") if endpoint]
+
+
+def runtime_holds_chips() -> bool:
+    """Returns whether this process leaves the chips of this host to the TPU runtime.
+
+    On a slice of several hosts, `_check_slice` demands this setting. TensorFlow then finds no TPU
+    of its own.
+    """
+    return os.environ.get("TPU_LOAD_LIBRARY") == "0" and len(find_hosts()) > 1
+
+
+def check(model_dir: str | None) -> list[tuple[str, str, str]]:
     """Checks the settings of a TPU VM.
 
     Args:
-        model_dir: the run's folder, local or in a bucket (gs://...).
+        model_dir: the run's folder, local or in a bucket (gs://...); None if it is not known.
 
     Returns:
         Tuples (level, message, fix), as in `preflight.doctor.Finding`; none if this machine is not
@@ -74,9 +90,7 @@ def check(model_dir: str) -> list[tuple[str, str, str]]:
     kind = read_metadata("attributes/accelerator-type")
     if not kind:
         return []
-    # "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
-    endpoints = read_metadata("attributes/worker-network-endpoints")
-    hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",") if endpoint]
+    hosts = find_hosts()
     worker = read_metadata("attributes/agent-worker-number") or "0"
     findings = [(OK, f"{kind}, worker {worker} of {max(len(hosts), 1)}", "")]
     if len(hosts) > 1:
@@ -84,7 +98,7 @@ def check(model_dir: str) -> list[tuple[str, str, str]]:
     elif os.environ.get("TPU_LOAD_LIBRARY") == "0":
         message = "TPU_LOAD_LIBRARY=0 hides the TPU of this machine"
         findings.append((ERROR, message, "unset TPU_LOAD_LIBRARY"))
-    if model_dir.startswith("gs://"):
+    if model_dir and model_dir.startswith("gs://"):
         findings += _check_bucket(model_dir)
     return findings
 
@@ -104,7 +118,10 @@ def _check_slice(hosts, worker, model_dir):
         message = f"no TPU runtime answers on port {RUNTIME_PORT} of {', '.join(silent)}"
         fix = "create the TPU with a runtime version of TensorFlow that has -pod in its name"
         yield ERROR, message, fix
-    if not model_dir.startswith("gs://"):
+    if model_dir is None:
+        message = "whether the other hosts can write to the folder of the run was not checked"
+        yield WARNING, message, "python -m preflight.doctor gs://BUCKET/FOLDER"
+    elif not model_dir.startswith("gs://"):
         message = f"the other hosts cannot write to {model_dir}"
         yield ERROR, message, "use a --model_dir and a --data_dir in a bucket, gs://..."
 

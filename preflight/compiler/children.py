@@ -1,7 +1,7 @@
 """Runs lowering and compilation in child processes, so that a crash does not end the pre-flight.
 
 TensorFlow writes lowered programs to files, which the compiler reads. The compiler's results are
-cached in `~/.cache/tf_lamb/preflight`, by program, compiler version and topology.
+cached in `~/.cache/tf_lamb/preflight`, by program, compiler version, compiler flags and topology.
 """
 
 import contextlib

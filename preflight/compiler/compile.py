@@ -38,6 +38,7 @@ from preflight.compiler.traffic import WIDTHS, count_all_bytes, count_traffic
 
 FORMAT = 2  # of the cached results of `figures`; increase it when their entries change
 MAX_ERROR_LENGTH = 400  # characters
+FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # environment variables that change what is compiled
 LOOK_EVERY_SECONDS = 0.2  # for the dumped program
 
 
@@ -198,7 +199,9 @@ PRODUCTS = ("stablehlo.convolution", "stablehlo.dot", "stablehlo.dot_general")
 def count_products(program: bytes) -> dict:
     """Counts matrix products and convolutions of a StableHLO program.
 
-    A TPU multiplies in bfloat16, so a float32 product takes several passes.
+    By default, a TPU multiplies float32 in bfloat16, too, in one pass, but a float32 operand has
+    twice the bytes. (With the precision "highest", which TensorFlow asks for only without
+    `enable_tensor_float_32_execution`, there are six passes.)
 
     Returns:
         A dict with `num_products`, the number of all products, and `float32_products`, the number
@@ -307,12 +310,13 @@ def _cached(program, kind, cache, make):
 
     Args:
         program: StableHLO.
-        kind: what else the result depends on, beside the version of the compiler.
+        kind: what else the result depends on, beside the version of the compiler and the flags.
         cache: folder of the cached results.
         make: function that compiles and returns the result.
     """
     version = importlib.metadata.version("libtpu")
-    key = hashlib.sha256(program + f"{version} {kind}".encode()).hexdigest()
+    flags = "".join(f" {os.environ[name]}" for name in FLAGS if os.environ.get(name))
+    key = hashlib.sha256(program + f"{version} {kind}{flags}".encode()).hexdigest()
     cached = pathlib.Path(cache, f"{key}.json")
     result = _read(cached)
     if result is None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from inputs.errors import InputError
 from training.chips import TPU_CHIPS, TpuChip, find_tpu
 
+MAX_DIGITS = 9  # of a number in a name
+MAX_SHOWN = 40  # characters of a wrong name in an error message
 # Shapes of three-dimensional slices smaller than 4x4x4.
 SMALL_SHAPES = ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 ONE_CHIP = ((1, 1), (1, 1, 1))
@@ -97,7 +99,7 @@ def parse_topologies(text: str, flag: str = "--preflight") -> list[Topology]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError(f"{flag} needs a topology: {EXAMPLES}.")
-    return list(dict.fromkeys(_parse(name, f"{flag}={name}") for name in names))
+    return list(dict.fromkeys(_parse(name, f"{flag}={_shown(name)}") for name in names))
 
 
 def parse_topology(text: str, flag: str) -> Topology:
@@ -122,9 +124,13 @@ def slices_of(chip: TpuChip) -> Iterator[Topology]:
         chips *= 2
 
 
+def _shown(name: str) -> str:
+    return name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+
+
 def _parse(name: str, flag_and_name: str) -> Topology:
     match = re.fullmatch(r"(\w+)[:-](\d+)|(?:(\w+)[:-])?(\d+(?:x\d+)+)|(\w+)[:-]?", name.lower())
-    if not match:
+    if not match or re.search(rf"\d{{{MAX_DIGITS + 1}}}", name):
         raise InputError(f"{flag_and_name} is not the name of a TPU slice; give {EXAMPLES}.")
     generation, size, sides = match[1] or match[3] or match[5], match[2], match[4]
     if not generation or generation.isdecimal():
@@ -148,7 +154,12 @@ def _parse(name: str, flag_and_name: str) -> Topology:
         )
     if not _is_slice(shape, chip):
         raise InputError(f"{flag_and_name}: {_no_slice(math.prod(shape), chip)}.")
-    return Topology(chip, shape)
+    return Topology(chip, _as_compiled(shape))
+
+
+def _as_compiled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the order of the sides that the compiler takes: a host's four chips are 2x2x1."""
+    return (2, 2, 1) if sorted(shape) == [1, 2, 2] else shape
 
 
 def _is_slice(shape: tuple[int, ...], chip: TpuChip) -> bool:
@@ -190,7 +201,7 @@ def _shape_of_chips(chips: float, chip: TpuChip) -> tuple[int, ...] | None:
         if math.prod(shape) == chips and _is_slice(shape, chip)
     ]
     shape = min(shapes, key=sum, default=None)
-    return (2, 2, 1) if shape == (1, 2, 2) else shape  # Cloud TPU writes this one 2x2x1
+    return shape and _as_compiled(shape)
 
 
 def _type_name(chip: TpuChip, chips: int) -> str:
@@ -251,11 +262,12 @@ def _no_slice(chips: float, chip: TpuChip, of_type: bool = False) -> str:
     largest = _type_name(chip, chip.max_chips)
     if chips > chip.max_chips:
         return f"the largest slice of {chip.name} is {largest}, {chip.max_chips:,} chips"
-    slices = list(slices_of(chip))
-    below = [t for t in slices if t.chips <= chips][-1:]
-    above = [t for t in slices if t.chips > chips][:1]
-    names = [
-        f"{_type_name(chip, t.chips)} ({t.name})" if of_type else t.name for t in below + above
-    ]
+    sizes = {t.chips for t in slices_of(chip)}
+    if chip.mesh_dimensions == 3:  # cubes of 4x4x4 in a row, and more compact slices of as many
+        sizes.update(range(64, chip.max_chips + 1, 64))
+    below = [n for n in sorted(sizes) if n <= chips][-1:]
+    above = [n for n in sorted(sizes) if n > chips][:1]
+    nearest = [Topology(chip, _shape_of_chips(n, chip)) for n in below + above]
+    names = [f"{_type_name(chip, t.chips)} ({t.name})" if of_type else t.name for t in nearest]
     counted = f"; the number counts {chip.type_counts}" if of_type else ""
     return f"{chip.name} has no such slice; the next is {' or '.join(names)}{counted}"

@@ -14,6 +14,7 @@ from preflight import doctor
 from preflight.doctor import Finding
 
 ROOT = pathlib.Path(__file__).parents[2]
+STOCK = ["tensorflow"]
 TPU_ONLY = {"tensorflow-tpu": "2.20.0", "libtpu": "0.0.21"}
 
 
@@ -93,14 +94,61 @@ def stages(**changed):
 def test_devices(monkeypatch, tpu_wheel, tpu, gpu, changed, expected):
     monkeypatch.setattr(doctor, "has_tpu", lambda: tpu)
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: gpu)
-    findings = doctor.check_probe(stages(**changed), "", tpu_wheel=tpu_wheel, fix="fix")
+    wheels = ["tensorflow-tpu"] if tpu_wheel else STOCK
+    findings = doctor.check_probe(stages(**changed), "", wheels=wheels, fix="fix")
     assert levels(findings) == expected
     assert all(finding.fix for finding in findings if finding.level != "ok")
 
 
+@pytest.mark.parametrize(
+    ("device", "found"), [("0x0027", True), ("0x006f", True), ("0x0042", False), ("0x001f", False)]
+)
+def test_a_tpu_is_told_from_other_devices_of_google(monkeypatch, tmp_path, device, found):
+    for name, text in (("vendor", "0x1ae0\n"), ("device", f"{device}\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(doctor.glob, "glob", lambda pattern: [str(tmp_path / "vendor")])
+    assert doctor.has_tpu() == found
+
+
+def test_a_tpu_that_stock_tensorflow_cannot_use_costs_no_environment(monkeypatch):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    for wheels, fix in (
+        (STOCK, "make tpu, and train with .venv-tpu/bin/python"),
+        (["tensorflow-tpu"], "fix"),
+    ):
+        tpu, *_ = doctor.check_probe(stages(), "", wheels=wheels, fix="fix")
+        assert (tpu.check, tpu.level, tpu.fix) == ("TPU", "warning", fix)
+
+
+def test_chips_that_the_runtime_drives_are_not_tried(monkeypatch):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: True)
+    monkeypatch.setattr(doctor.tpu_vm, "runtime_holds_chips", lambda: True)
+    found = stages(XLA={"error": "InvalidArgumentError: no device"})
+    (finding,) = doctor.check_probe(found, "", wheels=["tensorflow-tpu"], fix="fix")
+    assert (finding.level, finding.check) == ("ok", "TPU")
+    assert finding.message.startswith("driven by the TPU runtime")
+
+
+@pytest.mark.parametrize("cuda_build", [False, True])
+def test_no_fix_installs_a_second_wheel(monkeypatch, cuda_build):
+    monkeypatch.setattr(doctor, "has_tpu", lambda: False)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: True)
+    found = stages(devices={"cuda_build": cuda_build})
+    gpu, *_ = doctor.check_probe(found, "", wheels=["tensorflow-cpu"], fix="fix")
+    start = "pip uninstall -y tensorflow-cpu, then pip install "
+    assert gpu.fix.startswith(f"{start}tensorflow[and-cuda]==2.20.*")
+    (missing,) = doctor.check_versions({"tensorflow-cpu": "2.20.0"}, {}, ["rich"])
+    assert missing.fix.startswith(f"{start}-c constraints.txt")
+    tpu, *_ = doctor.check_probe(stages(), "", wheels=["tensorflow-tpu"], fix="fix")
+    assert "pip uninstall -y tensorflow-tpu, then pip install -c constraints.txt" in tpu.fix
+    (gpu, _) = doctor.check_probe(found, "", wheels=STOCK, fix="fix")
+    assert gpu.fix.startswith("pip uninstall -y tensorflow, then ") != cuda_build
+
+
 def test_a_crash_is_a_finding_that_names_the_stage():
     findings = doctor.check_probe(
-        stages()[: doctor.STAGES.index("devices")], "killed by SIGSEGV", tpu_wheel=False, fix="fix"
+        stages()[: doctor.STAGES.index("devices")], "killed by SIGSEGV", wheels=STOCK, fix="fix"
     )
     assert levels(findings) == [("error", "Trial run")]
     assert findings[0].message == "killed by SIGSEGV, in stage 'devices'"
@@ -134,12 +182,12 @@ def test_what_only_the_program_imports_is_imported(tmp_path):
 def test_a_missing_package_is_one_error(monkeypatch):
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
     broken = {"error": "ModuleNotFoundError: No module named 'cv2'"}
-    (program, *_) = doctor.check_probe(stages(train=broken), "", tpu_wheel=False, fix="fix")
+    (program, *_) = doctor.check_probe(stages(train=broken), "", wheels=STOCK, fix="fix")
     assert program == Finding("error", "train", f"cannot be imported: {broken['error']}", "fix")
     found = stages(orbit=broken, train=broken)
     errors = [
         finding
-        for finding in doctor.check_probe(found, "", tpu_wheel=False, fix="fix")
+        for finding in doctor.check_probe(found, "", wheels=STOCK, fix="fix")
         if finding.level == "error"
     ]
     assert levels(errors) == [("error", "orbit")]
@@ -225,7 +273,7 @@ def test_what_fails_for_lack_of_memory_is_not_reinstalled(monkeypatch, failure):
     broken = {"error": "ImportError: libx.so: failed to map segment from shared object"}
     changed = {"tensorflow_text": broken, "XLA": {"error": "MemoryError: "}}
     found = stages(**changed)[: doctor.STAGES.index("devices") if failure else None]
-    findings = doctor.check_probe(found, failure, tpu_wheel=False, fix="pip install")
+    findings = doctor.check_probe(found, failure, wheels=STOCK, fix="pip install")
     errors = [finding for finding in findings if finding.level == "error"]
     assert len(errors) == 2 and all("ulimit -v unlimited" in error.fix for error in errors)
     assert not any("pip install" in error.fix for error in errors)
@@ -249,12 +297,12 @@ def test_what_crashes_under_a_tight_limit_is_not_reinstalled(monkeypatch):
     monkeypatch.setattr(doctor, "binding_limit", lambda: tight)
     changed = {name: {"error": "ValueError: no"} for name in ("orbit", "devices", "XLA")}
     for failure in ("killed by SIGSEGV", "no answer within 180 s"):
-        findings = doctor.check_probe(stages(**changed), failure, tpu_wheel=False, fix="pip")
+        findings = doctor.check_probe(stages(**changed), failure, wheels=STOCK, fix="pip")
         errors = [finding for finding in findings if finding.level == "error"]
         assert levels(errors) == [("error", c) for c in ("orbit", "TPU", "XLA", "Trial run")]
         assert all(error.fix == doctor.MORE_MEMORY for error in errors)
     monkeypatch.setattr(doctor, "binding_limit", lambda: limit_with_free(8 * GIB))
-    findings = doctor.check_probe([], "killed by SIGSEGV", tpu_wheel=False, fix="pip install")
+    findings = doctor.check_probe([], "killed by SIGSEGV", wheels=STOCK, fix="pip install")
     assert [finding.fix for finding in findings] == ["pip install"]
 
 

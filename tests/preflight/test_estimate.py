@@ -72,6 +72,20 @@ def test_the_search_returns_0_if_nothing_fits_and_the_maximum_if_everything_does
     assert search(lambda batch: 1000 + batch, 8, 1000, 4000, 64) == 64
 
 
+def test_memory_beside_weights_and_batch_does_not_hide_what_fits():
+    tried = []
+
+    def memory_needed(batch):
+        tried.append(batch)
+        return 500 + 150 + 30 * batch  # weights, other fixed memory, memory per example
+
+    # 7, and then 4, are what the weights alone suggest.
+    assert search(memory_needed, 32, 500, 748, 256) == 3
+    assert tried == [32, 7, 4, 1, 3]
+    tried.clear()
+    assert search(memory_needed, 32, 500, 675, 256) == 0 and tried[-1] == 1
+
+
 def test_accumulation_is_the_smallest_divisor_that_fits():
     needed = estimate.needed_accumulation
     assert needed(96, largest=40, minimum=1) == 3
@@ -91,6 +105,7 @@ PROGRAM = {
     "all_reduces": 2,
     "asynchronous": 1,
 }
+GRADIENT_BYTES = 10**9
 UPDATE = PROGRAM | {
     "seconds": 0.02,
     "flops": 1e9,
@@ -100,7 +115,7 @@ UPDATE = PROGRAM | {
 
 
 def test_the_parts_of_a_step_add_up():
-    time = estimate.step_time(topology_of("v3:32x32"), PROGRAM, UPDATE, accumulation=3)
+    time = estimate.step_time(topology_of("v3:32x32"), PROGRAM, UPDATE, 3, GRADIENT_BYTES)
     # Each of three micro-batches reads its gradients, and reads and writes the accumulated ones.
     # The all-reduce reads and writes them once, but each of the three programs counts it.
     moved = (3 * 3 - 2 * 2) * 10**9
@@ -114,13 +129,21 @@ def test_the_parts_of_a_step_add_up():
     assert time.compute == pytest.approx((3 * 3.999e12 + 1e9) * 2 / 123e12)
 
 
+def test_gradients_that_are_summed_in_bfloat16_are_accumulated_in_float32():
+    v3 = topology_of("v3:32x32")
+    program = PROGRAM | {"all_reduce_bytes": GRADIENT_BYTES // 2}
+    costs = [estimate.whole_step(v3, p, UPDATE, 3, GRADIENT_BYTES) for p in (PROGRAM, program)]
+    # Only what the programs count for the all-reduce, two times too often, is half of it.
+    assert costs[1]["main_bytes"] - costs[0]["main_bytes"] == 2 * 2 * GRADIENT_BYTES / 2
+
+
 def test_where_the_compiler_counts_on_chip_memory_the_time_is_modelled():
     chip = topology_of("v5e:4x4").chip
     figures = {"bytes_accessed": 90e9, "copied_bytes": 10e9, "all_reduces": 0, "asynchronous": 0}
     # Two products are bound by FLOPs and one by HBM; 10 of the other 26 GB are copied beside them.
     products = [[1e12, 1e9, 2], [1e11, 12e9, 1]]
     program = PROGRAM | figures | {"products": products}
-    time = estimate.step_time(topology_of("v5e:4x4"), program, UPDATE | figures, accumulation=1)
+    time = estimate.step_time(topology_of("v5e:4x4"), program, UPDATE | figures, 1, GRADIENT_BYTES)
     in_line = 2 * 1e12 / chip.flops + 12e9 / chip.hbm_bandwidth + 16e9 / chip.hbm_bandwidth
     assert in_line < 40e9 / chip.hbm_bandwidth  # so all of the HBM traffic takes longer
     assert time.source == "model" and time.compiler == 0.1
@@ -135,13 +158,13 @@ def test_a_step_that_moves_less_than_its_update_alone_has_no_negative_parts():
     """In a small model on v6e, gradients and weights of a step stay in on-chip memory."""
     small = PROGRAM | {"bytes_accessed": 90e9, "main_bytes": 5e9, "flops": 2e12}
     topology = topology_of("v6e:2x2")
-    time = estimate.step_time(topology, small, UPDATE, accumulation=8)
+    time = estimate.step_time(topology, small, UPDATE, 8, GRADIENT_BYTES)
     compute = 1.999e12 / topology.chip.flops
     assert 0 <= time.update <= time.work and time.hideable >= 0
-    one = estimate.step_time(topology, small, UPDATE, accumulation=1)
+    one = estimate.step_time(topology, small, UPDATE, 1, GRADIENT_BYTES)
     accumulated = (3 * 8 - 2 * 7) * 10**9 / topology.chip.hbm_bandwidth
     assert time.work == pytest.approx(one.work + 7 * compute + accumulated)
-    assert estimate.whole_step(topology, small, UPDATE, 8)["main_bytes"] >= 5e9
+    assert estimate.whole_step(topology, small, UPDATE, 8, GRADIENT_BYTES)["main_bytes"] >= 5e9
 
 
 def test_the_least_time_of_resnet_50_on_v4_is_below_the_measured_one():
@@ -156,7 +179,7 @@ def test_the_least_time_of_resnet_50_on_v4_is_below_the_measured_one():
     in_products = sum(flops * count for flops, _, count in program["products"])
     assert 0.97 < in_products / program["flops"] < 1
     topology = topology_of("v4:2x2x2")
-    time = estimate.step_time(topology, program, program, accumulation=1)
+    time = estimate.step_time(topology, program, program, 1, GRADIENT_BYTES)
     minutes = epochs * images / 2048 * time.step / 60
     assert time.source == "model"
     assert 0.7 * measured_minutes < minutes < measured_minutes

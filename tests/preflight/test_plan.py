@@ -129,6 +129,8 @@ def test_a_plan_by_evidence_says_where_each_number_comes_from():
     # 364 steps of 1 + 3 + 2 - 1 ms.
     assert "Time to the target: 0.03 minutes estimated" in text and "step 0.005 s" in text
     assert "Learning rate: known" not in text
+    text = plan.describe(made, [result(search_error="killed by SIGABRT")])
+    assert "\nThe search for a larger batch ended early: killed by SIGABRT\n" in text
 
 
 def test_between_reference_points_the_plan_says_how_well_they_know():

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -28,8 +29,8 @@ installed = pytest.mark.skipif(
     reason="JAX and libtpu, the extra `preflight`, are not installed",
 )
 FIELDS = (
-    "phase topology cores compiles error replica_batch_size accumulation hbm_bytes "
-    "hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
+    "phase topology replicas compiles error replica_batch_size accumulation search_error "
+    "hbm_bytes hbm_limit_bytes flops main_memory_bytes bytes_accessed update_bytes_per_parameter "
     "compiler_update_bytes_per_parameter seconds_by work_seconds compiler_seconds all_reduce_bytes "
     "all_reduce_seconds step_seconds phase_minutes examples_per_host examples_per_core "
     "data_is_example data_problems"
@@ -152,6 +153,39 @@ def test_a_batch_that_only_the_search_found_to_fit_is_split(monkeypatch):
         search=True,
     )
     assert (result.replica_batch_size, result.accumulation, result.error) == (40, 2, None)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 40])
+@pytest.mark.parametrize("how", ["lower", "compile"])
+def test_a_crash_of_the_search_costs_no_result(monkeypatch, how, micro_batch):
+    """Batches above 40 crash the compiler, or the process that traces them."""
+
+    class Crashing(Compiler):
+        def lower(self, recipe, phase_index, programs):
+            if how == "lower" and any(batch and batch > 40 for batch, _ in programs):
+                raise preflight_children.ChildFailed("tracing: killed by SIGABRT")
+
+        def compile(self, phase_index, batch, accumulation, topology, *, quick):
+            if batch and batch > 40:
+                return {"error": "compiling: killed by SIGABRT"}
+            return super().compile(phase_index, 1, 1, topology, quick=quick)
+
+    monkeypatch.setattr(preflight, "Children", Crashing)
+    recipe = recipes.find_recipe("bert-mini-demo")
+    recipe = recipes.resized(recipe, global_batch_size=8 * micro_batch)
+    (result,) = preflight.examine(
+        recipe,
+        parse_topologies("v3:2x2"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=True,
+    )
+    assert (result.accumulation, result.error) == (1, None) and result.time
+    assert result.largest == min(micro_batch, 32)
+    assert result.search_error.endswith("killed by SIGABRT")
+    ended = f"the largest tried that fits is {result.largest}; the search for a larger one ended"
+    assert f"{ended} early: {result.search_error}" in report.describe(recipe, [result])
+    assert f"| at least {result.largest} |" in document.format_row("a", result)
+    assert result.to_json()["search_error"] == result.search_error
 
 
 def test_each_slice_is_compiled_as_itself(monkeypatch):
@@ -400,6 +434,50 @@ def test_a_bar_says_how_much_a_single_example_would_need(draw):
     assert "21.00 GiB\n136 %, cut off" in find_texts(figure)
 
 
+def test_one_example_that_fits_alone_may_not_fit_beside_the_accumulated_gradients(monkeypatch):
+    class Small(Compiler):
+        def compile(self, phase_index, batch, accumulation, topology, *, quick):
+            needed = ((batch or 0) // accumulation + 3 * (accumulation > 1)) * 4 * 2**30
+            if needed > 15 * 2**30:
+                return {"error": "RESOURCE_EXHAUSTED", "hbm_bytes": needed}
+            return super().compile(phase_index, 1, 1, topology, quick=quick) | {"hbm_bytes": needed}
+
+    monkeypatch.setattr(preflight, "Children", Small)
+    (result,) = preflight.examine(
+        recipes.find_recipe("bert-mini-demo"),
+        parse_topologies("v3:2x2"),
+        progress=preflight_children.ProgressLines(lambda line: None),
+        search=True,
+    )
+    assert result.largest == 3
+    assert result.error.endswith("a single example fits in memory beside the accumulated gradients")
+    assert result.program == {"hbm_bytes": 16 * 2**30}
+
+
+def test_the_page_of_all_recipes_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "preflight.md"
+    path.write_text("all recipes")
+    monkeypatch.setattr(document, "PATH", path)
+    monkeypatch.setattr(document, "check_installed", lambda: None)
+    monkeypatch.setattr(document, "PODS", {"bert-mini-demo": "v3:2x2", "squad-mini": "v3:2x2"})
+    monkeypatch.setattr(preflight, "Children", Compiler)
+    assert document.main(["bert-mini-demo"]) == 1
+    said = f"give the page of bert-mini-demo with --output=FILE; {path} is that of all recipes.\n"
+    assert capsys.readouterr().err.endswith(said)
+
+    def lower(self, recipe, phase_index, programs):
+        if recipe.name == "squad-mini":
+            raise InputError("this host's memory is not sufficient")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiler, "lower", lower)
+        assert document.main([]) == 1
+    assert path.read_text() == "all recipes"
+    assert document.main([]) == 0
+    rows = [line for line in path.read_text().splitlines() if "| v3:2x2 |" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| bert-mini-demo", "| squad-mini"]
+
+
 def test_a_page_without_published_recipes_has_no_published_tables(monkeypatch):
     recipe, topologies = recipes.find_recipe("bert-mini-demo"), parse_topologies("v3:2x2")
     monkeypatch.setattr(preflight, "Children", Compiler)
@@ -422,7 +500,8 @@ def test_a_page_of_mlperfs_runs_has_their_minutes(monkeypatch):
     name = published.recipe.name
     page = document.format_page({name: results}, [name])
     assert page.startswith(
-        f"# Pre-flight of {name}\n\nWritten by `python -m preflight.document {name}` on 20"
+        f"# Pre-flight of {name}\n\nWritten by `python -m preflight.document {name} --output=FILE` "
+        "on 20"
     )
     (row,) = page.partition("## Next to MLPerf")[2].splitlines()[4:5]
     # 3,512,678 sequences in batches of 6,912.
@@ -502,6 +581,34 @@ assert os.listdir(sys.argv[1]) == [".lock"], os.listdir(sys.argv[1])  # of the c
 def test_a_full_cache_disk_leaves_no_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+CACHED_BY_FLAGS = """
+import os, sys
+from preflight.compiler import compile as tpu
+made = []
+tpu._cached(b"program", "v3:2x2", sys.argv[1], lambda: made.append(0) or {"flops": 0})
+for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+    os.environ[name] = "--xla_flag=1"
+    for _ in range(2):
+        tpu._cached(b"program", "v3:2x2", sys.argv[1], lambda: made.append(name) or {"flops": 1})
+assert made == [0, "LIBTPU_INIT_ARGS", "XLA_FLAGS"], made
+"""
+
+
+@installed
+def test_the_compiler_s_flags_are_part_of_the_cache_s_key(tmp_path):
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED_BY_FLAGS, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -623,7 +730,7 @@ def test_a_small_bert_compiles(examine):
     assert list(row) == FIELDS
     parameters = 954_786
     assert row["compiles"] and row["error"] is None
-    assert (row["cores"], row["replica_batch_size"], row["accumulation"]) == (8, 8, 1)
+    assert (row["replicas"], row["replica_batch_size"], row["accumulation"]) == (8, 8, 1)
     # Every gradient is reduced once, in float32, with a few bytes of counts and losses.
     assert 0 <= row["all_reduce_bytes"] - 4 * parameters < 1000
     assert [row["seconds_by"] for row in result.rows] == ["compiler", "model", "model", "model"]

@@ -59,6 +59,10 @@ def test_a_slice_that_is_set_up(check, runtime):
     findings = check(SLICE, "gs://mine/runs", TPU_NAME="mine", TPU_LOAD_LIBRARY="0")
     assert [level for level, *_ in findings] == ["ok", "ok"]
     assert findings[0][1] == "v3-32, worker 0 of 2"
+    assert tpu_vm.runtime_holds_chips()
+    # `make tpu` does not know the folder of the run.
+    _, (level, message, fix) = check(SLICE, None)
+    assert level == "warning" and "was not checked" in message and "gs://" in fix
 
 
 def test_a_slice_without_its_settings(check, monkeypatch):
@@ -88,6 +92,7 @@ def test_a_slice_without_its_settings(check, monkeypatch):
 )
 def test_one_thing_is_wrong(check, metadata, location, environment, level, message):
     findings = check(ONE_HOST | metadata, "gs://mine/runs", location, **environment)
+    assert not tpu_vm.runtime_holds_chips()
     (wrong,) = [finding for finding in findings if finding[0] != "ok"]
     assert wrong[0] == level and message in wrong[1] and wrong[2]
 

@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).parents[3]
         ("v3:8X4", "v3:8x4", 32, 64),
         ("v2-512", "v2:16x16", 256, 512),
         ("v4-8", "v4:2x2x1", 4, 4),
+        ("v4:1x2x2", "v4:2x2x1", 4, 4),
+        ("v5p:2x1x2", "v5p:2x2x1", 4, 4),
         ("v4-32", "v4:2x2x4", 16, 16),
         ("v4:4x4x12", "v4:4x4x12", 192, 192),
         ("v5litepod-16", "v5e:4x4", 16, 16),
@@ -84,6 +86,9 @@ def test_a_list_has_no_duplicates():
         ("v5p-4", "the next is v5p-8 (v5p:2x2x1); the number counts cores."),
         ("v3-9", "v3 has no such slice; the next is v3-8 (v3:2x2) or v3-16 (v3:2x4);"),
         ("v5e-3", "the next is v5e-1 (v5e:1x1) or v5e-4 (v5e:2x2); the number counts chips."),
+        ("v4-300", "the next is v4-256 (v4:4x4x8) or v4-384 (v4:4x4x12); the number counts cores."),
+        ("v4:4x4x6", "v4 has no such slice; the next is v4:4x4x4 or v4:4x4x8."),
+        ("v5p-12200", "the next is v5p-12160 (v5p:4x20x76) or v5p-12288 (v5p:16x16x24);"),
         ("v4:1x1x1", "v4 has no such slice; the next is v4:2x2x1."),
         ("v3:64x64", "the largest slice of v3 is v3-2048, 1,024 chips."),
         ("v5p-17920", "the largest slice of v5p is v5p-12288, 6,144 chips."),
@@ -95,6 +100,13 @@ def test_a_wrong_name_is_answered_in_one_sentence(name, message):
     text = str(error.value)
     assert message in text and name in text
     assert len(text) < 140 and text.endswith(".") and ". " not in text
+
+
+@pytest.mark.parametrize("name", ["v3-{}", "{}", "v3:{}x2", "{0}x{0}"])
+def test_a_size_of_thousands_of_digits_is_answered_in_one_sentence(name):
+    with pytest.raises(InputError, match="is not the name of a TPU slice; give the sides") as error:
+        parse_topologies(name.format("9" * 5000))
+    assert len(str(error.value)) < 180
 
 
 def test_a_single_topology():
