@@ -602,7 +602,7 @@ def test_the_share_of_unknown_words_is_told(source, tmp_path, workers):
 def test_words_that_are_too_long_are_told(source, tmp_path):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
     said = []
-    texts = [["0" * 101], ["0 1"], ["0 2"], ["0 3"]]
+    texts = [["0" * 801], ["0 1"], ["0 2"], ["0 3"]]
     corpora(texts, pieces, tmp_path, log=said.append)
     assert said[-1].startswith("Warning: 1 of 7 tokens are [UNK] (14.29%)")
-    assert "words of more than 100 bytes" in said[-1]
+    assert "words of more than 800 bytes" in said[-1]
