@@ -117,6 +117,18 @@ def test_a_line_with_a_nul_is_damaged(tmp_path):
     assert "a.txt, line 2, byte 7: a NUL" in said[0]
 
 
+def test_a_block_of_nuls_is_a_damaged_line_and_no_encoding(tmp_path):
+    """A crash leaves such blocks; `iconv` would make nothing of them."""
+    for nuls, said in ((512, "a.txt, line 1, byte 0: a NUL"), (31, "line 1, byte 0: a NUL")):
+        (tmp_path / "a.txt").write_bytes(bytes(nuls) + b"One line.\nTwo.\nThree.\nFour.\n")
+        told = []
+        assert read(tmp_path, max_share=0.3, log=told.append) == [["Two.", "Three.", "Four."]]
+        assert said in told[0]
+    (tmp_path / "a.txt").write_bytes(bytes(4096))
+    with pytest.raises(InputError, match="1 of 1 records of the file are damaged"):
+        read(tmp_path)
+
+
 def test_json_lines_hold_paragraphs_or_text(tmp_path):
     lines = [{"paragraphs": ["One.", " ", "Two."]}, {"id": 1, "text": "Three.\nFour."}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8")
