@@ -40,6 +40,21 @@ def refuse_below(least: int, **flags: int | None) -> None:
             raise InputError(f"--{name} must be at least {least}. Received: --{name}={value}.")
 
 
+def refuse_above(most: int, **flags: int | None) -> None:
+    """Checks that no flag has too large a number.
+
+    Args:
+        most: the largest number that is accepted.
+        **flags: flag name without dashes -> value; None is not checked.
+
+    Raises:
+        InputError: a number is above `most`.
+    """
+    for name, value in flags.items():
+        if value is not None and value > most:
+            raise InputError(f"--{name} must be at most {most}. Received: --{name}={value}.")
+
+
 def refuse_not_positive(**flags: float | None) -> None:
     """Checks that each flag has a positive and finite number.
 

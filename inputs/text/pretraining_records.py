@@ -265,7 +265,7 @@ class RecordExamples(Batches):
         folder = os.path.join(files.folder, name)
         with locked(files.folder, "--cache_dir", wait=True):
             if open_pages(folder) is None:
-                write_plan(folder, self._lengths(), self.layout)
+                write_plan(folder, self._lengths(), self.layout, CACHE_FIX)
             arrays, facts = open_pages(folder)
             return arrays[ROWS], facts
 

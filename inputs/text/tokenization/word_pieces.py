@@ -251,8 +251,9 @@ def tokenize_in_order(
         yield from _in_order(pool, _tokenize_in_worker, batches, QUEUED_BATCHES * workers)
     except BrokenProcessPool:
         raise InputError(
-            "A worker process was killed, probably because memory ran out. Run the same command "
-            "again with fewer --workers; it continues after the last finished shard."
+            "A worker process was killed, probably because memory ran out. The same command "
+            "continues after the last finished shard; with --workers, python -m "
+            "inputs.text.prepare takes fewer processes."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
