@@ -51,7 +51,7 @@ class QuestionAnswerer(tf.Module):
         A context that is longer than the model's input is split into overlapping windows.
 
         Args:
-            question: [N] strings. Malformed UTF-8 is read as U+FFFD.
+            question: [N] strings. Malformed UTF-8 is read as U+FFFD, which is dropped.
             context: [N] strings, one per question; or a single one for all questions.
 
         Returns:

@@ -34,6 +34,7 @@ class BadRecords:
         log: receives one line for each of the first `MAX_NAMED` places with damaged records, and
             the total.
         limit_flag: the flag that sets `max_share`, for the error message.
+        repair: what to do where the first damaged record ends the run, for the error message.
         worker: how lines about what this process finds begin, such as "worker 1: "; "" if it is the
             only one.
         chief: whether this process also names what other workers find, and reports their total.
@@ -42,7 +43,7 @@ class BadRecords:
         InputError: `max_share` is not in [0, 1].
 
     Attributes:
-        skip, worker, chief: as given.
+        skip, repair, worker, chief: as given.
         good: number of usable records so far.
         bad: number of damaged records so far.
     """
@@ -54,6 +55,7 @@ class BadRecords:
         skip: bool,
         log: Callable[[str], object],
         limit_flag: str = "--set max_bad_record_share",
+        repair: str = REPAIR,
         worker: str = "",
         chief: bool = True,
     ):
@@ -63,6 +65,7 @@ class BadRecords:
         self.skip = skip
         self._log = log
         self._limit_flag = limit_flag
+        self.repair = repair
         self.worker = worker
         self.chief = chief
         self._first = ""
@@ -114,7 +117,7 @@ class BadRecords:
             InputError: the limit is exceeded, or `skip` is False.
         """
         if not self.skip:
-            raise InputError(f"{message} {REPAIR}")
+            raise InputError(f"{message} {self.repair}")
         worker = self.worker if worker is None else worker
         self._first = self._first or worker + message
         if self._file and not self._file.first:

@@ -16,7 +16,7 @@ from typing import Self
 
 import tensorflow as tf
 
-from inputs.bad_records import REPAIR, BadRecords
+from inputs.bad_records import BadRecords
 from inputs.storage.files import list_names, open_bytes
 
 FOLDER = "damaged-records"  # of the reports, in a folder that all hosts share
@@ -100,7 +100,7 @@ class Damage:
         place = [path, ", byte ", tf.strings.as_string(offset), ": "]
         message = tf.strings.join([*place, "damaged or missing." if reason is None else reason])
         if not self._records.skip:
-            fix = f" {REPAIR}" if reason is None else ""
+            fix = f" {self._records.repair}" if reason is None else ""
             return tf.debugging.Assert(
                 False, [tf.strings.join(["InputError: --data_dir: ", message, fix])]
             )

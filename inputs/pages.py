@@ -18,6 +18,7 @@ from inputs.storage.files import atomic_folder, file_size, read_json, write_json
 
 INDEX = "arrays.json"
 PAGE_BYTES = 2**14
+SPACE_FIX = "Free some space, and run the same command again."
 PAGES_PER_BLOCK = 2**10  # read at a time by `blocks`
 
 
@@ -30,6 +31,7 @@ class PagesWriter:
         folder: path; an existing folder is replaced.
         dtypes: name -> NumPy dtype. The name of an array is that of its file.
         columns: name -> C, for arrays of shape [N, C]; the others are [N].
+        fix: what to do if the folder cannot be written, for the error message.
 
     Attributes:
         facts: JSON values to store with the arrays; set them before the end of the block.
@@ -38,8 +40,11 @@ class PagesWriter:
         InputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str, dtypes: dict, columns: dict | None = None):
+    def __init__(
+        self, folder: str, dtypes: dict, columns: dict | None = None, fix: str = SPACE_FIX
+    ):
         self._folder = folder
+        self._fix = fix
         self._arrays = {
             name: {
                 "dtype": np.dtype(dtype).newbyteorder("<").str,
@@ -107,10 +112,7 @@ class PagesWriter:
 
     def _unwritable(self, error):
         reason = getattr(error, "strerror", None) or first_line(error)
-        return InputError(
-            f"{self._folder} cannot be written: {reason}. The tokens are written there once, to be "
-            "read in any order. Free some space, or give another folder with --cache_dir."
-        )
+        return InputError(f"{self._folder} cannot be written: {reason}. {self._fix}")
 
 
 class Pages:

@@ -11,9 +11,14 @@ import zlib
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.storage.files import is_folder, list_names, read_bytes
+from inputs.text.tokenization.characters import is_dropped
 
 DATA_DIR = "--data_dir"
 SHOWN_CHARACTERS = 60  # of an answer, in a message
+ANSWERABLE = (
+    "In SQuAD v1.1 every question has an answer: give a v1.1 file, or leave out the questions of "
+    "v2.0 that have none"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +74,17 @@ class Squad:
 def find_files(data_dir: str) -> tuple[str, str]:
     """The (training, dev) files of `--data_dir`: two comma-separated paths, or their folder.
 
-    In a folder, the names are train*.json and dev*.json, with or without .gz.
+    In a folder, the names are train*.json and dev*.json, with or without .gz. Two paths whose names
+    begin so are in any order; with other names, the training file comes first.
 
     Raises:
         InputError: there is not exactly one of each.
     """
     given = [path.strip() for path in data_dir.split(",") if path.strip()]
     if len(given) == 2:
+        names = [os.path.basename(path) for path in given]
+        if names[0].startswith("dev") and names[1].startswith("train"):
+            given.reverse()
         return given[0], given[1]
     found = []
     try:
@@ -100,8 +109,8 @@ def read_squad(path: str, records: BadRecords | None = None, *, flag: str = DATA
     Args:
         path: path of the file.
         records: for a training file, counts the answers. An answer that differs from the context at
-            its position is damaged, and a question with damaged answers only is left out. None
-            for a dev file, whose answers are compared as text and need no position.
+            its position, or has no word, is damaged, and a question with damaged answers only is
+            left out. None for a dev file, whose answers are compared as text and need no position.
         flag: the flag or argument that named the file, for error messages.
 
     Raises:
@@ -117,8 +126,14 @@ def read_squad(path: str, records: BadRecords | None = None, *, flag: str = DATA
     locations: dict[str, str] = {}
     with records.of_file() if records else contextlib.nullcontext():
         for paragraph, where in _paragraphs(_Reader(path, flag), content):
-            contexts.append(_context(paragraph, where))
-            for index, entry in enumerate(where.get(paragraph, "qas", list)):
+            entries = where.get(paragraph, "qas", list)
+            context = where.get(paragraph, "context", str)
+            if not context.strip():
+                if not entries:  # there is nothing to ask
+                    continue
+                where.fail("context is empty")
+            contexts.append(context)
+            for index, entry in enumerate(entries):
                 at = where.at(f"qas[{index}]")
                 question = _question(entry, at, contexts[-1], len(contexts) - 1, records)
                 if question.id in locations:
@@ -182,13 +197,6 @@ def _paragraphs(reader: _Reader, content):
             yield paragraph, at.at(f"paragraphs[{j}]")
 
 
-def _context(paragraph, where: _Reader) -> str:
-    context = where.get(paragraph, "context", str)
-    if not context.strip():
-        where.fail("context is empty")
-    return context
-
-
 def _question(entry, where: _Reader, context: str, context_index: int, records) -> Question:
     text = where.get(entry, "question", str)
     answers = []
@@ -199,14 +207,22 @@ def _question(entry, where: _Reader, context: str, context_index: int, records) 
         if not given:
             at.fail("text is empty")
         found = context[start : start + len(given)] if start >= 0 else ""
-        answers.append((start if found == given else None, given))
-        if records and found == given:
-            records.add_good()
-        elif records:
+        has_word = not all(letter.isspace() or is_dropped(letter) for letter in given)
+        answers.append((start if found == given and has_word else None, given))
+        if not records:
+            continue
+        shown = f"{at.path}, {at.location}: the answer {given[:SHOWN_CHARACTERS]!r}"
+        if found != given:
             records.add_bad(
-                f"{at.path}, {at.location}: the answer {given[:SHOWN_CHARACTERS]!r} differs from "
-                f"the context at answer_start={start} ({found[:SHOWN_CHARACTERS]!r})."
+                f"{shown} differs from the context at answer_start={start} "
+                f"({found[:SHOWN_CHARACTERS]!r})."
             )
+        elif not has_word:
+            records.add_bad(f"{shown} has no word.")
+        else:
+            records.add_good()
+    if entry.get("is_impossible"):
+        where.fail(f"is_impossible is true, as in SQuAD v2.0. {ANSWERABLE}")
     if not answers:
-        where.fail("answers is empty, but in SQuAD v1.1 every question has an answer")
+        where.fail(f"answers is empty. {ANSWERABLE}")
     return Question(where.get(entry, "id", str), text, context_index, tuple(answers))

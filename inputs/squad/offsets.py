@@ -4,8 +4,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from inputs.text.tokenization.characters import dropped_ranges
+from inputs.text.tokenization.unknown import MAX_WORD_BYTES
 from inputs.text.tokenization.vocabulary import UNK
-from inputs.text.tokenization.word_pieces import format_ranges
 
 
 def sanitized(text):
@@ -32,9 +33,11 @@ class OffsetTokenizer(tf.Module):
     def __init__(self, vocabulary: list[str], *, lower_case: bool):
         super().__init__()
         self._normalizer = tf_text.FastBertNormalizer(lower_case_nfd_strip_accents=lower_case)
-        self._lower_case = lower_case
         self._pieces = tf_text.FastWordpieceTokenizer(
-            vocabulary, token_out_type=tf.int32, unknown_token=UNK
+            vocabulary,
+            token_out_type=tf.int32,
+            unknown_token=UNK,
+            max_bytes_per_word=MAX_WORD_BYTES,
         )
 
     def tokenize(self, text):
@@ -76,9 +79,7 @@ class OffsetTokenizer(tf.Module):
         The origin is an [N, (bytes + 1)] ragged tensor: for each byte, the byte where its character
         begins in the original; at the end, the length of the original.
         """
-        if self._lower_case:
-            return self._normalizer.normalize_with_offsets(text)
-        kept, places = _without_format_characters(text)
+        kept, places = _without_dropped(text)
         normal, origin = self._normalizer.normalize_with_offsets(kept)
         # Maps bytes of `kept` to bytes of the original.
         index = tf.cast(origin.flat_values, tf.int64)
@@ -86,13 +87,13 @@ class OffsetTokenizer(tf.Module):
         return normal, origin.with_flat_values(tf.gather(places.flat_values, index))
 
 
-def _without_format_characters(text):
-    """The strings [N] without format characters, and the origin of each byte of them.
+def _without_dropped(text):
+    """The strings [N] without the characters that BERT drops, and the origin of each byte of them.
 
     The origin is as in `OffsetTokenizer._normalized`: [N, (bytes + 1)] int64 ragged tensor.
     """
     points, offsets = tf.strings.unicode_decode_with_offsets(text, "UTF-8")
-    borders = np.array([(first, last + 1) for first, last in format_ranges()], np.int32).ravel()
+    borders = np.array([(first, last + 1) for first, last in dropped_ranges()], np.int32).ravel()
     # A character is inside a range if an odd number of borders are at or below it.
     below = tf.searchsorted(borders, points.flat_values, side="right")
     is_kept = points.with_flat_values(below % 2 == 0)

@@ -64,8 +64,8 @@ def chunk_blocks(corpus, sequence_length: int, packing: str) -> Iterator[dict[st
         }
     if cutter.documents < 2:
         raise InputError(
-            "--data_dir: too little text: fewer than 2 training or held-out documents have at "
-            "least two words. Give more documents."
+            "The text is too short: fewer than 2 training or held-out documents have at least two "
+            "words. Give more documents."
         )
 
 

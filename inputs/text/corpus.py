@@ -19,6 +19,7 @@ from inputs.pages import Pages, PagesWriter, open_pages
 from inputs.shards import MANIFEST
 from inputs.storage.files import cache_folder, first_writable, locked
 from inputs.text import chunks
+from inputs.text.files import DATA_DIR
 from inputs.text.packing import ROWS, write_plan
 from inputs.text.shards import load_manifest, read_shard
 from inputs.text.tokenization.vocabulary import SEP, load_vocabulary, vocabulary_hash
@@ -41,6 +42,8 @@ class Corpus:
         documents: [D + 1] int64, where each document starts in `sentences`; the last entry is S.
         folder: folder of the arrays' files.
         spare: folder for the tables of chunks if `folder` cannot be written.
+        flag: the flag that named the folders, for error messages.
+        fix: what to do if they cannot be written, for error messages.
     """
 
     tokens: Pages
@@ -48,6 +51,8 @@ class Corpus:
     documents: Pages
     folder: str
     spare: str
+    flag: str = DATA_DIR
+    fix: str = CACHE_FIX
 
     def describe(self) -> str:
         """Formats the number of tokens and documents, for a message."""
@@ -69,7 +74,7 @@ class Corpus:
             columns = {chunks.TABLE: len(chunks.COLUMNS[packing])}
             names = [chunks.TABLE]
             names += [chunks.SENTENCE_STARTS] if packing == chunks.PAIRS else []
-            with PagesWriter(folder, dict.fromkeys(names, np.int64), columns) as writer:
+            with PagesWriter(folder, dict.fromkeys(names, np.int64), columns, self.fix) as writer:
                 for block in chunks.chunk_blocks(self, sequence_length, packing):
                     writer.append(**block)
 
@@ -94,7 +99,7 @@ class Corpus:
 
         def write(folder):
             lengths = (block[:, 1] - block[:, 0] + special for block in table.blocks())
-            write_plan(folder, lengths, layout)
+            write_plan(folder, lengths, layout, self.fix)
 
         arrays, facts = self._opened(f"{packing}-{sequence_length}-{layout.name}", write)
         return arrays[ROWS], facts
@@ -109,13 +114,13 @@ class Corpus:
         for place in places:
             if found := open_pages(os.path.join(place, name)):
                 return found
-        place = first_writable(list(places), "--data_dir", CACHE_FIX)
+        place = first_writable(list(places), self.flag, self.fix)
         folder = os.path.join(place, name)
-        with locked(place, "--data_dir", wait=True):
+        with locked(place, self.flag, wait=True):
             found = open_pages(folder)
             if found is None:
                 write(folder)
-                found = _written(open_pages(folder), folder)
+                found = _written(open_pages(folder), folder, self.flag)
         return found
 
 
@@ -262,11 +267,11 @@ def load_prepared(
                 # If documents were lost the fingerprint differs, and the next start tries again.
                 separator = vocabulary.index(SEP)
                 fingerprint = lay_out(home, folder, manifest, separator, records)
-                found = _written(open_layout(home, fingerprint, cache), home)
+                found = _written(open_layout(home, fingerprint, cache), home, DATA_DIR)
     return *found, vocabulary, fingerprint
 
 
-def _written(found, folder):
+def _written(found, folder, flag):
     """Returns `found`, which was read back after it was written in `folder`.
 
     Raises:
@@ -274,21 +279,30 @@ def _written(found, folder):
     """
     if found is None:
         raise InputError(
-            f"--data_dir: what was just written in {folder} is damaged when it is read back. Check "
-            f"the disk. {CACHE_FIX}"
+            f"{flag}: what was just written in {folder} is damaged when it is read back. Check the "
+            "disk, or use another folder."
         )
     return found
 
 
-def open_layout(home: str, fingerprint: str, cache: str = "") -> list[Corpus] | None:
-    """[training, held-out] corpora, or None if there is no layout of this fingerprint."""
+def open_layout(
+    home: str, fingerprint: str, cache: str = "", **messages: str
+) -> list[Corpus] | None:
+    """[training, held-out] corpora, or None if there is no layout of this fingerprint.
+
+    Args:
+        home: the folder of the layout.
+        fingerprint: of its documents.
+        cache: a folder for more files if that one cannot be written.
+        **messages: `flag` and `fix` of `Corpus`.
+    """
     corpora = []
     for side in SIDES:
         path, spare = (os.path.join(folder, LAYOUT, side) for folder in (home, cache or home))
         found = open_pages(path)
         if found is None or found[1] != {"fingerprint": fingerprint}:
             return None
-        corpora.append(Corpus(**found[0], folder=path, spare=spare))
+        corpora.append(Corpus(**found[0], folder=path, spare=spare, **messages))
     return corpora
 
 
@@ -303,6 +317,7 @@ def lay_out(
     separator: int,
     records: BadRecords,
     advance: Callable[[int], object] = lambda tokens: None,
+    fix: str = CACHE_FIX,
 ) -> str:
     """Writes the arrays of both corpora of a prepared folder, unless the same are there.
 
@@ -313,6 +328,7 @@ def lay_out(
         separator: id of [SEP].
         records: counts the documents.
         advance: called with the number of tokens of each document.
+        fix: what to do if `home` cannot be written, for the error message.
 
     Returns:
         The fingerprint of the documents that could be read.
@@ -326,8 +342,8 @@ def lay_out(
     paths = [os.path.join(home, LAYOUT, side) for side in SIDES]
     with (
         contextlib.suppress(_Unchanged),
-        PagesWriter(paths[0], dtypes) as training,
-        PagesWriter(paths[1], dtypes) as held_out,
+        PagesWriter(paths[0], dtypes, fix=fix) as training,
+        PagesWriter(paths[1], dtypes, fix=fix) as held_out,
     ):
         sides = [_LayoutWriter(training, separator), _LayoutWriter(held_out, separator)]
         for shard in manifest["shards"]:

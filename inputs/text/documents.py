@@ -23,7 +23,8 @@ from inputs.text.files import (
 # Limits on memory. (War and Peace has 3.2 million characters.)
 MAX_LINE_BYTES = 2**24
 MAX_DOCUMENT_CHARACTERS = 2**22
-WIKI_DOCUMENT = re.compile(r'<doc id=".*title="(.*)">')
+# Titles may hold quotes. Further attributes come after the title.
+WIKI_DOCUMENT = re.compile(r'<doc id=".*? title="(.*?)"(?: [\w-]+="[^"]*")*\s*>')
 
 
 def read_documents(
@@ -37,10 +38,11 @@ def read_documents(
     &amp; are replaced. The line that repeats the title is left out, as the JSON format does.
 
     Damaged records are skipped and counted: a line that is not UTF-8, has a NUL, is not such a JSON
-    object or is longer than `MAX_LINE_BYTES`; the rest of a truncated compressed file; a file
-    without text. After a damaged line, the document continues with the next line. A file in which
-    most records are damaged, such as one named .gz that is not gzip, is an error. A document longer
-    than `MAX_DOCUMENT_CHARACTERS` is split.
+    object or is longer than `MAX_LINE_BYTES`; a line <doc ...> of another form than
+    WikiExtractor's; the rest of a truncated compressed file; a file without text. After a damaged
+    line, the document continues with the next line. A file in which most records are damaged, such
+    as one named .gz that is not gzip, is an error. A document longer than
+    `MAX_DOCUMENT_CHARACTERS` is split.
 
     Args:
         files: paths, from `inputs.text.files.find_files`.
@@ -164,12 +166,16 @@ def _wiki_documents(path: str, records: BadRecords, advance) -> Iterator[list[st
     document: list[str] = []
     title = ""
     size = 0
-    for _, line in _lines(path, records, advance):
-        records.add_good()
+    for place, line in _lines(path, records, advance):
         line = line.strip()
-        start = WIKI_DOCUMENT.fullmatch(line)
+        start = line.startswith("<doc ")  # in the text, < is &lt;
+        header = WIKI_DOCUMENT.fullmatch(line) if start else None
+        if start and not header:
+            records.add_bad(f'{place}: not WikiExtractor\'s <doc id="..." url="..." title="...">.')
+        else:
+            records.add_good()
         if start:
-            title = start[1]
+            title = header[1] if header else ""
         elif line and line != "</doc>":
             if line != title:
                 document.append(unescape(line))

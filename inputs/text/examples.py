@@ -19,6 +19,14 @@ AS_RANDOM = 0.1
 class Examples(Batches):
     """Masked-LM and next-sentence examples of one corpus at one sequence length.
 
+    *Differs from* google-research/bert's `create_pretraining_data.py`:
+
+    - [UNK] is never masked; there, only [CLS] and [SEP] are not.
+    - A random piece in place of a masked one is no special token; there, it may be any piece.
+    - 15 % of the pieces of the text are masked, rounded at random; there, 15 % of all pieces with
+      [CLS] and [SEP], rounded.
+    - No sequences are made shorter than they could be (`short_seq_prob`).
+
     Args:
         corpus: an `inputs.text.corpus.Corpus`.
         vocabulary: its word pieces.

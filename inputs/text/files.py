@@ -144,7 +144,7 @@ def _check_not_prepared(path, flag):
     if is_prepared(path, flag):
         raise InputError(
             f"{flag}: {path} holds prepared shards (manifest.json), not text. Give such a "
-            "folder as the only entry of --data_dir."
+            "folder to train.py, as the only entry of --data_dir."
         )
 
 
@@ -309,7 +309,7 @@ def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: 
         compressed: whether `beginning` was decompressed.
 
     Raises:
-        InputError: the file begins with a byte-order mark, or has NULs throughout.
+        InputError: the file begins with a byte-order mark, or has NULs between its letters.
     """
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if beginning.startswith(mark)), None)
     reason = "its first bytes are a byte-order mark"
@@ -317,7 +317,12 @@ def check_beginning(path: str, beginning: bytes, *, flag: str = "", compressed: 
     if encoding is None and nuls and nuls >= NUL_SHARE * len(beginning):
         reason = f"{nuls / len(beginning):.0%} of its first line are NUL bytes"
         width = 32 if nuls > 0.6 * len(beginning) else 16
-        encoding = f"UTF-{width}{'BE' if beginning[0] == 0 else 'LE'}"
+        is_big = beginning[0] == 0
+        # The bytes that tell letters apart are not NUL. A block of NULs, as a crash leaves it, has
+        # NULs there, too, and is damage.
+        letters = beginning[width // 8 - 1 if is_big else 0 :: width // 8]
+        if letters.count(0) < NUL_SHARE / 2 * len(letters):
+            encoding = f"UTF-{width}{'BE' if is_big else 'LE'}"
     if encoding:
         what = f"{flag}: {path}".removeprefix(": ")
         command = f"iconv -f {encoding} -t UTF-8"

@@ -450,10 +450,10 @@ def plan_rows(lengths: Iterable[np.ndarray], layout) -> Iterator[np.ndarray]:
         first, rest = first + whole, rest[whole:]
 
 
-def write_plan(folder: str, lengths: Iterable[np.ndarray], layout) -> None:
+def write_plan(folder: str, lengths: Iterable[np.ndarray], layout, fix: str) -> None:
     """Writes `plan_rows` as the array `ROWS` of a folder, for `inputs.pages.open_pages`.
 
-    `layout.facts` are its facts.
+    `layout.facts` are its facts. See `PagesWriter` for `fix`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -466,7 +466,7 @@ def write_plan(folder: str, lengths: Iterable[np.ndarray], layout) -> None:
             kept.append(part.astype(np.int32))
             yield part
 
-    with PagesWriter(folder, {ROWS: np.int64}, {ROWS: layout.columns}) as writer:
+    with PagesWriter(folder, {ROWS: np.int64}, {ROWS: layout.columns}, fix) as writer:
         for rows in plan_rows(keep(), layout):
             writer.append(**{ROWS: rows})
         writer.facts = layout.facts(np.concatenate(kept))

@@ -57,6 +57,10 @@ CASES = {"auto": None, "true": True, "false": False}
 SLOWLY_READ = 2**30  # bytes of raw text that take seconds to read
 LARGE = 2**27  # bytes of raw text from which processes pay
 MIN_LENGTH = 8  # [CLS] A [SEP] B [SEP] with some text
+MAX_LENGTH = 2**31 - 1  # as of a recipe
+MAX_WORKERS = 4096
+AGAIN = "Free some space, and run the same command again: it continues where it stopped."
+DAMAGED_SHARD = "Check the disk. The same command writes such a shard again."
 
 
 def prepare(
@@ -176,7 +180,8 @@ def prepare_documents(
             preparation.finish(records)
             log(preparation.describe_unknown())
         manifest = preparation.manifest
-        corpora = corpus.open_layout(output, manifest["fingerprint"])
+        places = {"flag": flag, "fix": AGAIN}
+        corpora = corpus.open_layout(output, manifest["fingerprint"], **places)
         if corpora is None:
             with Progress(manifest["tokens"], " tokens", enabled=show_progress) as progress:
                 corpus.lay_out(
@@ -184,10 +189,11 @@ def prepare_documents(
                     output,
                     manifest,
                     vocabulary.index(SEP),
-                    BadRecords(0.0, skip=False, log=log),
+                    BadRecords(0.0, skip=False, log=log, repair=DAMAGED_SHARD),
                     progress.advance,
+                    fix=AGAIN,
                 )
-            corpora = corpus.open_layout(output, manifest["fingerprint"])
+            corpora = corpus.open_layout(output, manifest["fingerprint"], **places)
     for length in sequence_lengths:
         for side in corpora:
             count = len(side.chunks(length, packing)[TABLE])
@@ -227,15 +233,16 @@ def prepare_in_cache(
         inputs = identify(files, log)
         size = sum(map(file_size, files))
 
-        def read(advance):
-            return documents.read_documents(files, records, advance)
+        def read(advance, counted=records):
+            return documents.read_documents(files, counted, advance)
     else:
         found = list(read_installed_text())
         content = hashlib.sha256(repr(found).encode()).hexdigest()
         inputs = [{"file": "installed text", "sha256": content}]
         size = len(found)
 
-        def read(advance):
+        def read(advance, counted=records):
+            del counted
             for document in found:
                 advance(1)
                 yield document
@@ -263,7 +270,9 @@ def prepare_in_cache(
         return folder
     log(f"Preparing it once, in {folder}")
     if vocabulary is None:
-        paragraphs = itertools.chain.from_iterable(read(lambda amount: None))
+        # The preparation reads the text again, and then names and counts what is damaged.
+        unnamed = BadRecords(limit[0], skip=limit[1] == "skip", log=lambda line: None)
+        paragraphs = itertools.chain.from_iterable(read(lambda amount: None, unnamed))
         vocabulary = learn_vocabulary(paragraphs, recipe.vocabulary_size, lower_case=lower_case)
         log(f"Learned a vocabulary of {len(vocabulary):,} word pieces")
     prepare_documents(
@@ -286,7 +295,7 @@ def prepare_in_cache(
 def _begin(output, flag, inputs, vocabulary, lower_case, shard_tokens):
     """The manifest of the preparation that was stopped in this folder, or a new one."""
     known = None
-    if is_prepared(output):
+    if is_prepared(output, flag):
         known = load_manifest(output)["lower_case"], f"the text that {output} was begun with"
     facts = {
         "vocabulary_hash": vocabulary_hash(vocabulary),
@@ -478,12 +487,14 @@ class _Preparation:
 
 def _lengths(flag: str) -> list[int]:
     lengths = [length.strip() for length in flag.split(",") if length.strip()]
-    wrong = [length for length in lengths if not length.isdecimal() or int(length) < MIN_LENGTH]
-    if wrong:
-        raise InputError(
-            f"--sequence_lengths: lengths are whole numbers from {MIN_LENGTH}. Received: "
-            f"{wrong[0]}."
-        )
+    for length in lengths:
+        # Python refuses to read a number of many digits.
+        is_number = length.isdecimal() and len(length) <= len(str(MAX_LENGTH))
+        if not is_number or not MIN_LENGTH <= int(length) <= MAX_LENGTH:
+            raise InputError(
+                f"--sequence_lengths: lengths are whole numbers from {MIN_LENGTH} to "
+                f"{MAX_LENGTH}. Received: {length}."
+            )
     return [int(length) for length in lengths]
 
 
@@ -545,6 +556,10 @@ def main(arguments=None) -> int:
         refuse_empty(**{name: flags[name] for name in ("input", "vocab", "output")})
         flags["sequence_lengths"] = _lengths(flags["sequence_lengths"])
         refuse_below(1, workers=flags["workers"], shard_tokens=flags["shard_tokens"])
+        if flags["workers"] and flags["workers"] > MAX_WORKERS:
+            raise InputError(
+                f"--workers must be at most {MAX_WORKERS}. Received: --workers={flags['workers']}."
+            )
         manifest = prepare(flags.pop("input"), log=log, show_progress=True, **flags)
     except InputError as error:
         log(f"{NAME}: {error}")

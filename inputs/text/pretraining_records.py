@@ -265,7 +265,7 @@ class RecordExamples(Batches):
         folder = os.path.join(files.folder, name)
         with locked(files.folder, "--cache_dir", wait=True):
             if open_pages(folder) is None:
-                write_plan(folder, self._lengths(), self.layout)
+                write_plan(folder, self._lengths(), self.layout, CACHE_FIX)
             arrays, facts = open_pages(folder)
             return arrays[ROWS], facts
 
@@ -357,47 +357,45 @@ class RecordExamples(Batches):
             A tuple of the rows without their first field, [n, C - 1] int32; whether each record is
             an example of this vocabulary, [n] bool; and whether it fits the phase, [n] bool.
         """
-        names = self._files.names
         length = self.sequence_length
         predictions = self.predictions
-        kinds = {names[ours]: tf.io.RaggedFeature(tf.int64) for ours in NAMES}
-        kinds[names["masked_lm_weights"]] = tf.io.RaggedFeature(tf.float32)
-        parsed = tf.io.parse_example(records, kinds)
-        ragged = {ours: parsed[names[ours]] for ours in NAMES}
+        ragged = _parsed(records, self._files.names)
         sizes = {ours: values.row_lengths() for ours, values in ragged.items()}
         dense = {ours: ragged[ours].to_tensor(shape=[None, length]) for ours in TOKENS}
         dense |= {ours: ragged[ours].to_tensor(shape=[None, predictions]) for ours in PICKS}
         labels = ragged["next_sentence_labels"].to_tensor(shape=[None, 1])[:, 0]
-        masked = tf.reduce_sum(tf.cast(ragged["masked_lm_weights"] > 0, tf.int64), axis=1)
-        tokens = tf.reduce_sum(ragged["input_mask"], axis=1)
+        weights = ragged["masked_lm_weights"]
+        flat = weights.flat_values
+        finite = _row_sums(weights.with_flat_values((flat >= 0) & (flat < np.inf)))
+        masked = _row_sums(weights.with_flat_values(flat > 0))
+        tokens = _row_sums(ragged["input_mask"])
         kept_tokens = tf.reduce_sum(dense["input_mask"], axis=1)
         weighted = dense["masked_lm_weights"] > 0
         kept = tf.reduce_sum(tf.cast(weighted, tf.int64), axis=1)
         fits = (tokens == kept_tokens) & (masked == kept)
 
-        def in_range(ours, limit):
-            return tf.reduce_all((dense[ours] >= 0) & (dense[ours] < limit), axis=1)
+        def below(ours, limit):
+            # Not negative either, because a negative number is a large one without its sign.
+            return tf.bitcast(dense[ours], tf.uint64) < tf.cast(limit, tf.uint64)
 
+        # The mask is ones, then zeros.
+        is_token = tf.range(length, dtype=tf.int64) < kept_tokens[:, tf.newaxis]
+        good_tokens = (
+            below("input_word_ids", self._vocabulary_size)
+            & below("input_type_ids", 2)
+            & (dense["input_mask"] == tf.cast(is_token, tf.int64))
+        )
+        good_picks = below("masked_lm_ids", self._vocabulary_size) & (
+            ~weighted | below("masked_lm_positions", kept_tokens[:, tf.newaxis])
+        )
         good = (
             (kept_tokens > 0)
             & (sizes["next_sentence_labels"] == 1)
             & (labels >= 0)
             & (labels < 2)
-            & in_range("input_word_ids", self._vocabulary_size)
-            & in_range("masked_lm_ids", self._vocabulary_size)
-            & in_range("input_type_ids", 2)
-            # The mask is ones, then zeros.
-            & tf.reduce_all(
-                dense["input_mask"]
-                == tf.cast(tf.range(length, dtype=tf.int64) < kept_tokens[:, tf.newaxis], tf.int64),
-                axis=1,
-            )
-            & tf.reduce_all(
-                ~weighted
-                | (dense["masked_lm_positions"] >= 0)
-                & (dense["masked_lm_positions"] < kept_tokens[:, tf.newaxis]),
-                axis=1,
-            )
+            & (finite == tf.cast(sizes["masked_lm_weights"], tf.int64))
+            & tf.reduce_all(good_tokens, axis=1)
+            & tf.reduce_all(good_picks, axis=1)
         )
         for some in (TOKENS, PICKS):
             for ours in some[1:]:
@@ -405,11 +403,10 @@ class RecordExamples(Batches):
         # A record that does not fit is not a damaged one.
         good |= ~fits
         words = dense["input_word_ids"] + TYPE_FACTOR * dense["input_type_ids"]
-        weights = tf.bitcast(dense["masked_lm_weights"], tf.int32)
         positions = tf.where(weighted, dense["masked_lm_positions"], 0)
         parts = [kept_tokens[:, tf.newaxis], labels[:, tf.newaxis], words, positions]
         parts = [tf.cast(part, tf.int32) for part in (*parts, dense["masked_lm_ids"])]
-        rows = tf.concat([*parts, weights], 1)
+        rows = tf.concat([*parts, tf.bitcast(dense["masked_lm_weights"], tf.int32)], 1)
         return tf.where(good[:, tf.newaxis], rows, 0), good, fits
 
     def _check_fit(self, path, offset, fits):
@@ -457,3 +454,49 @@ class RecordExamples(Batches):
             ids[batch["masked_lm_positions"][row][chosen]] = batch["masked_lm_ids"][row][chosen]
             first = (batch["input_type_ids"][row] == 0) & (batch["input_mask"][row] > 0)
             yield ids[first]
+
+
+def _parsed(records, names):
+    """The features of serialized examples, our key -> [n, (values)] ragged tensor.
+
+    Those of a record that cannot be parsed, or that has them in other types, are empty.
+
+    Args:
+        records: [n] strings.
+        names: our key -> the files' key.
+    """
+    kinds = {name: tf.io.RaggedFeature(tf.int64) for name in names.values()}
+    kinds[names["masked_lm_weights"]] = tf.io.RaggedFeature(tf.float32)
+
+    none = tf.data.Dataset.from_tensors(tf.zeros([0], tf.string))
+
+    @tf.autograph.experimental.do_not_convert
+    def parts(some):
+        parsed = tf.io.parse_example(some, kinds)
+        return tuple((parsed[name].values, parsed[name].row_splits) for name in names.values())
+
+    def attempt(some):
+        # One such record fails the operation for all records. A data set passes over the error.
+        found = tf.data.Dataset.from_tensors(some).concatenate(none).map(parts).ignore_errors()
+        return found.take(1).get_single_element()
+
+    def one_by_one():
+        def readable(record):
+            return tf.where(tf.size(attempt([record])[0][1]) > 1, record, "")
+
+        return parts(tf.map_fn(readable, records))
+
+    together = attempt(records)
+    complete = tf.size(together[0][1]) == tf.size(records) + 1
+    found = tf.cond(complete, lambda: together, one_by_one)
+    return {
+        ours: tf.RaggedTensor.from_row_splits(*part, validate=False)
+        for ours, part in zip(names, found, strict=True)
+    }
+
+
+def _row_sums(ragged):
+    """The sums of the rows of [n, (values)] ints or bools: [n] int64. `reduce_sum` is slower."""
+    sums = tf.pad(tf.cumsum(tf.cast(ragged.flat_values, tf.int64)), [[1, 0]])
+    ends = tf.gather(sums, ragged.row_splits)
+    return ends[1:] - ends[:-1]

@@ -1,13 +1,17 @@
 """Measures how much of a text is [UNK], the token for words that the vocabulary cannot spell."""
 
 import collections
-import unicodedata
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
+from inputs.text.tokenization.characters import is_dropped
+
+# Longer words are [UNK]. google-research/bert allows 200 characters, which have up to 4 bytes each:
+# Thai, for example, has no spaces between words.
+MAX_WORD_BYTES = 800
 WARNED_SHARE = 0.01
 SHOWN_CHARACTERS = 10
 
@@ -29,7 +33,7 @@ class UnknownCharacters:
                 self._known[ord(character)] = True
 
     def __call__(self, texts: Iterable[bytes]) -> dict[str, int]:
-        """Returns character -> count, without spaces and characters of Unicode category C.
+        """Returns character -> count, without spaces and characters that are dropped.
 
         Args:
             texts: UTF-8. Texts without an [UNK] may be left out: they have no unknown characters.
@@ -39,7 +43,7 @@ class UnknownCharacters:
         points = np.frombuffer(normal.encode("utf-32-le"), np.uint32)
         found, counts = np.unique(points[~self._known[points]], return_counts=True)
         counted = zip(map(chr, found.tolist()), counts.tolist(), strict=True)
-        return {c: n for c, n in counted if not c.isspace() and unicodedata.category(c)[0] != "C"}
+        return {c: n for c, n in counted if not c.isspace() and not is_dropped(c)}
 
 
 def report(unknown: int, tokens: int, characters: Mapping[str, int]) -> str:
@@ -60,7 +64,7 @@ def report(unknown: int, tokens: int, characters: Mapping[str, int]) -> str:
     reason = (
         f"The commonest characters that the vocabulary lacks: {shown}"
         if shown
-        else "All their characters are in the vocabulary: they are words of more than 100 bytes, "
-        "or it lacks the pieces that continue a word (##)"
+        else "All their characters are in the vocabulary: they are words of more than "
+        f"{MAX_WORD_BYTES} bytes, or it lacks the pieces that continue a word (##)"
     )
     return f"Warning: {line}: words that the vocabulary cannot spell. {reason}"

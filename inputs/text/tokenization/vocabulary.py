@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from inputs.errors import InputError
 from inputs.storage.files import atomic_write, read_file
 from inputs.text.files import check_beginning
+from inputs.text.tokenization.characters import cleaned
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -14,10 +15,17 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]",
 # distinct words, using the 10,000 most frequent ones and 2 iterations (the default is 4) took a
 # fifth of the time and changed the number of tokens by less than 0.3 %.
 LEARNED_WORDS = 10_000
+# tensorflow-text refuses longer pieces (without "##"), NULs, and U+0011 alone, which stands for the
+# end of a word in its tree of pieces.
+MAX_PIECE_BYTES = 256
+END_OF_WORD = "\x11"
+SHOWN_CHARACTERS = 40  # of a piece, in a message
 
 
 def load_vocabulary(path: str, flag: str = "--vocab") -> list[str]:
     """Reads a `vocab.txt` with one word piece per line; ids are line numbers from 0.
+
+    White space around a piece is dropped, as google-research/bert does.
 
     *Differs from* Google's and Hugging Face's programs: they accept blank lines, as pieces that
     never occur, and repeated pieces, which get the id of their last line.
@@ -27,15 +35,15 @@ def load_vocabulary(path: str, flag: str = "--vocab") -> list[str]:
         flag: the flag or argument that named it, for error messages.
 
     Raises:
-        InputError: the file cannot be read, lacks a special token, or has a blank line or a
-            repeated piece.
+        InputError: the file cannot be read, lacks a special token, or has a blank line, a repeated
+            piece, or one that no text can have.
     """
     try:
         content = read_file(path)
         check_beginning(path, content, flag=flag)
         # Ids are line numbers, so only line ends may separate lines.
         lines = content.decode("utf-8-sig").replace("\r\n", "\n")
-        pieces = lines.rstrip("\n").split("\n")
+        pieces = [line.strip() for line in lines.rstrip("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{flag}: {path} cannot be read as UTF-8 text ({error}). "
@@ -62,8 +70,24 @@ def load_vocabulary(path: str, flag: str = "--vocab") -> list[str]:
                 "gets only one id for it: with Google's and Hugging Face's programs that of the "
                 f"last line. {_replace(seen[piece], pieces)}"
             )
+        if wrong := _wrong(piece):
+            raise InputError(
+                f"{flag}: {path}, line {line}: {piece[:SHOWN_CHARACTERS]!r} {wrong}. "
+                f"{_replace(line, pieces)}"
+            )
         seen[piece] = line
     return pieces
+
+
+def _wrong(piece: str) -> str:
+    """Why a piece cannot be a part of a word; "" if it can."""
+    if any(map(str.isspace, piece)):
+        return "has white space inside, but a line holds one word piece and nothing else"
+    if "\0" in piece or piece == END_OF_WORD:
+        return "has a control character, which text does not keep"
+    if len(piece.removeprefix("##").encode()) > MAX_PIECE_BYTES:
+        return f"has more than the {MAX_PIECE_BYTES} bytes that tensorflow-text accepts"
+    return ""
 
 
 def _replace(line: int, pieces: list[str]) -> str:
@@ -96,7 +120,7 @@ def learn_vocabulary(texts: Iterable[str], size: int, *, lower_case: bool) -> li
     from tensorflow_text.tools.wordpiece_vocab import bert_vocab_from_dataset
 
     dataset = tf.data.Dataset.from_generator(
-        lambda: iter(texts), output_signature=tf.TensorSpec([], tf.string)
+        lambda: map(cleaned, texts), output_signature=tf.TensorSpec([], tf.string)
     )
     parameters = {
         "lower_thresh": 2,

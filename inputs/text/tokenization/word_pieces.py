@@ -2,14 +2,11 @@
 
 import collections
 import concurrent.futures
-import functools
 import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -20,7 +17,8 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 
 from inputs.errors import InputError
-from inputs.text.tokenization.unknown import UnknownCharacters
+from inputs.text.tokenization.characters import dropped_ranges
+from inputs.text.tokenization.unknown import MAX_WORD_BYTES, UnknownCharacters
 from inputs.text.tokenization.vocabulary import UNK
 
 BATCH_CHARACTERS = 2**21  # about half a million word pieces
@@ -62,40 +60,37 @@ class Tokenized(NamedTuple):
             )
 
 
-@functools.cache
-def format_ranges() -> list[tuple[int, int]]:
-    """The ranges (first, last) of format characters (Cf): soft hyphen, zero-width joiner, ..."""
-    points = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
-    firsts = [point for point in points if point - 1 not in points]
-    lasts = [point for point in points if point + 1 not in points]
-    return list(zip(firsts, lasts, strict=True))
-
-
 class WordPieces(tf.Module):
     """BERT's tokenizer: white space, punctuation, Chinese characters, WordPiece.
+
+    Characters of `inputs.text.tokenization.characters` are dropped.
+
+    *Differs from* google-research/bert: a word of more than `MAX_WORD_BYTES` bytes is [UNK]; there,
+    one of more than 200 characters is, such as one of 201 to 800 letters of one byte. When text is
+    lower-cased it is also case-folded (ß becomes ss), and compatibility forms become plain
+    characters.
 
     Args:
         vocabulary: word pieces, ids by position.
         lower_case: if True, text is lower-cased first, and accents are separated (NFD) and dropped.
-            If False, only format characters are dropped.
     """
 
     def __init__(self, vocabulary: list[str], *, lower_case: bool):
         super().__init__()
-        # google-research/bert drops format characters for both kinds of vocabulary. When
-        # `FastBertTokenizer` lower-cases, it drops them, too, except for a few signs of Arabic,
-        # Syriac and hieroglyphs. When it does not, it would split words at them.
-        ranges = "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in format_ranges())
-        self._dropped = "" if lower_case else f"[{ranges}]"
+        # `FastBertTokenizer` would split words at these characters. When it lower-cases, it drops
+        # most format characters by itself.
+        ranges = "".join(rf"\x{{{a:x}}}-\x{{{b:x}}}" for a, b in dropped_ranges())
+        self._dropped = f"[{ranges}]"
         self._tokenizer = tf_text.FastBertTokenizer(
-            vocabulary, token_out_type=tf.int32, lower_case_nfd_strip_accents=lower_case
+            vocabulary,
+            token_out_type=tf.int32,
+            lower_case_nfd_strip_accents=lower_case,
+            max_bytes_per_word=MAX_WORD_BYTES,
         )
 
     def tokenize(self, text) -> tf.RaggedTensor:
         """Splits each of [N] strings: [N, (pieces)] int32 ids."""
-        if self._dropped:
-            text = tf.strings.regex_replace(text, self._dropped, "")
-        return self._tokenizer.tokenize(text)
+        return self._tokenizer.tokenize(tf.strings.regex_replace(text, self._dropped, ""))
 
 
 class Tokenizer:
@@ -256,8 +251,9 @@ def tokenize_in_order(
         yield from _in_order(pool, _tokenize_in_worker, batches, QUEUED_BATCHES * workers)
     except BrokenProcessPool:
         raise InputError(
-            "A worker process was killed, probably because memory ran out. Run the same command "
-            "again with fewer --workers; it continues after the last finished shard."
+            "A worker process was killed, probably because memory ran out. The same command "
+            "continues after the last finished shard; with --workers, python -m "
+            "inputs.text.prepare takes fewer processes."
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -55,10 +55,12 @@ def test_pieces_have_the_offsets_of_their_characters(pieces):
         "x각y": ["x", "각", "각", "각", "y"],
         "½ Å ﬁ": ["½", "½", "½", "Å", "ﬁ"],
         "東京tokyo": ["東", "京", "tokyo"],
-        "a\tb\x00c": ["a", "b", "c"],
+        "a\tb\x00c": ["a", "b\x00c"],
         " \u3000": [],
         "": [],
-        "x" * 101 + " y": ["x" * 101, "y"],  # [UNK]
+        "x" * 102 + " y": [*["xx"] * 51, "y"],
+        "x" * 801 + " y": ["x" * 801, "y"],  # [UNK]
+        "ca\x92t ca\ufffdt": ["ca\x92t", "ca\ufffdt"],
     }
     texts = list(expected)
     ids, starts, ends = OffsetTokenizer(pieces, lower_case=True).tokenize(tf.constant(texts))

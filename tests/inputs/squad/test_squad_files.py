@@ -91,7 +91,11 @@ QUESTION = (*PARAGRAPH, "qas", 1)
         (changed(*PARAGRAPH, "qas", to={}), "paragraphs[0].qas is '{}', but must be a list"),
         (changed(*QUESTION, "question", to=7), "qas[1].question is '7', but must be a string"),
         (changed(*QUESTION, "id", to="q1"), "qas[1]: id 'q1' is also at data[0].paragraphs[0]."),
-        (changed(*QUESTION, "answers", to=[]), "qas[1]: answers is empty"),
+        (changed(*QUESTION, "answers", to=[]), "qas[1]: answers is empty. In SQuAD v1.1 every"),
+        (
+            changed(*QUESTION, "is_impossible", to=True),
+            "is_impossible is true, as in SQuAD v2.0. In",
+        ),
         (changed(*QUESTION, "answers", 0, "text", to=""), "answers[0]: text is empty"),
         (changed(*QUESTION, "answers", 0, "answer_start", to="1"), "must be a whole number"),
         ("{", "is not JSON in UTF-8"),
@@ -136,6 +140,29 @@ def test_a_misplaced_answer(tmp_path, field, value, said):
     assert [question.answers for question in dev.questions] == [((0, "Ada"),), ((None, text),)]
     found = squad_answers.metrics(dev, {"q1": "Ada", "q2": text})
     assert found == {"exact_match": 100, "f1": 100}
+
+
+@pytest.mark.parametrize("answer", [" ", "\u200b", " \x92\ufffd"])
+def test_an_answer_without_a_word_has_no_place(tmp_path, answer):
+    context = f"Ada wrote it{answer}in 1843."
+    content = article(context, ("q1", "Who?", ["Ada"]), ("q2", "When?", [answer]))
+    if answer == " ":
+        content["data"][0]["paragraphs"][0]["qas"][1]["answers"][0]["answer_start"] = 12
+    content["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = False
+    path = write(tmp_path / "x.json", content)
+    told = []
+    training = squad.read_squad(path, BadRecords(0.5, skip=True, log=told.append))
+    assert [question.id for question in training.questions] == ["q1"]
+    assert told[0].endswith(f"answers[0]: the answer {answer!r} has no word.")
+    assert [q.placed for q in squad.read_squad(path).questions] == [(0, "Ada"), None]
+
+
+def test_a_paragraph_without_text_and_questions_is_skipped(tmp_path):
+    content = json.loads(json.dumps(GOOD))
+    content["data"][0]["paragraphs"].insert(0, {"context": " ", "qas": []})
+    assert squad.read_squad(write(tmp_path / "x.json", content)).contexts == [
+        "Ada wrote it in 1843."
+    ]
 
 
 def test_misplaced_answers_beside_right_ones(tmp_path):
@@ -192,7 +219,9 @@ def test_files_are_found_or_named(tmp_path):
         squad.find_files(str(tmp_path))
     write(tmp_path / "dev-v1.1.json", GOOD)
     training, dev = squad.find_files(str(tmp_path))
-    assert squad.find_files(f"{training},{dev}") == (training, dev)
+    for given in (f"{training},{dev}", f"{dev},{training}", f"x/{dev}, {training}"):
+        assert squad.find_files(given)[0] == training
+    assert squad.find_files("dev.json,a.json") == ("dev.json", "a.json")
     with pytest.raises(InputError, match="train-v1.1.json.gz cannot be read"):
         squad.read_squad(training)
     with pytest.raises(InputError, match="nowhere.json cannot be read"):

@@ -10,6 +10,7 @@ from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.text import documents, files
 from inputs.text.tokenization import installed_text, vocabulary
+from inputs.text.tokenization.word_pieces import WordPieces
 
 LATIN1 = "a line\ncaf\xe9 au lait\n".encode("latin-1")
 
@@ -114,6 +115,18 @@ def test_a_line_with_a_nul_is_damaged(tmp_path):
     said = []
     assert read(tmp_path, max_share=0.3, log=said.append) == [["One.", "Three.", "Four."]]
     assert "a.txt, line 2, byte 7: a NUL" in said[0]
+
+
+def test_a_block_of_nuls_is_a_damaged_line_and_no_encoding(tmp_path):
+    """A crash leaves such blocks; `iconv` would make nothing of them."""
+    for nuls, said in ((512, "a.txt, line 1, byte 0: a NUL"), (31, "line 1, byte 0: a NUL")):
+        (tmp_path / "a.txt").write_bytes(bytes(nuls) + b"One line.\nTwo.\nThree.\nFour.\n")
+        told = []
+        assert read(tmp_path, max_share=0.3, log=told.append) == [["Two.", "Three.", "Four."]]
+        assert said in told[0]
+    (tmp_path / "a.txt").write_bytes(bytes(4096))
+    with pytest.raises(InputError, match="1 of 1 records of the file are damaged"):
+        read(tmp_path)
 
 
 def test_json_lines_hold_paragraphs_or_text(tmp_path):
@@ -238,6 +251,20 @@ def test_learning_a_vocabulary_is_deterministic(tmp_path):
     assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
 
 
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_a_learned_vocabulary_has_the_words_of_the_tokenizer(tmp_path, lower_case):
+    """Whatever white space is between them, and without the characters that BERT drops."""
+    odd = ["the\u00a0cat\u2028sat", "the\u3000ca\x11t\u1680s\u200bat", "th\ufffde cat\x7f sat"]
+    pieces = vocabulary.learn_vocabulary(odd * 20, 60, lower_case=lower_case)
+    plain = vocabulary.learn_vocabulary(["the cat sat"] * 60, 60, lower_case=lower_case)
+    assert pieces == plain and "cat" in pieces
+    vocabulary.save_vocabulary(pieces, tmp_path / "vocab.txt")
+    assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
+    assert WordPieces(pieces, lower_case=lower_case).tokenize(odd).to_list() == [
+        [pieces.index(word) for word in ("the", "cat", "sat")]
+    ] * len(odd)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -251,6 +278,18 @@ def test_learning_a_vocabulary_is_deterministic(tmp_path):
             "\n".join([*vocabulary.SPECIAL_TOKENS, "x", "", "y"]).encode(),
             r"line 7 is blank.*one lower.*Replace line 7 by \[unused7\]\. Only a vocabulary",
         ),
+        *(
+            ("\n".join([*vocabulary.SPECIAL_TOKENS, "x", piece, "y"]).encode(), said)
+            for piece, said in [
+                (" \t", "line 7 is blank"),
+                ("x ", "'x' in line 6 and in line 7"),
+                ("new york", r"line 7: 'new york' has white space inside.*line 7 by \[unused7\]"),
+                ("the\t1", r"line 7: 'the\\t1' has white space inside"),
+                ("a\0b", "line 7: .* has a control character"),
+                ("\x11", "line 7: .* has a control character"),
+                ("##" + "é" * 129, "line 7: '##ééé.* has more than the 256 bytes"),
+            ]
+        ),
         (b"caf\xe9", "cannot be read as UTF-8"),
         (b"\xff\xfe", "is UTF-16, not UTF-8.*iconv -f UTF-16 -t UTF-8 .*vocab.txt > NEW"),
         ("[PAD]".encode("utf-16-le"), "is UTF-16LE, not UTF-8"),
@@ -260,6 +299,24 @@ def test_errors_in_a_vocabulary_are_named(tmp_path, content, said):
     (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(InputError, match=said):
         vocabulary.load_vocabulary(tmp_path / "vocab.txt")
+
+
+def test_white_space_around_pieces_is_dropped(tmp_path):
+    pieces = [*vocabulary.SPECIAL_TOKENS, "the", "cat", "##s"]
+    (tmp_path / "vocab.txt").write_text("".join(f" {piece} \t\n" for piece in pieces))
+    assert vocabulary.load_vocabulary(tmp_path / "vocab.txt") == pieces
+
+
+def test_the_pieces_that_are_accepted_are_those_of_the_library(tmp_path):
+    """With one that it refuses, the processes that tokenize would end without a reason."""
+    odd = ["##\x11", "a\x11", "\x01", "\x7f", "\ufffd", "##", "##" + "é" * 128, "a.b"]
+    vocabulary.save_vocabulary([*vocabulary.SPECIAL_TOKENS, *odd], tmp_path / "vocab.txt")
+    pieces = vocabulary.load_vocabulary(tmp_path / "vocab.txt")
+    assert pieces[5:] == odd
+    WordPieces(pieces, lower_case=True)
+    for refused in ("\x11", "a\0", "é" * 129):
+        with pytest.raises(RuntimeError):
+            WordPieces([*pieces, refused], lower_case=True)
 
 
 def test_no_vocabulary_without_words():

@@ -1,6 +1,7 @@
 """Prepared text: same batches as raw text, stopped preparations continue, errors are clear."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import tensorflow_text as tf_text
 from batch_checks import corpora, document_tokens, joined
 from read_only import read_only
 
+from inputs import pages
 from inputs.bad_records import BadRecords
 from inputs.errors import InputError
 from inputs.shards import read_records
@@ -505,6 +507,78 @@ def test_damaged_lines_are_left_out_up_to_the_limit(source, tmp_path):
         prepare(tmp_path, tmp_path / "run2", max_bad_record_share=0.001)
 
 
+def test_damaged_lines_are_counted_once_if_a_vocabulary_is_learned(source, tmp_path):
+    """The text is read twice then."""
+    good = (source / "text/b.txt").read_bytes()
+    (tmp_path / "a.txt").write_bytes(good + b"\n\xff\nthe end\n")
+    recipe = dataclasses.replace(find_recipe("bert-mini-demo"), vocabulary_size=100)
+    said = []
+    counted = records(log=said.append)
+    folder = prepare_text.prepare_in_cache(
+        str(tmp_path / "a.txt"),
+        "",
+        dataclasses.replace(recipe, max_bad_record_share=0.05),
+        known_case=None,
+        records=counted,
+        cache_dir=str(tmp_path / "cache"),
+        log=said.append,
+    )
+    manifest = json.loads(pathlib.Path(folder, "manifest.json").read_text())
+    assert manifest["damaged_records"] == counted.bad == 1
+    assert f"1 of {counted.good + 1:,} records were damaged and skipped" in said
+    assert sum("not UTF-8" in line for line in said) == 1
+    assert counted.good == len(good.splitlines()) + 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--sequence_lengths=99999999999999999999", "from 8 to 2147483647. Received: 9999999"),
+        (f"--sequence_lengths=16,{'9' * 5_000}", "from 8 to 2147483647. Received: 9999999"),
+        ("--sequence_lengths=7", "from 8 to 2147483647. Received: 7."),
+        ("--sequence_lengths=16.0", "from 8 to 2147483647. Received: 16.0."),
+        ("--workers=99999999999999999999", "--workers must be at most 4096. Received: --workers=9"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(source, tmp_path, capsys, flag, said):
+    flags = [f"--input={source}/text", f"--vocab={source}/vocab.txt", f"--output={tmp_path}/run"]
+    assert prepare_text.main([*flags, flag]) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_errors_name_no_flag_that_the_preparation_lacks(source, tmp_path, monkeypatch):
+    """It has no --data_dir, --cache_dir or --set."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("\n\n".join(WORDS))
+    shutil.copy(source / "vocab.txt", tmp_path)
+
+    def error(**changes):
+        with pytest.raises(InputError) as caught:
+            prepare(tmp_path, tmp_path / "run", **changes)
+        return str(caught.value)
+
+    said = error(sequence_lengths=[16])
+    assert said.startswith("The text is too short: fewer than 2") and "--" not in said
+    shutil.rmtree(tmp_path / "run/pages")
+
+    def full(writer, name, page):
+        raise writer._unwritable(OSError(errno.ENOSPC, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pages.PagesWriter, "_write", full)
+        assert error().endswith(
+            " cannot be written: No space left on device. Free some space, and run the same "
+            "command again: it continues where it stopped."
+        )
+    shard = tmp_path / "run/shard-00000.tfrecord"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setattr(prepare_text._Preparation, "_verify", lambda *arguments: True)
+    said = error()
+    assert said.endswith("Check the disk. The same command writes such a shard again.")
+
+
 def test_a_preparation_without_a_finished_shard_begins_again_with_other_input(source, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.jsonl").write_bytes(b"\xff\n")
@@ -602,7 +676,7 @@ def test_the_share_of_unknown_words_is_told(source, tmp_path, workers):
 def test_words_that_are_too_long_are_told(source, tmp_path):
     pieces = vocabulary.load_vocabulary(source / "vocab.txt")
     said = []
-    texts = [["0" * 101], ["0 1"], ["0 2"], ["0 3"]]
+    texts = [["0" * 801], ["0 1"], ["0 2"], ["0 3"]]
     corpora(texts, pieces, tmp_path, log=said.append)
     assert said[-1].startswith("Warning: 1 of 7 tokens are [UNK] (14.29%)")
-    assert "words of more than 100 bytes" in said[-1]
+    assert "words of more than 800 bytes" in said[-1]

@@ -177,6 +177,48 @@ def test_damage_is_named_and_costs_one_example(many, alike, tmp_path):
     assert opened(tmp_path, many, many[:1])[0].count == 80
 
 
+def test_records_of_another_content_cost_one_example_each(tmp_path):
+    """Also those that TensorFlow's parser refuses, with which it refuses all others of a block."""
+    good = example(MLPERF, 9, 2, padded_to=LENGTH, predictions=PREDICTIONS)
+
+    def changed(name, kind, values):
+        made = tf.train.Example.FromString(good)
+        feature = made.features.feature[name]
+        feature.Clear()
+        getattr(feature, kind).value[:] = values
+        return made.SerializeToString()
+
+    weights = [
+        changed("masked_lm_weights", "float_list", [1, value, 0, 0])
+        for value in (np.nan, np.inf, -np.inf, -1)
+    ]
+    bad = [
+        b"\xff\xfe\x01garbage",
+        b"",
+        good[:-3],
+        changed("masked_lm_weights", "int64_list", [1, 1]),
+        changed("input_ids", "bytes_list", [b"the"]),
+        changed("next_sentence_labels", "int64_list", [2]),
+        changed("input_ids", "int64_list", [-1] * LENGTH),
+        changed("masked_lm_positions", "int64_list", [0, 9, 0, 0]),
+        changed("masked_lm_ids", "int64_list", [1, WORDS, 0, 0]),
+        *weights,
+    ]
+    path = write(tmp_path / "part", good, *(record for each in bad for record in (each, good)))
+    places = record_offsets(path)[1::2]
+    said = []
+    files, _ = opened(tmp_path, [path], [path])
+    records = BadRecords(0.9, skip=True, log=said.append)
+    examples = examples_of(files, bad_records=records)
+    batch = joined(examples.evaluation_batches(8, 1_000))
+    examples.damage.collect()
+    assert records.bad == len(bad)  # and the first ten are named
+    named = {f"Skipped: {path}, byte {place}: damaged or missing." for place in places}
+    assert len(said) == 10 and named > {*said}
+    assert batch["example_weights"].sum() == len(bad) + 1
+    assert batch["masked_lm_weights"].sum() == 2 * (len(bad) + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [PackedRows(LENGTH, 2), LengthBuckets((LENGTH // 2, LENGTH // 2, LENGTH))]

@@ -184,6 +184,24 @@ def test_a_named_file_of_wikiextractor_may_have_any_name(tmp_path):
     assert read(make(tmp_path, extracted=WIKI) / "extracted") == ARTICLES
 
 
+@pytest.mark.parametrize("title", ["Anarchism", 'A "B" C', '"x" y="z"', 'say a="b"', "", "A>B"])
+@pytest.mark.parametrize("more", ["", ' language="en" revision="99"', " "])
+def test_headers_of_other_versions_of_wikiextractor(tmp_path, title, more):
+    header = f'<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="{title}"{more}>'
+    make(tmp_path, wiki_00=f"{header}\n{title}\n\nThe text.\n</doc>\n" * 2)
+    assert read(tmp_path) == [["The text."]] * 2
+
+
+def test_a_header_of_another_form_is_damaged(tmp_path):
+    other = "<doc id='15' url='u' title='D'>"
+    make(tmp_path, wiki_00=WIKI + f"{other}\nD\n\nThe text.\n</doc>\n")
+    said = []
+    records = BadRecords(0.1, skip=True, log=said.append)
+    documents = list(read_documents([str(tmp_path / "wiki_00")], records))
+    assert documents == [*ARTICLES, ["D", "The text."]] and records.bad == 1
+    assert "wiki_00, line 20: not WikiExtractor's <doc id=" in said[0]
+
+
 def test_json_with_a_document_per_line(tmp_path):
     """C4 has names such as c4-train.00000-of-01024.json.gz."""
     line = json.dumps({"text": "One.", "url": "x"}).encode() + b"\n"

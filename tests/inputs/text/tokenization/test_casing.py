@@ -3,7 +3,6 @@
 import json
 import pathlib
 import random
-import unicodedata
 
 import pytest
 import tensorflow as tf
@@ -12,12 +11,15 @@ from official.nlp.tools import tokenization
 from inputs.errors import InputError
 from inputs.squad.offsets import OffsetTokenizer
 from inputs.text.tokenization import casing, vocabulary
+from inputs.text.tokenization.characters import is_dropped
 from inputs.text.tokenization.word_pieces import WordPieces
 
 SHARED = pathlib.Path(__file__).parents[5] / "shared/data"
 LETTERS = "abcenABCéÉñÑßẞ東京한글ệİıǅΣσςЖж\u212b½ﬁकिٱﾊﾟ々\u3400\U00020000"
 PUNCTUATION = ",.!'-^`$🙂。"
 INVISIBLE = "\u00ad\u200b\u200c\u200d\ufeff\u0600\u2060\U000e0001\U00013430"
+CONTROLS = "\0\x01\x0b\x0c\x11\x1c\x7f\x85\x92\ufffd"
+CHANGED = "ßẞİıǅΣς\u212b½ﬁﾊﾟ"  # lower-casing also case-folds them, or takes them apart (NFKC)
 SPACES = " \t\n\r\u00a0\u1680\u2003\u2028\u3000"
 ACCENTS = "\u0301\u0323"
 PIECES = sorted(set(LETTERS + PUNCTUATION + ACCENTS))
@@ -27,21 +29,31 @@ CASED = [*vocabulary.SPECIAL_TOKENS, *PIECES, *(f"##{p}" for p in PIECES)]
 @pytest.fixture(scope="module")
 def texts():
     rng = random.Random(1)
-    letters = LETTERS + PUNCTUATION + INVISIBLE + SPACES + ACCENTS
+    letters = LETTERS + PUNCTUATION + INVISIBLE + CONTROLS + SPACES + ACCENTS
     made = ["".join(rng.choices(letters, k=rng.randrange(25))) for _ in range(5_000)]
-    return [*made, "", "Éa Cab", "a" * 101]
+    long = ["a" * 200, "한" * 200, "🙂" * 200, "🙂" * 201, "aé" * 401]
+    return [*made, "", "Éa Cab", *long]
 
 
-def test_a_cased_vocabulary_cuts_text_as_google_does(texts, tmp_path):
-    """Case and accents are kept, Chinese characters are split, format characters are dropped."""
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_text_is_cut_as_google_does(texts, tmp_path, lower_case):
+    """Chinese characters are split, controls are dropped; with a cased vocabulary, case is kept."""
+    if lower_case:
+        texts = [text.translate(dict.fromkeys(map(ord, CHANGED))) for text in texts]
     vocabulary.save_vocabulary(CASED, tmp_path / "vocab.txt")
-    reference = tokenization.FullTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=False)
+    reference = tokenization.FullTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=lower_case)
+    reference.wordpiece_tokenizer.max_input_chars_per_word = 200  # tf-models' copy has 400
     expected = [reference.tokenize(text) for text in texts]
-    found = WordPieces(CASED, lower_case=False).tokenize(texts).to_list()
-    # google-research/bert allows words of 200 characters.
-    for text, ours, theirs in zip(texts[:-1], found[:-1], expected[:-1], strict=True):
+    found = WordPieces(CASED, lower_case=lower_case).tokenize(texts).to_list()
+    for text, ours, theirs in zip(texts, found, expected, strict=True):
         assert [CASED[i] for i in ours] == theirs, repr(text)
-    assert {"É", "C", "東"} <= {piece for pieces in expected for piece in pieces}
+    assert ({"É", "C", "東"} <= {p for pieces in expected for p in pieces}) != lower_case
+
+
+def test_a_long_word_of_short_letters_is_not_unknown():
+    """Unlike in google-research/bert, which counts 200 characters instead of 800 bytes."""
+    short, long = WordPieces(CASED, lower_case=False).tokenize(["a" * 800, "a" * 801]).to_list()
+    assert len(short) == 800 and long == [CASED.index("[UNK]")]
 
 
 def test_cased_pieces_have_the_offsets_of_their_characters(texts):
@@ -52,7 +64,7 @@ def test_cased_pieces_have_the_offsets_of_their_characters(texts):
     for text, *row in zip(texts, *columns, strict=True):
         for piece, start, end in zip(*row, strict=True):
             shown = text.encode()[start:end].decode()
-            shown = "".join(c for c in shown if unicodedata.category(c) != "Cf")
+            shown = "".join(c for c in shown if not is_dropped(c))
             assert CASED[piece] in (shown, f"##{shown}", vocabulary.UNK)
             seen += 1
     assert seen > 10_000
