@@ -92,7 +92,7 @@ def _write_errors(path):
     except (OSError, tf.errors.OpError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"--output: {path} cannot be written ({reason}). Free some space and run the same "
+            f"{path} cannot be written ({reason}). Free some space and run the same "
             "command again: it continues after the last finished shard."
         ) from None
 
