@@ -389,7 +389,11 @@ def _check_classes(found, output):
 def _check_other_split(output, split, classes):
     other = {"train": "validation", "validation": "train"}[split]
     path = os.path.join(output, other, MANIFEST)
-    if exists(path):
+    try:
+        is_finished = exists(path)
+    except OSError:  # `shards.check_content` reports it
+        is_finished = False
+    if is_finished:
         sources.check_same_classes(read_json(path)["classes"], classes, path, f"{output}/{split}")
 
 
